@@ -1,0 +1,123 @@
+"""Asks every backend, side by side, whether it is well: a hung one delays none of the others.
+
+How it asks is the fleet's health setting: `sync` (GET /sync on port 5000: 200 ready, 503 keep away), `tcp` (the
+backend's port accepts a connection) or `http:/path` (GET on the backend's port answers below 400).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+SYNC_PORT = 5000
+FALL, RISE = 3, 2  # failed probes that end a healthy spell, good ones that begin the next
+PERIOD, RETRY, TIMEOUT = 1.0, 0.1, 1.0  # seconds; RETRY while it is not yet, or no longer surely, healthy
+
+_Target = tuple[str, int, str]  # address, port, method
+
+
+class Answer(Enum):
+    GOOD = "good"
+    REFUSED = "asks for no new connections"  # its own word: no second opinion needed
+    FAILED = "does not answer"
+
+
+@dataclass(frozen=True)
+class Health:
+    """`healthy` is None until a first answer tells. `streak` counts the probes in a row that speak against it."""
+
+    healthy: bool | None = None
+    streak: int = 0
+    why: str = "not probed yet"
+
+    def after(self, answer: Answer) -> Health:
+        """The health once `answer` has come in."""
+        good = answer is Answer.GOOD
+        if self.healthy is None:
+            return Health(True, 0, answer.value) if good else Health(None, 0, answer.value)
+        if good == self.healthy:
+            return Health(self.healthy, 0, answer.value)
+        streak = self.streak + 1
+        turned = answer is Answer.REFUSED or streak >= (RISE if good else FALL)
+        return Health(good, 0, answer.value) if turned else Health(self.healthy, streak, answer.value)
+
+    def pause(self) -> float:
+        """Seconds until the next probe."""
+        return PERIOD if self.healthy and not self.streak else RETRY
+
+
+async def ask(ip: str, port: int, method: str) -> Answer:
+    """One probe of at most TIMEOUT seconds."""
+    try:
+        async with asyncio.timeout(TIMEOUT):
+            if method == "tcp":
+                _, writer = await asyncio.open_connection(ip, port)
+                await _close(writer)
+                return Answer.GOOD
+            if method == "sync":
+                status = await _get(ip, SYNC_PORT, "/sync")
+                return {200: Answer.GOOD, 503: Answer.REFUSED}.get(status, Answer.FAILED)
+            status = await _get(ip, port, method.removeprefix("http:"))
+            return Answer.GOOD if 200 <= status < 400 else Answer.FAILED
+    except (OSError, TimeoutError, ValueError, IndexError):
+        return Answer.FAILED
+
+
+async def _get(ip: str, port: int, path: str) -> int:
+    reader, writer = await asyncio.open_connection(ip, port)
+    try:
+        writer.write(f"GET {path} HTTP/1.1\r\nHost: {ip}:{port}\r\nConnection: close\r\n\r\n".encode())
+        return int((await reader.readline()).split()[1])
+    finally:
+        await _close(writer)
+
+
+async def _close(writer: asyncio.StreamWriter) -> None:
+    writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
+
+
+class Prober(threading.Thread):
+    """Probes the watched backends until the process ends; `changed` is called when one's health turns."""
+
+    def __init__(self, changed: Callable[[], None]) -> None:
+        super().__init__(name="prober", daemon=True)
+        self._changed = changed
+        self._loop = asyncio.new_event_loop()
+        self._tasks: dict[str, tuple[_Target, asyncio.Task[None]]] = {}
+        self._health: dict[str, Health] = {}
+
+    def run(self) -> None:
+        self._loop.run_forever()
+
+    def health(self) -> dict[str, Health]:
+        """Health by id, for every watched backend."""
+        return dict(self._health)
+
+    def watch(self, backends: Mapping[str, str], port: int, method: str) -> None:
+        """Watches `backends` (id → address) and nothing else."""
+        wanted = {id_: (ip, port, method) for id_, ip in backends.items()}
+        self._loop.call_soon_threadsafe(self._retarget, wanted)
+
+    def _retarget(self, wanted: Mapping[str, _Target]) -> None:
+        for id_ in [id_ for id_, (target, _) in self._tasks.items() if wanted.get(id_) != target]:
+            self._tasks.pop(id_)[1].cancel()
+            self._health.pop(id_, None)
+        for id_, target in wanted.items():
+            if id_ not in self._tasks:
+                self._health[id_] = Health()
+                self._tasks[id_] = target, self._loop.create_task(self._keep_asking(id_, target))
+
+    async def _keep_asking(self, id_: str, target: _Target) -> None:
+        while True:
+            answer = await ask(*target)
+            before = self._health[id_]
+            after = self._health[id_] = before.after(answer)
+            if after.healthy != before.healthy:
+                self._changed()
+            await asyncio.sleep(after.pause())

@@ -1,0 +1,83 @@
+#!/bin/bash
+# The balancer container's first process. Installs the first NAT rules from ip.txt, then keeps the client running:
+# traffic flows before Python does, and goes on while the client is away (a container whose first process were the
+# client would lose its rules and every flow with it).
+#   script.sh         serve                      script.sh rules           print the first rules
+#   script.sh alive   Docker's health check      script.sh drain SECONDS   deal nobody, wait for the flows to end
+set -euo pipefail
+cd "$(dirname "$0")"
+
+# An even deal over the addresses in ip.txt, in the words of ruleset.py, which takes these chains over as they are.
+first_rules() {
+    awk -v port="${LB_BACKEND_PORT:-8000}" '
+        NF { ip[++n] = $1 }
+        END {
+            print "*nat"
+            print ":LB-DISPATCH - [0:0]"
+            for (i = 1; i <= n; i++) print ":LB-B-" ip[i] " - [0:0]"
+            print ":LB-MASQ - [0:0]"
+            for (i = 1; i < n; i++)
+                printf "-A LB-DISPATCH -m statistic --mode random --probability %.11f -j LB-B-%s\n", 1 / (n - i + 1), ip[i]
+            if (n) print "-A LB-DISPATCH -j LB-B-" ip[n]
+            for (i = 1; i <= n; i++)
+                print "-A LB-B-" ip[i] " -p tcp -j DNAT --to-destination " ip[i] ":" port
+            print "-A LB-MASQ -p tcp -m conntrack --ctstate DNAT --ctorigdstport 8000 -j MASQUERADE --random-fully"
+            print "-A PREROUTING -p tcp -m tcp --dport 8000 -m addrtype --dst-type LOCAL -j LB-DISPATCH"
+            print "-A POSTROUTING -j LB-MASQ"
+            print "COMMIT"
+        }' ip.txt
+}
+
+alive() {
+    exec 3<>/dev/tcp/127.0.0.1/5000
+    printf 'GET /sync HTTP/1.0\r\n\r\n' >&3
+    head -n 1 <&3 | grep -q ' 200 '
+}
+
+install_first_rules() {
+    local rules
+    rules=$(first_rules)
+    for IPTABLES in nft legacy; do
+        "iptables-$IPTABLES-restore" --noflush -w 5 <<< "$rules" && export IPTABLES && return
+    done
+    echo "script.sh: neither flavour of iptables takes the first rules; is NET_ADMIN there?" >&2
+    return 1
+}
+
+serve() {
+    trap 'exit 0' TERM INT
+    install_first_rules
+    echo "$IPTABLES" >/run/flavour
+    while [ ! -e /run/draining ]; do
+        python3 synchronization_client.py &
+        echo $! >/run/client.pid
+        wait $! || echo "script.sh: the client ended with status $?; starting it again" >&2
+        sleep 0.5 &
+        wait $!
+    done
+    sleep infinity &
+    wait $!
+}
+
+# For stop.sh, whose manager is gone already: nobody comes in any more, whoever is in may finish.
+drain() {
+    local iptables tries
+    iptables=iptables-$(cat /run/flavour)
+    touch /run/draining
+    kill -TERM "$(cat /run/client.pid)" 2>/dev/null || true
+    "$iptables" -w 5 -t nat -F LB-DISPATCH
+    "$iptables" -w 5 -F LB-INPUT 2>/dev/null || true
+    for ((tries = 0; tries < $1 * 5; tries++)); do
+        if ! conntrack -L -p tcp --dst-nat 2>/dev/null | grep -qvE ' (TIME_WAIT|CLOSE|LAST_ACK) '; then return; fi
+        sleep 0.2
+    done
+    echo "connections still open after $1 s"
+}
+
+case "${1:-serve}" in
+    rules) first_rules ;;
+    alive) alive ;;
+    serve) serve ;;
+    drain) drain "$2" ;;
+    *) echo "script.sh: unknown word '$1'; serve, rules, alive or drain SECONDS" >&2; exit 2 ;;
+esac

@@ -1,0 +1,308 @@
+"""The balancer's loop: sync backends → converge rules → probe → sample → report.
+
+Four threads meet in two values, the view (what the manager wants) and the probes' health (what we see); `converge` is
+the only writer of rules. An ordering holds throughout, grow first, shrink last:
+
+    in:   probed ready → its address forgotten by the kernel → in the set → its chain and its share, in one step
+    out:  share and chain gone, in one step → its flows deleted → out of the set
+
+Fails static: without the manager the last view stands; when every backend looks ill, all are kept.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import requests
+import waitress
+from flask import Flask, Response
+
+import ruleset
+from netfilter import Netfilter, NetfilterError
+from probe import Health, Prober
+from ruleset import Endpoint
+
+HERE = Path(__file__).parent
+SYNC_PORT = 5000
+LONG_POLL = 25.0  # seconds the manager may take to say that nothing is new
+LOOK = 0.5  # seconds between looks at the flows of draining backends
+DEAD_AFTER = 10.0  # seconds of failed probes until the manager is asked to replace a backend
+
+log = logging.getLogger("balancer")
+
+
+@dataclass(frozen=True)
+class Backend:
+    id: str  # the container's: tells a new backend from an old one on the same address
+    ip: str
+    state: str  # starting | active | draining | spare
+    weight: float
+
+
+@dataclass(frozen=True)
+class View:
+    """What the manager wants: the backends it knows and how to serve them. Times in seconds."""
+
+    revision: str = ""
+    backends: tuple[Backend, ...] = ()
+    port: int = 8000
+    health: str = "sync"
+    interval: float = 2.0
+    drain_timeout: float = 30.0
+
+    @classmethod
+    def parse(cls, message: Mapping[str, Any]) -> View:
+        """Reads the manager's answer to GET /sync. Raises KeyError, TypeError or ValueError when it is not one."""
+        service = message["service"]
+        backends = (Backend(b["id"], b["ip"], b["state"], float(b["weight"])) for b in message["backends"])
+        return cls(
+            message["revision"],
+            tuple(backends),
+            int(service["port"]),
+            service["health"],
+            float(service["interval"]),
+            float(service["drain_timeout"]),
+        )
+
+
+def rotation(view: View, health: Mapping[str, Health]) -> tuple[Endpoint, ...]:
+    """Who gets new connections: the ready ones; where none is, all that ever were (better a chance than none)."""
+
+    def ready(backend: Backend) -> bool:
+        healthy = health.get(backend.id, Health()).healthy
+        return healthy is True or (healthy is None and backend.state == "active")
+
+    ours = [backend for backend in view.backends if backend.state in ("starting", "active")]
+    chosen = [backend for backend in ours if ready(backend)] or [b for b in ours if b.state == "active"]
+    return tuple(Endpoint(backend.ip, view.port, backend.weight) for backend in chosen)
+
+
+class Manager:
+    """The manager's HTTP interface. Every call raises requests.RequestException when the manager is out of reach."""
+
+    def __init__(self, address: str, token: str) -> None:
+        self._url = f"http://{address}"
+        self._headers = {"Authorization": f"Bearer {token}"}
+
+    def sync(self, have: str) -> Mapping[str, Any] | None:
+        """The view, as soon as it is another than `have`; None when it stayed the same for LONG_POLL seconds."""
+        query = {"have": have, "wait": str(LONG_POLL)}
+        answer = requests.get(f"{self._url}/sync", params=query, headers=self._headers, timeout=(3, LONG_POLL + 10))
+        answer.raise_for_status()
+        message: Mapping[str, Any] | None = None if answer.status_code == 204 else answer.json()
+        return message
+
+    def report(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
+        answer = requests.post(f"{self._url}/pkts_info", json=message, headers=self._headers, timeout=(3, 5))
+        answer.raise_for_status()
+        decision: Mapping[str, Any] = answer.json()
+        return decision
+
+    def stop(self, ip: str, reason: str) -> None:
+        message = {"ip": ip, "reason": reason}
+        answer = requests.post(f"{self._url}/stop", json=message, headers=self._headers, timeout=(3, 5))
+        if answer.status_code != 404:  # unknown to the manager: already gone, which is all we want
+            answer.raise_for_status()
+
+
+class Balancer:
+    """Keeps the kernel at what the view and the probes ask for, and tells the manager what it sees."""
+
+    def __init__(self, netfilter: Netfilter, manager: Manager, name: str) -> None:
+        self.view = View()
+        self.converged_at = time.monotonic()
+        self._netfilter, self._manager, self._name = netfilter, manager, name
+        self._wake = threading.Event()
+        self._news = threading.Event()  # a backend's health turned: worth a report at once
+        self._prober = Prober(self._health_turned)
+        self._known: dict[str, str] | None = None  # address → id, of every backend the kernel may know
+        self._in_rotation: tuple[Endpoint, ...] = ()
+        self._reachable = True
+        self._draining_since: dict[str, float] = {}
+        self._ill_since: dict[str, float] = {}
+
+    def run(self) -> None:
+        """Converges for ever: at once when something changed, and every interval to repair what others changed."""
+        self._prober.start()
+        for body in (self._follow, self._report_regularly, self._watch_leavers):
+            threading.Thread(target=_forever, args=(body,), daemon=True).start()
+        while True:
+            self._wake.wait(self.view.interval)
+            self._wake.clear()
+            if self.view.revision:
+                _attempt(self.converge)
+
+    def converge(self) -> None:
+        """One pass over tables, set and flows towards what is wanted now; changes nothing when all is as it should."""
+        view = self.view
+        ids = {backend.ip: backend.id for backend in view.backends}
+        chosen = rotation(view, self._prober.health())
+        nat = ruleset.parse_table(self._netfilter.table("nat"))
+        known = dict.fromkeys(ruleset.connections(nat), "") if self._known is None else self._known
+        gone = known.keys() - ids.keys()
+        come_back = {ip for ip, id_ in ids.items() if known.get(ip) and known[ip] != id_}
+
+        members = ruleset.parse_set(self._netfilter.members())
+        self._forget((ids.keys() - known.keys()) | come_back)
+        self._netfilter.change_members(ruleset.set_changes(members.keys() | ids.keys(), members))
+        leaving = [Endpoint(b.ip, view.port) for b in view.backends if b.ip not in {e.ip for e in chosen}]
+        text = ruleset.restore(ruleset.nat(chosen, leaving), nat)
+        self._netfilter.apply(text)
+        for wanted in (ruleset.filters(chosen), ruleset.mangle()):
+            self._netfilter.apply(ruleset.restore(wanted, ruleset.parse_table(self._netfilter.table(wanted.name))))
+        self._forget(gone)
+        self._netfilter.change_members(ruleset.set_changes(ids, members.keys() | ids.keys()))
+
+        if {e.ip for e in chosen} != {e.ip for e in self._in_rotation}:
+            log.info("rotation %s", " ".join(sorted(e.ip for e in chosen)) or "empty")
+        elif text and self._known is not None and chosen == self._in_rotation:
+            log.warning("repaired the nat table: somebody else had changed it")
+        self._known, self._in_rotation, self.converged_at = ids, chosen, time.monotonic()
+
+    def _forget(self, ips: Iterable[str]) -> None:
+        ips = set(ips)
+        flows = ruleset.live_flows(self._netfilter.flows()) if ips else {}
+        for ip in ips & flows.keys():
+            self._netfilter.forget_flows(ip)
+        self._netfilter.forget_neighbours(ips)
+
+    def _follow(self) -> None:
+        """Takes the manager's next view; says once when the manager cannot be reached and once when it can again."""
+        try:
+            message = self._manager.sync(self.view.revision)
+            if message is not None:
+                self.view = View.parse(message)
+                backends = {b.id: b.ip for b in self.view.backends}
+                self._prober.watch(backends, self.view.port, self.view.health)
+                self._wake.set()
+        except (requests.RequestException, KeyError, TypeError, ValueError) as error:
+            if self._reachable:
+                log.warning("manager out of reach, keeping the last rules: %s", error)
+            self._reachable = False
+            time.sleep(random.uniform(0.2, 1.0))  # noqa: S311 - spreads balancers, hides nothing
+        else:
+            if not self._reachable:
+                log.info("manager in reach again")
+            self._reachable = True
+
+    def report(self) -> dict[str, Any]:
+        """The message of POST /pkts_info: absolute counters of every backend in the view."""
+        view, health = self.view, self._prober.health()
+        connections = ruleset.connections(ruleset.parse_table(self._netfilter.table("nat")))
+        traffic = ruleset.parse_set(self._netfilter.members())
+        active = ruleset.live_flows(self._netfilter.flows())
+        backends = [
+            {
+                "ip": b.ip,
+                "healthy": health.get(b.id, Health()).healthy,
+                "connections": connections.get(b.ip, 0),
+                "packets": traffic.get(b.ip, (0, 0))[0],
+                "bytes": traffic.get(b.ip, (0, 0))[1],
+                "active": active.get(b.ip, 0),
+            }
+            for b in view.backends
+        ]
+        return {
+            "balancer": self._name,
+            "revision": view.revision,
+            "interval": view.interval,
+            "backends": backends,
+        }
+
+    def _health_turned(self) -> None:
+        self._wake.set()
+        self._news.set()
+
+    def _report_regularly(self) -> None:
+        self._news.wait(self.view.interval)
+        self._news.clear()
+        if self.view.revision and self._reachable:
+            self._manager.report(self.report())
+
+    def _watch_leavers(self) -> None:
+        """Asks the manager to stop who has drained, and who has been ill for too long."""
+        time.sleep(LOOK)
+        now, view, health = time.monotonic(), self.view, self._prober.health()
+        serving = {endpoint.ip for endpoint in self._in_rotation}
+        leaving = {b.ip for b in view.backends if b.state == "draining"} - serving
+        self._draining_since = {ip: self._draining_since.get(ip, now) for ip in leaving}
+        flows = ruleset.live_flows(self._netfilter.flows()) if leaving else {}
+        for ip, since in self._draining_since.items():
+            if not flows.get(ip):
+                self._manager.stop(ip, f"drained in {now - since:.1f} s")
+            elif now - since > view.drain_timeout:
+                self._manager.stop(ip, f"{flows[ip]} flows left at the drain deadline")
+
+        ill = {b for b in view.backends if health.get(b.id, Health()).healthy is False and b.ip not in leaving}
+        self._ill_since = {b.id: self._ill_since.get(b.id, now) for b in ill}
+        if any(verdict.healthy for verdict in health.values()):  # else the fault may be ours: fail static
+            for b in ill:
+                if (spell := now - self._ill_since[b.id]) > DEAD_AFTER:
+                    self._manager.stop(b.ip, f"ill for {spell:.0f} s: {health[b.id].why}")
+
+    def state(self) -> tuple[dict[str, Any], int]:
+        """What GET /sync answers, and its status: 503 once three intervals went by without a good pass."""
+        age = time.monotonic() - self.converged_at
+        serving = sorted(endpoint.ip for endpoint in self._in_rotation)
+        message = {"converged_s_ago": round(age, 3), "revision": self.view.revision, "rotation": serving}
+        return message, 200 if age < 3 * self.view.interval + 5 else 503
+
+
+def _forever(body: Callable[[], None]) -> None:
+    while True:
+        _attempt(body)
+
+
+def _attempt(body: Callable[[], None]) -> None:
+    """Runs one pass of a loop; a pass that fails is told and followed by the next, for the loop must not die."""
+    try:
+        body()
+    except requests.RequestException as error:
+        log.warning("manager: %s", error)
+    except NetfilterError as error:
+        log.error("%s", error)
+    except Exception:
+        log.exception("this pass failed; trying again")
+        time.sleep(1)
+
+
+def doors(balancer: Balancer) -> Flask:
+    """The balancer's own HTTP interface: for Docker's health check and for people."""
+    app = Flask(__name__)
+
+    @app.get("/sync")
+    def sync() -> Response:
+        message, status = balancer.state()
+        return Response(json.dumps(message) + "\n", status, mimetype="application/json")
+
+    return app
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout)
+    address = (HERE / "hostip.txt").read_text().strip()
+    manager = Manager(address, os.environ["LB_TOKEN"])
+    balancer = Balancer(Netfilter(os.environ["IPTABLES"]), manager, socket.gethostname())
+    log.info("balancer started, iptables-%s, manager at %s", os.environ["IPTABLES"], address)
+    threading.Thread(
+        target=waitress.serve,
+        args=(doors(balancer),),
+        kwargs={"host": "0.0.0.0", "port": SYNC_PORT, "threads": 2, "ident": None, "_quiet": True},
+        daemon=True,
+    ).start()
+    balancer.run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,407 @@
+"""The one loop that carries plans out, and the state that HTTP handlers read and nudge but never wait for Docker on.
+
+`step` is the loop's body: take in what the workers finished, list the containers, let the pure modules decide, hand
+the slow work to workers. Only `step` orders work, and a list always begins after the last result was taken in, so an
+old list can never bring a removed container back. Everything else takes the lock for microseconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import fleet as fleets
+import scaler
+from docker_engine import EngineError, Event, NameTaken
+from fleet import ACTIVE, DRAINING, FAILED, STARTING, STOPPED, Backend, Container, Drain, Fleet, Launch, Step
+from meter import Meter, Report
+from scaler import Decision, Memory, Policy
+from settings import Settings
+
+WORKERS = 8
+RELIST = 2.0  # seconds between looks at the engine's list when no event asks for one
+BACKOFF = (0.5, 30.0)  # seconds: after the first failed launch, and at most
+
+log = logging.getLogger("manager")
+
+
+class Engine(Protocol):
+    """What the controller needs of whoever runs the backends."""
+
+    def list(self) -> Sequence[Container]: ...
+    def launch(self, name: str) -> Container: ...
+    def stop(self, container_id: str) -> None: ...
+    def last_words(self, container_id: str) -> str: ...
+    def events(self) -> Iterator[Event]: ...
+
+
+class Unknown(LookupError):
+    """No backend of ours has this address."""
+
+
+class Controller:
+    def __init__(
+        self, engine: Engine, settings: Settings, ip_file: Path, clock: Callable[[], float] = time.time
+    ) -> None:
+        self.settings = settings
+        self.policy = Policy(
+            settings.min,
+            settings.max,
+            settings.target,
+            settings.metric,
+            settings.stable_window,
+            settings.panic_window,
+        )
+        self.desired = settings.min
+        self.paused = False
+        self.engine_trouble = ""
+        self.decisions: deque[Decision] = deque(maxlen=1000)
+        self._engine, self._ip_file, self._clock = engine, ip_file, clock
+        self._fleet: Fleet = {}
+        self._meter = Meter()
+        self._memory = Memory(started=clock())
+        self._lock = threading.Condition()
+        self._revision = ""
+        self._wake = threading.Event()
+        self._stopping = False
+        self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="engine")
+        self._busy: set[str] = set()  # names of backends a worker is launching or stopping
+        self._results: queue.Queue[tuple[str, Container | None, bool]] = queue.Queue()
+        self._namer = fleets.Namer(f"{settings.project}-backend-")
+        self._failures, self._launch_after = 0, 0.0
+
+    # -- the loop -----------------------------------------------------------------------------------------------
+
+    def adopt(self, wanted: int | None) -> None:
+        """Takes over what runs; aims at `wanted` backends, or at as many as there are. Raises EngineError."""
+        containers = self._engine.list()
+        with self._lock:
+            self._publish(fleets.observe({}, containers, self._clock(), self._clock()))
+            self.desired = wanted or len(fleets.live(self._fleet))
+            self._clamp()
+
+    def run(self) -> None:
+        threading.Thread(target=self._watch_events, name="events", daemon=True).start()
+        while not self._stopping:
+            try:
+                self.step()
+            except Exception:
+                log.exception("this pass failed; trying again")
+            self._wake.wait(RELIST)
+            self._wake.clear()
+
+    def close(self) -> None:
+        """Ends the loop and every long poll; the backends stay."""
+        with self._lock:
+            self._stopping = True
+            self._lock.notify_all()
+        self._wake.set()
+
+    def step(self) -> None:
+        """One pass from the actual fleet towards the desired one."""
+        with self._lock:
+            self._take_in_results()
+        listed_at = self._clock()
+        try:
+            containers = self._engine.list()
+        except EngineError as error:
+            self._note_engine(str(error))
+            return
+        self._note_engine("")
+        with self._lock:
+            now = self._clock()
+            seen = fleets.observe(self._fleet, containers, listed_at, now)
+            healthy = {backend.ip: self._meter.healthy(backend.ip) for backend in seen.values() if backend.ip}
+            self._publish(fleets.hear(seen, healthy, bool(self._meter.balancers), now))
+            for step in fleets.plan(self._fleet, self.desired, self._namer, self.settings.drain_timeout, now):
+                self._begin(step, now)
+
+    def _begin(self, step: Step, now: float) -> None:
+        if isinstance(step, Drain):
+            self._set(self._fleet[step.name].to(DRAINING, now, step.reason))
+        elif step.name in self._busy or (isinstance(step, Launch) and now < self._launch_after):
+            return
+        elif isinstance(step, Launch):
+            self._set(Backend(step.name, STARTING, now))
+            self._busy.add(step.name)
+            self._workers.submit(self._launch, step.name)
+        else:
+            backend = self._fleet[step.name]
+            if backend.state not in (STOPPED, FAILED):
+                self._set(backend.to(STOPPED, now, "drain timeout, and no balancer's word"))
+            self._busy.add(step.name)
+            self._workers.submit(self._stop, backend)
+
+    # -- workers: slow calls, on their own threads; they only report back -------------------------------------------
+
+    def _launch(self, name: str) -> None:
+        try:
+            container = self._engine.launch(name)
+        except EngineError as error:
+            if isinstance(error, NameTaken):
+                self._namer.taken.add(name)
+            log.error("launch of %s failed: %s", name, error)
+            self._finish(name, None)
+        else:
+            self._finish(name, container)
+
+    def _stop(self, backend: Backend) -> None:
+        try:
+            if backend.state == FAILED:
+                words = self._engine.last_words(backend.id)
+                log.warning("last words of %s: %s", backend.name, words or "none")
+            self._engine.stop(backend.id)
+        except EngineError as error:
+            log.error("stop of %s failed, will try again: %s", backend.name, error)
+            time.sleep(BACKOFF[0])
+            self._finish(backend.name, None, still_there=True)
+        else:
+            self._finish(backend.name, None)
+
+    def _finish(self, name: str, container: Container | None, still_there: bool = False) -> None:
+        self._results.put((name, container, still_there))
+        self._wake.set()
+
+    def _take_in_results(self) -> None:
+        now, after = self._clock(), dict(self._fleet)
+        while not self._results.empty():
+            name, container, still_there = self._results.get()
+            self._busy.discard(name)
+            backend = after.get(name)
+            if backend is None or still_there:
+                continue
+            if container is not None:
+                self._failures = 0
+                after[name] = replace(backend, id=container.id, ip=container.ip, since=now)
+            else:
+                del after[name]
+                if not backend.id:  # it never came to be
+                    self._back_off(now)
+        self._publish(after)
+
+    def _back_off(self, now: float) -> None:
+        first, most = BACKOFF
+        self._launch_after = now + min(most, first * 2**self._failures)
+        self._failures += 1
+
+    def _watch_events(self) -> None:
+        """Events are hints that save waiting for the next list; while they are cut off, the list still comes."""
+        while not self._stopping:
+            try:
+                for event in self._engine.events():
+                    self._hint(event)
+            except EngineError:
+                pass  # the loop's own list meets the same trouble and tells it
+            self._wake.set()
+            time.sleep(BACKOFF[0])
+
+    def _hint(self, event: Event) -> None:
+        with self._lock:
+            now = self._clock()
+            backend = next((b for b in self._fleet.values() if b.id == event.id), None)
+            if backend is not None:
+                if event.action == "die":
+                    self._set(fleets.ended(backend, event.code, now))
+                elif event.code == 15 and backend.state in (STARTING, ACTIVE):
+                    self._set(backend.to(DRAINING, now, "somebody else is stopping its container"))
+        self._wake.set()
+
+    # -- what HTTP handlers call -------------------------------------------------------------------------------------
+
+    def wait_for_view(self, have: str, timeout: float) -> dict[str, Any] | None:
+        """The view as soon as its revision is another than `have`; None after `timeout` seconds, or when closing."""
+        with self._lock:
+            changed = self._lock.wait_for(lambda: self._revision != have or self._stopping, timeout)
+            return {"revision": self._revision, **self._view()} if changed and not self._stopping else None
+
+    def report(self, report: Report) -> Decision | None:
+        """Takes a balancer's report in and decides; the decision before where it is too soon for one, None at first."""
+        with self._lock:
+            now = self._clock()
+            measured = self._meter.add(report, now)
+            healthy = {ip: self._meter.healthy(ip) for ip in report.backends}
+            self._publish(fleets.hear(self._fleet, healthy, True, now))
+            load = self._meter.load(self.settings.metric, now)
+            if load is None or not measured:
+                return self.decisions[-1] if self.decisions else None
+            decision, self._memory = scaler.decide(self.policy, self._memory, load, self.desired, now)
+            self._tell(decision)
+            if not self.paused:
+                self.desired = decision.desired
+        if decision.verdict != scaler.OK:
+            self._wake.set()
+        return decision
+
+    def stop(self, ip: str, reason: str) -> None:
+        """A balancer says this backend has drained or is dead. Raises Unknown; doing it twice is fine."""
+        with self._lock:
+            backend = next((b for b in self._fleet.values() if b.ip == ip and b.in_view), None)
+            if backend is None:
+                raise Unknown(ip)
+            if backend.state == DRAINING:
+                self._set(backend.to(STOPPED, self._clock(), reason))
+            elif backend.state != STOPPED:
+                self._set(backend.to(FAILED, self._clock(), reason))
+        self._wake.set()
+
+    def drain(self, ip: str) -> None:
+        """Takes a backend out of rotation and replaces it. Raises Unknown."""
+        with self._lock:
+            backend = next((b for b in fleets.live(self._fleet) if b.ip == ip), None)
+            if backend is None:
+                raise Unknown(ip)
+            self._set(backend.to(DRAINING, self._clock(), "drained by hand"))
+        self._wake.set()
+
+    def scale(self, minimum: int | None, maximum: int | None, target: float | None) -> Policy:
+        """Changes the policy's limits for as long as this manager runs. Raises ValueError when they cross."""
+        with self._lock:
+            changes = {"min": minimum, "max": maximum, "target": target}
+            policy = replace(self.policy, **{k: v for k, v in changes.items() if v is not None})  # type: ignore[arg-type]
+            if policy.min > policy.max:
+                raise ValueError(f"min {policy.min} would be above max {policy.max}")
+            self.policy = policy
+            self._clamp()
+        self._wake.set()
+        return policy
+
+    def pause(self, paused: bool) -> None:
+        """While paused, decisions are made and shown but not carried out."""
+        with self._lock:
+            self.paused = paused
+
+    def status(self) -> dict[str, Any]:
+        with self._lock:
+            now = self._clock()
+            decision = self.decisions[-1] if self.decisions else None
+            backends = [self._describe(self._fleet[name]) for name in sorted(self._fleet, key=fleets.by_number)]
+            return {
+                "project": self.settings.project,
+                "desired": self.desired,
+                "current": len(fleets.live(self._fleet)),
+                "metric": self.settings.metric,
+                "rate": round(decision.rate, 3) if decision else None,
+                "target": self.policy.target,
+                "min": self.policy.min,
+                "max": self.policy.max,
+                "paused": self.paused,
+                "revision": self._revision,
+                "engine": self.engine_trouble or "ok",
+                "backends": backends,
+                "balancers": [
+                    {"id": name, "last_seen": round(now - entry.at, 1), "revision": entry.report.revision}
+                    for name, entry in sorted(self._meter.balancers.items())
+                ],
+                "last_decision": vars(decision) if decision else None,
+            }
+
+    def _describe(self, backend: Backend) -> dict[str, Any]:
+        traffic = self._meter.backend(backend.ip)
+        serving = [b for b in self._fleet.values() if b.state == ACTIVE]
+        return {
+            "name": backend.name,
+            "ip": backend.ip,
+            "state": backend.state,
+            "reason": backend.reason,
+            "weight": 1.0,
+            "share": round(1 / len(serving), 4) if backend.state == ACTIVE else 0.0,
+            **{name: round(value, 2) for name, value in traffic.items()},
+            "healthy": self._meter.healthy(backend.ip),
+        }
+
+    # -- with the lock held --------------------------------------------------------------------------------------
+
+    def _view(self) -> dict[str, Any]:
+        s = self.settings
+        weight = 1.0
+        return {
+            "service": {
+                "port": s.backend_port,
+                "health": s.health,
+                "interval": s.interval,
+                "drain_timeout": s.drain_timeout,
+            },
+            "backends": [
+                {
+                    "id": backend.id[:12],
+                    "ip": backend.ip,
+                    "state": DRAINING if backend.state == STOPPED else backend.state,
+                    "weight": weight,
+                }
+                for backend in sorted(self._fleet.values(), key=lambda b: b.name)
+                if backend.in_view
+            ],
+        }
+
+    def _set(self, backend: Backend) -> None:
+        self._publish({**self._fleet, backend.name: backend})
+
+    def _publish(self, after: Fleet) -> None:
+        """Makes `after` the fleet: tells every change of state, moves the revision, writes ip.txt, wakes long polls.
+
+        The revision is a digest of the view: it moves when, and only when, a balancer has something to learn, and a
+        restarted manager that finds the same fleet comes to the same revision.
+        """
+        before, self._fleet = self._fleet, after
+        for name in sorted({*before, *after}, key=fleets.by_number):
+            _tell_change(before.get(name), after.get(name), self._clock())
+        view = self._view()
+        revision = hashlib.sha256(json.dumps(view).encode()).hexdigest()[:12]
+        if revision != self._revision:
+            self._revision = revision
+            _write(self._ip_file, "".join(f"{b['ip']}\n" for b in view["backends"] if b["state"] == ACTIVE))
+            self._lock.notify_all()
+
+    def _tell(self, decision: Decision) -> None:
+        """One line for a decision that changes something, or holds for another reason than the one before it."""
+        before = self.decisions[-1] if self.decisions else None
+        news = decision.verdict != scaler.OK or before is None or _kinds(before) != _kinds(decision)
+        paused = "; paused: not carried out" if self.paused and decision.verdict != scaler.OK else ""
+        change = f"{decision.current}→{decision.desired}"
+        log.log(
+            logging.INFO if news else logging.DEBUG, "%s %s  %s%s", decision.verdict, change, decision.reason, paused
+        )
+        self.decisions.append(decision)
+
+    def _clamp(self) -> None:
+        self.desired = max(self.policy.min, min(self.policy.max, self.desired))
+
+    def _note_engine(self, trouble: str) -> None:
+        if trouble and not self.engine_trouble:
+            log.error("engine out of reach, the fleet stays as it is: %s", trouble)
+        elif self.engine_trouble and not trouble:
+            log.info("engine in reach again")
+        self.engine_trouble = trouble
+
+
+def _kinds(decision: Decision) -> tuple[str, ...]:
+    """What bent a decision, without the numbers."""
+    return (decision.verdict, *(clamp.split(" ")[0] for clamp in decision.clamps))
+
+
+def _tell_change(before: Backend | None, after: Backend | None, now: float) -> None:
+    if before is not None and after is None:
+        log.info("backend %s %s removed", before.name, before.ip or "-")
+    elif after is not None and (before is None or before.state != after.state):
+        came = f"{before.state}→{after.state} after {now - before.since:.1f} s" if before else after.state
+        why = f": {after.reason}" if after.reason else ""
+        level = logging.WARNING if after.state == FAILED else logging.INFO
+        log.log(level, "backend %s %s %s%s", after.name, after.ip or "-", came, why)
+
+
+def _write(path: Path, text: str) -> None:
+    """Replaces the file in one step: whoever reads it sees the old text or the new one."""
+    fresh = path.with_suffix(".new")
+    fresh.write_text(text)
+    os.replace(fresh, path)

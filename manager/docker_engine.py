@@ -1,0 +1,124 @@
+"""The Docker Engine, through its Unix socket (or DOCKER_HOST): the only place that imports `docker`.
+
+Every call may take long and may raise EngineError; none touches a container without this project's labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+import docker
+import docker.errors
+import requests
+
+from fleet import Container
+from settings import Settings
+
+STOP_GRACE = 10  # seconds between SIGTERM and SIGKILL for a backend that has drained
+MEMORY, PIDS = "256m", 128
+
+
+class EngineError(Exception):
+    """The engine refused, failed or is out of reach; the message is its own."""
+
+
+class NameTaken(EngineError):
+    """A container that is not ours bears the name."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """A hint that something happened to a container of ours: `die` with its exit code, or `kill` with its signal."""
+
+    action: str
+    id: str
+    code: int
+
+
+@contextmanager
+def _engine_errors() -> Iterator[None]:
+    try:
+        yield
+    except docker.errors.APIError as error:
+        kind = NameTaken if error.status_code == 409 and "is already in use" in str(error) else EngineError
+        raise kind(str(error.explanation or error)) from error
+    except (docker.errors.DockerException, requests.RequestException, OSError) as error:
+        raise EngineError(str(error)) from error
+
+
+class DockerEngine:
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._labels = {"lbscaler.project": settings.project, "lbscaler.role": "backend"}
+        self._filter = {"label": [f"{key}={value}" for key, value in self._labels.items()]}
+        with _engine_errors():
+            self._client = docker.from_env(timeout=30)
+
+    def gateway(self) -> str:
+        """The host's address on the backends' network, where the balancer finds the manager."""
+        with _engine_errors():
+            network = self._client.networks.get(self._settings.project)
+            return str(network.attrs["IPAM"]["Config"][0]["Gateway"])
+
+    def list(self) -> list[Container]:
+        """All our backends, running or not, in one call."""
+        with _engine_errors():
+            rows = self._client.api.containers(all=True, filters=self._filter)
+        return [self._container(row) for row in rows]
+
+    def _container(self, row: dict[str, object]) -> Container:
+        networks = row["NetworkSettings"]["Networks"]  # type: ignore[index]
+        ip = networks.get(self._settings.project, {}).get("IPAddress", "")
+        name = str(row["Names"][0]).lstrip("/")  # type: ignore[index]
+        return Container(str(row["Id"]), name, ip, str(row["State"]))
+
+    def launch(self, name: str) -> Container:
+        """Creates and starts a backend. Raises NameTaken when a stranger bears the name."""
+        with _engine_errors():
+            container = self._client.containers.create(
+                self._settings.image,
+                name=name,
+                hostname=name,
+                labels=self._labels,
+                network=self._settings.project,
+                cap_drop=["ALL"],
+                security_opt=["no-new-privileges"],
+                read_only=True,
+                tmpfs={"/tmp": ""},  # noqa: S108 - inside the container
+                mem_limit=MEMORY,
+                pids_limit=PIDS,
+            )
+            try:
+                container.start()
+                container.reload()
+            except Exception:
+                with suppress(docker.errors.APIError, requests.RequestException):
+                    container.remove(force=True)
+                raise
+        networks = container.attrs["NetworkSettings"]["Networks"]
+        return Container(container.id, name, networks[self._settings.project]["IPAddress"], container.status)
+
+    def stop(self, container_id: str) -> None:
+        """SIGTERM, SIGKILL after STOP_GRACE, and away with it; fine when it is gone already."""
+        with _engine_errors(), suppress(docker.errors.NotFound):
+            container = self._client.containers.get(container_id)
+            container.stop(timeout=STOP_GRACE)
+            container.remove(force=True)
+
+    def last_words(self, container_id: str) -> str:
+        """The last line of its log."""
+        with _engine_errors():
+            text = self._client.containers.get(container_id).logs(tail=1)
+        return str(text.decode(errors="replace").strip())
+
+    def events(self) -> Iterator[Event]:
+        """What happens to our containers from now on; ends or raises EngineError when the engine does."""
+        with _engine_errors():
+            client = docker.from_env(timeout=None)
+            for event in client.events(decode=True, filters={**self._filter, "type": "container"}):
+                if event["Action"] in ("die", "kill"):
+                    attributes = event["Actor"]["Attributes"]
+                    code = attributes.get("exitCode" if event["Action"] == "die" else "signal", "0")
+                    yield Event(event["Action"], event["Actor"]["ID"], int(code) if code.isdecimal() else 0)

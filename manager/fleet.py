@@ -1,0 +1,168 @@
+"""The backends' states, and the plan from the actual fleet to the desired one. Pure: values in, values out.
+
+    starting ─▶ active ─▶ draining ─▶ stopped        and from anywhere ─▶ failed
+
+Ordering, true at every step and so after a crash at any: a backend leaves rotation (`draining`) before its container
+is stopped, and stays in the balancers' view until the container has ended, so that its last words reach its clients.
+The engine's list is the truth about containers; what it does not know (drains, reasons) is kept here and is rebuilt
+harmlessly when lost: a running container of ours is adopted as active, and the plan decides again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+STARTING, ACTIVE, DRAINING, STOPPED, FAILED = "starting", "active", "draining", "stopped", "failed"
+READY_WITHIN = 60.0  # seconds a launched backend may take to be found healthy
+DRAIN_GRACE = 10.0  # seconds past the drain timeout until the manager stops waiting for a balancer's word
+
+
+@dataclass(frozen=True)
+class Container:
+    """One of our backends as the engine lists it; `ip` is empty while it has none."""
+
+    id: str
+    name: str
+    ip: str
+    status: str  # Docker's word: created, running, paused, restarting, exited, dead, removing
+    exit_code: int | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self.status in ("exited", "dead", "removing")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """`id` and `ip` are empty until the engine has launched it; `since` is when it entered its state."""
+
+    name: str
+    state: str
+    since: float
+    id: str = ""
+    ip: str = ""
+    reason: str = ""
+    running: bool = True
+
+    def to(self, state: str, now: float, reason: str = "") -> Backend:
+        return replace(self, state=state, since=now, reason=reason)
+
+    @property
+    def in_view(self) -> bool:
+        """Whether the balancers are told of it."""
+        return bool(self.ip) and self.running and self.state != FAILED
+
+
+Fleet = Mapping[str, Backend]  # by name
+
+
+@dataclass(frozen=True)
+class Launch:
+    name: str
+
+
+@dataclass(frozen=True)
+class Drain:
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Stop the container, if it still runs, and remove it."""
+
+    name: str
+
+
+Step = Launch | Drain | Stop
+
+
+def live(fleet: Fleet) -> list[Backend]:
+    """The capacity: all that serve or soon will."""
+    return [backend for backend in fleet.values() if backend.state in (STARTING, ACTIVE)]
+
+
+def observe(fleet: Fleet, containers: Iterable[Container], listed_at: float, now: float) -> Fleet:
+    """The fleet as it is in the light of the engine's list, begun at `listed_at`."""
+    listed = {container.name: container for container in containers}
+    result = {}
+    for name, backend in fleet.items():
+        container = listed.pop(name, None)
+        if container is not None:
+            result[name] = _compare(backend, container, now)
+        elif not backend.id or backend.since > listed_at:
+            result[name] = backend  # being launched: too young for this list
+    for name, container in listed.items():
+        stray = Backend(name, ACTIVE, now, container.id, container.ip, "adopted")
+        if container.ended or container.status == "created":
+            stray = replace(stray, state=STOPPED, reason="left over", running=False)
+        result[name] = stray
+    return result
+
+
+def _compare(backend: Backend, container: Container, now: float) -> Backend:
+    if container.status == "created" or (backend.id and backend.id != container.id):
+        return backend  # our own launch, not finished yet; or a list older than what we know
+    seen = replace(backend, id=container.id, ip=container.ip or backend.ip)
+    return ended(seen, container.exit_code, now) if container.ended else seen
+
+
+def ended(backend: Backend, exit_code: int | None, now: float) -> Backend:
+    """Its container has ended: as it should while leaving, else a failure."""
+    gone = replace(backend, running=False)
+    if backend.state in (STOPPED, FAILED):
+        return gone
+    if backend.state == DRAINING:
+        return gone.to(STOPPED, now, "its container has ended")
+    return gone.to(FAILED, now, f"its container ended with exit code {exit_code}")
+
+
+def hear(fleet: Fleet, healthy: Mapping[str, bool | None], probed: bool, now: float) -> Fleet:
+    """What the balancers say, by address: who has become ready, and who (while anybody probes) never does."""
+    result = dict(fleet)
+    for name, backend in fleet.items():
+        if backend.state == STARTING and backend.ip:
+            if healthy.get(backend.ip):
+                result[name] = backend.to(ACTIVE, now)
+            elif probed and now - backend.since > READY_WITHIN:
+                result[name] = backend.to(FAILED, now, f"not ready within {READY_WITHIN:g} s")
+    return result
+
+
+@dataclass
+class Namer:
+    """Gives new backends the lowest free numbers; `taken` holds names that strangers' containers bear."""
+
+    prefix: str
+    taken: set[str] = field(default_factory=set)
+
+    def free(self, fleet: Fleet, count: int) -> list[str]:
+        names = (f"{self.prefix}{number}" for number in itertools.count(1))
+        return list(itertools.islice((n for n in names if n not in fleet and n not in self.taken), max(0, count)))
+
+
+def plan(fleet: Fleet, desired: int, namer: Namer, drain_timeout: float, now: float) -> list[Step]:
+    """The steps that take the fleet towards `desired` live backends; none when it is there."""
+    capacity = live(fleet)
+    steps: list[Step] = [Launch(name) for name in namer.free(fleet, desired - len(capacity))]
+    # The youngest first, those not yet ready before all: least work is lost, and a restarted manager chooses the same.
+    for backend in sorted(capacity, key=_worth)[: max(0, len(capacity) - desired)]:
+        steps.append(Drain(backend.name, f"scale-in to {desired}"))
+    for backend in fleet.values():
+        overdue = backend.state == DRAINING and now - backend.since > drain_timeout + DRAIN_GRACE
+        if backend.id and (backend.state in (STOPPED, FAILED) or overdue):
+            steps.append(Stop(backend.name))
+    return steps
+
+
+def by_number(name: str) -> tuple[int, str]:
+    """Sorts backend-2 before backend-10."""
+    number = re.search(r"\d+$", name)
+    return int(number[0]) if number else 0, name
+
+
+def _worth(backend: Backend) -> tuple[bool, int]:
+    return backend.state == ACTIVE, -by_number(backend.name)[0]

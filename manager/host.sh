@@ -1,0 +1,141 @@
+# shellcheck shell=bash
+# What run.sh, stop.sh and tests/run.sh share: telling steps, and finding, starting and ending the Docker Engine.
+# Sourced with the working directory at the repository's root. LOG is the file that steps write to.
+
+ENGINE_DIR=run/engine
+JOB=  # process group of the step under way
+
+say() { printf '%s\n' "$*"; }
+die() { printf '%s: %s\n' "${0##*/}" "$*" >&2; exit 1; }
+have() { command -v "$1" >/dev/null 2>&1; }
+
+# step TEXT COMMAND…: says TEXT, runs COMMAND with its output in LOG, says how long it took; shows that long ones move.
+step() {
+    local text=$1 began=${EPOCHREALTIME/[.,]/} ticker status=0
+    shift
+    printf '%s … ' "$text"
+    set -m
+    "$@" >>"$LOG" 2>&1 </dev/null 9>&- &
+    JOB=$!
+    tick "$text" 9>&- &
+    ticker=$!
+    set +m
+    wait "$JOB" || status=$?
+    JOB=
+    kill -TERM -- "-$ticker" 2>/dev/null || true
+    wait "$ticker" 2>/dev/null || true
+    [ ! -t 1 ] || printf '\r\033[K%s … ' "$text"
+    if [ "$status" -ne 0 ]; then
+        say "failed"
+        { echo "--- the end of $LOG:"; tail -n 15 "$LOG"; echo "--- the whole: $PWD/$LOG"; } >&2
+        die "$text: failed with status $status"
+    fi
+    local took=$((${EPOCHREALTIME/[.,]/} - began))
+    printf '%d.%d s\n' $((took / 1000000)) $((took / 100000 % 10))
+}
+
+tick() {
+    local text=$1 seconds=0 every=5
+    [ ! -t 1 ] || every=1
+    while sleep "$every"; do
+        seconds=$((seconds + every))
+        if [ -t 1 ]; then
+            printf '\r\033[K%s … %d s  %.60s' "$text" "$seconds" "$(tail -n 1 "$LOG" | tr -cd '[:print:]')"
+        else
+            printf '%d s … ' "$seconds"
+        fi
+    done
+}
+
+end_step() { [ -z "$JOB" ] || kill -TERM -- "-$JOB" 2>/dev/null || true; }
+
+apt_install() {
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get install -y --no-install-recommends "$@" || { apt-get update && apt-get install -y --no-install-recommends "$@"; }
+}
+
+# need WHAT-FOR PACKAGE…: installs Debian's packages, after saying so; says what is missing where it may not.
+need() {
+    local purpose=$1
+    shift
+    [ -z "${NO_INSTALL:-}" ] || die "missing for $purpose: $*; install it, or leave --no-install out"
+    [ "$(id -u)" -eq 0 ] || die "missing for $purpose: $*; install it, or run as root"
+    have apt-get || die "missing for $purpose: $*; no apt-get here to install it with"
+    step "Installing $* ($purpose)" apt_install "$@"
+}
+
+engine_answers() { timeout 10 docker info >/dev/null 2>&1; }
+
+# ensure_engine: the engine that answers, else an installed one, started, else Debian's, installed and started.
+# Returns with ENGINE_STARTED=1 when it was started here, else empty.
+ensure_engine() {
+    export ENGINE_STARTED=
+    case "${DOCKER_HOST:-unix:}" in unix:*) ;; *) die "DOCKER_HOST is $DOCKER_HOST; the engine has to be on this host" ;; esac
+    if have docker && engine_answers; then return; fi
+    [ -z "${DOCKER_HOST:-}" ] || die "no engine answers at DOCKER_HOST=$DOCKER_HOST"
+    if ! have dockerd; then
+        need "running containers" docker.io iptables
+    fi
+    have docker || need "talking to the engine" docker-cli
+    [ "$(id -u)" -eq 0 ] || die "no engine answers this user; start it, or join the docker group, or run as root"
+    step "Starting the Docker Engine" start_engine
+    ENGINE_STARTED=1
+}
+
+start_engine() {
+    if [ -d /run/systemd/system ] && systemctl start docker; then
+        mkdir -p "$ENGINE_DIR"
+        echo systemd >"$ENGINE_DIR/dockerd.pid"
+    else
+        mkdir -p "$ENGINE_DIR"
+        setsid dockerd >>"$ENGINE_DIR/dockerd.log" 2>&1 </dev/null &
+        echo $! >"$ENGINE_DIR/dockerd.pid"
+    fi
+    local pid tries
+    pid=$(cat "$ENGINE_DIR/dockerd.pid")
+    for ((tries = 0; tries < 300; tries++)); do
+        if engine_answers; then return; fi
+        if [ "$pid" != systemd ] && ! kill -0 "$pid" 2>/dev/null; then break; fi
+        sleep 0.1
+    done
+    tail -n 15 "$ENGINE_DIR/dockerd.log" 2>/dev/null
+    return 1
+}
+
+# stop_engine: ends the engine that start_engine began, and no other.
+stop_engine() {
+    local pid
+    pid=$(cat "$ENGINE_DIR/dockerd.pid" 2>/dev/null) || return 0
+    if [ "$pid" = systemd ]; then
+        systemctl stop docker docker.socket
+    elif is_process "$pid" dockerd; then
+        kill -TERM "$pid"
+        wait_gone "$pid" 30
+    fi
+    rm -rf "$ENGINE_DIR"
+}
+
+# is_process PID WORD: whether that process is there and has WORD in its command line (numbers are reused).
+is_process() { [ -n "$1" ] && tr '\0' ' ' 2>/dev/null <"/proc/$1/cmdline" | grep -qF -- "$2"; }
+
+wait_gone() {
+    local tries
+    for ((tries = 0; tries < $2 * 20; tries++)); do
+        kill -0 "$1" 2>/dev/null || return 0
+        sleep 0.05
+    done
+    return 1
+}
+
+# ours ROLE: the ids of this project's containers in that role.
+ours() { docker ps -aq --filter "label=lbscaler.project=$LB_PROJECT" --filter "label=lbscaler.role=$1"; }
+
+# curl without curl: the body of GET http://HOST:PORT PATH, status 0 only for 200.
+http_get() {
+    (
+        exec 3<>"/dev/tcp/$1/$2" || exit 1
+        printf 'GET %s HTTP/1.0\r\nHost: %s\r\n\r\n' "$3" "$1" >&3
+        answer=$(timeout 5 cat <&3) || exit 1
+        [[ "$answer" == HTTP/1.?\ 200* ]] && printf '%s\n' "${answer#*$'\r\n\r\n'}"
+    ) 2>/dev/null
+}

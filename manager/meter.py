@@ -1,0 +1,107 @@
+"""Absolute counters from any number of balancers in, rates out. Pure: time is an argument.
+
+A counter that went down was restarted, so its new value is what came since. A balancer that misses reports is unknown
+load, never zero; one silent for FORGET seconds is taken to be gone for good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from scaler import Load
+
+MISSED = 3  # intervals without a report until a balancer counts as silent
+FORGET = 60.0  # seconds
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One backend in one report: counters since the balancer began, `active` right now, `healthy` None if unknown."""
+
+    connections: int
+    packets: int
+    bytes: int
+    active: int
+    healthy: bool | None
+
+
+@dataclass(frozen=True)
+class Report:
+    balancer: str
+    revision: str
+    interval: float
+    backends: Mapping[str, Sample]  # by address
+
+
+@dataclass
+class _Balancer:
+    report: Report  # the newest
+    at: float
+    base: Report  # the one that rates are measured from, and when it came
+    base_at: float
+    rates: dict[str, dict[str, float]] | None = None  # address → metric → per second; None: one report so far
+
+
+@dataclass
+class Meter:
+    balancers: dict[str, _Balancer] = field(default_factory=dict)
+
+    def add(self, report: Report, now: float) -> bool:
+        """Takes a report in; False when it brings news of health but came too soon to measure a rate by."""
+        before = self.balancers.get(report.balancer)
+        if before is None:
+            self.balancers[report.balancer] = _Balancer(report, now, report, now)
+            return False
+        before.report, before.at = report, now
+        elapsed = now - before.base_at
+        if elapsed < report.interval / 2:
+            return False
+        old = before.base.backends
+        before.rates = {ip: _rates(sample, old.get(ip), elapsed) for ip, sample in report.backends.items()}
+        before.base, before.base_at = report, now
+        return True
+
+    def forget_gone(self, now: float) -> None:
+        for name in [name for name, entry in self.balancers.items() if now - entry.at > FORGET]:
+            del self.balancers[name]
+
+    def load(self, metric: str, now: float) -> Load | None:
+        """The fleet's load by `metric` (packets, connections or concurrency); None while nobody could measure any."""
+        self.forget_gone(now)
+        silent = [name for name, entry in self.balancers.items() if now - entry.at > MISSED * entry.report.interval]
+        measured = [entry.rates for name, entry in self.balancers.items() if entry.rates is not None]
+        if not measured:
+            return None
+        rate = sum(rates[metric] for by_ip in measured for rates in by_ip.values())
+        return Load(rate, ", ".join(sorted(silent)))
+
+    def backend(self, ip: str) -> dict[str, float]:
+        """One backend's counters and rates, summed over the balancers."""
+        total = dict.fromkeys(("connections", "packets", "bytes", "active", "connections_rate", "packets_rate"), 0.0)
+        for entry in self.balancers.values():
+            if sample := entry.report.backends.get(ip):
+                for name in ("connections", "packets", "bytes", "active"):
+                    total[name] += getattr(sample, name)
+            for metric in ("connections", "packets"):
+                total[f"{metric}_rate"] += (entry.rates or {}).get(ip, {}).get(metric, 0.0)
+        return total
+
+    def healthy(self, ip: str) -> bool | None:
+        """Whether any balancer finds it well; None while none has an opinion."""
+        opinions = [
+            entry.report.backends[ip].healthy for entry in self.balancers.values() if ip in entry.report.backends
+        ]
+        return any(opinions) if any(opinion is not None for opinion in opinions) else None
+
+
+def _rates(now: Sample, before: Sample | None, elapsed: float) -> dict[str, float]:
+    def rate(new: int, old: int) -> float:
+        return (new - old if new >= old else new) / elapsed
+
+    old = before or Sample(0, 0, 0, 0, None)
+    return {
+        "connections": rate(now.connections, old.connections),
+        "packets": rate(now.packets, old.packets),
+        "concurrency": float(now.active),
+    }

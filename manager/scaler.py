@@ -1,0 +1,134 @@
+"""Load and policy in, Decision with its reason out. Pure: time is an argument, and memory goes in and comes out.
+
+The rule is the Kubernetes HorizontalPodAutoscaler's: `desired = ceil(ready × ratio)` with `ratio = rate / (ready ×
+target)`, a tolerance around 1, and a stabilization window for shrinking (kubernetes.io, "Algorithm details"). From
+Knative's KPA come the two averaging windows and panic. Backends that are starting count as capacity, so one burst is
+not answered twice. Missing data is never a zero: an incomplete load is a lower bound, good for growing only.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+
+CREATE, STOP, OK = "CREATE_SERVER", "STOP_SERVER", "OK"
+TOLERANCE = 0.1  # of the ratio; HPA's default
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Windows in seconds; `target` in units of the metric per backend."""
+
+    min: int
+    max: int
+    target: float
+    metric: str = "packets"
+    stable_window: float = 60.0
+    panic_window: float = 6.0
+
+    @property
+    def unit(self) -> str:
+        return "open connections" if self.metric == "concurrency" else f"{self.metric}/s"
+
+
+@dataclass(frozen=True)
+class Load:
+    """The whole fleet's load: `rate` in the policy's unit; `missing` says whose report is not there."""
+
+    rate: float
+    missing: str = ""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the next decision has to remember: when the manager started, and (time, value) pairs, oldest first."""
+
+    started: float
+    rates: tuple[tuple[float, float], ...] = ()
+    recommended: tuple[tuple[float, int], ...] = ()
+    panic_since: float | None = None  # the last time the load crossed twice the capacity
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do, and every number that led there; `clamps` are the limits that changed `raw`, in order."""
+
+    at: float
+    verdict: str
+    current: int
+    desired: int
+    rate: float
+    ratio: float
+    raw: int
+    clamps: tuple[str, ...]
+    reason: str
+
+
+@dataclass
+class _Course:
+    """The number of backends on its way from the formula to the decision, and what bent it."""
+
+    value: int
+    clamps: list[str] = field(default_factory=list)
+
+    def limit(self, value: int, why: str) -> None:
+        if value != self.value:
+            self.value = value
+            self.clamps.append(why)
+
+
+def decide(policy: Policy, memory: Memory, load: Load, capacity: int, now: float) -> tuple[Decision, Memory]:
+    """How many backends there should be, given that `capacity` (≥ 1) are ready or starting."""
+    memory = _remember(policy, memory, load, now)
+    short, stable = _mean(memory.rates, now - policy.panic_window), _mean(memory.rates, now - policy.stable_window)
+    if short >= 2 * capacity * policy.target:
+        memory = replace(memory, panic_since=now)
+    panic = memory.panic_since is not None and now - memory.panic_since < policy.stable_window
+    rate = max(short, stable) if panic else short
+
+    ratio = rate / (capacity * policy.target)
+    raw = capacity if abs(1 - ratio) <= TOLERANCE else math.ceil(round(rate / policy.target, 9))
+    course = _Course(raw)
+    if raw > capacity:
+        step = max(2 * capacity, capacity + 4)
+        course.limit(min(raw, step), f"at most {step} in one step")
+    course.limit(max(course.value, policy.min), f"min {policy.min}")
+    course.limit(min(course.value, policy.max), f"max {policy.max}")
+    memory = replace(memory, recommended=(*memory.recommended, (now, course.value)))
+    if course.value < capacity:
+        value, why = _shrink_limit(policy, memory, load, panic, capacity)
+        course.limit(max(course.value, value), why)
+
+    desired = course.value
+    verdict = CREATE if desired > capacity else STOP if desired < capacity else OK
+    each = f"{rate:.4g} {policy.unit} over {capacity} backend{'s' * (capacity != 1)} = {rate / capacity:.4g} each"
+    reason = f"{each}, target {policy.target:g} ({ratio:.2f}×)" + "".join(f"; {clamp}" for clamp in course.clamps)
+    decision = Decision(now, verdict, capacity, desired, rate, ratio, raw, tuple(course.clamps), reason)
+    return decision, memory
+
+
+def _shrink_limit(policy: Policy, memory: Memory, load: Load, panic: bool, capacity: int) -> tuple[int, str]:
+    """The fewest backends to go down to, and why: shrinking waits for data, for history, for calm, for agreement."""
+    now, _ = memory.recommended[-1]
+    if load.missing:
+        return capacity, f"load unknown: no report from {load.missing}"
+    if now - memory.started < policy.stable_window:
+        return capacity, f"no history yet: started {now - memory.started:.0f} s ago"
+    if panic:
+        return capacity, "panic: the load passed twice the capacity within the stable window"
+    highest = min(capacity, max(value for _, value in memory.recommended))
+    return highest, f"{highest} wanted within the last {policy.stable_window:g} s"
+
+
+def _remember(policy: Policy, memory: Memory, load: Load, now: float) -> Memory:
+    since = now - policy.stable_window
+    return replace(
+        memory,
+        rates=(*(pair for pair in memory.rates if pair[0] > since), (now, load.rate)),
+        recommended=tuple(pair for pair in memory.recommended if pair[0] > since),
+    )
+
+
+def _mean(rates: tuple[tuple[float, float], ...], since: float) -> float:
+    values = [rate for at, rate in rates if at > since]
+    return sum(values) / len(values)

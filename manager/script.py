@@ -1,0 +1,288 @@
+"""The manager: a Flask application over the controller, served by waitress on three doors.
+
+127.0.0.1 and the backends' network's gateway (TCP), and run/<project>/manager.sock (mode 0600) for the operator. Reads
+are free on loopback; whatever comes from elsewhere or changes anything bears the token; what only the operator may do
+goes through the socket alone. Every refusal is one line of text: what was wrong and what is allowed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hmac
+import logging
+import logging.handlers
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import waitress
+from flask import Flask, Response, abort, jsonify, render_template_string, request
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from controller import Controller, Unknown
+from docker_engine import DockerEngine, EngineError
+from meter import Report, Sample
+from settings import SettingError, Settings, read
+
+OPERATOR = "lbscaler.operator"  # in the WSGI environment of requests through the Unix socket
+LONGEST_WAIT = 60.0  # seconds a long poll may hold a thread
+BODY_MAX = 1 << 20  # bytes
+COUNTERS = ("connections", "packets", "bytes", "active")
+THREADS = 32  # each long poll holds one
+
+log = logging.getLogger("manager")
+
+PAGE = """<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" content="2"><title>{{ s.project }}</title>
+<style>body{font:15px system-ui;margin:2em}td,th{padding:.2em 1em;text-align:right}</style>
+<h1>{{ s.project }}: {{ s.current }} of {{ s.desired }} backends</h1>
+<p>{{ (s.last_decision or {}).get("reason", "No report yet.") }}{{ " Paused." if s.paused }}</p>
+<table><tr><th>name<th>address<th>state<th>share<th>connections<th>packets<th>active</tr>
+{% for b in s.backends %}<tr><td>{{ b.name }}<td>{{ b.ip }}<td>{{ b.state }}<td>{{ "%.1f %%"|format(100 * b.share) }}
+<td>{{ b.connections|int }}<td>{{ b.packets|int }}<td>{{ b.active|int }}</tr>{% endfor %}</table>"""
+
+
+def create_app(controller: Controller, token: str, hosts: Iterable[str]) -> Flask:
+    """The routes. `hosts` are the names and addresses a Host header may bear (else: DNS rebinding)."""
+    app = Flask(__name__)
+    app.config["MAX_CONTENT_LENGTH"] = BODY_MAX
+    allowed_hosts = {"127.0.0.1", "localhost", *hosts}
+
+    @app.before_request
+    def guard() -> None:
+        if request.environ.get(OPERATOR):
+            return
+        if request.host.rpartition(":")[0] not in allowed_hosts and request.host not in allowed_hosts:
+            _refuse(403, "this Host is not one of the manager's")
+        given = request.headers.get("Authorization", "").encode()
+        trusted = hmac.compare_digest(given, f"Bearer {token}".encode())
+        loopback = str(request.remote_addr).startswith("127.")
+        if not trusted and not (loopback and request.method in ("GET", "HEAD")):
+            _refuse(401, "this call needs the token: Authorization: Bearer <run/PROJECT/token>")
+
+    def operator_only() -> None:
+        if not request.environ.get(OPERATOR):
+            _refuse(403, "the operator's calls go through run/PROJECT/manager.sock only")
+
+    @app.get("/sync")
+    def sync() -> Response | tuple[str, int]:
+        wait = _number(request.args.get("wait", "0"), "wait", 0, LONGEST_WAIT)
+        view = controller.wait_for_view(request.args.get("have", ""), wait)
+        return jsonify(view) if view is not None else ("", 204)
+
+    @app.post("/pkts_info")
+    def pkts_info() -> Response:
+        decision = controller.report(parse_report(_body()))
+        if decision is None:
+            return jsonify(decision="OK", desired=controller.desired, reason="no rate before the second report")
+        return jsonify(decision=decision.verdict, desired=decision.desired, reason=decision.reason)
+
+    @app.post("/stop")
+    def stop() -> tuple[str, int]:
+        body = _body()
+        return _on_backend(lambda: controller.stop(_text(body, "ip"), _text(body, "reason")))
+
+    @app.post("/drain")
+    def drain() -> tuple[str, int]:
+        operator_only()
+        return _on_backend(lambda: controller.drain(_text(_body(), "ip")))
+
+    @app.post("/scale")
+    def scale() -> Response:
+        operator_only()
+        body = _body()
+        if not body or body.keys() - {"min", "max", "target"}:
+            _refuse(400, "/scale takes min, max (1 to 1000) and target (above 0)")
+        bounds = [_whole(body, name, 1, 1000) if name in body else None for name in ("min", "max")]
+        target = _number(body["target"], "target", 0.001, 1e9) if "target" in body else None
+        try:
+            policy = controller.scale(bounds[0], bounds[1], target)
+        except ValueError as error:
+            _refuse(400, str(error))
+        return jsonify(min=policy.min, max=policy.max, target=policy.target, desired=controller.desired)
+
+    @app.post("/pause", defaults={"paused": True})
+    @app.post("/resume", defaults={"paused": False}, endpoint="resume")
+    def pause(paused: bool) -> Response:
+        operator_only()
+        controller.pause(paused)
+        return jsonify(paused=paused)
+
+    @app.get("/status")
+    def status() -> Response:
+        return jsonify(controller.status())
+
+    @app.get("/decisions")
+    def decisions() -> Response:
+        return jsonify([vars(decision) for decision in list(controller.decisions)])
+
+    @app.get("/metrics")
+    def metrics() -> Response:
+        registry = CollectorRegistry()
+        registry.register(_Exposition(controller.status()))
+        return Response(generate_latest(registry), mimetype="text/plain; version=0.0.4")
+
+    @app.get("/")
+    def page() -> str:
+        return render_template_string(PAGE, s=controller.status())
+
+    @app.errorhandler(404)
+    @app.errorhandler(405)
+    @app.errorhandler(413)
+    def refuse_plainly(error: Any) -> tuple[str, int]:
+        return f"{error.name}: {request.method} {request.path}\n", error.code
+
+    return app
+
+
+class _Exposition:
+    """One scrape: the status as Prometheus families."""
+
+    def __init__(self, status: dict[str, Any]) -> None:
+        self._status = status
+
+    def collect(self) -> Iterable[Metric]:
+        for name in ("connections", "packets", "bytes"):
+            family = CounterMetricFamily(f"lbscaler_backend_{name}", f"{name} dealt to a backend", labels=["backend"])
+            for backend in self._status["backends"]:
+                family.add_metric([backend["name"]], backend[name])
+            yield family
+        states = GaugeMetricFamily("lbscaler_backends", "backends by state", labels=["state"])
+        for state in ("starting", "active", "draining", "stopped", "failed"):
+            states.add_metric([state], sum(b["state"] == state for b in self._status["backends"]))
+        yield states
+        yield GaugeMetricFamily("lbscaler_desired_backends", "backends wanted", self._status["desired"])
+
+
+def parse_report(body: dict[str, Any]) -> Report:
+    """Reads the body of POST /pkts_info; aborts with one line of 400 for anything that is not a report."""
+    rows = body.get("backends")
+    if not isinstance(rows, list) or len(rows) > 10_000 or not all(isinstance(row, dict) for row in rows):
+        _refuse(400, "backends has to be a list of at most 10000 objects")
+    backends = {}
+    for row in rows:
+        healthy = row.get("healthy")
+        if healthy not in (True, False, None):
+            _refuse(400, "healthy has to be true, false or null")
+        connections, packets, size, active = (_whole(row, name, 0, 2**64) for name in COUNTERS)
+        backends[_text(row, "ip")] = Sample(connections, packets, size, active, healthy)
+    interval = _number(body.get("interval"), "interval", 0.1, 3600)
+    return Report(_text(body, "balancer"), _text(body, "revision"), interval, backends)
+
+
+def _body() -> dict[str, Any]:
+    body = request.get_json(force=True, silent=True)
+    if not isinstance(body, dict):
+        _refuse(400, "the body has to be a JSON object")
+    return body
+
+
+def _text(body: dict[str, Any], name: str) -> str:
+    value = body.get(name)
+    if not isinstance(value, str) or not 0 < len(value) <= 300 or not value.isprintable():
+        _refuse(400, f"{name} has to be a text of 1 to 300 printable characters")
+    return value
+
+
+def _whole(body: dict[str, Any], name: str, low: int, high: int) -> int:
+    value = body.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        _refuse(400, f"{name} has to be a whole number from {low} to {high}")
+    return value
+
+
+def _number(value: Any, name: str, low: float, high: float) -> float:
+    try:
+        number = float(value) if not isinstance(value, bool) else None
+    except (TypeError, ValueError, OverflowError):
+        number = None
+    if number is None or not low <= number <= high:
+        _refuse(400, f"{name} has to be a number from {low:g} to {high:g}")
+    return number
+
+
+def _on_backend(action: Callable[[], None]) -> tuple[str, int]:
+    try:
+        action()
+    except Unknown as error:
+        _refuse(404, f"no backend of ours has the address {error}")
+    return "", 204
+
+
+def _refuse(status: int, line: str) -> NoReturn:
+    abort(Response(f"{line}\n", status, mimetype="text/plain"))
+
+
+def as_operator(app: Flask) -> Callable[..., Any]:
+    """The same application, for requests that came through the operator's socket."""
+
+    def operated(environ: dict[str, Any], start_response: Any) -> Any:
+        return app.wsgi_app({**environ, OPERATOR: True}, start_response)
+
+    return operated
+
+
+def listen(address: str, port: int) -> socket.socket:
+    """A listening socket, bound even before the address is up: Docker's bridge may come after a restarted manager."""
+    door = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    door.setsockopt(socket.IPPROTO_IP, 15, 1)  # IP_FREEBIND, which Python has no name for before 3.13
+    door.bind((address, port))
+    return door
+
+
+def serve(app: Flask, settings: Settings, gateway: str) -> None:
+    """Serves all three doors until the main thread is told to end."""
+    doors = [listen("127.0.0.1", settings.manager_port), listen(gateway, settings.manager_port)]
+    unix = settings.run_dir / "manager.sock"
+    unix.unlink(missing_ok=True)
+    servers = [
+        waitress.create_server(app, sockets=doors, threads=THREADS, ident=None),
+        waitress.create_server(as_operator(app), unix_socket=str(unix), unix_socket_perms="600", ident=None),
+    ]
+    for server in servers:
+        threading.Thread(target=server.run, daemon=True).start()
+
+
+def start_log(path: Path) -> None:
+    handler = logging.handlers.RotatingFileHandler(path, maxBytes=5_000_000, backupCount=3)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    logging.getLogger().addHandler(handler)
+    log.setLevel(logging.INFO)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="The manager; run.sh starts it with its settings in LB_ variables.")
+    parser.add_argument("--backends", type=int, help="how many to begin with; without it, as many as run")
+    arguments = parser.parse_args()
+    try:
+        settings = read(os.environ)
+    except SettingError as error:
+        print(f"manager: {error}", file=sys.stderr)
+        return 2
+    start_log(settings.run_dir / "manager.log")
+    try:
+        engine = DockerEngine(settings)
+        gateway = engine.gateway()
+        controller = Controller(engine, settings, settings.run_dir / "balancer" / "ip.txt")
+        controller.adopt(arguments.backends)
+        serve(create_app(controller, (settings.run_dir / "token").read_text().strip(), [gateway]), settings, gateway)
+    except (EngineError, OSError) as error:
+        log.error("cannot start: %s", error)
+        print(f"manager: cannot start: {error}", file=sys.stderr)
+        return 1
+    log.info("manager started, pid %d, at 127.0.0.1 and %s, port %d", os.getpid(), gateway, settings.manager_port)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda _number, _frame: controller.close())
+    controller.run()
+    log.info("manager ended")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,253 @@
+#!/usr/bin/env bash
+# Brings the whole system up with one command, or applies changed settings to the one that runs.
+# ./run.sh --help lists the settings; each step is said before it happens, and undone when a later one fails.
+set -euo pipefail
+cd "$(dirname "$0")"
+# shellcheck source=manager/host.sh
+. manager/host.sh
+
+UNDO=()  # commands that undo what this run began, latest first
+
+main() {
+    mkdir -p run
+    LOG=run/run.log
+    : >"$LOG"
+    trap 'roll_back $?' EXIT
+    trap 'exit 130' INT
+    trap 'exit 143' TERM
+    have python3 || need "reading the settings" python3 python3-venv
+    read_settings "$@"
+
+    RUN=run/$LB_PROJECT
+    mkdir -p "$RUN/balancer"
+    LOG=$RUN/run.log
+    exec 9>"$RUN/lock"
+    flock -n 9 || die "another run.sh or stop.sh of project $LB_PROJECT is at work"
+    : >"$LOG"
+
+    ensure_engine
+    [ -z "$ENGINE_STARTED" ] || UNDO=(stop_engine "${UNDO[@]}")
+    check_host
+    build_images
+    make_venv
+    make_network
+    start_manager
+    start_balancer
+    wait_until_it_serves
+    UNDO=()
+    summary
+    [ -z "$FOLLOW" ] || exec tail -n 20 -F "$RUN/manager.log"
+}
+
+read_settings() {
+    local word settings
+    for word in "$@"; do
+        case "$word" in -h | --help) UNDO=(); exec python3 manager/settings.py --help ;; esac
+    done
+    settings=$(python3 manager/settings.py "$@") || exit $?
+    set -a
+    eval "$settings"
+    set +a
+}
+
+roll_back() {
+    local status=$1 undo
+    trap : INT TERM
+    trap - EXIT
+    end_step
+    [ "$status" -eq 0 ] || [ ${#UNDO[@]} -eq 0 ] || say "Undoing what this run began"
+    [ "$status" -eq 0 ] || for undo in "${UNDO[@]}"; do "$undo" >>"$LOG" 2>&1 || say "  could not: $undo (see $LOG)"; done
+    exit "$status"
+}
+
+# -- before anything starts -----------------------------------------------------------------------------------------
+
+check_host() {
+    local gateway ports=()
+    docker info --format '{{.SecurityOptions}}' | grep -q rootless && die "a rootless engine has no bridge on this host; use a rootful one"
+    gateway=$(network_gateway) || gateway=127.0.0.1
+    [ -n "$(ours balancer)" ] || ports+=("$LB_BIND:$LB_PORT:--port")
+    manager_runs || ports+=("127.0.0.1:$LB_MANAGER_PORT:--manager-port" "$gateway:$LB_MANAGER_PORT:--manager-port")
+    [ ${#ports[@]} -eq 0 ] || python3 manager/preflight.py ports "${ports[@]}" || exit 1
+}
+
+network_gateway() {
+    docker network inspect "$LB_PROJECT" --format '{{(index .IPAM.Config 0).Gateway}}' 2>/dev/null
+}
+
+# -- images: Debian's packages on a base image; tagged by a digest of what they are made of -------------------------
+
+build_images() {
+    BALANCER_IMAGE=lbscaler-balancer:$(digest balancer)
+    build_image balancer "$BALANCER_IMAGE"
+    BACKEND_IMAGE=${LB_IMAGE:-lbscaler-server:$(digest server)}
+    if [ -z "$LB_IMAGE" ]; then
+        build_image server "$BACKEND_IMAGE"
+    elif ! docker image inspect "$LB_IMAGE" >/dev/null 2>&1; then
+        step "Pulling $LB_IMAGE" docker pull "$LB_IMAGE"
+    fi
+}
+
+digest() {
+    { echo "$LB_BASE_IMAGE"; cat "$1"/Dockerfile "$1"/script.sh "$1"/*.py; } | sha256sum | cut -c1-12
+}
+
+build_image() {
+    if docker image inspect "$2" >/dev/null 2>&1; then return; fi
+    find_base_image
+    step "Building the $1 image" docker build --label "lbscaler.image=$1" --build-arg "BASE=$BASE" --tag "$2" "$1"
+}
+
+find_base_image() {
+    local made
+    made=lbscaler-base:debootstrap-trixie
+    for BASE in "$LB_BASE_IMAGE" "$made"; do
+        if docker image inspect "$BASE" >/dev/null 2>&1; then return; fi
+    done
+    BASE=$LB_BASE_IMAGE
+    if (step "Pulling $BASE" timeout 120 docker pull "$BASE") 2>/dev/null; then return; fi
+    [ "$BASE" = debian:trixie-slim ] || die "the base image $BASE is neither here nor to be pulled"
+    have debootstrap || need "making a base image without a registry" debootstrap
+    step "Making the base image with debootstrap instead" make_base_image "$made"
+    BASE=$made
+}
+
+make_base_image() {
+    local tree
+    tree=$(mktemp -d)
+    debootstrap --variant=minbase trixie "$tree" && tar -C "$tree" -c . | docker import --change 'LABEL lbscaler.image=base' - "$1"
+    local status=$?
+    rm -rf "$tree"
+    return "$status"
+}
+
+# -- the manager ----------------------------------------------------------------------------------------------------
+
+make_venv() {
+    local stamp
+    stamp=$(sha256sum <manager/requirements.txt)
+    if [ "$(cat .venv/stamp 2>/dev/null)" = "$stamp" ]; then return; fi
+    python3 -c 'import ensurepip, venv' 2>/dev/null || need "the manager's environment" python3-venv
+    step "Installing the manager's packages into .venv" install_packages
+    echo "$stamp" >.venv/stamp
+}
+
+install_packages() {
+    python3 -m venv --clear .venv
+    .venv/bin/python -m pip install --require-hashes --only-binary :all: -r manager/requirements.txt
+}
+
+make_network() {
+    if network_gateway >/dev/null; then return; fi
+    local subnet=$LB_SUBNET taken
+    if [ -z "$subnet" ]; then
+        mapfile -t taken < <(docker network ls -q | xargs docker network inspect --format '{{json .IPAM.Config}}' |
+            grep -oE '"Subnet":"[0-9./]+"' | cut -d'"' -f4)
+        subnet=$(python3 manager/preflight.py subnet "${taken[@]}")
+    fi
+    UNDO=(take_down "${UNDO[@]}")
+    step "Creating the network $LB_PROJECT, $subnet" docker network create --subnet "$subnet" --gateway "$(first_of "$subnet")" \
+        --label "lbscaler.project=$LB_PROJECT" --label lbscaler.role=network "$LB_PROJECT"
+}
+
+first_of() {
+    local a b c d
+    IFS=. read -r a b c d <<<"${1%/*}"
+    echo "$a.$b.$c.$((d + 1))"
+}
+
+take_down() { flock -u 9; ./stop.sh --project "$LB_PROJECT" --now; }
+
+manager_pid() { cat "$RUN/manager.pid" 2>/dev/null || true; }
+manager_runs() { is_process "$(manager_pid)" manager/script.py; }
+
+start_manager() {
+    local settings
+    settings=$(python3 manager/settings.py --store "$BACKEND_IMAGE")
+    if manager_runs && [ "$settings" = "$(cat "$RUN/settings.json" 2>/dev/null)" ] && [ -z "$BACKENDS" ]; then
+        say "The manager is up and its settings are unchanged"
+        return
+    fi
+    if manager_runs; then
+        step "Stopping the manager, to start it with changed settings" stop_manager
+    fi
+    [ -s "$RUN/token" ] || (umask 077 && head -c 24 /dev/urandom | od -An -vtx1 | tr -d ' \n' >"$RUN/token")
+    printf '%s:%s\n' "$(network_gateway)" "$LB_MANAGER_PORT" >"$RUN/balancer/hostip.txt"
+    ln -sf "../$RUN/balancer/hostip.txt" "../$RUN/balancer/ip.txt" balancer/
+    step "Starting the manager" launch_manager
+    printf '%s\n' "$settings" >"$RUN/settings.json"
+}
+
+launch_manager() {
+    LB_IMAGE=$BACKEND_IMAGE setsid .venv/bin/python manager/script.py ${BACKENDS:+--backends "$BACKENDS"} &
+    local pid=$! tries
+    echo "$pid" >"$RUN/manager.pid"
+    for ((tries = 0; tries < 200; tries++)); do
+        if http_get 127.0.0.1 "$LB_MANAGER_PORT" /status >/dev/null; then return; fi
+        kill -0 "$pid" 2>/dev/null || break
+        sleep 0.05
+    done
+    return 1
+}
+
+stop_manager() {
+    kill -TERM "$(manager_pid)"
+    wait_gone "$(manager_pid)" 10
+}
+
+# -- the balancer ---------------------------------------------------------------------------------------------------
+
+start_balancer() {
+    local config running
+    config=$(printf '%s\n' "$BALANCER_IMAGE" "$LB_BIND" "$LB_PORT" "$LB_BACKEND_PORT" "$(cat "$RUN/token" "$RUN/balancer/hostip.txt")" | sha256sum | cut -c1-12)
+    running=$(docker ps -q --filter "label=lbscaler.project=$LB_PROJECT" --filter "label=lbscaler.config=$config")
+    if [ -n "$running" ]; then
+        say "The balancer is up and its settings are unchanged"
+        return
+    fi
+    step "Starting the balancer on $LB_BIND:$LB_PORT" launch_balancer "$config"
+}
+
+launch_balancer() {
+    local old
+    mapfile -t old < <(ours balancer)
+    [ ${#old[@]} -eq 0 ] || docker rm -f "${old[@]}"
+    docker run --detach --name "$LB_PROJECT-balancer" --network "$LB_PROJECT" --publish "$LB_BIND:$LB_PORT:8000" \
+        --label "lbscaler.project=$LB_PROJECT" --label lbscaler.role=balancer --label "lbscaler.config=$1" \
+        --restart always --cap-drop ALL --cap-add NET_ADMIN --cap-add NET_RAW --read-only --tmpfs /run \
+        --security-opt no-new-privileges --memory 512m --pids-limit 256 \
+        --sysctl net.ipv4.ip_forward=1 --sysctl net.netfilter.nf_conntrack_acct=1 \
+        --sysctl net.netfilter.nf_conntrack_tcp_loose=0 --sysctl net.netfilter.nf_conntrack_tcp_be_liberal=1 \
+        --env "LB_TOKEN=$(cat "$RUN/token")" --env "LB_BACKEND_PORT=$LB_BACKEND_PORT" \
+        --volume "$PWD/$RUN/balancer:/balancer/run:ro" "$BALANCER_IMAGE"
+}
+
+wait_until_it_serves() {
+    step "Waiting for the first answer on port $LB_PORT" first_answer
+}
+
+# A connection that finds nobody ready is held, not refused, so ask the manager first: it knows when one is.
+first_answer() {
+    local address=$LB_BIND deadline=$((SECONDS + 60))
+    [ "$address" != 0.0.0.0 ] || address=127.0.0.1
+    while [ "$SECONDS" -lt "$deadline" ]; do
+        if http_get 127.0.0.1 "$LB_MANAGER_PORT" /status | grep -q '"state":"active"' &&
+            { [ "$LB_HEALTH" = tcp ] || http_get "$address" "$LB_PORT" /; }; then return; fi
+        sleep 0.1
+    done
+    docker logs --tail 5 "$LB_PROJECT-balancer"
+    tail -n 5 "$RUN/manager.log"
+    return 1
+}
+
+summary() {
+    local host=$LB_BIND
+    [ "$host" != 0.0.0.0 ] || host=localhost
+    say ""
+    say "  service   http://$host:$LB_PORT/"
+    say "  manager   http://localhost:$LB_MANAGER_PORT/"
+    say "  log       tail -F '$PWD/$RUN/manager.log'"
+    say "  stop      ./stop.sh$([ "$LB_PROJECT" = lbscaler ] || echo " --project $LB_PROJECT")"
+}
+
+main "$@"

@@ -1,0 +1,24 @@
+#!/bin/bash
+# Runs the backend's two programs, passes SIGTERM on to both, and ends when the workload has ended.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+python3 server.py &
+server=$!
+python3 synchronization_server.py &
+sync=$!
+stopping=
+trap 'stopping=1; kill -TERM "$server" "$sync" 2>/dev/null || true' TERM INT
+
+# A trapped signal ends `wait` early, so ask which of the two is still there, not what `wait` returned.
+while kill -0 "$server" 2>/dev/null && kill -0 "$sync" 2>/dev/null; do
+    wait -n "$server" "$sync" || true
+done
+[ -n "$stopping" ] || echo "script.sh: a program ended by itself; ending the container so that it is replaced" >&2
+
+status=0
+kill -TERM "$server" 2>/dev/null || true
+while kill -0 "$server" 2>/dev/null; do wait "$server" || status=$?; done
+# It answers "draining" to the last, has nothing in hand, and takes SIGTERM for news rather than an order.
+kill -KILL "$sync" 2>/dev/null || true
+[ -n "$stopping" ] || exit $((status ? status : 1))

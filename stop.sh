@@ -1,0 +1,119 @@
+#!/usr/bin/env bash
+# Lets the connections in hand finish, then removes all of this project, and only that.
+#   ./stop.sh [--project NAME] [--now] [--images] [--engine]
+#     --now      do not wait for connections in hand
+#     --images   remove the images made by run.sh too
+#     --engine   stop the Docker Engine too, if run.sh started it
+set -euo pipefail
+cd "$(dirname "$0")"
+# shellcheck source=manager/host.sh
+. manager/host.sh
+
+LB_PROJECT=${LB_PROJECT:-lbscaler}
+DRAIN=30 IMAGES='' ENGINE=''
+
+main() {
+    read_flags "$@"
+    RUN=run/$LB_PROJECT
+    mkdir -p "$RUN"
+    LOG=$RUN/stop.log
+    : >"$LOG"
+    exec 9>"$RUN/lock"
+    flock -n 9 || die "another run.sh or stop.sh of project $LB_PROJECT is at work"
+
+    remove_manager
+    if have docker && engine_answers; then
+        drain
+        remove_containers
+        remove_network
+        [ -z "$IMAGES" ] || remove_images
+    else
+        say "No Docker Engine answers: its containers, if there are any, are left for a second ./stop.sh"
+    fi
+    forget_files
+    [ -z "$ENGINE" ] || step "Stopping the Docker Engine, if run.sh started it" stop_engine
+    say "Project $LB_PROJECT is down; its log stays in $RUN/manager.log"
+}
+
+read_flags() {
+    while [ $# -gt 0 ]; do
+        case "$1" in
+            --project) LB_PROJECT=${2:?--project needs a name}; shift ;;
+            --project=*) LB_PROJECT=${1#*=} ;;
+            --now) DRAIN=0 ;;
+            --images) IMAGES=1 ;;
+            --engine) ENGINE=1 ;;
+            -h | --help) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 0 ;;
+            *) echo "stop.sh: unknown word '$1'; see ./stop.sh --help" >&2; exit 2 ;;
+        esac
+        shift
+    done
+    if ! [[ "$LB_PROJECT" =~ ^[a-z0-9][a-z0-9_-]{0,39}$ ]]; then
+        echo "stop.sh: --project is '$LB_PROJECT'; allowed: a-z 0-9 _ -, 40 at most" >&2
+        exit 2
+    fi
+}
+
+# First, so that nobody replaces what goes.
+remove_manager() {
+    local pid
+    pid=$(cat "$RUN/manager.pid" 2>/dev/null) || return 0
+    if is_process "$pid" manager/script.py; then
+        step "Stopping the manager (pid $pid)" end_manager "$pid"
+    fi
+}
+
+end_manager() {
+    kill -TERM "$1"
+    wait_gone "$1" 10 || { kill -KILL "$1" && wait_gone "$1" 5; }
+}
+
+drain() {
+    local stored balancer
+    balancer=$(docker ps -q --filter "label=lbscaler.project=$LB_PROJECT" --filter label=lbscaler.role=balancer)
+    [ -n "$balancer" ] && [ "$DRAIN" -ne 0 ] || return 0
+    stored=$(sed -n 's/.*"drain_timeout": "\([0-9]*\).*/\1/p' "$RUN/settings.json" 2>/dev/null || true)
+    step "Letting connections in hand finish, ${stored:-$DRAIN} s at most" \
+        docker exec "$balancer" /bin/bash /balancer/script.sh drain "${stored:-$DRAIN}"
+}
+
+remove_containers() {
+    local role ids
+    for role in balancer backend; do
+        mapfile -t ids < <(ours "$role")
+        [ ${#ids[@]} -eq 0 ] || step "Removing $role containers: ${#ids[@]}" remove "${ids[@]}"
+    done
+}
+
+remove() { docker stop -t 10 "$@"; docker rm -f -v "$@"; }
+
+remove_network() {
+    local network
+    network=$(docker network ls -q --filter "label=lbscaler.project=$LB_PROJECT" --filter label=lbscaler.role=network)
+    [ -n "$network" ] || return 0
+    local strangers
+    strangers=$(docker network inspect "$network" --format '{{range .Containers}}{{.Name}} {{end}}')
+    if [ -n "${strangers// /}" ]; then
+        say "Keeping the network $LB_PROJECT: ${strangers% } is attached to it"
+        return 0
+    fi
+    step "Removing the network $LB_PROJECT" docker network rm "$network"
+}
+
+remove_images() {
+    local image
+    for image in $(docker image ls -q --filter label=lbscaler.image | sort -u); do
+        docker image rm -f "$image" >>"$LOG" 2>&1 || say "Keeping image $image: a container uses it"
+    done
+    say "Removed the images made by run.sh"
+}
+
+forget_files() {
+    local link
+    for link in balancer/hostip.txt balancer/ip.txt; do
+        [ "$(readlink "$link" 2>/dev/null)" != "../$RUN/balancer/${link##*/}" ] || rm -f "$link"
+    done
+    rm -rf "$RUN/balancer" "$RUN/token" "$RUN/settings.json" "$RUN/manager.pid" "$RUN/manager.sock"
+}
+
+main "$@"

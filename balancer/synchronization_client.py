@@ -128,6 +128,7 @@ class Balancer:
         self._prober = Prober(self._health_turned)
         self._known: dict[str, str] | None = None  # address → id, of every backend the kernel may know
         self._in_rotation: tuple[Endpoint, ...] = ()
+        self._wanted: ruleset.Table | None = None
         self._reachable = True
         self._draining_since: dict[str, float] = {}
         self._ill_since: dict[str, float] = {}
@@ -157,7 +158,8 @@ class Balancer:
         self._forget((ids.keys() - known.keys()) | come_back)
         self._netfilter.change_members(ruleset.set_changes(members.keys() | ids.keys(), members))
         leaving = [Endpoint(b.ip, view.port) for b in view.backends if b.ip not in {e.ip for e in chosen}]
-        text = ruleset.restore(ruleset.nat(chosen, leaving), nat)
+        wanted_nat = ruleset.nat(chosen, leaving)
+        text = ruleset.restore(wanted_nat, nat)
         self._netfilter.apply(text)
         for wanted in (ruleset.filters(chosen), ruleset.mangle()):
             self._netfilter.apply(ruleset.restore(wanted, ruleset.parse_table(self._netfilter.table(wanted.name))))
@@ -166,9 +168,10 @@ class Balancer:
 
         if {e.ip for e in chosen} != {e.ip for e in self._in_rotation}:
             log.info("rotation %s", " ".join(sorted(e.ip for e in chosen)) or "empty")
-        elif text and self._known is not None and chosen == self._in_rotation:
+        elif text and wanted_nat == self._wanted:
             log.warning("repaired the nat table: somebody else had changed it")
-        self._known, self._in_rotation, self.converged_at = ids, chosen, time.monotonic()
+        self._known, self._in_rotation, self._wanted = ids, chosen, wanted_nat
+        self.converged_at = time.monotonic()
 
     def _forget(self, ips: Iterable[str]) -> None:
         ips = set(ips)

@@ -34,6 +34,7 @@ OPERATOR = "lbscaler.operator"  # in the WSGI environment of requests through th
 LONGEST_WAIT = 60.0  # seconds a long poll may hold a thread
 BODY_MAX = 1 << 20  # bytes
 COUNTERS = ("connections", "packets", "bytes", "active")
+END = (signal.SIGTERM, signal.SIGINT)
 THREADS = 32  # each long poll holds one
 
 log = logging.getLogger("manager")
@@ -265,6 +266,7 @@ def main() -> int:
     except SettingError as error:
         print(f"manager: {error}", file=sys.stderr)
         return 2
+    signal.pthread_sigmask(signal.SIG_BLOCK, END)  # before any thread starts, so that sigwait alone takes them
     start_log(settings.run_dir / "manager.log")
     try:
         engine = DockerEngine(settings)
@@ -277,9 +279,11 @@ def main() -> int:
         print(f"manager: cannot start: {error}", file=sys.stderr)
         return 1
     log.info("manager started, pid %d, at 127.0.0.1 and %s, port %d", os.getpid(), gateway, settings.manager_port)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda _number, _frame: controller.close())
-    controller.run()
+    loop = threading.Thread(target=controller.run, name="controller", daemon=True)
+    loop.start()
+    signal.sigwait(END)
+    controller.close()
+    loop.join(10)
     log.info("manager ended")
     return 0
 

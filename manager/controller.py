@@ -36,6 +36,9 @@ BACKOFF = (0.5, 30.0)  # seconds: after the first failed launch, and at most
 log = logging.getLogger("manager")
 
 
+Clock = Callable[[], float]
+
+
 class Engine(Protocol):
     """What the controller needs of whoever runs the backends."""
 
@@ -51,9 +54,7 @@ class Unknown(LookupError):
 
 
 class Controller:
-    def __init__(
-        self, engine: Engine, settings: Settings, ip_file: Path, clock: Callable[[], float] = time.time
-    ) -> None:
+    def __init__(self, engine: Engine, settings: Settings, ip_file: Path, clock: Clock = time.time) -> None:
         self.settings = settings
         self.policy = Policy(
             settings.min,

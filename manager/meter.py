@@ -89,10 +89,9 @@ class Meter:
 
     def healthy(self, ip: str) -> bool | None:
         """Whether any balancer finds it well; None while none has an opinion."""
-        opinions = [
-            entry.report.backends[ip].healthy for entry in self.balancers.values() if ip in entry.report.backends
-        ]
-        return any(opinions) if any(opinion is not None for opinion in opinions) else None
+        samples = (entry.report.backends.get(ip) for entry in self.balancers.values())
+        opinions = [sample.healthy for sample in samples if sample is not None and sample.healthy is not None]
+        return any(opinions) if opinions else None
 
 
 def _rates(now: Sample, before: Sample | None, elapsed: float) -> dict[str, float]:

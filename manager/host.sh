@@ -3,7 +3,7 @@
 # Sourced with the working directory at the repository's root. LOG is the file that steps write to.
 
 ENGINE_DIR=run/engine
-JOB=  # process group of the step under way
+JOB='' TICKER=''  # process groups of the step under way and of what shows that it moves
 
 say() { printf '%s\n' "$*"; }
 die() { printf '%s: %s\n' "${0##*/}" "$*" >&2; exit 1; }
@@ -11,19 +11,18 @@ have() { command -v "$1" >/dev/null 2>&1; }
 
 # step TEXT COMMAND…: says TEXT, runs COMMAND with its output in LOG, says how long it took; shows that long ones move.
 step() {
-    local text=$1 began=${EPOCHREALTIME/[.,]/} ticker status=0
+    local text=$1 began=${EPOCHREALTIME/[.,]/} status=0
     shift
     printf '%s … ' "$text"
     set -m
     "$@" >>"$LOG" 2>&1 </dev/null 9>&- &
     JOB=$!
     tick "$text" 9>&- &
-    ticker=$!
+    TICKER=$!
     set +m
     wait "$JOB" || status=$?
     JOB=
-    kill -TERM -- "-$ticker" 2>/dev/null || true
-    wait "$ticker" 2>/dev/null || true
+    end_step
     [ ! -t 1 ] || printf '\r\033[K%s … ' "$text"
     if [ "$status" -ne 0 ]; then
         say "failed"
@@ -47,7 +46,17 @@ tick() {
     done
 }
 
-end_step() { [ -z "$JOB" ] || kill -TERM -- "-$JOB" 2>/dev/null || true; }
+# end_step: ends what step has under way, with all it started.
+end_step() {
+    local group
+    for group in "$JOB" "$TICKER"; do
+        if [ -n "$group" ]; then
+            kill -TERM -- "-$group" 2>/dev/null || true
+            wait "$group" 2>/dev/null || true
+        fi
+    done
+    JOB='' TICKER=''
+}
 
 apt_install() {
     export DEBIAN_FRONTEND=noninteractive

@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FAST = ("--interval", "1", "--panic-window", "3", "--stable-window", "6", "--drain-timeout", "15")
+
+
+def _engine_answers() -> bool:
+    asked = ["docker", "info"]
+    return bool(shutil.which("docker")) and not subprocess.run(asked, capture_output=True, check=False).returncode
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    why = "needs root" if os.geteuid() else "" if _engine_answers() else "needs a Docker Engine that answers"
+    for item in items:
+        if why and "e2e" in item.path.parts:
+            item.add_marker(pytest.mark.skip(reason=why))
+
+
+def docker(*arguments: str) -> str:
+    return subprocess.run(["docker", *arguments], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def until(condition: Callable[[], Any], what: str, seconds: float = 30.0) -> Any:
+    """The first true value of `condition`; a generous bound, for a busy machine."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(0.05)
+    raise AssertionError(f"not within {seconds:g} s: {what}")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class System:
+    """One project, run from a copy of the tree on a path with a space in it."""
+
+    def __init__(self, tree: Path, project: str) -> None:
+        self.tree, self.project = tree, project
+        self.port, self.manager_port = free_port(), free_port()
+        self.flags = ("--project", project, "--port", str(self.port), "--manager-port", str(self.manager_port))
+        self.run_dir = tree / "run" / project
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """Begins ./run.sh in a session of its own, as a terminal would."""
+        command = [str(self.tree / "run.sh"), *self.flags, *arguments]
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+
+    def up(self, *arguments: str, status: int = 0) -> str:
+        process = self.start(*arguments)
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == status, output
+        return output
+
+    def down(self, *arguments: str) -> str:
+        command = [str(self.tree / "stop.sh"), "--project", self.project, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def get(self, path: str = "/", port: int | None = None) -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port or self.port}{path}", timeout=10) as answer:
+            return str(answer.read().decode())
+
+    def who(self) -> str:
+        """The backend that answers a new connection."""
+        return self.get().split(" ")[0]
+
+    def status(self) -> dict[str, Any]:
+        message: dict[str, Any] = json.loads(self.get("/status", self.manager_port))
+        return message
+
+    def active(self) -> list[dict[str, Any]]:
+        return [backend for backend in self.status()["backends"] if backend["state"] == "active"]
+
+    def settled(self, count: int, seconds: float = 40.0) -> list[dict[str, Any]]:
+        def there() -> list[dict[str, Any]]:
+            backends = self.status()["backends"]
+            return backends if len(backends) == count and all(b["state"] == "active" for b in backends) else []
+
+        result: list[dict[str, Any]] = until(there, f"{count} active backends and no others", seconds)
+        return result
+
+    def operate(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """A call of the operator's, through the Unix socket."""
+        with socket.socket(socket.AF_UNIX) as door:
+            door.connect(str(self.run_dir / "manager.sock"))
+            text = json.dumps(body)
+            head = f"POST {path} HTTP/1.0\r\nContent-Type: application/json\r\nContent-Length: {len(text)}\r\n\r\n"
+            door.sendall((head + text).encode())
+            answer = b"".join(iter(lambda: door.recv(65536), b"")).decode()
+        head, _, payload = answer.partition("\r\n\r\n")
+        assert " 200 " in head or " 204 " in head, answer
+        return dict(json.loads(payload)) if payload else {}
+
+    def log(self) -> str:
+        return (self.run_dir / "manager.log").read_text()
+
+    def containers(self) -> list[str]:
+        return docker("ps", "-aq", "--filter", f"label=lbscaler.project={self.project}").split()
+
+    def nothing_left(self) -> bool:
+        networks = docker("network", "ls", "-q", "--filter", f"label=lbscaler.project={self.project}")
+        return not self.containers() and not networks and not self.manager_alive()
+
+    def manager_alive(self) -> bool:
+        for command in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                words, cwd = command.read_bytes(), (command.parent / "environ").read_bytes()
+            except OSError:
+                continue
+            if b"manager/script.py" in words and f"LB_PROJECT={self.project}\0".encode() in cwd:
+                return True
+        return False
+
+
+class Load:
+    """hey, from Debian's packages, at 127.0.0.1: new connections at a bounded rate for a bounded time."""
+
+    def __init__(self, port: int, seconds: int, per_second: int, workers: int = 20, keep_alive: bool = False) -> None:
+        self._workers = workers
+        each = str(per_second / workers)
+        command = ["hey", "-z", f"{seconds}s", "-c", str(workers), "-q", each, "-t", "30"]
+        command += [] if keep_alive else ["-disable-keepalive"]
+        self._process = subprocess.Popen(
+            [*command, f"http://127.0.0.1:{port}/"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    def result(self) -> tuple[int, int, float]:
+        """(answers with status 200, all other outcomes, slowest answer in seconds)."""
+        output, _ = self._process.communicate(timeout=120)
+        answered = sum(int(n) for n in re.findall(r"\[200\]\s+(\d+) responses", output))
+        others = sum(int(n) for n in re.findall(r"\[(?!200\])\d{3}\]\s+(\d+) responses", output))
+        errors = output.partition("Error distribution:")[2]
+        others += sum(int(n) for n in re.findall(r"^\s+\[(\d+)\]", errors, re.MULTILINE))
+        slowest = re.search(r"Slowest:\s+([\d.]+)", output)
+        assert answered, output
+        return answered, others, float(slowest[1]) if slowest else 0.0
+
+    def end(self) -> None:
+        self._process.send_signal(signal.SIGINT)
+        self._process.communicate(timeout=40)
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the files git knows, under a path with a space."""
+    copy = tmp_path_factory.mktemp("e2e") / "a checkout"
+    names = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for name in names.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, copy / name)
+    return copy
+
+
+@pytest.fixture(scope="session")
+def shared(tree: Path) -> Iterator[System]:
+    """A system that many tests use; each must leave it running with two backends."""
+    system = System(tree, f"lbtest{os.getpid()}")
+    system.up("2", *FAST, "--max", "8")
+    yield system
+    system.down("--now")
+
+
+@pytest.fixture
+def system(shared: System) -> System:
+    shared.operate("/scale", {"min": 2, "max": 8, "target": 100})
+    shared.settled(2, 60)
+    return shared
+
+
+@pytest.fixture
+def fresh(tree: Path) -> Iterator[System]:
+    """A project of its own, not up yet; taken down after the test."""
+    system = System(tree, f"lbfresh{os.getpid()}")
+    yield system
+    system.down("--now")

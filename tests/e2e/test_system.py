@@ -1,0 +1,160 @@
+"""The whole system on the real engine: up, traffic, scaling, replacement, down."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from e2e.conftest import Load, System, docker, until
+
+
+def test_every_backend_answers_and_names_itself(system: System) -> None:
+    names = {backend["name"] for backend in system.active()}
+    assert Counter(system.who() for _ in range(40)).keys() == names
+
+
+def test_load_grows_the_fleet_and_quiet_shrinks_it_with_no_request_failed(system: System) -> None:
+    heavy = Load(system.port, seconds=8, per_second=150)
+    until(lambda: len(system.active()) >= 4, "growth to four", 20)
+    answered, others, _ = heavy.result()
+    assert (answered > 500, others) == (True, 0)
+    light = Load(system.port, seconds=25, per_second=20)  # while it shrinks
+    system.settled(2, 60)
+    answered, others, _ = light.result()
+    assert (answered > 200, others) == (True, 0)
+    log = system.log()
+    assert "CREATE_SERVER 2→" in log
+    assert "STOP_SERVER" in log
+    assert "draining→stopped" in log
+    assert "Traceback" not in log
+
+
+def test_a_killed_backend_is_replaced(system: System) -> None:
+    victim = system.active()[0]["name"]
+    docker("kill", victim)
+    until(lambda: "active→failed" in system.log(), "the death is told")
+    system.settled(2)
+    assert {system.who() for _ in range(20)} == {backend["name"] for backend in system.active()}
+
+
+def test_a_strangers_container_survives_and_its_address_stalls_nothing(system: System) -> None:
+    names = {backend["name"] for backend in system.active()}
+    image = docker("inspect", "-f", "{{.Config.Image}}", min(names))
+    next_name = next(name for n in range(1, 9) if (name := f"{system.project}-backend-{n}") not in names)
+    next_address = system.active()[-1]["ip"].rsplit(".", 1)
+    their_address = f"{next_address[0]}.{int(next_address[1]) + 3}"
+    idle = ("--entrypoint", "sleep", image, "600")
+    on_the_network = docker("run", "-d", "--network", system.project, "--ip", their_address, *idle)
+    with_our_next_name = docker("run", "-d", "--name", next_name, *idle)
+    try:
+        system.operate("/scale", {"min": 5})
+        system.settled(5)
+        system.operate("/scale", {"min": 2})
+        system.settled(2, 60)
+        for container in (on_the_network, with_our_next_name):
+            assert docker("inspect", "-f", "{{.State.Running}}", container) == "true"
+    finally:
+        docker("rm", "-f", on_the_network, with_our_next_name)
+
+
+def test_run_again_changes_only_what_settings_changed(system: System) -> None:
+    before = sorted(system.containers())
+    assert "unchanged" in system.up()
+    assert sorted(system.containers()) == before
+    pid = (system.run_dir / "manager.pid").read_text()
+    system.up("--max", "7")
+    assert sorted(system.containers()) == before
+    assert (system.run_dir / "manager.pid").read_text() != pid
+    assert system.status()["max"] == 7
+    assert system.status()["target"] == 100
+
+
+def test_traffic_flows_while_manager_and_client_are_dead(system: System) -> None:
+    os.kill(int((system.run_dir / "manager.pid").read_text()), signal.SIGKILL)
+    balancer = f"{system.project}-balancer"
+    docker("exec", balancer, "/bin/bash", "-c", "kill -STOP $(cat /run/client.pid)")
+    try:
+        assert len({system.who() for _ in range(30)}) == 2
+    finally:
+        docker("exec", balancer, "/bin/bash", "-c", "kill -KILL $(cat /run/client.pid)")
+    assert len({system.who() for _ in range(30)}) == 2
+    system.up()
+    system.settled(2)
+
+
+def test_the_files_shown_on_the_host_tell_the_rotation(system: System) -> None:
+    shown = (system.tree / "balancer" / "ip.txt").read_text().split()
+    assert sorted(shown) == sorted(backend["ip"] for backend in system.active())
+    assert (system.tree / "balancer" / "hostip.txt").read_text().strip().endswith(f":{system.manager_port}")
+
+
+@pytest.mark.parametrize(
+    "moment", ["Creating the network", "Starting the manager", "Starting the balancer", "Waiting for"]
+)
+def test_an_interrupted_start_leaves_nothing(fresh: System, moment: str) -> None:
+    process = fresh.start()
+    assert process.stdout is not None
+    seen = ""
+    while moment not in seen:
+        piece = process.stdout.read(1)
+        assert piece, seen
+        seen += piece
+    time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, seen + output
+    until(fresh.nothing_left, "nothing is left", 10)
+
+
+def test_stop_removes_all_of_ours_and_only_that_and_can_be_said_twice(fresh: System, system: System) -> None:
+    fresh.up("3", *("--min", "1"))
+    assert len(fresh.active()) == 3
+    docker("rm", "-f", f"{fresh.project}-backend-2")
+    os.kill(int((fresh.run_dir / "manager.pid").read_text()), signal.SIGKILL)
+    fresh.down()
+    assert fresh.nothing_left()
+    assert "is down" in fresh.down()
+    assert system.who()
+    system.settled(2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (("--max", "1"), "--min 2 is above --max 1"),
+        (("--port", "http"), "--port (LB_PORT) is 'http'; allowed: 1 to 65535"),
+        (("--colour", "red"), "unrecognized arguments: --colour"),
+        (("99",), "the number of backends is '99'; allowed: 2 (--min) to 10 (--max)"),
+    ],
+)
+def test_a_bad_setting_is_one_line_and_exit_code_2_and_touches_nothing(
+    fresh: System, flags: tuple[str, ...], line: str
+) -> None:
+    output = fresh.up(*flags, status=2)
+    assert line in output
+    assert output.count("\n") == 1
+    assert fresh.nothing_left()
+
+
+def test_a_taken_port_is_told_with_its_owner_and_the_flag_that_moves_it(fresh: System, system: System) -> None:
+    output = fresh.up("--port", str(system.port), status=1)
+    assert f"port {system.port} is taken by docker-proxy" in output
+    assert "--port PORT" in output
+    assert fresh.nothing_left()
+
+
+def test_the_drain_of_stop_lets_a_request_in_hand_finish(fresh: System, tmp_path: Path) -> None:
+    fresh.up()
+    answers: list[str] = []
+    thread = threading.Thread(target=lambda: answers.append(fresh.get("/?seconds=4")))
+    thread.start()
+    time.sleep(1)
+    fresh.down()
+    thread.join(10)
+    assert "primes" in answers[0]

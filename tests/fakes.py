@@ -1,0 +1,138 @@
+"""What the unit tests put in the world's place: a clock that stands still, an engine in memory, a balancer's words."""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from controller import Controller
+from docker_engine import EngineError, Event, NameTaken
+from fleet import Container
+from meter import Report, Sample
+from settings import Settings, read, variable
+
+TOKEN = "0123456789abcdef"
+
+
+class Clock:
+    """Stands still until it is moved by hand."""
+
+    def __init__(self, now: float = 1000.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+    def pass_by(self, seconds: float) -> None:
+        self.now += seconds
+
+
+class FakeEngine:
+    """Docker in memory, as `controller.Engine` wants it; a new container gets the lowest free address, as Docker's do.
+
+    Faults: while `down` is set every call raises it; `refusals` are raised by the next launches, one each; launches
+    and stops wait for `gate`; `strangers` are names that others' containers bear.
+    """
+
+    def __init__(self, *running: str) -> None:
+        self.containers: dict[str, Container] = {}  # by name
+        self.calls: list[tuple[str, str]] = []  # what was begun, in order: (launch, name), (stop, name)
+        self.threads: set[str] = set()  # that launched or stopped
+        self.down = ""
+        self.refusals: list[EngineError] = []
+        self.no_last_words = ""
+        self.strangers: set[str] = set()
+        self.gate = threading.Event()
+        self.gate.set()
+        self._numbers = itertools.count(1)
+        self._events: queue.Queue[Event | EngineError | None] = queue.Queue()
+        for name in running:
+            self._run(name)
+
+    def list(self) -> list[Container]:
+        self._answer()
+        return list(self.containers.values())
+
+    def launch(self, name: str) -> Container:
+        self._begin("launch", name)
+        if name in self.strangers:
+            raise NameTaken(f"the name {name} is already in use")
+        if self.refusals:
+            raise self.refusals.pop(0)
+        assert name not in self.containers, f"{name} launched twice"
+        return self._run(name)
+
+    def stop(self, container_id: str) -> None:
+        name = next((c.name for c in list(self.containers.values()) if c.id == container_id), "")
+        self._begin("stop", name)
+        self.containers.pop(name, None)
+
+    def last_words(self, container_id: str) -> str:
+        self._answer()
+        if self.no_last_words:
+            raise EngineError(self.no_last_words)
+        return "goodbye"
+
+    def events(self) -> Iterator[Event]:
+        while (event := self._events.get()) is not None:
+            if isinstance(event, EngineError):
+                raise event
+            yield event
+
+    def die(self, name: str, code: int) -> None:
+        """The container ends by itself, which frees its address; the engine says so."""
+        self.containers[name] = replace(self.containers[name], status="exited", exit_code=code, ip="")
+        self.tell(Event("die", self.containers[name].id, code))
+
+    def tell(self, event: Event | EngineError | None) -> None:
+        """Sends an event alone; None ends the stream, an error breaks it."""
+        self._events.put(event)
+
+    def _begin(self, call: str, name: str) -> None:
+        self.calls.append((call, name))
+        self.threads.add(threading.current_thread().name)
+        self.gate.wait(5)
+        self._answer()
+
+    def _answer(self) -> None:
+        if self.down:
+            raise EngineError(self.down)
+
+    def _run(self, name: str) -> Container:
+        used = {container.ip for container in self.containers.values()}
+        ip = next(ip for n in itertools.count(2) if (ip := f"198.18.{n >> 8}.{n & 255}") not in used)
+        self.containers[name] = Container(f"{next(self._numbers):064x}"[::-1], name, ip, "running")
+        return self.containers[name]
+
+
+def settings(**changes: object) -> Settings:
+    """The defaults, but for `changes`; the project is called p."""
+    return read({variable(name): str(value) for name, value in {"project": "p", **changes}.items()})
+
+
+def controller(engine: FakeEngine, place: Path, clock: Clock, **changes: object) -> Controller:
+    return Controller(engine, settings(**changes), place / "ip.txt", clock)
+
+
+def sample(packets: int = 0, healthy: bool | None = True, connections: int = 0, active: int = 0) -> Sample:
+    return Sample(connections, packets, 100 * packets, active, healthy)
+
+
+def report(balancer: str = "b1", revision: str = "r", **backends: Sample) -> Report:
+    """One of every two seconds; backends are named by the end of their address: `_2=sample(…)` is 198.18.0.2."""
+    return Report(balancer, revision, 2.0, {f"198.18.0{name.replace('_', '.')}": s for name, s in backends.items()})
+
+
+def eventually(condition: Callable[[], object], within: float = 3.0) -> bool:
+    """Whether `condition` comes true while other threads do their work."""
+    deadline = time.monotonic() + within
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.002)
+    return True

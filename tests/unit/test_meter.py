@@ -1,0 +1,132 @@
+"""Counters in, load out: rates are differences, a decrease is a restart, and silence is not zero."""
+
+from __future__ import annotations
+
+import pytest
+
+from fakes import report, sample
+from meter import FORGET, MISSED, Meter
+from scaler import Load
+
+
+def metered(*reports: tuple) -> Meter:
+    """A meter that was given (time, report) pairs."""
+    meter = Meter()
+    for at, given in reports:
+        meter.add(given, at)
+    return meter
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"), [("packets", (300 + 50) / 2), ("connections", (30 + 5) / 2), ("concurrency", 7 + 2)]
+)
+def test_rates_are_differences_of_absolute_counters_over_the_time_between(metric: str, expected: float) -> None:
+    meter = metered(
+        (100, report(_2=sample(1000, connections=100, active=90), _3=sample(50, connections=10, active=90))),
+        (102, report(_2=sample(1300, connections=130, active=7), _3=sample(100, connections=15, active=2))),
+    )
+    assert meter.load(metric, 102) == Load(expected)
+
+
+def test_one_report_is_no_rate_and_nobody_is_no_load() -> None:
+    meter = Meter()
+    assert meter.load("packets", 0) is None
+    assert meter.add(report(_2=sample(1000)), 100) is False
+    assert meter.load("packets", 100) is None
+
+
+def test_a_counter_that_went_down_was_restarted_and_counts_from_zero() -> None:
+    meter = metered((100, report(_2=sample(1000, connections=90))), (102, report(_2=sample(60, connections=100))))
+    assert meter.load("packets", 102) == Load(30)
+    assert meter.load("connections", 102) == Load(5), "each counter for itself"
+
+
+def test_a_backend_new_in_a_report_counts_from_zero_and_one_that_left_counts_no_more() -> None:
+    meter = metered((100, report(_2=sample(1000))), (102, report(_3=sample(400))))
+    assert meter.load("packets", 102) == Load(200)
+
+
+def test_a_report_that_comes_too_soon_brings_health_but_no_rate() -> None:
+    meter = metered((100, report(_2=sample(1000))), (102, report(_2=sample(1200))))
+    assert meter.add(report(_2=sample(1290, healthy=False)), 102.9) is False
+    assert meter.healthy("198.18.0.2") is False
+    assert meter.load("packets", 102.9) == Load(100), "the rate before"
+    assert meter.backend("198.18.0.2")["packets"] == 1290
+    assert meter.add(report(_2=sample(1500)), 104) is True
+    assert meter.load("packets", 104) == Load(150), "measured from the report before the early one"
+
+
+def test_half_an_interval_is_long_enough_to_measure_by() -> None:
+    meter = metered((100, report(_2=sample(0))))
+    assert meter.add(report(_2=sample(100)), 101) is True
+    assert meter.load("packets", 101) == Load(100)
+
+
+def test_several_balancers_add_up() -> None:
+    meter = metered(
+        (100, report("a", _2=sample(0, connections=5))),
+        (101, report("b", _2=sample(50), _3=sample(0))),
+        (102, report("a", _2=sample(200, connections=9, active=3))),
+        (103, report("b", _2=sample(90), _3=sample(20, healthy=None))),
+    )
+    assert meter.load("packets", 103) == Load(100 + 20 + 10)
+    total = meter.backend("198.18.0.2")
+    assert (total["packets"], total["connections"], total["active"], total["bytes"]) == (290, 9, 3, 29000)
+    assert (total["packets_rate"], total["connections_rate"]) == (120, 2)
+    assert set(meter.backend("198.18.0.9").values()) == {0.0}
+
+
+def test_a_silent_balancer_is_missing_load_and_not_zero() -> None:
+    meter = metered((100, report("a", _2=sample(0))), (102, report("a", _2=sample(200))))
+    for at, packets in ((102, 0), (104, 100), (106, 200), (108, 300), (110, 400)):
+        meter.add(report("b", _2=sample(packets)), at)
+    assert meter.load("packets", 102 + MISSED * 2) == Load(150), "two intervals late is only late"
+    after = meter.load("packets", 102 + MISSED * 2 + 0.1)
+    assert after is not None
+    assert after.missing == "a"
+    assert after.rate >= 50
+
+
+def test_when_all_are_silent_all_are_named() -> None:
+    meter = metered(*((at, report(name, _2=sample(at))) for at in (100, 102) for name in ("b", "a")))
+    load = meter.load("packets", 120)
+    assert load is not None
+    assert load.missing == "a, b"
+
+
+def test_a_balancer_silent_for_long_is_forgotten() -> None:
+    meter = metered((100, report("a", _2=sample(0))), (102, report("a", _2=sample(200))))
+    assert meter.load("packets", 102 + FORGET) == Load(100, "a")
+    assert meter.load("packets", 102 + FORGET + 0.1) is None
+    assert meter.balancers == {}
+    assert meter.healthy("198.18.0.2") is None
+
+
+# BUG: for FORGET seconds after a balancer was replaced (docker rm and ./run.sh give it a new name), the rates of the
+# dead one are added to the same traffic seen by the new one. "An incomplete load is a lower bound" (scaler.py), yet
+# this one is twice the truth, which is panic, doubled growth, and no shrinking for a minute.
+def test_the_traffic_of_a_replaced_balancer_is_not_counted_twice() -> None:
+    meter = metered((100, report("old", _2=sample(0))), (102, report("old", _2=sample(200))))
+    for at, packets in ((106, 0), (108, 200), (110, 400)):
+        meter.add(report("new", _2=sample(packets)), at)
+    load = meter.load("packets", 110)
+    assert load is not None
+    assert load.missing == "old"
+    assert load.rate == 100
+
+
+@pytest.mark.parametrize(
+    ("opinions", "healthy"),
+    [
+        ([None], None),
+        ([None, None], None),
+        ([True], True),
+        ([False], False),
+        ([False, True], True),
+        ([False, None], False),
+    ],
+)
+def test_a_backend_is_healthy_when_any_balancer_finds_it_so(opinions: list, healthy: bool | None) -> None:
+    meter = metered(*((100, report(f"b{n}", _2=sample(healthy=opinion))) for n, opinion in enumerate(opinions)))
+    assert meter.healthy("198.18.0.2") is healthy
+    assert meter.healthy("198.18.0.3") is None

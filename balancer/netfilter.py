@@ -59,8 +59,9 @@ class Netfilter:
     def flows(self) -> str:
         return run(["conntrack", "-L", "-p", "tcp", "--dst-nat"], accept=(0, 1))
 
-    def forget_flows(self, ip: str) -> None:
-        run(["conntrack", "-D", "-p", "tcp", "--reply-src", ip], accept=(0, 1))  # 1: there were none
+    def forget_flows(self, ip: str, unanswered_only: bool = False) -> None:
+        state = ["--state", "SYN_SENT"] if unanswered_only else []
+        run(["conntrack", "-D", "-p", "tcp", *state, "--reply-src", ip], accept=(0, 1))  # 1: there were none
 
     def forget_neighbours(self, ips: Iterable[str]) -> None:
         run(["ip", "-batch", "-"], "".join(f"neigh flush to {ip}\n" for ip in ips))

@@ -148,7 +148,9 @@ class Balancer:
         """One pass over tables, set and flows towards what is wanted now; changes nothing when all is as it should."""
         view = self.view
         ids = {backend.ip: backend.id for backend in view.backends}
-        chosen = rotation(view, self._prober.health())
+        verdicts = self._prober.health()
+        chosen = rotation(view, verdicts)
+        health = {b.ip: verdicts.get(b.id, Health()).healthy for b in view.backends}
         nat = ruleset.parse_table(self._netfilter.table("nat"))
         known = dict.fromkeys(ruleset.connections(nat), "") if self._known is None else self._known
         gone = known.keys() - ids.keys()
@@ -164,6 +166,8 @@ class Balancer:
         for wanted in (ruleset.filters(chosen), ruleset.mangle()):
             self._netfilter.apply(ruleset.restore(wanted, ruleset.parse_table(self._netfilter.table(wanted.name))))
         self._forget(gone)
+        for ip in {e.ip for e in self._in_rotation if health.get(e.ip) is False} & ids.keys() - {e.ip for e in chosen}:
+            self._netfilter.forget_flows(ip, unanswered_only=True)  # who waits for its first word tries another
         self._netfilter.change_members(ruleset.set_changes(ids, members.keys() | ids.keys()))
 
         if {e.ip for e in chosen} != {e.ip for e in self._in_rotation}:
@@ -183,7 +187,8 @@ class Balancer:
     def _follow(self) -> None:
         """Takes the manager's next view; says once when the manager cannot be reached and once when it can again."""
         try:
-            message = self._manager.sync(self.view.revision)
+            # After a silence ask for the view as if for the first time: the answer comes at once, and with it the news.
+            message = self._manager.sync(self.view.revision if self._reachable else "")
             if message is not None:
                 self.view = View.parse(message)
                 backends = {b.id: b.ip for b in self.view.backends}

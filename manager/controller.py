@@ -214,7 +214,9 @@ class Controller:
             if backend is not None:
                 if event.action == "die":
                     self._set(fleets.ended(backend, event.code, now))
-                elif event.code == 15 and backend.state in (STARTING, ACTIVE):
+                elif backend.state in (STARTING, ACTIVE) and event.action == "pause":
+                    self._set(backend.to(FAILED, now, fleets.PAUSED))
+                elif backend.state in (STARTING, ACTIVE) and event.code == 15:
                     self._set(backend.to(DRAINING, now, "somebody else is stopping its container"))
         self._wake.set()
 

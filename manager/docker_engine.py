@@ -30,7 +30,8 @@ class NameTaken(EngineError):
 
 @dataclass(frozen=True)
 class Event:
-    """A hint that something happened to a container of ours: `die` with its exit code, or `kill` with its signal."""
+    """A hint that something happened: `die` of container `id` with its exit code, `kill` with its signal, or whatever
+    else is worth a look at the list."""
 
     action: str
     id: str
@@ -117,8 +118,8 @@ class DockerEngine:
         """What happens to our containers from now on; ends or raises EngineError when the engine does."""
         with _engine_errors():
             client = docker.from_env(timeout=None)
-            for event in client.events(decode=True, filters={**self._filter, "type": "container"}):
-                if event["Action"] in ("die", "kill"):
-                    attributes = event["Actor"]["Attributes"]
-                    code = attributes.get("exitCode" if event["Action"] == "die" else "signal", "0")
-                    yield Event(event["Action"], event["Actor"]["ID"], int(code) if code.isdecimal() else 0)
+            wanted = ["die", "kill", "pause", "oom", "disconnect"]
+            for event in client.events(decode=True, filters={"type": ["container", "network"], "event": wanted}):
+                attributes = event["Actor"]["Attributes"]
+                code = attributes.get("exitCode" if event["Action"] == "die" else "signal", "0")
+                yield Event(event["Action"], event["Actor"]["ID"], int(code) if code.isdecimal() else 0)

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 STARTING, ACTIVE, DRAINING, STOPPED, FAILED = "starting", "active", "draining", "stopped", "failed"
+PAUSED = "somebody paused its container"
 READY_WITHIN = 60.0  # seconds a launched backend may take to be found healthy
 DRAIN_GRACE = 10.0  # seconds past the drain timeout until the manager stops waiting for a balancer's word
 
@@ -107,7 +108,12 @@ def _compare(backend: Backend, container: Container, now: float) -> Backend:
     if container.status == "created" or (backend.id and backend.id != container.id):
         return backend  # our own launch, not finished yet; or a list older than what we know
     seen = replace(backend, id=container.id, ip=container.ip or backend.ip)
-    return ended(seen, container.exit_code, now) if container.ended else seen
+    if container.ended:
+        return ended(seen, container.exit_code, now)
+    if backend.state in (STARTING, ACTIVE) and backend.ip and (container.status == "paused" or not container.ip):
+        why = PAUSED if container.ip else "its container has lost its network"
+        return seen.to(FAILED, now, why)
+    return seen
 
 
 def ended(backend: Backend, exit_code: int | None, now: float) -> Backend:

@@ -6,6 +6,7 @@ the news reaches them; then it closes its door, finishes the requests in hand an
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -14,7 +15,9 @@ import time
 from collections.abc import Iterator
 
 from flask import Flask, Response, request
+from waitress.channel import HTTPChannel
 from waitress.server import TcpWSGIServer, create_server
+from waitress.task import WSGITask
 
 PORT = 8000
 LIMIT_DEFAULT, LIMIT_MAX = 2_000, 1_000_000  # numbers sieved
@@ -69,11 +72,17 @@ def slowly(line: str, seconds: float) -> Iterator[str]:
     yield "\n" + line
 
 
-@app.after_request
-def let_go(response: Response) -> Response:
-    if draining.is_set():
-        response.headers["Connection"] = "close"  # a kept-alive client then comes back through the balancer
-    return response
+class LettingGo(WSGITask):
+    """Answers `Connection: close` while draining, so that a kept-alive client comes back through the balancer.
+
+    The application may not set that header itself (PEP 3333), hence here.
+    """
+
+    def build_response_header(self) -> bytes:
+        if draining.is_set():
+            self.request.headers["CONNECTION"] = "close"
+        header: bytes = super().build_response_header()
+        return header
 
 
 def finish(server: TcpWSGIServer) -> None:
@@ -90,6 +99,8 @@ def finish(server: TcpWSGIServer) -> None:
 
 
 def main() -> None:
+    HTTPChannel.task_class = LettingGo
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)
     server = create_server(app, host="0.0.0.0", port=PORT, threads=8, ident=None)
 
     def on_term(_signal: int, _frame: object) -> None:

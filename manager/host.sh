@@ -136,6 +136,42 @@ wait_gone() {
     return 1
 }
 
+# -- images: Debian's packages on a base image, tagged by a digest of what they are made of ------------------------------
+
+digest() {
+    { echo "$LB_BASE_IMAGE"; find "$1" -maxdepth 1 -type f ! -name '*.txt' | sort | xargs cat; } | sha256sum | cut -c1-12
+}
+
+# build_image FOLDER TAG: builds it unless it is there.
+build_image() {
+    if docker image inspect "$2" >/dev/null 2>&1; then return; fi
+    find_base_image
+    step "Building the ${1##*/} image" docker build --label "lbscaler.image=${1##*/}" --build-arg "BASE=$BASE" --tag "$2" "$1"
+}
+
+find_base_image() {
+    local made
+    made=lbscaler-base:debootstrap-trixie
+    for BASE in "$LB_BASE_IMAGE" "$made"; do
+        if docker image inspect "$BASE" >/dev/null 2>&1; then return; fi
+    done
+    BASE=$LB_BASE_IMAGE
+    if (step "Pulling $BASE" timeout 120 docker pull "$BASE") 2>/dev/null; then return; fi
+    [ "$BASE" = debian:trixie-slim ] || die "the base image $BASE is neither here nor to be pulled"
+    have debootstrap || need "making a base image without a registry" debootstrap
+    step "Making the base image with debootstrap instead" make_base_image "$made"
+    BASE=$made
+}
+
+make_base_image() {
+    local tree
+    tree=$(mktemp -d)
+    debootstrap --variant=minbase trixie "$tree" && tar -C "$tree" -c . | docker import --change 'LABEL lbscaler.image=base' - "$1"
+    local status=$?
+    rm -rf "$tree"
+    return "$status"
+}
+
 # ours ROLE: the ids of this project's containers in that role.
 ours() { docker ps -aq --filter "label=lbscaler.project=$LB_PROJECT" --filter "label=lbscaler.role=$1"; }
 

@@ -23,12 +23,13 @@ class NetfilterError(Exception):
 def run(argv: Sequence[str], text: str = "", accept: Sequence[int] = (0,)) -> str:
     """The standard output of `argv` fed with `text`. Exit codes in `accept` are fine, any other raises."""
     for attempt in range(TRIES):
+        if attempt:
+            time.sleep(0.05 * 2**attempt)
         done = subprocess.run(argv, input=text, capture_output=True, text=True, timeout=30, check=False)
         if done.returncode in accept:
             return done.stdout
         if done.returncode != LOCKED:
             break
-        time.sleep(0.1 * 2**attempt)
     numbered = "".join(f"\n{number:5} {line}" for number, line in enumerate(text.splitlines(), 1))
     raise NetfilterError(f"{' '.join(argv)}: exit code {done.returncode}: {done.stderr.strip()}{numbered}")
 

@@ -37,8 +37,8 @@ class Health:
     def after(self, answer: Answer) -> Health:
         """The health once `answer` has come in."""
         good = answer is Answer.GOOD
-        if self.healthy is None:
-            return Health(True, 0, answer.value) if good else Health(None, 0, answer.value)
+        if self.healthy is None and good:
+            return Health(True, 0, answer.value)
         if good == self.healthy:
             return Health(self.healthy, 0, answer.value)
         streak = self.streak + 1

@@ -199,6 +199,22 @@ def live_flows(text: str) -> dict[str, int]:
     return flows
 
 
+_ANSWERS = re.compile(
+    r"^tcp +6 \d+ (\S+) src=\S+ dst=\S+ sport=\d+ dport=(\d+) .*?src=(\S+) dst=.*? packets=(\d+) bytes=(\d+)",
+    re.MULTILINE,
+)
+_BARE = 64  # bytes: the most a packet without payload takes, with all of TCP's usual options
+
+
+def waiting_flows(text: str) -> dict[str, int]:
+    """From the same listing: how many flows each backend has accepted and not yet given a byte of an answer."""
+    flows: dict[str, int] = {}
+    for state, port, backend, packets, size in _ANSWERS.findall(text):
+        if state not in _OVER and int(port) == SERVICE_PORT and int(size) <= _BARE * int(packets):
+            flows[backend] = flows.get(backend, 0) + 1
+    return flows
+
+
 def _address(endpoint: Endpoint) -> int:
     return int(IPv4Address(endpoint.ip))
 

@@ -61,17 +61,18 @@ serve() {
 
 # For stop.sh, whose manager is gone already: nobody comes in any more, whoever is in may finish.
 drain() {
-    local iptables tries
+    local iptables tries live
     iptables=iptables-$(cat /run/flavour)
     touch /run/draining
     kill -TERM "$(cat /run/client.pid)" 2>/dev/null || true
     "$iptables" -w 5 -t nat -F LB-DISPATCH
     "$iptables" -w 5 -F LB-INPUT 2>/dev/null || true
     for ((tries = 0; tries < $1 * 5; tries++)); do
-        if ! conntrack -L -p tcp --dst-nat 2>/dev/null | grep -qvE ' (TIME_WAIT|CLOSE|LAST_ACK) '; then return; fi
+        live=$(conntrack -L -p tcp --dst-nat 2>/dev/null | grep -cvE ' (TIME_WAIT|CLOSE|LAST_ACK) ') || true
+        [ "$live" -gt 0 ] || return 0
         sleep 0.2
     done
-    echo "connections still open after $1 s"
+    echo "connections still open after $1 s: $live"
 }
 
 case "${1:-serve}" in

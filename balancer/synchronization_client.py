@@ -20,60 +20,29 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import requests
 import waitress
 from flask import Flask, Response
+from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
 import ruleset
 from netfilter import Netfilter, NetfilterError
 from probe import Health, Prober
 from ruleset import Endpoint
+from weights import Learner
+from wire import Backend, Manager, View
 
 HERE = Path(__file__).parent
 SYNC_PORT = 5000
-LONG_POLL = 25.0  # seconds the manager may take to say that nothing is new
-LOOK = 0.5  # seconds between looks at the flows of draining backends
+LOOK, LOOK_COST = 0.5, 0.05  # seconds between looks at the flows, and the most of the time that looking may take
+FULL = 0.9  # of the connection table: worth a warning
 DEAD_AFTER = 10.0  # seconds of failed probes until the manager is asked to replace a backend
 
 log = logging.getLogger("balancer")
-
-
-@dataclass(frozen=True)
-class Backend:
-    id: str  # the container's: tells a new backend from an old one on the same address
-    ip: str
-    state: str  # starting | active | draining | spare
-    weight: float
-
-
-@dataclass(frozen=True)
-class View:
-    """What the manager wants: the backends it knows and how to serve them. Times in seconds."""
-
-    revision: str = ""
-    backends: tuple[Backend, ...] = ()
-    port: int = 8000
-    health: str = "sync"
-    interval: float = 2.0
-    drain_timeout: float = 30.0
-
-    @classmethod
-    def parse(cls, message: Mapping[str, Any]) -> View:
-        """Reads the manager's answer to GET /sync. Raises KeyError, TypeError or ValueError when it is not one."""
-        service = message["service"]
-        backends = (Backend(b["id"], b["ip"], b["state"], float(b["weight"])) for b in message["backends"])
-        return cls(
-            message["revision"],
-            tuple(backends),
-            int(service["port"]),
-            service["health"],
-            float(service["interval"]),
-            float(service["drain_timeout"]),
-        )
 
 
 def rotation(view: View, health: Mapping[str, Health]) -> tuple[Endpoint, ...]:
@@ -86,34 +55,6 @@ def rotation(view: View, health: Mapping[str, Health]) -> tuple[Endpoint, ...]:
     ours = [backend for backend in view.backends if backend.state in ("starting", "active")]
     chosen = [backend for backend in ours if ready(backend)] or [b for b in ours if b.state == "active"]
     return tuple(Endpoint(backend.ip, view.port, backend.weight) for backend in chosen)
-
-
-class Manager:
-    """The manager's HTTP interface. Every call raises requests.RequestException when the manager is out of reach."""
-
-    def __init__(self, address: str, token: str) -> None:
-        self._url = f"http://{address}"
-        self._headers = {"Authorization": f"Bearer {token}"}
-
-    def sync(self, have: str) -> Mapping[str, Any] | None:
-        """The view, as soon as it is another than `have`; None when it stayed the same for LONG_POLL seconds."""
-        query = {"have": have, "wait": str(LONG_POLL)}
-        answer = requests.get(f"{self._url}/sync", params=query, headers=self._headers, timeout=(3, LONG_POLL + 10))
-        answer.raise_for_status()
-        message: Mapping[str, Any] | None = None if answer.status_code == 204 else answer.json()
-        return message
-
-    def report(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
-        answer = requests.post(f"{self._url}/pkts_info", json=message, headers=self._headers, timeout=(3, 5))
-        answer.raise_for_status()
-        decision: Mapping[str, Any] = answer.json()
-        return decision
-
-    def stop(self, ip: str, reason: str) -> None:
-        message = {"ip": ip, "reason": reason}
-        answer = requests.post(f"{self._url}/stop", json=message, headers=self._headers, timeout=(3, 5))
-        if answer.status_code != 404:  # unknown to the manager: already gone, which is all we want
-            answer.raise_for_status()
 
 
 class Balancer:
@@ -130,16 +71,21 @@ class Balancer:
         self._in_rotation: tuple[Endpoint, ...] = ()
         self._wanted: ruleset.Table | None = None
         self._reachable = True
+        self._learner = Learner()
+        self._live: dict[str, int] = {}  # flows by address, at the last look
+        self._look_pause = LOOK
         self._draining_since: dict[str, float] = {}
         self._ill_since: dict[str, float] = {}
 
     def run(self) -> None:
         """Converges for ever: at once when something changed, and every interval to repair what others changed."""
         self._prober.start()
-        for body in (self._follow, self._report_regularly, self._watch_leavers):
+        for body in (self._follow, self._report_regularly, self._look):
             threading.Thread(target=_forever, args=(body,), daemon=True).start()
         while True:
-            self._wake.wait(self.view.interval)
+            self._wake.wait(
+                min(1.0, self.view.interval) if self._learner.ramping(time.monotonic()) else self.view.interval
+            )
             self._wake.clear()
             if self.view.revision:
                 _attempt(self.converge)
@@ -149,14 +95,13 @@ class Balancer:
         view = self.view
         ids = {backend.ip: backend.id for backend in view.backends}
         verdicts = self._prober.health()
-        chosen = rotation(view, verdicts)
+        chosen = self._weighted(rotation(view, verdicts), ids, view)
         health = {b.ip: verdicts.get(b.id, Health()).healthy for b in view.backends}
         nat = ruleset.parse_table(self._netfilter.table("nat"))
-        known = dict.fromkeys(ruleset.connections(nat), "") if self._known is None else self._known
+        members = ruleset.parse_set(self._netfilter.members())
+        known = dict.fromkeys(members, "") if self._known is None else self._known
         gone = known.keys() - ids.keys()
         come_back = {ip for ip, id_ in ids.items() if known.get(ip) and known[ip] != id_}
-
-        members = ruleset.parse_set(self._netfilter.members())
         self._forget((ids.keys() - known.keys()) | come_back)
         self._netfilter.change_members(ruleset.set_changes(members.keys() | ids.keys(), members))
         leaving = [Endpoint(b.ip, view.port) for b in view.backends if b.ip not in {e.ip for e in chosen}]
@@ -176,6 +121,13 @@ class Balancer:
             log.warning("repaired the nat table: somebody else had changed it")
         self._known, self._in_rotation, self._wanted = ids, chosen, wanted_nat
         self.converged_at = time.monotonic()
+
+    def _weighted(self, chosen: Iterable[Endpoint], ids: Mapping[str, str], view: View) -> tuple[Endpoint, ...]:
+        """`chosen` with the weights learnt from their speed, and with newcomers held back a little."""
+        now, adaptive = time.monotonic(), view.weights == "adaptive"
+        chosen = tuple(chosen)
+        self._learner.enter((ids[e.ip] for e in chosen), now)
+        return tuple(replace(e, weight=e.weight * self._learner.weight(ids[e.ip], now, adaptive)) for e in chosen)
 
     def _forget(self, ips: Iterable[str]) -> None:
         ips = set(ips)
@@ -205,52 +157,69 @@ class Balancer:
             self._reachable = True
 
     def report(self) -> dict[str, Any]:
-        """The message of POST /pkts_info: absolute counters of every backend in the view."""
-        view, health = self.view, self._prober.health()
+        """The message of POST /pkts_info: absolute counters of every backend in the view. Ends a learning interval."""
+        view, health, serving = self.view, self._prober.health(), {e.ip: e.weight for e in self._in_rotation}
         connections = ruleset.connections(ruleset.parse_table(self._netfilter.table("nat")))
         traffic = ruleset.parse_set(self._netfilter.members())
-        active = ruleset.live_flows(self._netfilter.flows())
         backends = [
             {
+                "id": b.id,
                 "ip": b.ip,
                 "healthy": health.get(b.id, Health()).healthy,
+                "share": serving.get(b.ip, 0.0) / (sum(serving.values()) or 1.0),
                 "connections": connections.get(b.ip, 0),
                 "packets": traffic.get(b.ip, (0, 0))[0],
                 "bytes": traffic.get(b.ip, (0, 0))[1],
-                "active": active.get(b.ip, 0),
+                "active": self._live.get(b.ip, 0),
             }
             for b in view.backends
         ]
-        return {
-            "balancer": self._name,
-            "revision": view.revision,
-            "interval": view.interval,
-            "backends": backends,
-        }
+        message = {"balancer": self._name, "revision": view.revision, "interval": view.interval, "backends": backends}
+        return message | {"warnings": self._warnings()}
+
+    def _learn(self, report: Mapping[str, Any]) -> None:
+        serving = {endpoint.ip for endpoint in self._in_rotation}
+        self._learner.learn(
+            {b["id"]: b["connections"] for b in report["backends"] if b["ip"] in serving}, time.monotonic()
+        )
+        self._wake.set()
+
+    def _warnings(self) -> list[str]:
+        used, limit = self._netfilter.conntrack_use()
+        if used <= FULL * limit:
+            return []
+        return [f"connection table over {FULL:.0%} of its {limit} entries: raise net.netfilter.nf_conntrack_max"]
 
     def _health_turned(self) -> None:
         self._wake.set()
         self._news.set()
 
     def _report_regularly(self) -> None:
-        self._news.wait(self.view.interval)
+        early = self._news.wait(self.view.interval)
         self._news.clear()
-        if self.view.revision and self._reachable:
-            self._manager.report(self.report())
+        if self.view.revision:
+            report = self.report()
+            if not early:
+                self._learn(report)
+            self._manager.report(report)
 
-    def _watch_leavers(self) -> None:
-        """Asks the manager to stop who has drained, and who has been ill for too long."""
-        time.sleep(LOOK)
+    def _look(self) -> None:
+        """Samples the flows; asks the manager to stop who has drained, and who has been ill for too long."""
+        time.sleep(self._look_pause)
         now, view, health = time.monotonic(), self.view, self._prober.health()
         serving = {endpoint.ip for endpoint in self._in_rotation}
+        listing = self._netfilter.flows()
+        self._live, waiting = ruleset.live_flows(listing), ruleset.waiting_flows(listing)
+        self._learner.sample({b.id: waiting.get(b.ip, 0) for b in view.backends})
+        self._look_pause = max(LOOK, (time.monotonic() - now) / LOOK_COST)
+
         leaving = {b.ip for b in view.backends if b.state == "draining"} - serving
         self._draining_since = {ip: self._draining_since.get(ip, now) for ip in leaving}
-        flows = ruleset.live_flows(self._netfilter.flows()) if leaving else {}
         for ip, since in self._draining_since.items():
-            if not flows.get(ip):
+            if not self._live.get(ip):
                 self._manager.stop(ip, f"drained in {now - since:.1f} s")
             elif now - since > view.drain_timeout:
-                self._manager.stop(ip, f"{flows[ip]} flows left at the drain deadline")
+                self._manager.stop(ip, f"{self._live[ip]} flows left at the drain deadline")
 
         ill = {b for b in view.backends if health.get(b.id, Health()).healthy is False and b.ip not in leaving}
         self._ill_since = {b.id: self._ill_since.get(b.id, now) for b in ill}
@@ -265,6 +234,17 @@ class Balancer:
         serving = sorted(endpoint.ip for endpoint in self._in_rotation)
         message = {"converged_s_ago": round(age, 3), "revision": self.view.revision, "rotation": serving}
         return message, 200 if age < 3 * self.view.interval + 5 else 503
+
+    def gauges(self) -> dict[str, tuple[str, float]]:
+        """For Prometheus: name → (meaning, value)."""
+        used, limit = self._netfilter.conntrack_use()
+        return {
+            "rotation_backends": ("backends that get new connections", len(self._in_rotation)),
+            "flows": ("live flows to backends", sum(self._live.values())),
+            "conntrack_entries": ("entries in the connection table", used),
+            "conntrack_entries_limit": ("entries the connection table can hold", limit),
+            "converged_seconds": ("seconds since the last good pass", time.monotonic() - self.converged_at),
+        }
 
 
 def _forever(body: Callable[[], None]) -> None:
@@ -293,6 +273,13 @@ def doors(balancer: Balancer) -> Flask:
     def sync() -> Response:
         message, status = balancer.state()
         return Response(json.dumps(message) + "\n", status, mimetype="application/json")
+
+    @app.get("/metrics")
+    def metrics() -> Response:
+        registry = CollectorRegistry()
+        for name, (text, value) in balancer.gauges().items():
+            Gauge(f"lbscaler_balancer_{name}", text, registry=registry).set(value)
+        return Response(generate_latest(registry), mimetype="text/plain; version=0.0.4")
 
     return app
 

@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -54,7 +55,7 @@ class Unknown(LookupError):
 
 
 class Controller:
-    def __init__(self, engine: Engine, settings: Settings, ip_file: Path, clock: Clock = time.time) -> None:
+    def __init__(self, engine: Engine, settings: Settings, ip_file: Path, clock: Clock = time.monotonic) -> None:
         self.settings = settings
         self.policy = Policy(
             settings.min,
@@ -68,6 +69,7 @@ class Controller:
         self.paused = False
         self.engine_trouble = ""
         self.decisions: deque[Decision] = deque(maxlen=1000)
+        self._epoch = time.time() - clock()  # what the clock counts from, for showing dates only
         self._engine, self._ip_file, self._clock = engine, ip_file, clock
         self._fleet: Fleet = {}
         self._meter = Meter()
@@ -123,8 +125,8 @@ class Controller:
         with self._lock:
             now = self._clock()
             seen = fleets.observe(self._fleet, containers, listed_at, now)
-            healthy = {backend.ip: self._meter.healthy(backend.ip) for backend in seen.values() if backend.ip}
-            self._publish(fleets.hear(seen, healthy, bool(self._meter.balancers), now))
+            self._meter.forget_gone(now)
+            self._publish(fleets.hear(seen, self._meter.healthy, bool(self._meter.balancers), now))
             for step in fleets.plan(self._fleet, self.desired, self._namer, self.settings.drain_timeout, now):
                 self._begin(step, now)
 
@@ -160,8 +162,8 @@ class Controller:
     def _stop(self, backend: Backend) -> None:
         try:
             if backend.state == FAILED:
-                words = self._engine.last_words(backend.id)
-                log.warning("last words of %s: %s", backend.name, words or "none")
+                with suppress(EngineError):  # some engines keep no logs
+                    log.warning("last words of %s: %s", backend.name, self._engine.last_words(backend.id) or "none")
             self._engine.stop(backend.id)
         except EngineError as error:
             log.error("stop of %s failed, will try again: %s", backend.name, error)
@@ -194,7 +196,7 @@ class Controller:
     def _back_off(self, now: float) -> None:
         first, most = BACKOFF
         self._launch_after = now + min(most, first * 2**self._failures)
-        self._failures += 1
+        self._failures = min(self._failures + 1, 10)
 
     def _watch_events(self) -> None:
         """Events are hints that save waiting for the next list; while they are cut off, the list still comes."""
@@ -232,9 +234,10 @@ class Controller:
         """Takes a balancer's report in and decides; the decision before where it is too soon for one, None at first."""
         with self._lock:
             now = self._clock()
+            for warning in set(report.warnings) - set(self._meter.warnings(report.balancer)):
+                log.warning("balancer %s: %s", report.balancer, warning)
             measured = self._meter.add(report, now)
-            healthy = {ip: self._meter.healthy(ip) for ip in report.backends}
-            self._publish(fleets.hear(self._fleet, healthy, True, now))
+            self._publish(fleets.hear(self._fleet, self._meter.healthy, True, now))
             load = self._meter.load(self.settings.metric, now)
             if load is None or not measured:
                 return self.decisions[-1] if self.decisions else None
@@ -284,6 +287,11 @@ class Controller:
         with self._lock:
             self.paused = paused
 
+    def history(self) -> list[dict[str, Any]]:
+        """The last decisions, oldest first, with every number; `time` in seconds since 1970."""
+        with self._lock:
+            return [{**vars(decision), "time": round(self._epoch + decision.at, 3)} for decision in self.decisions]
+
     def status(self) -> dict[str, Any]:
         with self._lock:
             now = self._clock()
@@ -311,16 +319,15 @@ class Controller:
 
     def _describe(self, backend: Backend) -> dict[str, Any]:
         traffic = self._meter.backend(backend.ip)
-        serving = [b for b in self._fleet.values() if b.state == ACTIVE]
         return {
             "name": backend.name,
             "ip": backend.ip,
             "state": backend.state,
             "reason": backend.reason,
             "weight": 1.0,
-            "share": round(1 / len(serving), 4) if backend.state == ACTIVE else 0.0,
+            "share": round(self._meter.share(backend), 4),
             **{name: round(value, 2) for name, value in traffic.items()},
-            "healthy": self._meter.healthy(backend.ip),
+            "healthy": self._meter.healthy(backend),
         }
 
     # -- with the lock held --------------------------------------------------------------------------------------
@@ -334,10 +341,11 @@ class Controller:
                 "health": s.health,
                 "interval": s.interval,
                 "drain_timeout": s.drain_timeout,
+                "weights": s.weights,
             },
             "backends": [
                 {
-                    "id": backend.id[:12],
+                    "id": backend.short_id,
                     "ip": backend.ip,
                     "state": DRAINING if backend.state == STOPPED else backend.state,
                     "weight": weight,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 STARTING, ACTIVE, DRAINING, STOPPED, FAILED = "starting", "active", "draining", "stopped", "failed"
@@ -50,6 +50,11 @@ class Backend:
 
     def to(self, state: str, now: float, reason: str = "") -> Backend:
         return replace(self, state=state, since=now, reason=reason)
+
+    @property
+    def short_id(self) -> str:
+        """The container's, as the balancers know it: no two backends ever share one, unlike names and addresses."""
+        return self.id[:12]
 
     @property
     def in_view(self) -> bool:
@@ -126,12 +131,12 @@ def ended(backend: Backend, exit_code: int | None, now: float) -> Backend:
     return gone.to(FAILED, now, f"its container ended with exit code {exit_code}")
 
 
-def hear(fleet: Fleet, healthy: Mapping[str, bool | None], probed: bool, now: float) -> Fleet:
-    """What the balancers say, by address: who has become ready, and who (while anybody probes) never does."""
+def hear(fleet: Fleet, healthy: Callable[[Backend], bool | None], probed: bool, now: float) -> Fleet:
+    """What the balancers say: who has become ready, and who (while anybody probes) never does."""
     result = dict(fleet)
     for name, backend in fleet.items():
         if backend.state == STARTING and backend.ip:
-            if healthy.get(backend.ip):
+            if healthy(backend):
                 result[name] = backend.to(ACTIVE, now)
             elif probed and now - backend.since > READY_WITHIN:
                 result[name] = backend.to(FAILED, now, f"not ready within {READY_WITHIN:g} s")

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from fleet import Backend
 from scaler import Load
 
-MISSED = 3  # intervals without a report until a balancer counts as silent
+MISSED = 1.5  # intervals without a report until a balancer's last one no longer counts
 FORGET = 60.0  # seconds
 
 
@@ -24,6 +25,8 @@ class Sample:
     bytes: int
     active: int
     healthy: bool | None
+    share: float | None = None  # of the balancer's new connections
+    id: str = ""  # the container's, where told: the address may have had another backend before
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Report:
     revision: str
     interval: float
     backends: Mapping[str, Sample]  # by address
+    warnings: tuple[str, ...] = ()  # what the balancer wants the operator to know
 
 
 @dataclass
@@ -62,6 +66,10 @@ class Meter:
         before.base, before.base_at = report, now
         return True
 
+    def warnings(self, balancer: str) -> tuple[str, ...]:
+        """What that balancer warned of in its newest report."""
+        return self.balancers[balancer].report.warnings if balancer in self.balancers else ()
+
     def forget_gone(self, now: float) -> None:
         for name in [name for name, entry in self.balancers.items() if now - entry.at > FORGET]:
             del self.balancers[name]
@@ -70,7 +78,7 @@ class Meter:
         """The fleet's load by `metric` (packets, connections or concurrency); None while nobody could measure any."""
         self.forget_gone(now)
         silent = [name for name, entry in self.balancers.items() if now - entry.at > MISSED * entry.report.interval]
-        measured = [entry.rates for name, entry in self.balancers.items() if entry.rates is not None]
+        measured = [e.rates for name, e in self.balancers.items() if e.rates is not None and name not in silent]
         if not measured:
             return None
         rate = sum(rates[metric] for by_ip in measured for rates in by_ip.values())
@@ -87,10 +95,17 @@ class Meter:
                 total[f"{metric}_rate"] += (entry.rates or {}).get(ip, {}).get(metric, 0.0)
         return total
 
-    def healthy(self, ip: str) -> bool | None:
+    def share(self, backend: Backend) -> float:
+        """Its part of all new connections, on average over the balancers that say."""
+        samples = (entry.report.backends.get(backend.ip) for entry in self.balancers.values())
+        shares = [sample.share for sample in samples if sample is not None and sample.share is not None]
+        return sum(shares) / len(shares) if shares else 0.0
+
+    def healthy(self, backend: Backend) -> bool | None:
         """Whether any balancer finds it well; None while none has an opinion."""
-        samples = (entry.report.backends.get(ip) for entry in self.balancers.values())
-        opinions = [sample.healthy for sample in samples if sample is not None and sample.healthy is not None]
+        samples = (entry.report.backends.get(backend.ip) for entry in self.balancers.values())
+        ours = [sample for sample in samples if sample is not None and sample.id in ("", backend.short_id)]
+        opinions = [sample.healthy for sample in ours if sample.healthy is not None]
         return any(opinions) if opinions else None
 
 

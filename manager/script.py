@@ -120,7 +120,7 @@ def create_app(controller: Controller, token: str, hosts: Iterable[str]) -> Flas
 
     @app.get("/decisions")
     def decisions() -> Response:
-        return jsonify([vars(decision) for decision in list(controller.decisions)])
+        return jsonify(controller.history())
 
     @app.get("/metrics")
     def metrics() -> Response:
@@ -135,8 +135,8 @@ def create_app(controller: Controller, token: str, hosts: Iterable[str]) -> Flas
     @app.errorhandler(404)
     @app.errorhandler(405)
     @app.errorhandler(413)
-    def refuse_plainly(error: Any) -> tuple[str, int]:
-        return f"{error.name}: {request.method} {request.path}\n", error.code
+    def refuse_plainly(error: Any) -> Response:
+        return Response(f"{error.name}\n", error.code, mimetype="text/plain")
 
     return app
 
@@ -171,13 +171,22 @@ def parse_report(body: dict[str, Any]) -> Report:
         if healthy not in (True, False, None):
             _refuse(400, "healthy has to be true, false or null")
         connections, packets, size, active = (_whole(row, name, 0, 2**64) for name in COUNTERS)
-        backends[_text(row, "ip")] = Sample(connections, packets, size, active, healthy)
+        share = _number(row["share"], "share", 0, 1) if "share" in row else None
+        id_ = _text(row, "id") if "id" in row else ""
+        backends[_text(row, "ip")] = Sample(connections, packets, size, active, healthy, share, id_)
     interval = _number(body.get("interval"), "interval", 0.1, 3600)
-    return Report(_text(body, "balancer"), _text(body, "revision"), interval, backends)
+    warnings = body.get("warnings", [])
+    if not isinstance(warnings, list) or len(warnings) > 10:
+        _refuse(400, "warnings has to be a list of at most 10 texts")
+    words = tuple(_text({"warning": warning}, "warning") for warning in warnings)
+    return Report(_text(body, "balancer"), _text(body, "revision"), interval, backends, words)
 
 
 def _body() -> dict[str, Any]:
-    body = request.get_json(force=True, silent=True)
+    try:
+        body = request.get_json(force=True, silent=True)
+    except RecursionError:  # brackets a hundred thousand deep
+        body = None
     if not isinstance(body, dict):
         _refuse(400, "the body has to be a JSON object")
     return body

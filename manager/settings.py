@@ -28,6 +28,9 @@ class SettingError(ValueError):
 
 def _number(low: float, high: float, whole: bool = False) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
+        # Digits only: the text goes on to the shell as it was given, and Python reads more than the shell does.
+        if not re.fullmatch(r"[0-9]{1,12}" if whole else r"[0-9]{1,12}(\.[0-9]{1,9})?", text):
+            raise ValueError
         value = int(text) if whole else float(text)
         if not low <= value <= high:
             raise ValueError
@@ -89,6 +92,12 @@ SETTINGS: Mapping[str, Setting] = {
     "stable_window": Setting("60", _number(1, 3600), "1 to 3600 (seconds)", "a shrink waits until this long agrees"),
     "panic_window": Setting("6", _number(1, 600), "1 to 600 (seconds)", "the load is averaged over this long"),
     "drain_timeout": Setting("30", _number(0, 3600), "0 to 3600 (seconds)", "longest wait for a leaver's connections"),
+    "weights": Setting(
+        "adaptive",
+        _matching("adaptive|equal"),
+        "adaptive or equal",
+        "shares that follow the backends' speed, or 1/n each",
+    ),
     "image": Setting("", lambda text: _IMAGE(text) if text else "", "an image's name", "what the backends run"),
     "backend_port": Setting("8000", _PORT, "1 to 65535", "port the backends listen on"),
     "health": Setting("sync", _matching(r"sync|tcp|http:/\S*"), "sync, tcp or http:/path", "how backends are probed"),
@@ -116,6 +125,7 @@ class Settings:
     stable_window: float
     panic_window: float
     drain_timeout: float
+    weights: str
     image: str
     backend_port: int
     health: str
@@ -144,7 +154,7 @@ def read(environ: Mapping[str, str]) -> Settings:
         try:
             values[name] = setting.parse(text)
         except ValueError:
-            raise SettingError(f"{flag(name)} ({variable(name)}) is '{text}'; allowed: {setting.allowed}") from None
+            raise SettingError(f"{flag(name)} ({variable(name)}) is {text!r}; allowed: {setting.allowed}") from None
     settings = Settings(**values)
     _check_together(settings)
     return settings
@@ -205,7 +215,7 @@ def assignments(arguments: Sequence[str], environ: Mapping[str, str]) -> dict[st
     backends = parsed["backends"]
     if backends is not None and not (backends.isdecimal() and settings.min <= int(backends) <= settings.max):
         raise SettingError(
-            f"the number of backends is '{backends}'; allowed: {settings.min} (--min) to {settings.max} (--max)"
+            f"the number of backends is {backends!r}; allowed: {settings.min} (--min) to {settings.max} (--max)"
         )
     known = {variable(name): merged.get(variable(name), setting.default) for name, setting in SETTINGS.items()}
     return known | {

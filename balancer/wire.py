@@ -1,0 +1,75 @@
+"""The wire contract as the balancer sees it: what the manager wants (the view) and the calls to the manager."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import requests
+
+LONG_POLL = 25.0  # seconds the manager may take to say that nothing is new
+
+
+@dataclass(frozen=True)
+class Backend:
+    id: str  # the container's: tells a new backend from an old one on the same address
+    ip: str
+    state: str  # starting | active | draining | spare
+    weight: float
+
+
+@dataclass(frozen=True)
+class View:
+    """What the manager wants: the backends it knows and how to serve them. Times in seconds."""
+
+    revision: str = ""
+    backends: tuple[Backend, ...] = ()
+    port: int = 8000
+    health: str = "sync"
+    interval: float = 2.0
+    drain_timeout: float = 30.0
+    weights: str = "equal"  # equal | adaptive
+
+    @classmethod
+    def parse(cls, message: Mapping[str, Any]) -> View:
+        """Reads the manager's answer to GET /sync. Raises KeyError, TypeError or ValueError when it is not one."""
+        service = message["service"]
+        backends = (Backend(b["id"], b["ip"], b["state"], float(b["weight"])) for b in message["backends"])
+        return cls(
+            message["revision"],
+            tuple(backends),
+            int(service["port"]),
+            service["health"],
+            float(service["interval"]),
+            float(service["drain_timeout"]),
+            service["weights"],
+        )
+
+
+class Manager:
+    """The manager's HTTP interface. Every call raises requests.RequestException when the manager is out of reach."""
+
+    def __init__(self, address: str, token: str) -> None:
+        self._url = f"http://{address}"
+        self._headers = {"Authorization": f"Bearer {token}"}
+
+    def sync(self, have: str) -> Mapping[str, Any] | None:
+        """The view, as soon as it is another than `have`; None when it stayed the same for LONG_POLL seconds."""
+        query = {"have": have, "wait": str(LONG_POLL)}
+        answer = requests.get(f"{self._url}/sync", params=query, headers=self._headers, timeout=(3, LONG_POLL + 10))
+        answer.raise_for_status()
+        message: Mapping[str, Any] | None = None if answer.status_code == 204 else answer.json()
+        return message
+
+    def report(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
+        answer = requests.post(f"{self._url}/pkts_info", json=message, headers=self._headers, timeout=(3, 5))
+        answer.raise_for_status()
+        decision: Mapping[str, Any] = answer.json()
+        return decision
+
+    def stop(self, ip: str, reason: str) -> None:
+        message = {"ip": ip, "reason": reason}
+        answer = requests.post(f"{self._url}/stop", json=message, headers=self._headers, timeout=(3, 5))
+        if answer.status_code != 404:  # unknown to the manager: already gone, which is all we want
+            answer.raise_for_status()

@@ -22,6 +22,7 @@ main() {
     flock -n 9 || die "another run.sh or stop.sh of project $LB_PROJECT is at work"
 
     remove_manager
+    remove_host_rules
     if have docker && engine_answers; then
         drain
         remove_containers
@@ -66,6 +67,15 @@ remove_manager() {
 end_manager() {
     kill -TERM "$1"
     wait_gone "$1" 10 || { kill -KILL "$1" && wait_gone "$1" 5; }
+}
+
+remove_host_rules() {
+    local rule words
+    if [ "$(id -u)" -ne 0 ] || ! have iptables-save; then return 0; fi
+    while read -r rule; do
+        read -ra words <<<"${rule//\"/}"
+        iptables -w -t raw "${words[@]/#-A/-D}" && say "Removed the host's rule for $LB_PROJECT"
+    done < <(iptables-save -t raw 2>/dev/null | grep -E "^-A .*$(host_mark)\"? ")
 }
 
 drain() {

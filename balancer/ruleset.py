@@ -60,13 +60,17 @@ def backend_chain(ip: str) -> str:
     return f"LB-B-{ip}"
 
 
-def nat(rotation: Sequence[Endpoint], draining: Iterable[Endpoint] = ()) -> Table:
-    """Deals new connections over `rotation`; `draining` backends keep their chain, and so their counter."""
+def nat(rotation: Sequence[Endpoint], draining: Iterable[Endpoint] = (), inside: str = "") -> Table:
+    """Deals new connections over `rotation`; `draining` backends keep their chain, and so their counter.
+
+    Clients are hidden behind the balancer's address, so that answers come back to it. With `inside`, the backends' own
+    network, only the clients within it are: the backends then have their default route through the balancer.
+    """
     chains = dispatch(rotation)
     for backend in sorted({*rotation, *draining}, key=_address):
         chains[backend_chain(backend.ip)] = (f"-p tcp -j DNAT --to-destination {backend.ip}:{backend.port}",)
     ours = f"-p tcp -m conntrack --ctstate DNAT --ctorigdstport {SERVICE_PORT}"  # never Docker's own DNAT, its DNS
-    chains[MASQUERADE] = (f"{ours} -j MASQUERADE --random-fully",)
+    chains[MASQUERADE] = (f"{f'-s {inside} ' if inside else ''}{ours} -j MASQUERADE --random-fully",)
     service = f"-p tcp -m tcp --dport {SERVICE_PORT} -m addrtype --dst-type LOCAL"
     return Table("nat", chains, {"PREROUTING": f"{service} -j {DISPATCH}", "POSTROUTING": f"-j {MASQUERADE}"})
 

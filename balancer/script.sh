@@ -3,13 +3,14 @@
 # traffic flows before Python does, and goes on while the client is away (a container whose first process were the
 # client would lose its rules and every flow with it).
 #   script.sh         serve                      script.sh rules           print the first rules
-#   script.sh alive   Docker's health check      script.sh drain SECONDS   deal nobody, wait for the flows to end
+#   script.sh check   what the kernel lacks      script.sh alive           Docker's health check
+#   script.sh drain SECONDS   deal nobody, wait for the flows to end
 set -euo pipefail
 cd "$(dirname "$0")"
 
 # An even deal over the addresses in ip.txt, in the words of ruleset.py, which takes these chains over as they are.
 first_rules() {
-    awk -v port="${LB_BACKEND_PORT:-8000}" '
+    awk -v port="${LB_BACKEND_PORT:-8000}" -v inside="${LB_INSIDE:+-s $LB_INSIDE }" '
         NF { ip[++n] = $1 }
         END {
             print "*nat"
@@ -21,11 +22,36 @@ first_rules() {
             if (n) print "-A LB-DISPATCH -j LB-B-" ip[n]
             for (i = 1; i <= n; i++)
                 print "-A LB-B-" ip[i] " -p tcp -j DNAT --to-destination " ip[i] ":" port
-            print "-A LB-MASQ -p tcp -m conntrack --ctstate DNAT --ctorigdstport 8000 -j MASQUERADE --random-fully"
+            print "-A LB-MASQ " inside "-p tcp -m conntrack --ctstate DNAT --ctorigdstport 8000 -j MASQUERADE --random-fully"
             print "-A PREROUTING -p tcp -m tcp --dport 8000 -m addrtype --dst-type LOCAL -j LB-DISPATCH"
             print "-A POSTROUTING -j LB-MASQ"
             print "COMMIT"
         }' ip.txt
+}
+
+# What the rules need of the kernel, one try each in a chain of its own; FEATURE|TABLE|RULE|WHAT IS LOST WITHOUT IT.
+NEEDS='statistic|nat|-m statistic --mode random --probability 0.5|nothing is balanced
+addrtype|nat|-m addrtype --dst-type LOCAL|the service cannot be told from other traffic
+conntrack|nat|-p tcp -m conntrack --ctstate DNAT --ctorigdstport 8000|answers do not find the way back
+DNAT|nat|-p tcp -j DNAT --to-destination 127.0.0.1:8000|no connection reaches a backend
+MASQUERADE|nat|-p tcp -j MASQUERADE --random-fully|answers do not find the way back
+set|mangle|-m set --match-set LB-CHECK dst|packets and bytes are not counted, refusals not retried
+connbytes|filter|-p tcp -m connbytes --connbytes 0:1 --connbytes-mode packets --connbytes-dir reply -j DROP|a refused connection is not tried elsewhere'
+
+check() {
+    local flavour feature table rule lost missing
+    ipset create LB-CHECK hash:ip counters -exist || echo "missing: ipset: packets and bytes are not counted"
+    for flavour in nft legacy; do
+        missing=0
+        while IFS='|' read -r feature table rule lost; do
+            printf '*%s\n:LB-CHECK - [0:0]\n-A LB-CHECK %s\n-F LB-CHECK\n-X LB-CHECK\nCOMMIT\n' "$table" "$rule" |
+                "iptables-$flavour-restore" --noflush -w 5 2>/dev/null && continue
+            echo "missing in iptables-$flavour: $feature: $lost"
+            missing=1
+        done <<<"$NEEDS"
+        [ "$missing" -eq 1 ] || { echo "iptables-$flavour has all that is needed"; return 0; }
+    done
+    return 1
 }
 
 alive() {
@@ -77,8 +103,9 @@ drain() {
 
 case "${1:-serve}" in
     rules) first_rules ;;
+    check) check ;;
     alive) alive ;;
     serve) serve ;;
     drain) drain "$2" ;;
-    *) echo "script.sh: unknown word '$1'; serve, rules, alive or drain SECONDS" >&2; exit 2 ;;
+    *) echo "script.sh: unknown word '$1'; serve, rules, check, alive or drain SECONDS" >&2; exit 2 ;;
 esac

@@ -105,7 +105,7 @@ class Balancer:
         self._forget((ids.keys() - known.keys()) | come_back)
         self._netfilter.change_members(ruleset.set_changes(members.keys() | ids.keys(), members))
         leaving = [Endpoint(b.ip, view.port) for b in view.backends if b.ip not in {e.ip for e in chosen}]
-        wanted_nat = ruleset.nat(chosen, leaving)
+        wanted_nat = ruleset.nat(chosen, leaving, view.inside)
         text = ruleset.restore(wanted_nat, nat)
         self._netfilter.apply(text)
         for wanted in (ruleset.filters(chosen), ruleset.mangle()):

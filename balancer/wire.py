@@ -30,6 +30,7 @@ class View:
     interval: float = 2.0
     drain_timeout: float = 30.0
     weights: str = "equal"  # equal | adaptive
+    inside: str = ""  # the backends' network, where they are to see their clients' own addresses
 
     @classmethod
     def parse(cls, message: Mapping[str, Any]) -> View:
@@ -44,6 +45,7 @@ class View:
             float(service["interval"]),
             float(service["drain_timeout"]),
             service["weights"],
+            service["inside"],
         )
 
 

@@ -55,7 +55,9 @@ class Unknown(LookupError):
 
 
 class Controller:
-    def __init__(self, engine: Engine, settings: Settings, ip_file: Path, clock: Clock = time.monotonic) -> None:
+    def __init__(
+        self, engine: Engine, settings: Settings, ip_file: Path, clock: Clock = time.monotonic, inside: str = ""
+    ) -> None:
         self.settings = settings
         self.policy = Policy(
             settings.min,
@@ -70,7 +72,7 @@ class Controller:
         self.engine_trouble = ""
         self.decisions: deque[Decision] = deque(maxlen=1000)
         self._epoch = time.time() - clock()  # what the clock counts from, for showing dates only
-        self._engine, self._ip_file, self._clock = engine, ip_file, clock
+        self._engine, self._ip_file, self._clock, self._inside = engine, ip_file, clock, inside
         self._fleet: Fleet = {}
         self._meter = Meter()
         self._memory = Memory(started=clock())
@@ -342,6 +344,7 @@ class Controller:
                 "interval": s.interval,
                 "drain_timeout": s.drain_timeout,
                 "weights": s.weights,
+                "inside": self._inside,
             },
             "backends": [
                 {

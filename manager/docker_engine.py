@@ -5,7 +5,8 @@ Every call may take long and may raise EngineError; none touches a container wit
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -54,6 +55,7 @@ class DockerEngine:
         self._settings = settings
         self._labels = {"lbscaler.project": settings.project, "lbscaler.role": "backend"}
         self._filter = {"label": [f"{key}={value}" for key, value in self._labels.items()]}
+        self._routed: dict[str, tuple[str, str]] = {}
         with _engine_errors():
             self._client = docker.from_env(timeout=30)
 
@@ -63,11 +65,47 @@ class DockerEngine:
             network = self._client.networks.get(self._settings.project)
             return str(network.attrs["IPAM"]["Config"][0]["Gateway"])
 
+    def subnet(self) -> str:
+        with _engine_errors():
+            network = self._client.networks.get(self._settings.project)
+            return str(network.attrs["IPAM"]["Config"][0]["Subnet"])
+
     def list(self) -> list[Container]:
         """All our backends, running or not, in one call."""
         with _engine_errors():
-            rows = self._client.api.containers(all=True, filters=self._filter)
-        return [self._container(row) for row in rows]
+            rows = self._client.api.containers(
+                all=True, filters={"label": f"lbscaler.project={self._settings.project}"}
+            )
+        by_role: dict[str, list[Container]] = {"backend": [], "balancer": []}
+        for row in rows:
+            by_role.setdefault(row["Labels"].get("lbscaler.role", ""), []).append(self._container(row))
+        if self._settings.preserve_client_ip:
+            self._route_through(by_role["balancer"], by_role["backend"])
+        return by_role["backend"]
+
+    def _route_through(self, balancers: Iterable[Container], backends: Iterable[Container]) -> None:
+        """Points the backends' default route at the balancer, from outside: they keep no capability to do it."""
+        for balancer in balancers:
+            for backend in backends:
+                wanted = (backend.id, balancer.ip)
+                if backend.status != "running" or not balancer.ip or self._routed.get(backend.id) == wanted:
+                    continue
+                with _engine_errors():
+                    pid = self._client.api.inspect_container(backend.id)["State"]["Pid"]
+                command = [
+                    "nsenter",
+                    f"--net=/proc/{pid}/ns/net",
+                    "ip",
+                    "route",
+                    "replace",
+                    "default",
+                    "via",
+                    balancer.ip,
+                ]
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                if done.returncode:
+                    raise EngineError(f"route of {backend.name} through the balancer: {done.stderr.strip()}")
+                self._routed[backend.id] = wanted
 
     def _container(self, row: dict[str, object]) -> Container:
         networks = row["NetworkSettings"]["Networks"]  # type: ignore[index]

@@ -172,6 +172,9 @@ make_base_image() {
     return "$status"
 }
 
+# What marks this project's rules in the host's tables.
+host_mark() { echo "lbscaler.project=$LB_PROJECT"; }
+
 # ours ROLE: the ids of this project's containers in that role.
 ours() { docker ps -aq --filter "label=lbscaler.project=$LB_PROJECT" --filter "label=lbscaler.role=$1"; }
 

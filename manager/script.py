@@ -280,7 +280,8 @@ def main() -> int:
     try:
         engine = DockerEngine(settings)
         gateway = engine.gateway()
-        controller = Controller(engine, settings, settings.run_dir / "balancer" / "ip.txt")
+        inside = engine.subnet() if settings.preserve_client_ip else ""
+        controller = Controller(engine, settings, settings.run_dir / "balancer" / "ip.txt", inside=inside)
         controller.adopt(arguments.backends)
         serve(create_app(controller, (settings.run_dir / "token").read_text().strip(), [gateway]), settings, gateway)
     except (EngineError, OSError) as error:
@@ -298,4 +299,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ended = main()
+    logging.shutdown()
+    os._exit(ended)  # the doors' threads hold nothing worth waiting for

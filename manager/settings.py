@@ -104,6 +104,7 @@ SETTINGS: Mapping[str, Setting] = {
     "subnet": Setting(
         "", lambda text: _subnet(text) if text else "", "an IPv4 network such as 198.18.0.0/20", "the backends' network"
     ),
+    "preserve_client_ip": Setting("", _matching("|1"), "1, or nothing", "backends see their clients' own addresses"),
     "orchestrator": Setting("docker", _matching("docker"), "docker", "who runs the backends"),
     "base_image": Setting("debian:trixie-slim", _IMAGE, "an image's name", "what the images are built on"),
 }
@@ -130,6 +131,7 @@ class Settings:
     backend_port: int
     health: str
     subnet: str
+    preserve_client_ip: str
     orchestrator: str
     base_image: str
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from controller import Controller
 from docker_engine import EngineError, Event, NameTaken
@@ -35,28 +36,31 @@ class Clock:
 class FakeEngine:
     """Docker in memory, as `controller.Engine` wants it; a new container gets the lowest free address, as Docker's do.
 
-    Faults: while `down` is set every call raises it; `refusals` are raised by the next launches, one each; launches
-    and stops wait for `gate`; `strangers` are names that others' containers bear.
+    Faults: while `down` is set every call raises it; `refusals` are raised by the next launches, one each, and
+    `no_last_words` by last_words; launches and stops wait for `gate`; `strangers` are names of others' containers.
     """
 
     def __init__(self, *running: str) -> None:
         self.containers: dict[str, Container] = {}  # by name
         self.calls: list[tuple[str, str]] = []  # what was begun, in order: (launch, name), (stop, name)
         self.threads: set[str] = set()  # that launched or stopped
+        self.lists = 0  # looks at the list so far
         self.down = ""
         self.refusals: list[EngineError] = []
         self.no_last_words = ""
         self.strangers: set[str] = set()
         self.gate = threading.Event()
         self.gate.set()
-        self._numbers = itertools.count(1)
+        self._lock, self._numbers = threading.Lock(), itertools.count(1)
         self._events: queue.Queue[Event | EngineError | None] = queue.Queue()
         for name in running:
-            self._run(name)
+            self.run(name)
 
     def list(self) -> list[Container]:
+        self.lists += 1
         self._answer()
-        return list(self.containers.values())
+        with self._lock:
+            return list(self.containers.values())
 
     def launch(self, name: str) -> Container:
         self._begin("launch", name)
@@ -65,12 +69,14 @@ class FakeEngine:
         if self.refusals:
             raise self.refusals.pop(0)
         assert name not in self.containers, f"{name} launched twice"
-        return self._run(name)
+        return self.run(name)
 
     def stop(self, container_id: str) -> None:
-        name = next((c.name for c in list(self.containers.values()) if c.id == container_id), "")
+        with self._lock:
+            name = next((c.name for c in self.containers.values() if c.id == container_id), "")
         self._begin("stop", name)
-        self.containers.pop(name, None)
+        with self._lock:
+            self.containers.pop(name, None)
 
     def last_words(self, container_id: str) -> str:
         self._answer()
@@ -83,6 +89,14 @@ class FakeEngine:
             if isinstance(event, EngineError):
                 raise event
             yield event
+
+    def run(self, name: str) -> Container:
+        """A container that is ours is there, whoever started it."""
+        with self._lock:
+            used = {container.ip for container in self.containers.values()}
+            ip = next(ip for n in itertools.count(2) if (ip := f"198.18.{n >> 8}.{n & 255}") not in used)
+            self.containers[name] = Container(f"{next(self._numbers):064x}"[::-1], name, ip, "running")
+            return self.containers[name]
 
     def die(self, name: str, code: int) -> None:
         """The container ends by itself, which frees its address; the engine says so."""
@@ -103,29 +117,24 @@ class FakeEngine:
         if self.down:
             raise EngineError(self.down)
 
-    def _run(self, name: str) -> Container:
-        used = {container.ip for container in self.containers.values()}
-        ip = next(ip for n in itertools.count(2) if (ip := f"198.18.{n >> 8}.{n & 255}") not in used)
-        self.containers[name] = Container(f"{next(self._numbers):064x}"[::-1], name, ip, "running")
-        return self.containers[name]
-
 
 def settings(**changes: object) -> Settings:
     """The defaults, but for `changes`; the project is called p."""
     return read({variable(name): str(value) for name, value in {"project": "p", **changes}.items()})
 
 
-def controller(engine: FakeEngine, place: Path, clock: Clock, **changes: object) -> Controller:
-    return Controller(engine, settings(**changes), place / "ip.txt", clock)
+def controller(engine: FakeEngine, place: Path, clock: Clock, inside: str = "", **changes: object) -> Controller:
+    return Controller(engine, settings(**changes), place / "ip.txt", clock, inside)
 
 
-def sample(packets: int = 0, healthy: bool | None = True, connections: int = 0, active: int = 0) -> Sample:
-    return Sample(connections, packets, 100 * packets, active, healthy)
+def sample(packets: int = 0, healthy: bool | None = True, connections: int = 0, active: int = 0, **more: Any) -> Sample:
+    return Sample(connections, packets, 100 * packets, active, healthy, **more)
 
 
-def report(balancer: str = "b1", revision: str = "r", **backends: Sample) -> Report:
+def report(balancer: str = "b1", warnings: tuple[str, ...] = (), **backends: Sample) -> Report:
     """One of every two seconds; backends are named by the end of their address: `_2=sample(…)` is 198.18.0.2."""
-    return Report(balancer, revision, 2.0, {f"198.18.0{name.replace('_', '.')}": s for name, s in backends.items()})
+    by_ip = {f"198.18.0{name.replace('_', '.')}": one for name, one in backends.items()}
+    return Report(balancer, "r", 2.0, by_ip, warnings)
 
 
 def eventually(condition: Callable[[], object], within: float = 3.0) -> bool:

@@ -29,13 +29,18 @@ DOCKERS = {
 Rule = tuple[int, str]  # packets counted, the rule's words
 
 
-def flow(backend: str, state: str = "ESTABLISHED", client_port: int = 40000, accounting: bool = True) -> str:
-    """One line of `conntrack -L`."""
-    there, back = (" packets=5 bytes=300", " packets=4 bytes=912") if accounting else ("", "")
-    mark = {"SYN_SENT": ("[UNREPLIED] ", ""), "ESTABLISHED": ("", "[ASSURED] ")}.get(state, ("", "[ASSURED] "))
+def flow(
+    backend: str, state: str = "ESTABLISHED", client_port: int = 40000, answer: tuple[int, int] | None = (4, 912)
+) -> str:
+    """One line of `conntrack -L`; `answer` is the reply's packets and bytes, None where the kernel counts neither."""
+    unreplied = state == "SYN_SENT"
+    there, back = ("", "") if answer is None else (" packets=5 bytes=300", f" packets={answer[0]} bytes={answer[1]}")
+    if unreplied and answer:
+        there, back = " packets=1 bytes=60", " packets=0 bytes=0"
     return (
-        f"tcp      6 117 {state} src=203.0.113.9 dst=198.18.0.254 sport={client_port} dport=8000{there} {mark[0]}"
-        f"src={backend} dst=198.18.0.254 sport=8000 dport={client_port}{back} {mark[1]}mark=0 use=1\n"
+        f"tcp      6 117 {state} src=203.0.113.9 dst=198.18.0.254 sport={client_port} dport=8000{there} "
+        f"{'[UNREPLIED] ' if unreplied else ''}src={backend} dst=198.18.0.254 sport=8000 dport={client_port}{back} "
+        f"{'' if unreplied else '[ASSURED] '}mark=0 use=1\n"
     )
 
 
@@ -48,6 +53,7 @@ class FakeNetfilter(Netfilter):
             self.tables["nat"][chain] = [(0, rule) for rule in rules]
         self.set: dict[str, tuple[int, int]] | None = None
         self.flow_lines: list[str] = []
+        self.conntrack = 10, 1000
         self.calls: list[str] = []
         self.break_at = 0
 
@@ -128,10 +134,15 @@ class FakeNetfilter(Netfilter):
     def flows(self) -> str:
         return "".join(self.flow_lines)
 
-    def forget_flows(self, ip: str) -> None:
-        self._change(f"forget {ip}")
-        self.flow_lines = [line for line in self.flow_lines if f" src={ip} " not in line]
+    def forget_flows(self, ip: str, unanswered_only: bool = False) -> None:
+        self._change(f"forget {ip}{' unanswered' if unanswered_only else ''}")
+        gone = [line for line in self.flow_lines if f" src={ip} " in line]
+        gone = [line for line in gone if " SYN_SENT " in line] if unanswered_only else gone
+        self.flow_lines = [line for line in self.flow_lines if line not in gone]
 
     def forget_neighbours(self, ips: Iterable[str]) -> None:
         if ips := sorted(ips):
             self._change(f"neighbours {' '.join(ips)}")
+
+    def conntrack_use(self) -> tuple[int, int]:
+        return self.conntrack

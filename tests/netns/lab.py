@@ -13,7 +13,7 @@ import os
 import socket
 import subprocess
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
 CLONE_NEWNET = 0x40000000
@@ -92,37 +92,39 @@ class Lab:
 
 
 class Server:
-    """A TCP server in a namespace: answers each connection with the address it was reached at, then `body`, closes."""
+    """A TCP server in a namespace: tells each connection the address it was reached at, then has `talk` go on."""
 
     def __init__(
         self,
         namespace: Namespace,
         address: str = "0.0.0.0",
         port: int = 8000,
-        body: Callable[[], Iterable[bytes]] = tuple,
+        talk: Callable[[socket.socket], object] | None = None,
+        greet: bool = True,
     ) -> None:
         with namespace:
             self._socket = socket.socket()
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self._socket.bind((address, port))
             self._socket.listen(4096)
-        self._body = body
+        self._talk, self._greet = talk, greet
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             while True:
                 connection, _ = self._socket.accept()
-                if self._body is tuple:
+                if self._talk is None:
                     self._answer(connection)
                 else:
                     threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
 
     def _answer(self, connection: socket.socket) -> None:
         with contextlib.suppress(OSError), connection:
-            connection.sendall(connection.getsockname()[0].encode() + b"\n")
-            for piece in self._body():
-                connection.sendall(piece)
+            if self._greet:
+                connection.sendall(connection.getsockname()[0].encode() + b"\n")
+            if self._talk is not None:
+                self._talk(connection)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):

@@ -6,6 +6,7 @@ import json
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
@@ -17,7 +18,9 @@ import ruleset
 import synchronization_client as client
 from netfilter import NetfilterError
 from probe import Answer, Health, Prober
-from synchronization_client import Backend, Balancer, Manager, View
+from synchronization_client import Balancer
+from weights import Estimate
+from wire import Backend, Manager, View
 
 WELL, ILL, UNKNOWN = Health(True), Health(False, 0, "does not answer"), Health()
 A, B, C, D = (f"198.18.0.{number}" for number in (2, 3, 4, 5))
@@ -50,10 +53,12 @@ class FakeProber(Prober):
 class FakeManager(Manager):
     def __init__(self) -> None:
         self.answers: list[Any] = []  # of sync: a message, None, or an exception
+        self.asked: list[str] = []  # the revisions that sync was told
         self.stops: list[tuple[str, str]] = []
         self.reports: list[Mapping[str, Any]] = []
 
     def sync(self, have: str) -> Mapping[str, Any] | None:
+        self.asked.append(have)
         answer = self.answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
@@ -103,10 +108,10 @@ class World:
         return set(self.kernel.set or ())
 
     def look(self, seconds: float) -> None:
-        """Lets _watch_leavers look for that long."""
+        """Lets the balancer look at the flows for that long."""
         end = self.clock.now + seconds
         while self.clock.now < end - 1e-9:
-            self.balancer._watch_leavers()
+            self.balancer._look()
 
 
 def backend(words: str) -> Backend:
@@ -171,13 +176,17 @@ def test_an_active_backend_that_never_answers_a_restarted_client_leaves_rotation
 
 # -- what the manager says -------------------------------------------------------------------------------------------
 
-SERVICE = {"port": 8000, "health": "tcp", "interval": 2, "drain_timeout": 30}
+SERVICE = {
+    **{"port": 8000, "health": "tcp", "interval": 2, "drain_timeout": 30},
+    **{"weights": "adaptive", "inside": "198.18.0.0/24"},
+}
 ONE = {"id": "a", "ip": A, "state": "active", "weight": 1}
 MESSAGE: dict[str, Any] = {"revision": "r7", "service": SERVICE, "backends": [ONE]}
 
 
 def test_a_view_is_read_from_the_managers_message() -> None:
-    assert View.parse(MESSAGE) == View("r7", (Backend("a", A, "active", 1.0),), 8000, "tcp", 2.0, 30.0)
+    backends = (Backend("a", A, "active", 1.0),)
+    assert View.parse(MESSAGE) == View("r7", backends, 8000, "tcp", 2.0, 30.0, "adaptive", "198.18.0.0/24")
     assert View.parse({**MESSAGE, "backends": [], "more": 1}).backends == ()
 
 
@@ -226,6 +235,7 @@ def test_a_lost_manager_is_told_once_and_leaves_the_last_view_standing(
         "manager out of reach, keeping the last rules: no route",
     ]
     assert world.balancer.view == View.parse(MESSAGE)
+    assert world.manager.asked == ["", "r7", "", "", "", "r7", "r7"]  # after a silence as if for the first time
     assert 4 * 0.2 <= world.clock.now - 1000.0 <= 4.0  # it does not hammer
 
 
@@ -292,22 +302,43 @@ def test_a_dead_backends_flows_are_deleted_once_no_rule_deals_to_it(world: World
     assert world.kernel.flow_lines == [flow(B, "SYN_SENT")]
 
 
-def test_an_ill_backend_leaves_rotation_but_keeps_its_chain_its_counter_and_its_flows(world: World) -> None:
+def test_an_ill_backend_leaves_rotation_and_loses_only_the_flows_it_never_answered(world: World) -> None:
     world.see(f"a {A}", f"b {B}", f"c {C}")
     world.converge()
     world.kernel.count(A, 7)
-    world.kernel.flow_lines = [flow(A)]
+    world.kernel.flow_lines = [flow(A), flow(A, "SYN_SENT", 40001)]
     world.see(f"a {A}", f"b {B}", f"c {C}", a=ILL)
-    assert world.converge() == ["nat"]
+    assert world.converge() == ["nat", f"forget {A} unanswered"]
+    assert world.converge() == []
     assert world.dealt() == {B, C}
     assert world.chains() == world.members() == {A, B, C}
+    world.look(client.LOOK)
     assert world.balancer.report()["backends"][0] == {
-        **{"ip": A, "healthy": False, "connections": 7},
-        **{"packets": 0, "bytes": 0, "active": 1},
+        **{"id": "a", "ip": A, "healthy": False, "share": 0.0},
+        **{"connections": 7, "packets": 0, "bytes": 0, "active": 1},
     }
     world.see(f"a {A}", f"b {B}", f"c {C}")
     assert world.converge() == ["nat"]
     assert world.kernel.flow_lines == [flow(A)]
+
+
+def test_where_all_are_ill_all_stay_in_rotation_and_keep_their_flows(world: World) -> None:
+    world.see(f"a {A}", f"b {B}")
+    world.converge()
+    world.kernel.flow_lines = [flow(A, "SYN_SENT")]
+    world.see(f"a {A}", f"b {B}", a=ILL, b=ILL)
+    assert world.converge() == []
+    assert world.dealt() == {A, B}
+
+
+def test_a_draining_backend_keeps_every_flow_answered_or_not(world: World) -> None:
+    world.see(f"a {A}", f"b {B}", f"c {C}")
+    world.converge()
+    world.kernel.flow_lines = [flow(A), flow(A, "SYN_SENT", 40001)]
+    world.see(f"a {A} draining", f"b {B}", f"c {C}")
+    assert world.converge() == ["nat"]
+    assert world.dealt() == {B, C}
+    assert len(world.kernel.flow_lines) == 2
 
 
 def test_a_backend_on_an_old_address_is_forgotten_before_it_enters(world: World) -> None:
@@ -328,7 +359,7 @@ def test_a_refusal_is_retried_only_while_there_is_another_backend(world: World) 
     world.converge()
     assert len(world.kernel.rules("filter", "LB-FORWARD")) == 1
     world.see(f"a {A}", f"b {B}", a=ILL)
-    assert world.converge() == ["nat", "filter"]
+    assert world.converge()[:2] == ["nat", "filter"]
     assert world.kernel.rules("filter", "LB-FORWARD") == []
 
 
@@ -379,6 +410,15 @@ def test_what_somebody_else_changed_is_repaired(
     )
 
 
+def test_the_first_client_keeps_the_flows_that_the_first_rules_let_in(world: World) -> None:
+    first = ruleset.nat([ruleset.Endpoint(A, 8000), ruleset.Endpoint(B, 8000)])  # what script.sh installs
+    world.kernel.apply(ruleset.restore(first, ruleset.parse_table(world.kernel.table("nat"))))
+    world.kernel.flow_lines = [flow(A), flow(B)]
+    world.see(f"a {A}", f"b {B}")
+    assert world.converge() == [f"add {A} add {B}", "filter", "mangle"]
+    assert world.kernel.flow_lines == [flow(A), flow(B)]
+
+
 def test_a_restarted_client_takes_over_what_it_finds_and_keeps_every_counter(world: World) -> None:
     world.see(f"a {A}", f"b {B}", f"c {C}")
     world.converge()
@@ -389,14 +429,16 @@ def test_a_restarted_client_takes_over_what_it_finds_and_keeps_every_counter(wor
     world.see(f"a {A}", f"b {B}", f"c {C}", a=UNKNOWN, b=UNKNOWN, c=UNKNOWN)
     assert world.converge() == []
     assert world.kernel.flow_lines == [flow(A), flow(C)]
-    assert world.balancer.report() == {
-        **{"balancer": "lb", "revision": "r1", "interval": 2.0},
-        "backends": [
-            {"ip": A, "healthy": None, "connections": 41, "packets": 500, "bytes": 30000, "active": 1},
-            {"ip": B, "healthy": None, "connections": 0, "packets": 0, "bytes": 0, "active": 0},
-            {"ip": C, "healthy": None, "connections": 0, "packets": 0, "bytes": 0, "active": 1},
-        ],
-    }
+    world.look(client.LOOK)
+    report = world.balancer.report()
+    rows = [list(row.values()) for row in report.pop("backends")]
+    third = pytest.approx(1 / 3)
+    assert report == {"balancer": "lb", "revision": "r1", "interval": 2.0, "warnings": []}
+    assert rows == [
+        ["a", A, None, third, 41, 500, 30000, 1],
+        ["b", B, None, third, 0, 0, 0, 0],
+        ["c", C, None, third, 0, 0, 0, 1],
+    ]
 
 
 def test_a_backend_that_went_while_the_client_was_away_is_forgotten_too(world: World) -> None:
@@ -415,6 +457,47 @@ def test_a_change_of_rotation_is_one_line(world: World, caplog: pytest.LogCaptur
         world.see(*fleet)
         world.converge()
     assert [record.message for record in caplog.records] == [f"rotation {A} {B}", "rotation empty"]
+
+
+def first_chance(world: World) -> float:
+    world.converge()
+    return float(world.kernel.rules("nat", "LB-DISPATCH")[0].split("--probability ")[1].split(" ")[0])
+
+
+def test_a_newcomer_gets_a_quarter_of_its_share_at_first_and_all_of_it_after_three_seconds(world: World) -> None:
+    world.see(f"a {A}")
+    world.converge()
+    world.clock.sleep(60.0)
+    world.see(f"a {A}", f"b {B}")
+    chances = []
+    for _ in range(5):
+        chances.append(first_chance(world))
+        world.clock.sleep(1.0)
+    assert chances == pytest.approx([1 / 1.25, 1 / 1.5, 1 / 1.75, 0.5, 0.5], abs=1e-8)
+    assert world.converge() == []
+
+
+@pytest.mark.parametrize(("weights", "chance"), [("adaptive", 0.75), ("equal", 0.5)])
+def test_learnt_weights_reach_the_rules_only_where_that_is_wanted(world: World, weights: str, chance: float) -> None:
+    world.see(f"a {A}", f"b {B}")
+    world.balancer.view = replace(world.balancer.view, weights=weights)
+    world.balancer._learner.estimates = {"a": Estimate(9.0, 1.0, weight=1.5), "b": Estimate(3.0, 1.0, weight=0.5)}
+    assert first_chance(world) == pytest.approx(chance)
+
+
+def test_a_backend_that_answers_slowly_loses_share_and_one_that_answers_fast_gains_it(world: World) -> None:
+    world.see(f"a {A}", f"b {B}")
+    world.balancer.view = replace(world.balancer.view, weights="adaptive")
+    world.converge()
+    for _ in range(10):  # 200 connections each an interval; of a's, eight wait at any time
+        world.kernel.flow_lines = [flow(A, answer=(2, 112))] * 8 + [flow(B, answer=(2, 112))] + [flow(B)] * 20
+        world.look(2.0)
+        world.kernel.count(A, 200)
+        world.kernel.count(B, 200)
+        world.balancer._learn(world.balancer.report())
+        world.converge()
+    assert first_chance(world) < 0.45
+    assert world.balancer.report()["backends"][0]["share"] == pytest.approx(first_chance(world), abs=1e-6)
 
 
 # -- leavers ---------------------------------------------------------------------------------------------------------
@@ -464,6 +547,14 @@ def test_a_backend_ill_for_too_long_is_replaced_while_another_is_well(world: Wor
     assert world.manager.stops == [(A, "ill for 10 s: does not answer")]
 
 
+@pytest.mark.parametrize("why", ["asks for no new connections", "does not answer"])
+def test_a_backend_that_takes_long_to_start_is_left_to_the_managers_patience(world: World, why: str) -> None:
+    world.see(f"s {A} starting", f"b {B}", s=Health(False, 0, why))
+    world.converge()
+    world.look(30.0)
+    assert world.manager.stops == []
+
+
 def test_where_all_are_ill_none_is_replaced(world: World) -> None:
     world.see(f"a {A}", f"b {B}", a=ILL, b=ILL)
     world.converge()
@@ -473,9 +564,9 @@ def test_where_all_are_ill_none_is_replaced(world: World) -> None:
 
 def test_a_spell_of_illness_ends_with_one_good_look(world: World) -> None:
     for _ in range(3):
-        world.see(f"a {A}", f"b {B}", f"s {C} starting", a=ILL, s=UNKNOWN)
+        world.see(f"a {A}", f"b {B}", f"u {C}", a=ILL, u=UNKNOWN)
         world.look(8.0)
-        world.see(f"a {A}", f"b {B}", f"s {C} starting", s=UNKNOWN)
+        world.see(f"a {A}", f"b {B}", f"u {C}", u=UNKNOWN)
         world.look(client.LOOK)
     assert world.manager.stops == []
 
@@ -483,7 +574,7 @@ def test_a_spell_of_illness_ends_with_one_good_look(world: World) -> None:
 # -- reports, state, threads -----------------------------------------------------------------------------------------
 
 
-def test_reports_wait_for_a_view_and_for_a_manager_in_reach(world: World) -> None:
+def test_reports_wait_for_a_view_and_news_brings_one_at_once(world: World) -> None:
     world.balancer._news.set()
     world.balancer._report_regularly()
     assert world.manager.reports == []
@@ -492,11 +583,32 @@ def test_reports_wait_for_a_view_and_for_a_manager_in_reach(world: World) -> Non
     world.balancer._health_turned()  # news: no waiting for the interval
     world.balancer._report_regularly()
     assert [report["backends"][0]["ip"] for report in world.manager.reports] == [A]
-    world.manager.answers = [requests.Timeout()]
-    world.balancer._follow()
-    world.balancer._health_turned()
+    assert world.balancer._learner._since is None  # a report out of turn is too short to learn from
+    world.balancer.view = replace(world.balancer.view, interval=0.01)
     world.balancer._report_regularly()
-    assert len(world.manager.reports) == 1
+    assert len(world.manager.reports) == 2
+    assert world.balancer._learner._since == world.clock.now
+
+
+@pytest.mark.parametrize(("used", "warned"), [(900, False), (901, True)])
+def test_a_connection_table_that_is_nearly_full_is_reported(world: World, used: int, warned: bool) -> None:
+    world.kernel.members()
+    world.kernel.conntrack = used, 1000
+    warnings = world.balancer.report()["warnings"]
+    assert [("90%" in w, "1000" in w, "nf_conntrack_max" in w) for w in warnings] == [(True,) * 3] * warned
+
+
+def test_the_metrics_tell_rotation_flows_and_the_connection_table(world: World) -> None:
+    world.see(f"a {A}", f"b {B}", b=ILL)
+    world.converge()
+    world.kernel.flow_lines = [flow(A), flow(B), flow(A, "TIME_WAIT")]
+    world.look(client.LOOK)
+    lines = client.doors(world.balancer).test_client().get("/metrics").text.splitlines()
+    values = dict(line.removeprefix("lbscaler_balancer_").split(" ") for line in lines if not line.startswith("#"))
+    assert values == {
+        **{"rotation_backends": "1.0", "flows": "2.0", "converged_seconds": "0.5"},
+        **{"conntrack_entries": "10.0", "conntrack_entries_limit": "1000.0"},
+    }
 
 
 def test_the_health_check_fails_once_no_pass_has_ended_well_for_long(world: World) -> None:

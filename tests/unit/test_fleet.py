@@ -49,6 +49,10 @@ def ended(state: str, reason: str, since: float = NOW) -> Backend:
     return backend(state, since=since, reason=reason, running=False)
 
 
+def failed(reason: str) -> Backend:
+    return backend(FAILED, since=NOW, reason=reason)
+
+
 OBSERVED: dict[str, tuple[Backend | None, Container | None, Backend | None]] = {
     "a running stray is adopted": (None, container(), ADOPTED),
     "a paused one too": (None, container("paused"), ADOPTED),
@@ -63,7 +67,11 @@ OBSERVED: dict[str, tuple[Backend | None, Container | None, Backend | None]] = {
     "removed while it drained": (backend(DRAINING), None, None),
     "a list from before its name was taken again": (backend(), container(id="another"), backend()),
     "nothing new": (backend(), container(), backend()),
-    "an address the engine no longer tells is kept": (backend(), container(ip=""), backend()),
+    "paused by somebody": (backend(), container("paused"), failed("somebody paused its container")),
+    "cut off before it was ready": (backend(STARTING), container(ip=""), failed("its container has lost its network")),
+    "cut off while it drained: the address is kept": (backend(DRAINING), container(ip=""), backend(DRAINING)),
+    "paused while it was stopped": (backend(STOPPED), container("paused"), backend(STOPPED)),
+    "no address yet": (PLACEHOLDER, container(ip=""), backend(STARTING, ip="")),
     "died": (backend(), container("exited", ip="", exit_code=3), ended(FAILED, CRASHED)),
     "died before it was ready": (backend(STARTING), container("dead", exit_code=3), ended(FAILED, CRASHED)),
     "left": (backend(DRAINING), container("exited"), ended(STOPPED, "its container has ended")),
@@ -130,7 +138,7 @@ HEARD = {
 def test_balancers_say_who_has_become_ready_and_who_never_does(
     known: Backend, healthy: bool | None, probed: bool, now: float, state: str
 ) -> None:
-    after = fleets.hear({"p-1": known}, {IP: healthy}, probed, now)["p-1"]
+    after = fleets.hear({"p-1": known}, lambda _: healthy, probed, now)["p-1"]
     assert after == (known if state == known.state else known.to(state, now, after.reason))
     assert after.reason == ("not ready within 60 s" if state == FAILED != known.state else "")
 
@@ -210,7 +218,7 @@ class World:
     def manage(self) -> Iterator[None]:
         """One pass of the manager, with a pause after each of its acts."""
         seen = fleets.observe(self.fleet, self.containers.values(), self.now, self.now)
-        self.fleet = fleets.hear(seen, {b.ip: True for b in seen.values() if b.in_view}, True, self.now)
+        self.fleet = fleets.hear(seen, lambda one: one.in_view, True, self.now)
         for step in fleets.plan(self.fleet, self.desired, Namer("p-"), 30, self.now):
             yield from {Launch: self.launch, Drain: self.drain, Stop: self.stop}[type(step)](step)
         for leaver in [b for b in self.fleet.values() if b.state == DRAINING]:  # the balancer: no flows left

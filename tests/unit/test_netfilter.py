@@ -96,6 +96,11 @@ def test_an_error_carries_the_command_its_words_and_the_numbered_text(tmp_path: 
         ("nft", lambda n: n.forget_flows("198.18.0.2"), "conntrack -D -p tcp --reply-src 198.18.0.2 <\n"),
         (
             "nft",
+            lambda n: n.forget_flows("198.18.0.2", unanswered_only=True),
+            "conntrack -D -p tcp --state SYN_SENT --reply-src 198.18.0.2 <\n",
+        ),
+        (
+            "nft",
             lambda n: n.forget_neighbours(["198.18.0.2", "198.18.0.3"]),
             "ip -batch - <neigh flush to 198.18.0.2 neigh flush to 198.18.0.3\n",
         ),

@@ -21,10 +21,13 @@ G, R, F = Answer.GOOD, Answer.REFUSED, Answer.FAILED
     ("answers", "healthy"),
     [
         ([], None),
-        ([F], None),
-        ([F, F, F, F], None),
-        ([R], None),
-        ([F, G], True),
+        ([F, F], None),
+        ([F, F, G, F, F], True),
+        ([F, F, F], False),
+        ([F, F, F, G], False),
+        ([F, F, F, G, G], True),
+        ([R], False),
+        ([F, R], False),
         ([G, F], True),
         ([G, F, F], True),
         ([G, F, F, F], False),
@@ -150,7 +153,9 @@ def test_an_answer_is_judged_by_the_health_setting(
     port, sync_port = (closed_port, backend.port) if method == "sync" else (backend.port, closed_port)
     monkeypatch.setattr(probe, "SYNC_PORT", sync_port)
     monkeypatch.setattr(probe, "TIMEOUT", 0.15)
+    began = time.monotonic()
     assert asyncio.run(probe.ask("127.0.0.1", port, method)) is answer
+    assert time.monotonic() - began < 2
     assert backend.first_line == asked
 
 
@@ -237,12 +242,10 @@ def test_a_new_id_on_an_old_address_starts_afresh_and_the_old_one_is_dropped(
     backend = door(http("200 OK"))
     watch.prober.watch({"old": "127.0.0.1"}, backend.port, "http:/")
     until(lambda: watch.healthy("old"))
-    backend.reply = http("500 Oops")
+    backend.reply = None
     watch.prober.watch({"new": "127.0.0.1"}, backend.port, "http:/")
     until(lambda: "new" in watch.prober.health())
-    seen = backend.requests
-    until(lambda: backend.requests >= seen + 5)
-    assert {id_: health.healthy for id_, health in watch.prober.health().items()} == {"new": None}
+    assert watch.prober.health() == {"new": Health()}
 
 
 def test_a_backend_still_watched_keeps_its_health_and_a_changed_setting_asks_anew(
@@ -257,4 +260,7 @@ def test_a_backend_still_watched_keeps_its_health_and_a_changed_setting_asks_ane
     assert (watch.healthy("a"), watch.turns) == (True, turns + 1)
     watch.prober.watch({"a": "127.0.0.1"}, other.port, "http:/")
     until(lambda: other.requests)
+    seen = backend.requests
+    time.sleep(0.1)
+    assert backend.requests <= seen + 1  # a probe may have been on its way; there is no other
     assert watch.healthy("a") is None

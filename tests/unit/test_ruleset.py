@@ -95,6 +95,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "nat-2": lambda: ruleset.nat(endpoints([1.0] * 2)),
     "nat-3": lambda: ruleset.nat(endpoints([1.0] * 3)),
     "nat-5": lambda: ruleset.nat(endpoints([1.0] * 5)),
+    "nat-2-inside": lambda: ruleset.nat(endpoints([1.0] * 2), inside="198.18.0.0/24"),
     "nat-17": lambda: ruleset.nat(endpoints([1.0] * 17)),
     "filter-1": lambda: ruleset.filters(endpoints([1.0])),
     "filter-2": lambda: ruleset.filters(endpoints([1.0] * 2)),
@@ -145,12 +146,11 @@ def test_only_ratios_matter_however_far_apart_the_weights_are(weights: tuple[flo
     assert reached == pytest.approx({b.ip: b.weight / sum(weights) for b in rotation}, abs=1e-6)
 
 
-def test_a_new_connection_passes_few_rules_of_a_thousand_backends() -> None:
-    chains = applied(endpoints([1.0] * 1000))
-    longest = max(len(rules) for chain, rules in chains.items() if chain.startswith(("LB-DISPATCH", "LB-T-")))
-    depth = max(len(chain) for chain in chains if chain.startswith("LB-T-")) - len("LB-T-")
-    assert longest <= 8
-    assert depth <= 4
+@pytest.mark.parametrize(("count", "depth"), [(8, 0), (9, 1), (32, 1), (100, 2), (1000, 4)])
+def test_a_new_connection_passes_few_rules_however_many_backends(count: int, depth: int) -> None:
+    dispatch = ruleset.dispatch(endpoints([1.0] * count))
+    assert max(len(rules) for rules in dispatch.values()) <= 8
+    assert max(len(chain.removeprefix("LB-T-")) for chain in {*dispatch, "LB-T-"} - {"LB-DISPATCH"}) == depth
 
 
 # -- the step from one state to the next -----------------------------------------------------------------------------
@@ -310,7 +310,7 @@ def test_the_set_changes_by_its_differences_and_never_adds_a_member_again(wanted
     assert ruleset.set_changes(wanted, present) == text
 
 
-@pytest.mark.parametrize("accounting", [False, True], ids=["plain", "with packets and bytes"])
+@pytest.mark.parametrize("answer", [None, (4, 912)], ids=["plain", "with packets and bytes"])
 @pytest.mark.parametrize(
     ("state", "live"),
     [
@@ -324,8 +324,8 @@ def test_the_set_changes_by_its_differences_and_never_adds_a_member_again(wanted
         ("CLOSE", 0),
     ],
 )
-def test_a_flow_is_live_until_its_last_word(state: str, live: int, accounting: bool) -> None:
-    assert ruleset.live_flows(flow("198.18.0.2", state, accounting=accounting)).get("198.18.0.2", 0) == live
+def test_a_flow_is_live_until_its_last_word(state: str, live: int, answer: tuple[int, int] | None) -> None:
+    assert ruleset.live_flows(flow("198.18.0.2", state, answer=answer)).get("198.18.0.2", 0) == live
 
 
 def test_live_flows_are_counted_by_the_backend_that_answers_and_for_the_service_alone() -> None:
@@ -343,3 +343,25 @@ def test_live_flows_are_counted_by_the_backend_that_answers_and_for_the_service_
     )
     assert ruleset.live_flows(text + text.replace("4000", "4001")) == {"198.18.0.2": 2, "198.18.0.3": 2}
     assert ruleset.live_flows("") == {}
+
+
+@pytest.mark.parametrize(
+    ("state", "answer", "waiting"),
+    [
+        ("SYN_SENT", (0, 0), 1),
+        ("SYN_RECV", (1, 60), 1),
+        ("ESTABLISHED", (2, 112), 1),  # SYN-ACK with options, ACK of the request
+        ("ESTABLISHED", (3, 212), 0),  # … and the first bytes of the answer
+        ("ESTABLISHED", (4, 912), 0),
+        ("CLOSE_WAIT", (3, 164), 1),
+        ("TIME_WAIT", (3, 164), 0),
+        ("CLOSE", (1, 40), 0),
+        ("ESTABLISHED", None, 0),  # nothing is known where the kernel does not count
+    ],
+)
+def test_a_flow_waits_until_the_first_byte_of_its_answer(
+    state: str, answer: tuple[int, int] | None, waiting: int
+) -> None:
+    text = flow("198.18.0.9") + flow("198.18.0.2", state, answer=answer) + flow("198.18.0.9")
+    assert ruleset.waiting_flows(text) == ({"198.18.0.2": 1} if waiting else {})
+    assert ruleset.waiting_flows(text.replace(" dport=8000 ", " dport=53 ")) == {}

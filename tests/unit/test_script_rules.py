@@ -39,13 +39,13 @@ def rounded(text: str) -> str:
     return re.sub(r"(?<=--probability )\S+", lambda match: f"{float(match[0]):.8f}", text)
 
 
-@pytest.mark.parametrize("port", [8000, 9090])
+@pytest.mark.parametrize(("port", "inside"), [(8000, ""), (9090, "198.18.0.0/24")])
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 5, 8])
-def test_the_first_rules_are_the_ones_the_client_would_write(folder: Path, count: int, port: int) -> None:
+def test_the_first_rules_are_the_ones_the_client_would_write(folder: Path, count: int, port: int, inside: str) -> None:
     addresses = [f"198.18.0.{number}" for number in range(2, 2 + count)]
     (folder / "ip.txt").write_text("".join(f"{ip}\n" for ip in addresses))
-    done = run(folder, "rules", LB_BACKEND_PORT=str(port))
-    wanted = ruleset.restore(ruleset.nat([Endpoint(ip, port) for ip in addresses]), Listing())
+    done = run(folder, "rules", LB_BACKEND_PORT=str(port), LB_INSIDE=inside)
+    wanted = ruleset.restore(ruleset.nat([Endpoint(ip, port) for ip in addresses], inside=inside), Listing())
     assert (done.returncode, done.stderr) == (0, "")
     assert rounded(done.stdout) == rounded(wanted)
 
@@ -59,7 +59,7 @@ def test_blank_lines_and_a_missing_last_newline_in_the_list_do_no_harm(folder: P
 def test_a_word_it_does_not_know_is_refused_with_those_it_does(folder: Path) -> None:
     done = run(folder, "dance")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "serve, rules, alive or drain" in done.stderr
+    assert "serve, rules, check, alive or drain" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -67,8 +67,8 @@ def test_a_word_it_does_not_know_is_refused_with_those_it_does(folder: Path) -> 
     [
         ([], ""),
         (["TIME_WAIT", "CLOSE", "LAST_ACK"] * 500, ""),
-        (["TIME_WAIT", "ESTABLISHED"], "connections still open after 1 s\n"),
-        (["ESTABLISHED"] * 2000, "connections still open after 1 s\n"),
+        (["TIME_WAIT", "ESTABLISHED"], "connections still open after 1 s: 1\n"),
+        (["ESTABLISHED"] * 2000, "connections still open after 1 s: 2000\n"),
     ],
     ids=["none", "only ended ones", "one", "a long list of live ones"],
 )
@@ -83,3 +83,39 @@ def test_drain_deals_nobody_and_waits_for_live_flows_however_many(folder: Path, 
     assert "-w 5 -t nat -F LB-DISPATCH" in (folder / "iptables.log").read_text().splitlines()
     assert (folder / "draining").exists()
     assert (folder / "sleep.log").exists() == bool(says)
+
+
+@pytest.mark.parametrize(
+    ("nft_lacks", "legacy_lacks", "status", "says"),
+    [
+        ("nothing", "all", 0, "iptables-nft has all that is needed\n"),
+        (
+            "connbytes",
+            "nothing",
+            0,
+            "missing in iptables-nft: connbytes: a refused connection is not tried elsewhere\n"
+            "iptables-legacy has all that is needed\n",
+        ),
+        (
+            "statistic",
+            "to-destination",
+            1,
+            "missing in iptables-nft: statistic: nothing is balanced\n"
+            "missing in iptables-legacy: DNAT: no connection reaches a backend\n",
+        ),
+    ],
+)
+def test_check_names_what_the_kernel_lacks_and_what_is_lost_by_it(
+    folder: Path, nft_lacks: str, legacy_lacks: str, status: int, says: str
+) -> None:
+    for flavour, lacks in (("nft", nft_lacks), ("legacy", legacy_lacks)):
+        tool(folder, f"iptables-{flavour}-restore", f"! grep -q -e '{lacks}'")
+    tool(folder, "ipset", "exit 0")
+    done = run(folder, "check")
+    assert (done.returncode, done.stdout) == (status, says)
+
+
+def test_check_misses_the_set_where_there_is_none(folder: Path) -> None:
+    tool(folder, "iptables-nft-restore", "cat >/dev/null")
+    tool(folder, "ipset", "exit 1")
+    assert run(folder, "check").stdout.startswith("missing: ipset: packets and bytes are not counted\n")

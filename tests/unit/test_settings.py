@@ -17,18 +17,19 @@ from settings import SETTINGS, SettingError, assignments, read
 PORT = "1 to 65535"
 # name: what is allowed, as told; values that are refused
 REFUSED: dict[str, tuple[str, list[str]]] = {
-    "project": ("a-z 0-9 _ -, 40 at most", ["", "A", "-x", "a.b", "a b", "../x", "a" * 41, "é"]),
+    "project": ("a-z 0-9 _ -, 40 at most", ["", "A", "-x", "a.b", "a b", "../x", "a\nb", "a\n", "a" * 41, "é"]),
     "bind": ("an IPv4 address of this host", ["", "localhost", "1.2.3", "1.2.3.256", "::1", "0.0.0.0/0"]),
-    "port": (PORT, ["", "0", "65536", "-1", "80.5", "http", "0x50"]),
+    "port": (PORT, ["", "0", "65536", "-1", "80.5", "http", "0x50", "8_0", " 80", "80\n", "+80", "٨٠"]),
     "manager_port": (PORT, ["0", "65536", "x"]),
     "min": ("1 to 1000", ["", "0", "1001", "2.5", "two", "nan"]),
     "max": ("1 to 1000", ["0", "1001", "-3"]),
     "metric": ("packets, connections or concurrency", ["", "bytes", "PACKETS", "packets "]),
-    "target": ("a number above 0", ["", "0", "-1", "nan", "inf", "1e10", "many"]),
+    "target": ("a number above 0", ["", "0", "-1", "nan", "inf", "1e3", "1_0", " 7", "7\n", "٧", "many"]),
     "interval": ("0.5 to 60 (seconds)", ["", "0.4", "61", "nan", "2s"]),
     "stable_window": ("1 to 3600 (seconds)", ["0.9", "3601", "-inf"]),
     "panic_window": ("1 to 600 (seconds)", ["0.9", "601", "x"]),
     "drain_timeout": ("0 to 3600 (seconds)", ["", "-1", "3601", "soon"]),
+    "weights": ("adaptive or equal", ["", "fast", "1"]),
     "image": ("an image's name", ["-rm", "a b", "a;b", "$(x)", "/x"]),
     "backend_port": (PORT, ["0", "65536", "x"]),
     "health": ("sync, tcp or http:/path", ["", "http", "http:path", "http:/a b", "udp"]),
@@ -36,6 +37,7 @@ REFUSED: dict[str, tuple[str, list[str]]] = {
         "an IPv4 network such as 198.18.0.0/20",
         ["x", "198.18.0.1/20", "0.0.0.0/0", "10.0.0.0/29", "fd00::/64"],
     ),
+    "preserve_client_ip": ("1, or nothing", ["0", "yes", " "]),
     "orchestrator": ("docker", ["", "swarm", "k8s"]),
     "base_image": ("an image's name", ["", "-x", "a b"]),
 }
@@ -50,6 +52,7 @@ def root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def test_the_defaults_are_those_of_the_contract() -> None:
     assert vars(read({})) == {
+        **{"weights": "adaptive", "preserve_client_ip": ""},
         **{"project": "lbscaler", "bind": "0.0.0.0", "port": 8000, "manager_port": 5000, "min": 2, "max": 10},
         **{"metric": "packets", "target": 100, "interval": 2, "stable_window": 60, "panic_window": 6},
         **{"drain_timeout": 30, "image": "", "backend_port": 8000, "health": "sync", "subnet": ""},
@@ -70,25 +73,8 @@ def test_a_bad_value_is_one_line_with_its_flag_its_variable_itself_and_what_is_a
     for arguments, environ in (([], {variable: value}), ([f"{flag}={value}"], {})):
         with pytest.raises(SettingError) as caught:
             assignments(arguments, environ)
-        assert str(caught.value) == f"{flag} ({variable}) is '{value}'; allowed: {allowed}"
-
-
-# BUG: int() takes more than digits, and the text as given goes on to run.sh, so LB_PORT=8_000 is said to be fine and
-# then fails as `docker run --publish 0.0.0.0:8_000:8000`, after the manager was started.
-@pytest.mark.parametrize("value", ["8_000", " 8000", "8000\n", "٨٠٠٠"])
-def test_a_number_that_is_accepted_is_one_that_the_shell_can_use(value: str) -> None:
-    try:
-        given = assignments([], {"LB_PORT": value})["LB_PORT"]
-    except SettingError:
-        return
-    assert given == "8000"
-
-
-# BUG: the line break is told as it was given.
-def test_a_bad_value_with_a_line_break_is_still_told_in_one_line() -> None:
-    with pytest.raises(SettingError) as caught:
-        read({"LB_PROJECT": "a\nb"})
-    assert len(str(caught.value).splitlines()) == 1
+        assert str(caught.value) == f"{flag} ({variable}) is {value!r}; allowed: {allowed}"
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -106,6 +92,8 @@ def test_a_bad_value_with_a_line_break_is_still_told_in_one_line() -> None:
         ("subnet", "10.0.0.0/8", "10.0.0.0/8"),
         ("subnet", "198.18.0.0/28", "198.18.0.0/28"),
         ("metric", "concurrency", "concurrency"),
+        ("weights", "equal", "equal"),
+        ("preserve_client_ip", "1", "1"),
     ],
 )
 def test_good_values_at_the_limits_are_taken(name: str, value: str, expected: object) -> None:
@@ -214,8 +202,8 @@ def test_help_lists_every_flag_with_its_default(
     assert caught.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for name, setting in SETTINGS.items():
-        assert settings.flag(name) in text
-        assert f"(default: {setting.default})" in text
+        default = f" (default: {setting.default})" if setting.default else ""
+        assert f"{settings.flag(name)} {name.upper()} {setting.meaning}; {setting.allowed}{default}" in text
 
 
 def test_it_runs_on_the_standard_library_alone() -> None:

@@ -1,0 +1,275 @@
+"""What a client notices when a backend refuses, dies, comes back or is forgotten: real packets, both flavours."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+import ruleset
+from netns.conftest import VIP, Balancer
+from netns.lab import Lab, Namespace, Server, ask, connect
+
+ONE, TWO = "198.18.1.1", "198.18.1.2"
+
+
+def patiently(body: Callable[[], None], seconds: float = 5.0) -> None:
+    """Runs `body` until it stops failing: counters and sockets of other threads need a moment."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return body()
+        except AssertionError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+
+
+def test_a_refused_connection_is_tried_again_elsewhere(lab: Lab, client: Namespace, balancer: Balancer) -> None:
+    Server(lab.add(ONE, TWO), ONE)  # nothing listens on TWO: its kernel answers SYNs with RST
+    balancer.deal_over(ONE, TWO)
+    assert {ask(client, VIP, timeout=20) for _ in range(8)} == {ONE}
+    patiently(lambda: _assert(balancer.connections()[TWO] > 0))
+
+
+def _assert(truth: bool) -> None:
+    assert truth
+
+
+def test_the_only_backend_may_refuse_at_once(lab: Lab, client: Namespace, balancer: Balancer) -> None:
+    lab.add(ONE)
+    balancer.deal_over(ONE)
+    with pytest.raises(ConnectionRefusedError):
+        ask(client, VIP)
+
+
+def test_a_reset_that_is_not_the_first_word_goes_through(lab: Lab, client: Namespace, balancer: Balancer) -> None:
+    def reset(connection: socket.socket) -> None:
+        connection.recv(1)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    Server(lab.add(ONE, TWO), talk=reset, greet=False)
+    balancer.deal_over(ONE, TWO)
+    with connect(client, VIP) as connection:
+        connection.sendall(b"x")
+        with pytest.raises(ConnectionResetError):
+            connection.recv(1)
+
+
+def test_a_connection_that_finds_nobody_ready_is_held_until_somebody_is(
+    lab: Lab, client: Namespace, balancer: Balancer
+) -> None:
+    Server(lab.add(ONE))
+    balancer.deal_over()
+    answers: list[str] = []
+    caller = threading.Thread(target=lambda: answers.append(ask(client, VIP, timeout=20)))
+    caller.start()
+    time.sleep(0.3)
+    balancer.deal_over(ONE)
+    caller.join(20)
+    assert answers == [ONE]
+
+
+def test_a_connection_stuck_on_a_dead_backend_is_dealt_anew_once_its_flow_is_forgotten(
+    lab: Lab, client: Namespace, balancer: Balancer
+) -> None:
+    Server(lab.add(TWO))
+    balancer.deal_over(ONE)  # nobody has this address: SYNs vanish
+    answers: list[str] = []
+    caller = threading.Thread(target=lambda: answers.append(ask(client, VIP, timeout=30)))
+    caller.start()
+    patiently(lambda: _assert(balancer.live() == {ONE: 1}))
+    balancer.deal_over(TWO)
+    balancer.forget_flows(ONE)
+    caller.join(30)
+    assert answers == [TWO]
+
+
+def test_without_forgetting_the_same_connection_stays_stuck(lab: Lab, client: Namespace, balancer: Balancer) -> None:
+    """The test above can fail: this is what the deletion is for."""
+    Server(lab.add(TWO))
+    balancer.deal_over(ONE)
+    began = time.monotonic()
+
+    def swap() -> None:
+        patiently(lambda: _assert(balancer.live() == {ONE: 1}))
+        balancer.deal_over(TWO)
+
+    threading.Thread(target=swap).start()
+    with pytest.raises(OSError, match=r"No route|timed out"):
+        ask(client, VIP, timeout=2.5)
+    assert time.monotonic() - began > 1
+
+
+def test_who_speaks_on_a_forgotten_flow_is_told_at_once(lab: Lab, client: Namespace, balancer: Balancer) -> None:
+    Server(lab.add(ONE), talk=lambda _: time.sleep(3))
+    balancer.deal_over(ONE)
+    with connect(client, VIP) as connection:
+        connection.recv(100)
+        balancer.deal_over()
+        balancer.forget_flows(ONE)
+        began = time.monotonic()
+        connection.sendall(b"anybody?")
+        with pytest.raises(ConnectionResetError):
+            connection.recv(1)
+        assert time.monotonic() - began < 2
+
+
+def test_a_new_backend_on_an_old_address_gets_no_stale_flow_and_no_stale_neighbour(
+    lab: Lab, client: Namespace, balancer: Balancer
+) -> None:
+    old = lab.add(ONE)
+    Server(old, talk=lambda _: time.sleep(5))
+    balancer.deal_over(ONE)
+    with connect(client, VIP) as connection:
+        connection.recv(100)
+        old.run("ip", "link", "set", "eth0", "down")
+        new = lab.add(ONE)  # same address, another link-layer address
+        before = new.run("cat", "/proc/thread-self/net/snmp")
+        Server(new)
+        balancer.forget_flows(ONE)
+        balancer.forget_neighbours([ONE])
+        assert balancer.live() == {}
+        assert ask(client, VIP, timeout=2) == ONE  # a stale neighbour entry would lose this SYN for seconds
+        connection.sendall(b"still there?")
+        with pytest.raises(ConnectionResetError):
+            connection.recv(1)
+        assert resets_sent(new) == resets_sent_in(before), "a packet of the old flow reached the new backend"
+
+
+def resets_sent(namespace: Namespace) -> int:
+    return resets_sent_in(namespace.run("cat", "/proc/thread-self/net/snmp"))
+
+
+def resets_sent_in(snmp: str) -> int:
+    names, values = [line.split() for line in snmp.splitlines() if line.startswith("Tcp:")]
+    return int(values[names.index("OutRsts")])
+
+
+def test_live_and_waiting_flows_are_told_apart(lab: Lab, client: Namespace, balancer: Balancer) -> None:
+    go = threading.Event()
+
+    def talk(connection: socket.socket) -> None:
+        connection.recv(100)
+        go.wait(10)
+        connection.sendall(b"at last\n" * 20)
+        connection.recv(1)
+
+    Server(lab.add(ONE), talk=talk, greet=False)
+    balancer.deal_over(ONE)
+    with connect(client, VIP) as connection:
+        connection.sendall(b"please")
+        patiently(lambda: _assert(ruleset.waiting_flows(str(balancer.flows())) == {ONE: 1} == balancer.live()))
+        go.set()
+        connection.recv(1000)
+        patiently(lambda: _assert(ruleset.waiting_flows(str(balancer.flows())) == {} and balancer.live() == {ONE: 1}))
+    patiently(lambda: _assert(balancer.live() == {}))
+
+
+def checksum(data: bytes) -> int:
+    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return ~total & 0xFFFF
+
+
+def stray_segment(source: tuple[str, int], target: tuple[str, int], sent: int, received: int) -> bytes:
+    """A TCP segment far past the window, with its IP header; `sent` and `received` are the sequence numbers due next."""
+    ends = socket.inet_aton(source[0]) + socket.inet_aton(target[0])
+    head = struct.pack("!HHIIBBHHH", source[1], target[1], (sent + 2**30) % 2**32, received, 5 << 4, 0x10, 1000, 0, 0)
+    total = checksum(ends + struct.pack("!BBH", 0, socket.IPPROTO_TCP, len(head)) + head)
+    head = head[:16] + struct.pack("!H", total) + head[18:]
+    return struct.pack("!BBHHHBBH", 0x45, 0, 40, 1, 0, 64, socket.IPPROTO_TCP, 0) + ends + head
+
+
+def next_numbers(tap: socket.socket, port: int) -> tuple[int, int]:
+    """The sequence numbers the client at `port` sends and expects next, from the last packet the tap saw for it."""
+    numbers = 0, 0
+    tap.settimeout(0.3)
+    try:
+        while True:
+            packet = tap.recv(2000)[14:]
+            size, offset = struct.unpack("!H", packet[2:4])[0], (packet[32] >> 4) * 4
+            _, target, sequence, acknowledged = struct.unpack("!HHII", packet[20:32])
+            if packet[9] == socket.IPPROTO_TCP and target == port:
+                numbers = acknowledged, sequence + size - 20 - offset
+    except TimeoutError:
+        return numbers
+
+
+@pytest.mark.parametrize("liberal", ["1", "0"])
+def test_a_packet_outside_the_window_does_not_reset_a_live_connection(
+    lab: Lab, client: Namespace, balancer: Balancer, liberal: str
+) -> None:
+    """With conntrack as it is by default ("0") it does: the packet is INVALID, is not translated, and the balancer's
+    own kernel answers it with a RST. That is why run.sh sets nf_conntrack_tcp_be_liberal."""
+    balancer.namespace.run("sysctl", "-qw", f"net.netfilter.nf_conntrack_tcp_be_liberal={liberal}")
+
+    def echo(connection: socket.socket) -> None:
+        for _ in range(2):
+            connection.sendall(connection.recv(100))
+
+    Server(lab.add(ONE), talk=echo, greet=False)
+    balancer.deal_over(ONE)
+    with client:
+        tap = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0800))
+    with tap, connect(client, VIP) as connection:
+        connection.sendall(b"one")
+        assert connection.recv(10) == b"one"
+        numbers = next_numbers(tap, connection.getsockname()[1])
+        with client, socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW) as raw:
+            raw.sendto(stray_segment(connection.getsockname(), VIP, *numbers), (VIP[0], 0))
+        time.sleep(0.2)
+        if liberal == "1":
+            connection.sendall(b"two")
+            assert connection.recv(10) == b"two"
+        else:
+            with pytest.raises(ConnectionResetError):
+                connection.recv(10)
+
+
+def test_a_client_that_has_closed_its_side_still_gets_its_whole_answer(
+    lab: Lab, client: Namespace, balancer: Balancer
+) -> None:
+    def trickle(connection: socket.socket) -> None:
+        for _ in range(20):
+            time.sleep(0.05)
+            connection.sendall(b"x" * 1000)
+
+    Server(lab.add(ONE), talk=trickle)
+    balancer.deal_over(ONE)
+    with connect(client, VIP) as connection:
+        connection.shutdown(socket.SHUT_WR)
+        time.sleep(0.2)
+        assert balancer.live() == {ONE: 1}, "half closed is still alive: a drain has to wait for it"
+        size = 0
+        while piece := connection.recv(65536):
+            size += len(piece)
+    assert size == len(ONE) + 1 + 20_000
+
+
+def test_only_clients_inside_are_masqueraded_where_backends_are_to_see_them(
+    lab: Lab, client: Namespace, balancer: Balancer
+) -> None:
+    seen: list[str] = []
+
+    def witness(connection: socket.socket) -> None:
+        seen.append(connection.getpeername()[0])
+
+    backend = lab.add(ONE)
+    Server(backend, talk=witness)
+    client.run("ip", "addr", "add", "203.0.113.9/32", "dev", "lo")
+    balancer.namespace.run("ip", "route", "add", "203.0.113.9/32", "via", "198.18.0.254")
+    backend.run("ip", "route", "add", "default", "via", VIP[0])
+    endpoint = ruleset.Endpoint(ONE, 8000)
+    balancer.members()
+    balancer.apply(ruleset.restore(ruleset.nat([endpoint], inside="198.18.0.0/16"), ruleset.Listing()))
+    ask(client, VIP)
+    with client, socket.create_connection(VIP, 5, source_address=("203.0.113.9", 0)) as connection:
+        assert connection.recv(100)
+    patiently(lambda: _assert(len(seen) == 2))
+    assert seen == [VIP[0], "203.0.113.9"]

@@ -1,0 +1,594 @@
+"""The loop over a fake engine and a clock that stands still: what it orders, when, on which thread, what it tells."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import controller as module
+from controller import Controller, Unknown
+from docker_engine import EngineError, Event
+from fakes import Clock, FakeEngine, controller, eventually, report, sample
+from fleet import DRAIN_GRACE, READY_WITHIN
+from meter import FORGET, Sample
+from scaler import CREATE, OK, Decision
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """What is waited for in real time is short or, where it would hide a missing wake-up, out of reach."""
+    monkeypatch.setattr(module, "BACKOFF", (0.01, 30.0))
+    monkeypatch.setattr(module, "RELIST", 60.0)
+    caplog.set_level(logging.INFO)
+
+
+class Rig:
+    """A controller that has adopted the first `running` backends; p-backend-1 is at 198.18.0.2, and so on."""
+
+    def __init__(self, place: Path, running: int = 0, **changes: object) -> None:
+        self.engine = FakeEngine(*(f"p-backend-{n}" for n in range(1, running + 1)))
+        self.clock = Clock()
+        self.ip_file = place / "ip.txt"
+        self.controller = controller(self.engine, place, self.clock, **changes)
+        self.controller.adopt(None)
+
+    def step_until(self, condition: Callable[[], object]) -> None:
+        """Steps, with the clock standing still, until the workers' results make `condition` true."""
+        assert eventually(lambda: (self.controller.step(), condition())[1]), self.states()
+
+    def states(self) -> dict[int, str]:
+        rows = self.controller.status()["backends"]
+        return {int(row["name"].removeprefix("p-backend-")): row["state"] for row in rows}
+
+    def reason(self, number: int) -> str:
+        return next(b["reason"] for b in self.controller.status()["backends"] if b["name"].endswith(f"-{number}"))
+
+    def view(self) -> dict[str, str]:
+        view = self.controller.wait_for_view("", 0)
+        assert view is not None
+        return {backend["ip"]: backend["state"] for backend in view["backends"]}
+
+    def revision(self) -> str:
+        return str(self.controller.status()["revision"])
+
+    def hear(self, **backends: Sample) -> Decision | None:
+        """A report as a balancer makes it that has the newest view: with the id of who has the address now."""
+        view = self.controller.wait_for_view("", 0)
+        assert view is not None
+        ids = {f"_{b['ip'].rpartition('.')[2]}": b["id"] for b in view["backends"]}
+        return self.controller.report(
+            report(**{name: replace(one, id=ids.get(name, "gone")) for name, one in backends.items()})
+        )
+
+    def calls(self, kind: str) -> list[int]:
+        return [int(name.removeprefix("p-backend-")) for call, name in self.engine.calls if call == kind]
+
+    def id(self, number: int) -> str:
+        return self.engine.containers[f"p-backend-{number}"].id
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Callable[..., Rig]:
+    return lambda running=0, **changes: Rig(tmp_path, running, **changes)
+
+
+@pytest.fixture
+def looping(rig: Callable[..., Rig]) -> Iterator[Callable[..., Rig]]:
+    """A rig whose loop runs in a thread of its own."""
+    begun: list[tuple[Rig, threading.Thread]] = []
+
+    def begin(running: int, **changes: object) -> Rig:
+        made = rig(running, **changes)
+        begun.append((made, threading.Thread(target=made.controller.run)))
+        begun[-1][1].start()
+        return made
+
+    yield begin
+    for made, thread in begun:
+        made.controller.close()
+        made.engine.tell(None)
+        thread.join(5)
+        assert not thread.is_alive()
+
+
+# -- launching --------------------------------------------------------------------------------------------------------
+
+
+def test_launches_run_on_other_threads_while_the_controller_goes_on(rig: Callable[..., Rig]) -> None:
+    r = rig()
+    r.engine.gate.clear()
+    r.controller.step()
+    r.controller.step()
+    assert r.states() == {1: "starting", 2: "starting"}
+    assert r.view() == {}, "no address, nothing to tell a balancer"
+    assert eventually(lambda: len(r.engine.calls) == 2)
+    assert r.engine.containers == {}
+    r.engine.gate.set()
+    r.step_until(lambda: len(r.view()) == 2)
+    assert r.states() == {1: "starting", 2: "starting"}, "not ready before a balancer says so"
+    assert sorted(r.calls("launch")) == [1, 2], "each once"
+    assert all(name.startswith("engine") for name in r.engine.threads)
+
+
+def test_a_launched_backend_is_active_when_a_balancer_finds_it_healthy(rig: Callable[..., Rig]) -> None:
+    r = rig(min=1)
+    r.step_until(r.view)
+    assert r.ip_file.read_text() == ""
+    r.hear(_2=sample(healthy=False))
+    assert r.states() == {1: "starting"}
+    r.hear(_2=sample(healthy=True))
+    assert r.states() == {1: "active"}
+    assert r.ip_file.read_text() == "198.18.0.2\n"
+
+
+def test_a_failed_launch_backs_off_longer_each_time_and_is_retried(
+    rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BACKOFF", (0.5, 30.0))
+    r = rig(min=1)
+    r.engine.refusals = [EngineError("no space left")] * 3
+    for attempt, pause in enumerate((0.5, 1.0, 2.0), 1):
+        r.step_until(lambda: not r.states())
+        r.controller.step()
+        r.clock.pass_by(pause / 2)
+        r.controller.step()
+        assert (r.states(), r.calls("launch")) == ({}, [1] * attempt), "before its time"
+        r.clock.pass_by(pause / 2)
+    r.step_until(r.view)
+    assert r.calls("launch") == [1] * 4
+
+
+def test_a_launch_that_succeeds_ends_the_backing_off(rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BACKOFF", (0.5, 30.0))
+    r = rig(min=1, max=2)
+    for count in (1, 2):
+        r.engine.refusals = [EngineError("no space left")]
+        r.controller.scale(count, None, None)
+        r.step_until(lambda count=count: len(r.states()) < count)
+        r.clock.pass_by(0.5)
+        r.step_until(lambda count=count: len(r.view()) == count)
+
+
+def test_the_backing_off_has_an_end(rig: Callable[..., Rig]) -> None:
+    r = rig(min=1)
+    r.engine.refusals = [EngineError("no space left")] * 20
+    while r.engine.refusals:
+        left = len(r.engine.refusals)
+        r.step_until(lambda left=left: len(r.engine.refusals) < left and not r.states())
+        r.clock.pass_by(30)
+    r.step_until(r.view)
+
+
+def test_a_launch_that_failed_a_thousand_times_is_still_retried(rig: Callable[..., Rig]) -> None:
+    r = rig(min=30, max=30)
+    r.engine.refusals = [EngineError("no space left")] * 1110
+    while r.engine.refusals:
+        left = len(r.engine.refusals)
+        r.step_until(lambda left=left: len(r.engine.refusals) < left and not r.states())
+        r.clock.pass_by(30)
+    r.step_until(lambda: len(r.view()) == 30)
+
+
+def test_a_name_that_a_stranger_bears_is_skipped_from_then_on(rig: Callable[..., Rig]) -> None:
+    r = rig()
+    r.engine.strangers = {"p-backend-1"}
+    r.step_until(lambda: 1 not in r.states() and len(r.view()) == 1)
+    r.clock.pass_by(30)
+    r.step_until(lambda: len(r.view()) == 2)
+    assert sorted(r.states()) == [2, 3]
+    assert r.calls("launch").count(1) == 1
+
+
+# -- dying ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_die_event_moves_the_revision_before_the_engine_lists_it(looping: Callable[..., Rig]) -> None:
+    r = looping(2)
+    r.engine.gate.clear()  # nobody is launched in its place yet
+    before = r.revision()
+    r.engine.tell(Event("die", r.id(2), 137))  # while the list goes on to say that it runs
+    after = r.controller.wait_for_view(before, 3)
+    assert after is not None
+    assert [b["ip"] for b in after["backends"]] == ["198.18.0.2"]
+    assert after["revision"] != before
+    assert r.ip_file.read_text() == "198.18.0.2\n"
+
+
+def test_a_dead_backend_is_told_of_replaced_and_removed(
+    looping: Callable[..., Rig], caplog: pytest.LogCaptureFixture
+) -> None:
+    r = looping(2)
+    r.engine.die("p-backend-2", 3)
+    assert eventually(lambda: sorted(r.engine.containers) == ["p-backend-1", "p-backend-3"])
+    assert (
+        "backend p-backend-2 198.18.0.3 active→failed after 0.0 s: its container ended with exit code 3" in caplog.text
+    )
+    assert "last words of p-backend-2: goodbye" in caplog.text
+
+
+def test_a_backend_that_somebody_stops_leaves_rotation_at_once(looping: Callable[..., Rig]) -> None:
+    r = looping(2)
+    r.engine.gate.clear()
+    r.engine.tell(Event("kill", r.id(2), 1))  # a HUP is nothing
+    r.engine.tell(Event("kill", "somebody else's", 15))
+    r.engine.tell(Event("kill", r.id(1), 15))
+    assert eventually(lambda: r.view().get("198.18.0.2") == "draining")
+    assert r.view()["198.18.0.3"] == "active"
+    assert r.reason(1) == "somebody else is stopping its container"
+
+
+def test_any_other_event_is_a_reason_to_look_at_the_list(looping: Callable[..., Rig]) -> None:
+    r = looping(2)
+    before = r.revision()
+    assert eventually(lambda: r.engine.lists == 2)  # adopted, and the first pass; the next would come in a minute
+    r.engine.containers["p-backend-2"] = replace(r.engine.containers["p-backend-2"], status="paused")
+    r.engine.tell(Event("pause", r.id(2), 0))
+    assert r.controller.wait_for_view(before, 3) is not None
+    assert eventually(lambda: sorted(r.engine.containers) == ["p-backend-1", "p-backend-3"])
+
+
+def test_our_own_stopping_is_no_news(looping: Callable[..., Rig]) -> None:
+    r = looping(3)
+    r.engine.gate.clear()
+    r.controller.scale(None, 2, None)
+    assert eventually(lambda: r.states()[3] == "draining")
+    r.controller.stop("198.18.0.4", "drained")
+    r.engine.tell(Event("kill", r.id(3), 15))
+    r.engine.tell(Event("die", r.id(3), 0))
+    assert eventually(lambda: "198.18.0.4" not in r.view())
+    assert (r.states()[3], r.reason(3)) == ("stopped", "drained")
+
+
+def test_events_are_listened_for_again_after_the_stream_broke(looping: Callable[..., Rig]) -> None:
+    r = looping(2)
+    for end in (EngineError("connection reset"), None):
+        r.engine.tell(end)
+    before = r.revision()
+    r.engine.tell(Event("die", r.id(2), 1))
+    assert r.controller.wait_for_view(before, 3) is not None
+
+
+def test_a_sick_backend_is_failed_replaced_and_removed(rig: Callable[..., Rig]) -> None:
+    r = rig(2)
+    r.controller.stop("198.18.0.2", "ill for 10 s: refused")
+    assert (r.states()[1], r.reason(1)) == ("failed", "ill for 10 s: refused")
+    assert r.view() == {"198.18.0.3": "active"}
+    r.step_until(lambda: sorted(r.engine.containers) == ["p-backend-2", "p-backend-3"])
+    with pytest.raises(Unknown):
+        r.controller.stop("198.18.0.99", "ill")
+
+
+def test_a_failed_backend_without_last_words_is_removed_all_the_same(rig: Callable[..., Rig]) -> None:
+    r = rig(2)
+    r.engine.no_last_words = "configured logging driver does not support reading"
+    r.controller.stop("198.18.0.2", "ill")
+    assert eventually(lambda: (r.controller.step(), "p-backend-1" not in r.engine.containers)[1], within=0.5)
+
+
+def test_a_new_backend_is_not_ready_by_the_health_of_who_had_its_address(rig: Callable[..., Rig]) -> None:
+    r = rig(2)
+    r.hear(_2=sample(), _3=sample(healthy=True))
+    r.engine.die("p-backend-2", 1)
+    r.step_until(lambda: "198.18.0.3" in r.view())
+    r.controller.step()
+    assert r.states() == {1: "active", 3: "starting"}
+    r.hear(_3=sample(healthy=True))
+    assert r.states() == {1: "active", 3: "active"}
+
+
+def test_without_a_balancer_nobody_is_blamed_for_not_being_ready(rig: Callable[..., Rig]) -> None:
+    r = rig(2)
+    r.hear(_2=sample(), _3=sample())
+    r.controller.drain("198.18.0.3")
+    r.step_until(lambda: "198.18.0.4" in r.view())
+    r.clock.pass_by(FORGET + READY_WITHIN + 1)
+    r.controller.step()
+    assert r.states()[3] == "starting"
+
+
+# -- leaving ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_backend_drains_until_the_balancers_word_and_stays_in_view_until_it_has_ended(
+    rig: Callable[..., Rig],
+) -> None:
+    r = rig(3)
+    r.controller.scale(None, 2, None)
+    r.controller.step()
+    assert r.view() == {"198.18.0.2": "active", "198.18.0.3": "active", "198.18.0.4": "draining"}
+    assert r.ip_file.read_text() == "198.18.0.2\n198.18.0.3\n"
+    r.controller.step()
+    assert (r.states()[3], r.engine.calls) == ("draining", []), "not stopped before the balancer's word"
+
+    r.engine.gate.clear()
+    draining = r.revision()
+    r.controller.stop("198.18.0.4", "drained in 1.0 s")
+    r.controller.step()
+    assert eventually(lambda: r.calls("stop") == [3])
+    r.controller.stop("198.18.0.4", "drained in 1.5 s")
+    r.controller.step()
+    assert r.states()[3] == "stopped"
+    assert r.view()["198.18.0.4"] == "draining", "its last words have to reach its clients"
+    assert r.revision() == draining
+
+    r.engine.gate.set()
+    r.step_until(lambda: 3 not in r.states())
+    assert r.calls("stop") == [3], "once"
+    assert "198.18.0.4" not in r.view()
+    assert r.calls("launch") == []
+
+
+def test_without_a_balancers_word_a_drain_ends_after_its_timeout_and_a_grace(rig: Callable[..., Rig]) -> None:
+    r = rig(3, drain_timeout=5)
+    r.controller.scale(None, 2, None)
+    r.controller.step()
+    r.clock.pass_by(5 + DRAIN_GRACE)
+    r.controller.step()
+    assert r.states()[3] == "draining"
+    r.engine.gate.clear()
+    r.clock.pass_by(0.5)
+    r.controller.step()
+    assert (r.states()[3], r.reason(3)) == ("stopped", "drain timeout, and no balancer's word")
+    r.engine.gate.set()
+    r.step_until(lambda: sorted(r.engine.containers) == ["p-backend-1", "p-backend-2"])
+
+
+def test_a_stop_that_failed_is_tried_again(rig: Callable[..., Rig], caplog: pytest.LogCaptureFixture) -> None:
+    r = rig(3)
+    r.controller.drain("198.18.0.4")
+    r.controller.stop("198.18.0.4", "drained")
+    r.engine.gate.clear()
+    r.controller.step()
+    assert eventually(lambda: r.calls("stop") == [3])
+    r.engine.down = "timeout"
+    r.engine.gate.set()
+    assert eventually(lambda: "stop of p-backend-3 failed, will try again: timeout" in caplog.text)
+    r.engine.down = ""
+    r.step_until(lambda: "p-backend-3" not in r.engine.containers)
+    assert r.calls("stop") == [3, 3]
+
+
+def test_a_backend_drained_by_hand_is_replaced(rig: Callable[..., Rig]) -> None:
+    r = rig(2)
+    r.controller.drain("198.18.0.2")
+    r.step_until(lambda: "198.18.0.4" in r.view())
+    assert r.states() == {1: "draining", 2: "active", 3: "starting"}
+    for unknown in ("198.18.0.2", "198.18.0.99"):
+        with pytest.raises(Unknown):
+            r.controller.drain(unknown)
+
+
+# -- the engine out of reach ------------------------------------------------------------------------------------------
+
+
+def test_an_engine_out_of_reach_changes_nothing_and_is_told_once(
+    rig: Callable[..., Rig], caplog: pytest.LogCaptureFixture
+) -> None:
+    r = rig(3)
+    before = (r.states(), r.view(), r.revision(), r.ip_file.read_text(), r.controller.desired)
+    r.controller.scale(4, None, None)
+    r.engine.down = "connection refused"
+    for _ in range(3):
+        r.controller.step()
+        assert r.controller.status()["engine"] == "connection refused"
+    assert (r.states(), r.view(), r.revision(), r.ip_file.read_text(), r.controller.desired - 1) == before
+    assert r.engine.calls == []
+    line = "engine out of reach, the fleet stays as it is: connection refused"
+    assert [record.getMessage() for record in caplog.records].count(line) == 1
+    r.engine.down = ""
+    r.step_until(lambda: len(r.view()) == 4)
+    assert r.controller.status()["engine"] == "ok"
+    assert "engine in reach again" in caplog.text
+
+
+def test_nothing_is_adopted_from_an_engine_out_of_reach(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    engine.down = "connection refused"
+    with pytest.raises(EngineError, match="connection refused"):
+        controller(engine, tmp_path, Clock()).adopt(None)
+
+
+# -- deciding ---------------------------------------------------------------------------------------------------------
+
+
+def load(r: Rig, rate: float, reports: int) -> list[Decision | None]:
+    """Reports two seconds apart, of `rate` packets/s in all, from one balancer; what each was answered."""
+    answers = []
+    for _ in range(reports):
+        answers.append(r.hear(_2=sample(int(r.clock.now * rate))))
+        r.clock.pass_by(2)
+    return answers
+
+
+def test_a_report_after_the_first_decides_and_the_fleet_follows(rig: Callable[..., Rig]) -> None:
+    r = rig(2)
+    first, second = load(r, 290, 2)
+    assert first is None
+    assert second is not None
+    assert (second.verdict, second.current, second.desired) == (CREATE, 2, 3)
+    assert r.controller.desired == 3
+    r.step_until(lambda: len(r.view()) == 3)
+    third = load(r, 290, 1)[-1]
+    assert third is not None
+    assert (third.verdict, third.current) == (OK, 3), "what is starting counts as capacity"
+
+
+def test_a_report_that_comes_too_soon_is_answered_with_the_decision_before(rig: Callable[..., Rig]) -> None:
+    r = rig(2)
+    decision = load(r, 200, 2)[-1]
+    r.clock.pass_by(-1.9)
+    assert r.hear(_2=sample()) is decision
+    assert len(r.controller.decisions) == 1
+
+
+def test_a_paused_controller_decides_and_tells_but_does_not_act(
+    rig: Callable[..., Rig], caplog: pytest.LogCaptureFixture
+) -> None:
+    r = rig(2)
+    r.controller.pause(True)
+    decision = load(r, 290, 2)[-1]
+    assert decision is not None
+    assert (decision.verdict, decision.desired) == (CREATE, 3)
+    assert "CREATE_SERVER 2→3  290 packets/s over 2 backends = 145 each, target 100 (1.45×); paused: not" in caplog.text
+    r.controller.step()
+    assert (r.controller.desired, len(r.states()), r.controller.status()["paused"]) == (2, 2, True)
+    r.controller.pause(False)
+    load(r, 290, 1)
+    assert r.controller.desired == 3
+
+
+def test_a_decision_that_changes_nothing_is_told_once(
+    rig: Callable[..., Rig], caplog: pytest.LogCaptureFixture
+) -> None:
+    r = rig(2)
+    answers = load(r, 200, 5)
+    assert {a.verdict for a in answers if a} == {OK}
+    assert sum(record.getMessage().startswith("OK 2→2") for record in caplog.records) == 1
+    assert len(r.controller.decisions) == 4
+
+
+def test_a_balancers_warning_is_told_when_it_comes_and_when_it_comes_again(
+    rig: Callable[..., Rig], caplog: pytest.LogCaptureFixture
+) -> None:
+    r = rig(2)
+    for warnings in (("table full",), ("table full",), (), ("table full",)):
+        r.controller.report(report("b1", warnings))
+    assert [m for m in caplog.messages if "full" in m] == ["balancer b1: table full"] * 2
+
+
+@pytest.mark.parametrize(
+    ("change", "desired", "limits"),
+    [
+        ((5, None, None), 5, (5, 10, 100)),
+        ((None, 2, None), 2, (2, 2, 100)),
+        ((4, 4, 7.5), 4, (4, 4, 7.5)),
+        ((None, None, 1.0), 3, (2, 10, 1)),
+    ],
+)
+def test_the_operators_limits_hold_at_once(
+    rig: Callable[..., Rig], change: tuple[Any, Any, Any], desired: int, limits: tuple[float, ...]
+) -> None:
+    r = rig(3)
+    policy = r.controller.scale(*change)
+    assert (policy.min, policy.max, policy.target) == limits
+    status = r.controller.status()
+    assert (status["min"], status["max"], status["target"]) == limits
+    assert r.controller.desired == desired
+
+
+def test_limits_that_cross_are_refused_and_change_nothing(rig: Callable[..., Rig]) -> None:
+    r = rig(3)
+    with pytest.raises(ValueError, match="min 11 would be above max 10"):
+        r.controller.scale(11, None, 1.0)
+    assert (r.controller.policy.min, r.controller.policy.target, r.controller.desired) == (2, 100, 3)
+
+
+# -- adopting, and what balancers are told ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("running", "wanted", "desired"), [(3, None, 3), (0, None, 2), (1, None, 2), (12, None, 10), (3, 5, 5), (3, 99, 10)]
+)
+def test_a_manager_aims_at_what_it_is_told_or_at_what_runs(
+    tmp_path: Path, running: int, wanted: int | None, desired: int
+) -> None:
+    made = controller(FakeEngine(*(f"p-backend-{n}" for n in range(running))), tmp_path, Clock())
+    made.adopt(wanted)
+    assert made.desired == desired
+
+
+def test_a_restarted_manager_comes_to_the_same_revision_and_orders_nothing(
+    rig: Callable[..., Rig], tmp_path: Path
+) -> None:
+    r = rig(min=3)
+    r.step_until(lambda: len(r.view()) == 3)
+    r.hear(_2=sample(), _3=sample(), _4=sample())
+    r.engine.die("p-backend-2", 1)
+    r.step_until(lambda: sorted(r.engine.containers) == ["p-backend-1", "p-backend-3", "p-backend-4"])
+    r.hear(_2=sample(), _3=sample(), _4=sample())
+    r.step_until(lambda: set(r.view().values()) == {"active"})
+    text, calls = r.ip_file.read_text(), list(r.engine.calls)
+
+    r.clock.pass_by(100)
+    again = controller(r.engine, tmp_path, r.clock, min=3)
+    again.adopt(None)
+    again.step()
+    assert again.status()["revision"] == r.revision()
+    assert [b["state"] for b in again.status()["backends"]] == ["active"] * 3
+    assert (r.ip_file.read_text(), r.engine.calls, again.desired) == (text, calls, 3)
+
+
+def test_the_view_tells_what_serves_and_how(rig: Callable[..., Rig]) -> None:
+    r = rig(1, min=1, health="http:/ok", backend_port=80, interval=3, drain_timeout=4, weights="equal", inside="i")
+    assert r.controller.wait_for_view("", 0) == {
+        "revision": r.revision(),
+        "service": {
+            **{"port": 80, "health": "http:/ok", "interval": 3, "drain_timeout": 4},
+            **{"weights": "equal", "inside": "i"},
+        },
+        "backends": [{"id": r.id(1)[:12], "ip": "198.18.0.2", "state": "active", "weight": 1.0}],
+    }
+
+
+def test_ip_txt_holds_the_addresses_in_rotation_one_a_line_and_is_replaced_in_one_step(
+    rig: Callable[..., Rig],
+) -> None:
+    r = rig(3)
+    with r.ip_file.open() as held:  # by whoever began to read it
+        r.controller.drain("198.18.0.3")
+        assert held.read() == "198.18.0.2\n198.18.0.3\n198.18.0.4\n"
+    assert r.ip_file.read_text() == "198.18.0.2\n198.18.0.4\n"
+    assert [path.name for path in r.ip_file.parent.iterdir()] == ["ip.txt"]
+
+
+def test_the_revision_moves_only_when_a_balancer_has_something_to_learn(rig: Callable[..., Rig]) -> None:
+    r = rig(2)
+    before = r.revision()
+    load(r, 200, 3)
+    r.controller.step()
+    r.engine.run("p-backend-7")
+    r.engine.die("p-backend-7", 0)  # left over: nothing that a balancer knows of
+    r.step_until(lambda: r.calls("stop") == [7])
+    assert r.revision() == before
+    assert r.controller.wait_for_view(before, 0.01) is None
+    r.controller.drain("198.18.0.2")
+    assert r.revision() != before
+
+
+def test_a_long_poll_ends_with_the_news_or_with_the_controller(rig: Callable[..., Rig]) -> None:
+    r = rig(2)
+    answers: list[dict[str, Any] | None] = []
+
+    def poll() -> threading.Thread:
+        waiting = threading.Event()
+        have = r.revision()
+
+        def wait() -> None:
+            waiting.set()
+            answers.append(r.controller.wait_for_view(have, 5))
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        waiting.wait(1)
+        return thread
+
+    for act in (lambda: r.controller.drain("198.18.0.2"), r.controller.close):
+        thread, begun = poll(), time.monotonic()
+        act()
+        thread.join(5)
+        assert time.monotonic() - begun < 1
+    assert answers[0] is not None
+    assert answers[0]["revision"] == r.revision()
+    assert answers[1] is None
+
+
+def test_setting_the_hosts_clock_ends_no_drain_and_stops_no_decision() -> None:
+    assert inspect.signature(Controller).parameters["clock"].default is time.monotonic

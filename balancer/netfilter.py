@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from ruleset import SET
 
 LOCKED, TRIES = 4, 5
+TIMEOUT = 30  # seconds
 
 
 class NetfilterError(Exception):
@@ -25,7 +26,10 @@ def run(argv: Sequence[str], text: str = "", accept: Sequence[int] = (0,)) -> st
     for attempt in range(TRIES):
         if attempt:
             time.sleep(0.05 * 2**attempt)
-        done = subprocess.run(argv, input=text, capture_output=True, text=True, timeout=30, check=False)
+        try:
+            done = subprocess.run(argv, input=text, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+        except subprocess.TimeoutExpired:
+            raise NetfilterError(f"{' '.join(argv)}: no end after {TIMEOUT} s") from None
         if done.returncode in accept:
             return done.stdout
         if done.returncode != LOCKED:
@@ -64,8 +68,9 @@ class Netfilter:
         state = ["--state", "SYN_SENT"] if unanswered_only else []
         run(["conntrack", "-D", "-p", "tcp", *state, "--reply-src", ip], accept=(0, 1))  # 1: there were none
 
-    def forget_neighbours(self, ips: Iterable[str]) -> None:
-        run(["ip", "-batch", "-"], "".join(f"neigh flush to {ip}\n" for ip in ips))
+    def forget_neighbours(self, ips: Collection[str]) -> None:
+        if ips:
+            run(["ip", "-batch", "-"], "".join(f"neigh flush to {ip}\n" for ip in ips))
 
     def conntrack_use(self) -> tuple[int, int]:
         """(entries in the connection table, how many it can hold)."""

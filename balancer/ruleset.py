@@ -90,7 +90,7 @@ def filters(rotation: Sequence[Endpoint]) -> Table:
     undealt = f"-p tcp -m tcp --dport {SERVICE_PORT} --tcp-flags FIN,SYN,RST,ACK SYN -j DROP"
     first_word = "-m connbytes --connbytes 0:1 --connbytes-mode packets --connbytes-dir reply"
     refusal = f"-p tcp -m tcp --tcp-flags RST RST -m set --match-set {SET} src {first_word} -j DROP"
-    chains: Chains = {INPUT: (undealt,), FORWARD: (refusal,) if len(rotation) > 1 else ()}
+    chains: Chains = {INPUT: (undealt,), FORWARD: (refusal,) if sum(e.weight > 0 for e in rotation) > 1 else ()}
     return Table("filter", chains, {"INPUT": f"-j {INPUT}", "FORWARD": f"-j {FORWARD}"})
 
 
@@ -128,10 +128,9 @@ def dispatch(rotation: Sequence[Endpoint]) -> Chains:
 def deal(targets: Sequence[tuple[str, float]]) -> Rules:
     """One rule a target, in order; target i is taken with chance w_i / (w_i + … + w_n) by what reaches its rule."""
     rules = []
-    rest = sum(weight for _, weight in targets)
-    for target, weight in targets[:-1]:
+    for i, (target, weight) in enumerate(targets[:-1]):
+        rest = sum(weight for _, weight in targets[i:])
         rules.append(f"-m statistic --mode random --probability {probability(weight / rest)} -j {target}")
-        rest -= weight
     # The last rule has no probability: a guaranteed match, whatever rounding did to the others.
     rules += [f"-j {target}" for target, _ in targets[-1:]]
     return tuple(rules)

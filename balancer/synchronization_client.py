@@ -99,7 +99,8 @@ class Balancer:
         health = {b.ip: verdicts.get(b.id, Health()).healthy for b in view.backends}
         nat = ruleset.parse_table(self._netfilter.table("nat"))
         members = ruleset.parse_set(self._netfilter.members())
-        known = dict.fromkeys(members, "") if self._known is None else self._known
+        # A client that begins finds what script.sh wrote (chains, no set) or what a client before it left halfway.
+        known = dict.fromkeys((*ruleset.connections(nat), *members), "") if self._known is None else self._known
         gone = known.keys() - ids.keys()
         come_back = {ip for ip, id_ in ids.items() if known.get(ip) and known[ip] != id_}
         self._forget((ids.keys() - known.keys()) | come_back)
@@ -201,7 +202,8 @@ class Balancer:
             report = self.report()
             if not early:
                 self._learn(report)
-            self._manager.report(report)
+            if self._reachable:  # else _follow has told, and will tell when that is over
+                self._manager.report(report)
 
     def _look(self) -> None:
         """Samples the flows; asks the manager to stop who has drained, and who has been ill for too long."""
@@ -221,7 +223,8 @@ class Balancer:
             elif now - since > view.drain_timeout:
                 self._manager.stop(ip, f"{self._live[ip]} flows left at the drain deadline")
 
-        ill = {b for b in view.backends if health.get(b.id, Health()).healthy is False and b.ip not in leaving}
+        judged = (b for b in view.backends if b.state != "starting" and b.ip not in leaving)
+        ill = {b for b in judged if health.get(b.id, Health()).healthy is False}
         self._ill_since = {b.id: self._ill_since.get(b.id, now) for b in ill}
         if any(verdict.healthy for verdict in health.values()):  # else the fault may be ours: fail static
             for b in ill:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from ipaddress import IPv4Address
 from typing import Any
 
 import requests
@@ -36,7 +37,9 @@ class View:
     def parse(cls, message: Mapping[str, Any]) -> View:
         """Reads the manager's answer to GET /sync. Raises KeyError, TypeError or ValueError when it is not one."""
         service = message["service"]
-        backends = (Backend(b["id"], b["ip"], b["state"], float(b["weight"])) for b in message["backends"])
+        backends = (
+            Backend(b["id"], str(IPv4Address(b["ip"])), b["state"], float(b["weight"])) for b in message["backends"]
+        )
         return cls(
             message["revision"],
             tuple(backends),

@@ -207,10 +207,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="tests/bench/run.sh", description=__doc__.split("\n")[0])
     parser.add_argument("--balancer-image", required=True, help=argparse.SUPPRESS)
     parser.add_argument("--bench-image", required=True, help=argparse.SUPPRESS)
-    parser.add_argument("--quick", action="store_true", help="three rounds of one second instead of five of four")
+    parser.add_argument("--quick", action="store_true", help="two rounds of one second instead of five of four")
     parser.add_argument("--json", type=Path, help="write every single result there")
     options = parser.parse_args()
-    rounds, seconds = (3, 1) if options.quick else (5, 4)
+    rounds, seconds = (2, 1) if options.quick else (5, 4)
     with room_for_neighbours(), containers():
         ways = set_up(options.balancer_image, options.bench_image)
         measure(ways, rounds, seconds)

@@ -165,6 +165,14 @@ def test_rotation_carries_the_views_port_and_weights() -> None:
     assert client.rotation(view, {}) == (ruleset.Endpoint(A, 9090, 2.5),)
 
 
+@pytest.mark.parametrize(("inside", "hidden"), [("", "-p tcp"), ("198.18.0.0/24", "-s 198.18.0.0/24 -p tcp")])
+def test_only_clients_within_the_views_inside_are_hidden(world: World, inside: str, hidden: str) -> None:
+    world.see(f"a {A}")
+    world.balancer.view = replace(world.balancer.view, inside=inside)
+    world.converge()
+    assert world.kernel.rules("nat", "LB-MASQ")[0].startswith(f"{hidden} -m conntrack ")
+
+
 @pytest.mark.parametrize("answer", [Answer.FAILED, Answer.REFUSED])
 def test_an_active_backend_that_never_answers_a_restarted_client_leaves_rotation(answer: Answer) -> None:
     verdict = Health()

@@ -178,7 +178,7 @@ def checksum(data: bytes) -> int:
 
 
 def stray_segment(source: tuple[str, int], target: tuple[str, int], sent: int, received: int) -> bytes:
-    """A TCP segment far past the window, with its IP header; `sent` and `received` are the sequence numbers due next."""
+    """A TCP segment far past the window, with its IP header; `sent` and `received`: the numbers due next."""
     ends = socket.inet_aton(source[0]) + socket.inet_aton(target[0])
     head = struct.pack("!HHIIBBHHH", source[1], target[1], (sent + 2**30) % 2**32, received, 5 << 4, 0x10, 1000, 0, 0)
     total = checksum(ends + struct.pack("!BBH", 0, socket.IPPROTO_TCP, len(head)) + head)

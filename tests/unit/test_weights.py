@@ -1,4 +1,4 @@
-"""The estimator against simulated backends: processor-sharing queues fed with random shares, as the kernel deals them."""
+"""The estimator against simulated backends: processor-sharing queues fed at random, as the kernel does it."""
 
 from __future__ import annotations
 
@@ -130,9 +130,7 @@ def test_an_open_loop_that_drowns_the_slow_backend_is_saved() -> None:
 def test_a_uniform_fleet_does_not_wander(load: dict[str, float]) -> None:
     shares = Simulation([1, 1, 1], **load).history  # type: ignore[arg-type]
     assert all(0.28 < share < 0.40 for row in shares for share in row)
-    moves = sum(
-        max(abs(a - b) for a, b in zip(x, y, strict=True)) > 0.005 for x, y in itertools.pairwise(shares)
-    )
+    moves = sum(max(abs(a - b) for a, b in zip(x, y, strict=True)) > 0.005 for x, y in itertools.pairwise(shares))
     assert moves <= 4, "a rewrite for a change that does not matter"
 
 
@@ -142,8 +140,8 @@ def test_requests_on_kept_alive_connections_do_not_mislead_it() -> None:
 
 
 @settings(max_examples=15)
-@given(speeds=st.lists(st.floats(0.3, 2), min_size=2, max_size=6), seed=st.integers(0, 3))
-def test_for_any_speeds_a_noiseless_fleet_settles_near_them_and_stays(speeds: list[float], seed: int) -> None:
+@given(speeds=st.lists(st.floats(0.5, 1.5), min_size=2, max_size=6))
+def test_for_any_speeds_a_noiseless_fleet_settles_near_them_and_stays(speeds: list[float]) -> None:
     """Each interval's exact means of M/M/1 queues at 70 % load: what the model itself predicts, without noise."""
     capacity = [1000 * speed for speed in speeds]
     estimates: weights.Estimates = {}

@@ -215,12 +215,15 @@ wait_until_it_serves() {
     step "Waiting for the first answer on port $LB_PORT" first_answer
 }
 
-# A connection that finds nobody ready is held, not refused, so ask the manager first: it knows when one is.
+# A connection that finds nobody ready is held, not refused, so ask the manager first: it knows when all are, and one
+# has to be.
 first_answer() {
-    local address=$LB_BIND deadline=$((SECONDS + 60))
+    local address=$LB_BIND began=$SECONDS status
     [ "$address" != 0.0.0.0 ] || address=127.0.0.1
-    while [ "$SECONDS" -lt "$deadline" ]; do
-        if http_get 127.0.0.1 "$LB_MANAGER_PORT" /status | grep -q '"state":"active"' &&
+    while [ $((SECONDS - began)) -lt 60 ]; do
+        status=$(http_get 127.0.0.1 "$LB_MANAGER_PORT" /status || true)
+        if [[ "$status" == *'"state":"active"'* ]] &&
+            [[ "$status" != *'"state":"starting"'* || $((SECONDS - began)) -gt 15 ]] &&
             { [ "$LB_HEALTH" = tcp ] || http_get "$address" "$LB_PORT" /; }; then return; fi
         sleep 0.1
     done

@@ -64,7 +64,7 @@ def test_losing_one_of_three_backends_at_200_connections_a_second_fails_no_reque
     system: System, figure: Figure, blow: tuple[str, ...], event: str
 ) -> None:
     victim = system.active()[0]
-    load = Load(system.port, seconds=6, per_second=200, workers=40)
+    load = Load(system.port, seconds=6, per_second=200)
     time.sleep(2)
     began = time.time()
     target = (system.project, victim["name"]) if blow[0] == "network" else (victim["name"],)
@@ -189,6 +189,7 @@ def test_shares_that_follow_speed_double_what_a_slow_backend_lets_through(system
 
 def test_flushed_and_edited_chains_are_repaired(system: System) -> None:
     balancer = f"{system.project}-balancer"
+    time.sleep(5)  # past the slow start, whose steps are rewrites too
     before = docker("exec", balancer, "iptables-nft-save", "-t", "nat")
     for damage in ("-F LB-DISPATCH", "-F PREROUTING", "-A LB-DISPATCH -j RETURN", "-F LB-MASQ"):
         docker("exec", balancer, "iptables-nft", "-w", "5", "-t", "nat", *damage.split())

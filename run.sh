@@ -141,18 +141,15 @@ spare_the_host() {
 
 take_down() { flock -u 9; ./stop.sh --project "$LB_PROJECT" --now; }
 
-manager_pid() { cat "$RUN/manager.pid" 2>/dev/null || true; }
-manager_runs() { is_process "$(manager_pid)" manager/script.py; }
-
 start_manager() {
     local settings
     settings=$(python3 manager/settings.py --store "$BACKEND_IMAGE")
-    if manager_runs && [ "$settings" = "$(cat "$RUN/settings.json" 2>/dev/null)" ] && [ -z "$BACKENDS" ]; then
+    if manager_runs && supervisor_runs && [ "$settings" = "$(cat "$RUN/settings.json" 2>/dev/null)" ] && [ -z "$BACKENDS" ]; then
         say "The manager is up and its settings are unchanged"
         return
     fi
-    if manager_runs; then
-        step "Stopping the manager, to start it with changed settings" stop_manager
+    if manager_runs || supervisor_runs; then
+        step "Stopping the manager, to start it with changed settings" end_manager
     fi
     [ -s "$RUN/token" ] || (umask 077 && head -c 24 /dev/urandom | od -An -vtx1 | tr -d ' \n' >"$RUN/token")
     printf '%s:%s\n' "$(network_gateway)" "$LB_MANAGER_PORT" >"$RUN/balancer/hostip.txt"
@@ -162,20 +159,22 @@ start_manager() {
 }
 
 launch_manager() {
-    LB_IMAGE=$BACKEND_IMAGE setsid .venv/bin/python manager/script.py ${BACKENDS:+--backends "$BACKENDS"} &
-    local pid=$! tries
-    echo "$pid" >"$RUN/manager.pid"
-    for ((tries = 0; tries < 200; tries++)); do
+    local began=$SECONDS settings first=(${BACKENDS:+--backends "$BACKENDS"})
+    export LB_IMAGE=$BACKEND_IMAGE
+    if [ "$(id -u)" -eq 0 ] && [ -d /run/systemd/system ]; then
+        mapfile -t settings < <(compgen -e LB_ | sed 's/^/--setenv=/')
+        systemd-run --quiet --collect --unit "$(manager_unit)" --property Restart=on-failure \
+            "${settings[@]}" "$PWD/manager/supervise.sh" "${first[@]}"
+    else
+        setsid manager/supervise.sh "${first[@]}" &
+    fi
+    while [ $((SECONDS - began)) -lt 10 ]; do
         if http_get 127.0.0.1 "$LB_MANAGER_PORT" /status >/dev/null; then return; fi
-        kill -0 "$pid" 2>/dev/null || break
         sleep 0.05
+        [ $((SECONDS - began)) -lt 2 ] || supervisor_runs || break
     done
+    end_manager
     return 1
-}
-
-stop_manager() {
-    kill -TERM "$(manager_pid)"
-    wait_gone "$(manager_pid)" 10
 }
 
 # -- the balancer ---------------------------------------------------------------------------------------------------

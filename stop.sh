@@ -57,16 +57,9 @@ read_flags() {
 
 # First, so that nobody replaces what goes.
 remove_manager() {
-    local pid
-    pid=$(cat "$RUN/manager.pid" 2>/dev/null) || return 0
-    if is_process "$pid" manager/script.py; then
-        step "Stopping the manager (pid $pid)" end_manager "$pid"
+    if manager_runs || supervisor_runs; then
+        step "Stopping the manager (pid $(pid_of manager))" end_manager
     fi
-}
-
-end_manager() {
-    kill -TERM "$1"
-    wait_gone "$1" 10 || { kill -KILL "$1" && wait_gone "$1" 5; }
 }
 
 remove_host_rules() {
@@ -123,7 +116,7 @@ forget_files() {
     for link in balancer/hostip.txt balancer/ip.txt; do
         [ "$(readlink "$link" 2>/dev/null)" != "../$RUN/balancer/${link##*/}" ] || rm -f "$link"
     done
-    rm -rf "$RUN/balancer" "$RUN/token" "$RUN/settings.json" "$RUN/manager.pid" "$RUN/manager.sock"
+    rm -rf "$RUN/balancer" "$RUN/token" "$RUN/settings.json" "$RUN"/*.pid "$RUN/manager.sock"
 }
 
 main "$@"

@@ -290,8 +290,9 @@ def doors(balancer: Balancer) -> Flask:
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout)
     address = (HERE / "hostip.txt").read_text().strip()
-    manager = Manager(address, os.environ["LB_TOKEN"])
-    balancer = Balancer(Netfilter(os.environ["IPTABLES"]), manager, socket.gethostname())
+    name = socket.gethostname()
+    manager = Manager(address, os.environ["LB_TOKEN"], name)
+    balancer = Balancer(Netfilter(os.environ["IPTABLES"]), manager, name)
     log.info("balancer started, iptables-%s, manager at %s", os.environ["IPTABLES"], address)
     threading.Thread(
         target=waitress.serve,

@@ -55,7 +55,8 @@ class View:
 class Manager:
     """The manager's HTTP interface. Every call raises requests.RequestException when the manager is out of reach."""
 
-    def __init__(self, address: str, token: str) -> None:
+    def __init__(self, address: str, token: str, balancer: str = "") -> None:
+        self._balancer = balancer
         self._url = f"http://{address}"
         self._headers = {"Authorization": f"Bearer {token}"}
 
@@ -74,7 +75,7 @@ class Manager:
         return decision
 
     def stop(self, ip: str, reason: str) -> None:
-        message = {"ip": ip, "reason": reason}
+        message = {"ip": ip, "reason": reason} | ({"balancer": self._balancer} if self._balancer else {})
         answer = requests.post(f"{self._url}/stop", json=message, headers=self._headers, timeout=(3, 5))
         if answer.status_code != 404:  # unknown to the manager: already gone, which is all we want
             answer.raise_for_status()

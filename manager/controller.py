@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import queue
+import random
 import threading
 import time
 from collections import deque
@@ -25,14 +26,30 @@ from typing import Any, Protocol
 import fleet as fleets
 import scaler
 from docker_engine import EngineError, Event, NameTaken
-from fleet import ACTIVE, DRAINING, FAILED, STARTING, STOPPED, Backend, Container, Drain, Fleet, Launch, Step
+from fleet import (
+    ACTIVE,
+    DRAINING,
+    FAILED,
+    SPARE,
+    STARTING,
+    STOPPED,
+    Admit,
+    Backend,
+    Container,
+    Drain,
+    Fleet,
+    Goal,
+    Launch,
+    Step,
+)
 from meter import Meter, Report
+from patience import STEADY, Patience
 from scaler import Decision, Memory, Policy
 from settings import Settings
 
 WORKERS = 8
 RELIST = 2.0  # seconds between looks at the engine's list when no event asks for one
-BACKOFF = (0.5, 30.0)  # seconds: after the first failed launch, and at most
+PAUSE = 0.5  # seconds between two tries of what failed
 
 log = logging.getLogger("manager")
 
@@ -44,7 +61,8 @@ class Engine(Protocol):
     """What the controller needs of whoever runs the backends."""
 
     def list(self) -> Sequence[Container]: ...
-    def launch(self, name: str) -> Container: ...
+    def spec(self) -> str: ...
+    def launch(self, name: str, spec: str) -> Container: ...
     def stop(self, container_id: str) -> None: ...
     def last_words(self, container_id: str) -> str: ...
     def events(self) -> Iterator[Event]: ...
@@ -82,18 +100,22 @@ class Controller:
         self._stopping = False
         self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="engine")
         self._busy: set[str] = set()  # names of backends a worker is launching or stopping
-        self._results: queue.Queue[tuple[str, Container | None, bool]] = queue.Queue()
+        self._results: queue.Queue[tuple[str, Container | None, bool, str]] = queue.Queue()
         self._namer = fleets.Namer(f"{settings.project}-backend-")
-        self._failures, self._launch_after = 0, 0.0
+        self._patience = Patience()
+        self._chance = random.Random()  # noqa: S311 - jitter
 
     # -- the loop -----------------------------------------------------------------------------------------------
 
     def adopt(self, wanted: int | None) -> None:
         """Takes over what runs; aims at `wanted` backends, or at as many as there are. Raises EngineError."""
-        containers = self._engine.list()
+        spec, containers = self._engine.spec(), self._engine.list()
         with self._lock:
             self._publish(fleets.observe({}, containers, self._clock(), self._clock()))
-            self.desired = wanted or len(fleets.live(self._fleet))
+            found = fleets.live(self._fleet)
+            others = [backend.spec for backend in found if backend.spec != spec]
+            self._patience = Patience(spec, previous=others[0] if others else "")
+            self.desired = wanted or len(found) - self.settings.spares
             self._clamp()
 
     def run(self) -> None:
@@ -129,18 +151,30 @@ class Controller:
             seen = fleets.observe(self._fleet, containers, listed_at, now)
             self._meter.forget_gone(now)
             self._publish(fleets.hear(seen, self._meter.healthy, bool(self._meter.balancers), now))
-            for step in fleets.plan(self._fleet, self.desired, self._namer, self.settings.drain_timeout, now):
-                self._begin(step, now)
+            self._advance(now)
+
+    def _advance(self, now: float) -> None:
+        """Begins every step of the plan; with the lock held."""
+        for backend in self._fleet.values():
+            if backend.state == ACTIVE:
+                self._patience.lives(backend.spec, now - backend.since)
+        goal = Goal(self.desired, self.settings.spares, self._patience.spec)
+        for step in fleets.plan(self._fleet, goal, self._namer, self.settings.drain_timeout, now):
+            self._begin(step, now)
 
     def _begin(self, step: Step, now: float) -> None:
         if isinstance(step, Drain):
             self._set(self._fleet[step.name].to(DRAINING, now, step.reason))
-        elif step.name in self._busy or (isinstance(step, Launch) and now < self._launch_after):
+        elif isinstance(step, Admit):
+            spare = self._fleet[step.name]
+            self._set(spare.to(ACTIVE if spare.ready else STARTING, now))
+        elif step.name in self._busy or (isinstance(step, Launch) and self._patience.wait(now)):
             return
         elif isinstance(step, Launch):
-            self._set(Backend(step.name, STARTING, now))
+            spec = self._patience.spec
+            self._set(Backend(step.name, SPARE if step.spare else STARTING, now, spec=spec, launched=now))
             self._busy.add(step.name)
-            self._workers.submit(self._launch, step.name)
+            self._workers.submit(self._launch, step.name, spec)
         else:
             backend = self._fleet[step.name]
             if backend.state not in (STOPPED, FAILED):
@@ -150,14 +184,14 @@ class Controller:
 
     # -- workers: slow calls, on their own threads; they only report back -------------------------------------------
 
-    def _launch(self, name: str) -> None:
+    def _launch(self, name: str, spec: str) -> None:
         try:
-            container = self._engine.launch(name)
+            container = self._engine.launch(name, spec)
         except EngineError as error:
             if isinstance(error, NameTaken):
                 self._namer.taken.add(name)
             log.error("launch of %s failed: %s", name, error)
-            self._finish(name, None)
+            self._finish(name, None, why=str(error))
         else:
             self._finish(name, container)
 
@@ -169,36 +203,40 @@ class Controller:
             self._engine.stop(backend.id)
         except EngineError as error:
             log.error("stop of %s failed, will try again: %s", backend.name, error)
-            time.sleep(BACKOFF[0])
+            time.sleep(PAUSE)
             self._finish(backend.name, None, still_there=True)
         else:
             self._finish(backend.name, None)
 
-    def _finish(self, name: str, container: Container | None, still_there: bool = False) -> None:
-        self._results.put((name, container, still_there))
+    def _finish(self, name: str, container: Container | None, still_there: bool = False, why: str = "") -> None:
+        self._results.put((name, container, still_there, why))
         self._wake.set()
 
     def _take_in_results(self) -> None:
         now, after = self._clock(), dict(self._fleet)
         while not self._results.empty():
-            name, container, still_there = self._results.get()
+            name, container, still_there, why = self._results.get()
             self._busy.discard(name)
             backend = after.get(name)
             if backend is None or still_there:
                 continue
             if container is not None:
-                self._failures = 0
-                after[name] = replace(backend, id=container.id, ip=container.ip, since=now)
+                after[name] = replace(backend, id=container.id, ip=container.ip, since=now, launched=now)
             else:
                 del after[name]
                 if not backend.id:  # it never came to be
-                    self._back_off(now)
+                    self._disappointed(backend, why, now)
         self._publish(after)
 
-    def _back_off(self, now: float) -> None:
-        first, most = BACKOFF
-        self._launch_after = now + min(most, first * 2**self._failures)
-        self._failures = min(self._failures + 1, 10)
+    def _disappointed(self, backend: Backend, why: str, now: float) -> None:
+        before = self._patience.given_up
+        self._patience.failed(backend.spec, why, now, self._chance.random())
+        if self._patience.given_up and not before:
+            log.error("update given up, going back: its backends never got ready: %s", why)
+        elif self._patience.failures > 1:
+            log.warning(
+                "%d launches in vain, next in %.1f s: %s", self._patience.failures, self._patience.wait(now), why
+            )
 
     def _watch_events(self) -> None:
         """Events are hints that save waiting for the next list; while they are cut off, the list still comes."""
@@ -209,7 +247,7 @@ class Controller:
             except EngineError:
                 pass  # the loop's own list meets the same trouble and tells it
             self._wake.set()
-            time.sleep(BACKOFF[0])
+            time.sleep(PAUSE)
 
     def _hint(self, event: Event) -> None:
         with self._lock:
@@ -218,9 +256,9 @@ class Controller:
             if backend is not None:
                 if event.action == "die":
                     self._set(fleets.ended(backend, event.code, now))
-                elif backend.state in (STARTING, ACTIVE) and event.action == "pause":
+                elif backend.state in (SPARE, STARTING, ACTIVE) and event.action == "pause":
                     self._set(backend.to(FAILED, now, fleets.PAUSED))
-                elif backend.state in (STARTING, ACTIVE) and event.code == 15:
+                elif backend.state in (SPARE, STARTING, ACTIVE) and event.code == 15:
                     self._set(backend.to(DRAINING, now, "somebody else is stopping its container"))
         self._wake.set()
 
@@ -247,18 +285,24 @@ class Controller:
             self._tell(decision)
             if not self.paused:
                 self.desired = decision.desired
-        if decision.verdict != scaler.OK:
-            self._wake.set()
+                self._advance(now)  # at once: a spare is in rotation before the next look at the engine's list
         return decision
 
-    def stop(self, ip: str, reason: str) -> None:
-        """A balancer says this backend has drained or is dead. Raises Unknown; doing it twice is fine."""
+    def stop(self, ip: str, reason: str, balancer: str = "") -> None:
+        """A balancer says this backend has drained or is dead. Raises Unknown; doing it twice is fine.
+
+        One that drains is stopped when every balancer that reports has said so (or one that gives no name has).
+        """
         with self._lock:
             backend = next((b for b in self._fleet.values() if b.ip == ip and b.in_view), None)
             if backend is None:
                 raise Unknown(ip)
             if backend.state == DRAINING:
-                self._set(backend.to(STOPPED, self._clock(), reason))
+                said = backend.drained_by | {balancer}
+                if balancer and not said >= self._meter.balancers.keys():
+                    self._fleet = {**self._fleet, backend.name: replace(backend, drained_by=said)}
+                else:
+                    self._set(backend.to(STOPPED, self._clock(), reason))
             elif backend.state != STOPPED:
                 self._set(backend.to(FAILED, self._clock(), reason))
         self._wake.set()
@@ -311,6 +355,13 @@ class Controller:
                 "paused": self.paused,
                 "revision": self._revision,
                 "engine": self.engine_trouble or "ok",
+                "launches": {
+                    "failed": self._patience.failures,
+                    "retry_in": round(self._patience.wait(now), 1),
+                    "why": self._patience.why,
+                    "updating": bool(self._patience.previous),
+                    "update_given_up": self._patience.given_up,
+                },
                 "backends": backends,
                 "balancers": [
                     {"id": name, "last_seen": round(now - entry.at, 1), "revision": entry.report.revision}
@@ -367,9 +418,17 @@ class Controller:
         The revision is a digest of the view: it moves when, and only when, a balancer has something to learn, and a
         restarted manager that finds the same fleet comes to the same revision.
         """
-        before, self._fleet = self._fleet, after
+        before, self._fleet, now = self._fleet, after, self._clock()
         for name in sorted({*before, *after}, key=fleets.by_number):
-            _tell_change(before.get(name), after.get(name), self._clock())
+            was, is_ = before.get(name), after.get(name)
+            _tell_change(was, is_, now)
+            if (
+                was
+                and is_
+                and was.state != FAILED == is_.state
+                and (was.state in (SPARE, STARTING) or now - is_.launched < STEADY)
+            ):
+                self._disappointed(is_, is_.reason, now)
         view = self._view()
         revision = hashlib.sha256(json.dumps(view).encode()).hexdigest()[:12]
         if revision != self._revision:

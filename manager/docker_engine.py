@@ -111,13 +111,18 @@ class DockerEngine:
         networks = row["NetworkSettings"]["Networks"]  # type: ignore[index]
         ip = networks.get(self._settings.project, {}).get("IPAddress", "")
         name = str(row["Names"][0]).lstrip("/")  # type: ignore[index]
-        return Container(str(row["Id"]), name, ip, str(row["State"]))
+        return Container(str(row["Id"]), name, ip, str(row["State"]), spec=str(row["ImageID"]))
 
-    def launch(self, name: str) -> Container:
-        """Creates and starts a backend. Raises NameTaken when a stranger bears the name."""
+    def spec(self) -> str:
+        """What new backends are to be made from: the id of the image in the settings."""
+        with _engine_errors():
+            return str(self._client.api.inspect_image(self._settings.image)["Id"])
+
+    def launch(self, name: str, spec: str) -> Container:
+        """Creates and starts a backend from `spec`. Raises NameTaken when a stranger bears the name."""
         with _engine_errors():
             container = self._client.containers.create(
-                self._settings.image,
+                spec,
                 name=name,
                 hostname=name,
                 labels=self._labels,
@@ -137,7 +142,8 @@ class DockerEngine:
                     container.remove(force=True)
                 raise
         networks = container.attrs["NetworkSettings"]["Networks"]
-        return Container(container.id, name, networks[self._settings.project]["IPAddress"], container.status)
+        ip = networks[self._settings.project]["IPAddress"]
+        return Container(container.id, name, ip, container.status, spec=spec)
 
     def stop(self, container_id: str) -> None:
         """SIGTERM, SIGKILL after STOP_GRACE, and away with it; fine when it is gone already."""

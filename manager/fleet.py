@@ -1,11 +1,12 @@
 """The backends' states, and the plan from the actual fleet to the desired one. Pure: values in, values out.
 
-    starting ─▶ active ─▶ draining ─▶ stopped        and from anywhere ─▶ failed
+    spare ─▶ starting ─▶ active ─▶ draining ─▶ stopped        and from anywhere ─▶ failed
 
 Ordering, true at every step and so after a crash at any: a backend leaves rotation (`draining`) before its container
-is stopped, and stays in the balancers' view until the container has ended, so that its last words reach its clients.
-The engine's list is the truth about containers; what it does not know (drains, reasons) is kept here and is rebuilt
-harmlessly when lost: a running container of ours is adopted as active, and the plan decides again.
+is stopped, and stays in the balancers' view until the container has ended, so that its last words reach its clients; in
+an update the new one is active before an old one drains. The engine's list is the truth about containers; what it does
+not know (drains, reasons) is kept here and is rebuilt harmlessly when lost: a running container of ours is adopted as
+active, and the plan decides again.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-STARTING, ACTIVE, DRAINING, STOPPED, FAILED = "starting", "active", "draining", "stopped", "failed"
+SPARE, STARTING, ACTIVE, DRAINING, STOPPED, FAILED = "spare", "starting", "active", "draining", "stopped", "failed"
+STATES = (SPARE, STARTING, ACTIVE, DRAINING, STOPPED, FAILED)
 PAUSED = "somebody paused its container"
 READY_WITHIN = 60.0  # seconds a launched backend may take to be found healthy
 DRAIN_GRACE = 10.0  # seconds past the drain timeout until the manager stops waiting for a balancer's word
@@ -30,6 +32,7 @@ class Container:
     ip: str
     status: str  # Docker's word: created, running, paused, restarting, exited, dead, removing
     exit_code: int | None = None
+    spec: str = ""  # what it was made from: the image's id
 
     @property
     def ended(self) -> bool:
@@ -38,7 +41,8 @@ class Container:
 
 @dataclass(frozen=True)
 class Backend:
-    """`id` and `ip` are empty until the engine has launched it; `since` is when it entered its state."""
+    """`id` and `ip` are empty until the engine has launched it; `since` is when it entered its state. A spare is out of
+    rotation; `ready` says whether a balancer has found it healthy, which for the others shows in their state."""
 
     name: str
     state: str
@@ -47,6 +51,10 @@ class Backend:
     ip: str = ""
     reason: str = ""
     running: bool = True
+    spec: str = ""
+    ready: bool = False
+    launched: float = 0.0
+    drained_by: frozenset[str] = frozenset()  # the balancers that have seen its last connection end
 
     def to(self, state: str, now: float, reason: str = "") -> Backend:
         return replace(self, state=state, since=now, reason=reason)
@@ -68,6 +76,14 @@ Fleet = Mapping[str, Backend]  # by name
 @dataclass(frozen=True)
 class Launch:
     name: str
+    spare: bool = False
+
+
+@dataclass(frozen=True)
+class Admit:
+    """Let a spare into rotation."""
+
+    name: str
 
 
 @dataclass(frozen=True)
@@ -83,7 +99,7 @@ class Stop:
     name: str
 
 
-Step = Launch | Drain | Stop
+Step = Launch | Admit | Drain | Stop
 
 
 def live(fleet: Fleet) -> list[Backend]:
@@ -102,7 +118,7 @@ def observe(fleet: Fleet, containers: Iterable[Container], listed_at: float, now
         elif not backend.id or backend.since > listed_at:
             result[name] = backend  # being launched: too young for this list
     for name, container in listed.items():
-        stray = Backend(name, ACTIVE, now, container.id, container.ip, "adopted")
+        stray = Backend(name, ACTIVE, now, container.id, container.ip, "adopted", spec=container.spec, launched=now)
         if container.ended or container.status == "created":
             stray = replace(stray, state=STOPPED, reason="left over", running=False)
         result[name] = stray
@@ -112,10 +128,10 @@ def observe(fleet: Fleet, containers: Iterable[Container], listed_at: float, now
 def _compare(backend: Backend, container: Container, now: float) -> Backend:
     if container.status == "created" or (backend.id and backend.id != container.id):
         return backend  # our own launch, not finished yet; or a list older than what we know
-    seen = replace(backend, id=container.id, ip=container.ip or backend.ip)
+    seen = replace(backend, id=container.id, ip=container.ip or backend.ip, spec=container.spec or backend.spec)
     if container.ended:
         return ended(seen, container.exit_code, now)
-    if backend.state in (STARTING, ACTIVE) and backend.ip and (container.status == "paused" or not container.ip):
+    if backend.state in (SPARE, STARTING, ACTIVE) and backend.ip and (container.status == "paused" or not container.ip):
         why = PAUSED if container.ip else "its container has lost its network"
         return seen.to(FAILED, now, why)
     return seen
@@ -135,9 +151,10 @@ def hear(fleet: Fleet, healthy: Callable[[Backend], bool | None], probed: bool, 
     """What the balancers say: who has become ready, and who (while anybody probes) never does."""
     result = dict(fleet)
     for name, backend in fleet.items():
-        if backend.state == STARTING and backend.ip:
+        if backend.state in (SPARE, STARTING) and backend.ip and not backend.ready:
             if healthy(backend):
-                result[name] = backend.to(ACTIVE, now)
+                fit = replace(backend, ready=True)
+                result[name] = fit.to(ACTIVE, now) if backend.state == STARTING else fit
             elif probed and now - backend.since > READY_WITHIN:
                 result[name] = backend.to(FAILED, now, f"not ready within {READY_WITHIN:g} s")
     return result
@@ -155,18 +172,47 @@ class Namer:
         return list(itertools.islice((n for n in names if n not in fleet and n not in self.taken), max(0, count)))
 
 
-def plan(fleet: Fleet, desired: int, namer: Namer, drain_timeout: float, now: float) -> list[Step]:
-    """The steps that take the fleet towards `desired` live backends; none when it is there."""
+@dataclass(frozen=True)
+class Goal:
+    """So many backends in rotation, so many spares beside them, all made from `spec`."""
+
+    desired: int
+    spares: int = 0
+    spec: str = ""
+
+
+def plan(fleet: Fleet, goal: Goal, namer: Namer, drain_timeout: float, now: float) -> list[Step]:
+    """The steps that take the fleet towards the goal; none when it is there."""
     capacity = live(fleet)
-    steps: list[Step] = [Launch(name) for name in namer.free(fleet, desired - len(capacity))]
-    # The youngest first, those not yet ready before all: least work is lost, and a restarted manager chooses the same.
-    for backend in sorted(capacity, key=_worth)[: max(0, len(capacity) - desired)]:
-        steps.append(Drain(backend.name, f"scale-in to {desired}"))
+    updating = any(backend.spec != goal.spec for backend in capacity if backend.spec and goal.spec)
+    # While some are made from an old spec there is one more than desired, so that a new one is ready before they go.
+    missing = max(0, goal.desired + updating - len(capacity))
+    spares = [b for b in fleet.values() if b.state == SPARE]
+    fit = sorted((b for b in spares if b.spec == goal.spec), key=lambda b: not b.ready)
+    steps: list[Step] = [Admit(backend.name) for backend in fit[:missing]]
+    idle = fit[missing:]
+    launches = missing - len(steps)
+    names = namer.free(fleet, launches + max(0, goal.spares - len(idle)))
+    steps += [Launch(name, spare=i >= launches) for i, name in enumerate(names)]
+    unwanted = [b for b in spares if b not in fit] + idle[goal.spares :]
+    steps += [Drain(backend.name, "spare no longer wanted") for backend in unwanted]
+    steps += _scale_in(capacity, goal, updating)
     for backend in fleet.values():
         overdue = backend.state == DRAINING and now - backend.since > drain_timeout + DRAIN_GRACE
         if backend.id and (backend.state in (STOPPED, FAILED) or overdue):
             steps.append(Stop(backend.name))
     return steps
+
+
+def _scale_in(capacity: list[Backend], goal: Goal, updating: bool) -> list[Drain]:
+    """Whoever is too many: those of an old spec first; then those not yet ready and the youngest, whose loss is least
+    work lost, and which a restarted manager would choose again."""
+    surplus = max(0, len(capacity) - goal.desired - updating)
+    if updating:
+        surplus = max(surplus, sum(backend.state == ACTIVE for backend in capacity) - goal.desired)
+    leavers = sorted(capacity, key=lambda b: (not updating or b.spec == goal.spec, *_worth(b)))[:surplus]
+    why = f"scale-in to {goal.desired}"
+    return [Drain(b.name, "replaced by the update" if updating and b.spec != goal.spec else why) for b in leavers]
 
 
 def by_number(name: str) -> tuple[int, str]:

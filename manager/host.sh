@@ -136,6 +136,28 @@ wait_gone() {
     return 1
 }
 
+# -- the manager, under its supervisor -------------------------------------------------------------------------------
+
+manager_unit() { echo "lbscaler-$LB_PROJECT"; }
+pid_of() { cat "$RUN/$1.pid" 2>/dev/null || true; }
+manager_runs() { is_process "$(pid_of manager)" manager/script.py; }
+supervisor_runs() { is_process "$(pid_of supervisor)" manager/supervise.sh; }
+
+# end_manager: the supervisor first, so that nobody starts the manager again.
+end_manager() {
+    [ ! -d /run/systemd/system ] || systemctl stop "$(manager_unit)" 2>/dev/null || true
+    end_process supervisor manager/supervise.sh
+    end_process manager manager/script.py
+}
+
+end_process() {
+    local pid
+    pid=$(pid_of "$1")
+    if ! is_process "$pid" "$2"; then return 0; fi
+    kill -TERM "$pid"
+    wait_gone "$pid" 10 || { kill -KILL "$pid" && wait_gone "$pid" 5; }
+}
+
 # -- images: Debian's packages on a base image, tagged by a digest of what they are made of ------------------------------
 
 digest() {

@@ -27,6 +27,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from controller import Controller, Unknown
 from docker_engine import DockerEngine, EngineError
+from fleet import STATES
 from meter import Report, Sample
 from settings import SettingError, Settings, read
 
@@ -86,7 +87,8 @@ def create_app(controller: Controller, token: str, hosts: Iterable[str]) -> Flas
     @app.post("/stop")
     def stop() -> tuple[str, int]:
         body = _body()
-        return _on_backend(lambda: controller.stop(_text(body, "ip"), _text(body, "reason")))
+        balancer = _text(body, "balancer") if "balancer" in body else ""
+        return _on_backend(lambda: controller.stop(_text(body, "ip"), _text(body, "reason"), balancer))
 
     @app.post("/drain")
     def drain() -> tuple[str, int]:
@@ -154,7 +156,7 @@ class _Exposition:
                 family.add_metric([backend["name"]], backend[name])
             yield family
         states = GaugeMetricFamily("lbscaler_backends", "backends by state", labels=["state"])
-        for state in ("starting", "active", "draining", "stopped", "failed"):
+        for state in STATES:
             states.add_metric([state], sum(b["state"] == state for b in self._status["backends"]))
         yield states
         yield GaugeMetricFamily("lbscaler_desired_backends", "backends wanted", self._status["desired"])

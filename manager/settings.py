@@ -79,6 +79,7 @@ SETTINGS: Mapping[str, Setting] = {
     "manager_port": Setting("5000", _PORT, "1 to 65535", "port of the manager's page and of the reports"),
     "min": Setting("2", _number(1, 1000, whole=True), "1 to 1000", "fewest backends"),
     "max": Setting("10", _number(1, 1000, whole=True), "1 to 1000", "most backends"),
+    "spares": Setting("0", _number(0, 100, whole=True), "0 to 100", "ready backends kept out of rotation"),
     "metric": Setting(
         "packets",
         _matching("packets|connections|concurrency"),
@@ -120,6 +121,7 @@ class Settings:
     manager_port: int
     min: int
     max: int
+    spares: int
     metric: str
     target: float
     interval: float

@@ -154,6 +154,7 @@ start_manager() {
     [ -s "$RUN/token" ] || (umask 077 && head -c 24 /dev/urandom | od -An -vtx1 | tr -d ' \n' >"$RUN/token")
     printf '%s:%s\n' "$(network_gateway)" "$LB_MANAGER_PORT" >"$RUN/balancer/hostip.txt"
     ln -sf "../$RUN/balancer/hostip.txt" "../$RUN/balancer/ip.txt" balancer/
+    [ "$settings" = "$(cat "$RUN/settings.json" 2>/dev/null)" ] || rm -f "$RUN/balancer/orders.json"
     step "Starting the manager" launch_manager
     printf '%s\n' "$settings" >"$RUN/settings.json"
 }

@@ -85,12 +85,13 @@ class Controller:
             settings.stable_window,
             settings.panic_window,
         )
-        self.desired = settings.min
         self.paused = False
         self.engine_trouble = ""
         self.decisions: deque[Decision] = deque(maxlen=1000)
         self._epoch = time.time() - clock()  # what the clock counts from, for showing dates only
         self._engine, self._ip_file, self._clock, self._inside = engine, ip_file, clock, inside
+        self._orders_file = ip_file.with_name("orders.json")
+        self._recall_orders()
         self._fleet: Fleet = {}
         self._meter = Meter()
         self._memory = Memory(started=clock())
@@ -103,6 +104,7 @@ class Controller:
         self._results: queue.Queue[tuple[str, Container | None, bool, str]] = queue.Queue()
         self._namer = fleets.Namer(f"{settings.project}-backend-")
         self._patience = Patience()
+        self.desired = self.policy.min
         self._chance = random.Random()  # noqa: S311 - jitter
 
     # -- the loop -----------------------------------------------------------------------------------------------
@@ -317,7 +319,7 @@ class Controller:
         self._wake.set()
 
     def scale(self, minimum: int | None, maximum: int | None, target: float | None) -> Policy:
-        """Changes the policy's limits for as long as this manager runs. Raises ValueError when they cross."""
+        """Changes the policy's limits until run.sh sets others. Raises ValueError when they cross."""
         with self._lock:
             changes = {"min": minimum, "max": maximum, "target": target}
             policy = replace(self.policy, **{k: v for k, v in changes.items() if v is not None})  # type: ignore[arg-type]
@@ -325,6 +327,7 @@ class Controller:
                 raise ValueError(f"min {policy.min} would be above max {policy.max}")
             self.policy = policy
             self._clamp()
+            self._keep_orders()
         self._wake.set()
         return policy
 
@@ -332,6 +335,7 @@ class Controller:
         """While paused, decisions are made and shown but not carried out."""
         with self._lock:
             self.paused = paused
+            self._keep_orders()
 
     def history(self) -> list[dict[str, Any]]:
         """The last decisions, oldest first, with every number; `time` in seconds since 1970."""
@@ -446,6 +450,18 @@ class Controller:
             logging.INFO if news else logging.DEBUG, "%s %s  %s%s", decision.verdict, change, decision.reason, paused
         )
         self.decisions.append(decision)
+
+    def _keep_orders(self) -> None:
+        """The operator's orders outlive a crash of the manager."""
+        p = self.policy
+        orders = {"min": p.min, "max": p.max, "target": p.target, "paused": self.paused}
+        _write(self._orders_file, json.dumps(orders))
+
+    def _recall_orders(self) -> None:
+        with suppress(OSError, ValueError, KeyError, TypeError):  # none, or none that can be read: the settings stand
+            orders = json.loads(self._orders_file.read_text())
+            limits = {name: orders[name] for name in ("min", "max", "target")}
+            self.policy, self.paused = replace(self.policy, **limits), bool(orders["paused"])
 
     def _clamp(self) -> None:
         self.desired = max(self.policy.min, min(self.policy.max, self.desired))

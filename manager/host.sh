@@ -91,13 +91,14 @@ ensure_engine() {
     ENGINE_STARTED=1
 }
 
+# start_engine [FLAG…]: flags for dockerd, where there is no systemd.
 start_engine() {
     if [ -d /run/systemd/system ] && systemctl start docker; then
         mkdir -p "$ENGINE_DIR"
         echo systemd >"$ENGINE_DIR/dockerd.pid"
     else
         mkdir -p "$ENGINE_DIR"
-        setsid dockerd >>"$ENGINE_DIR/dockerd.log" 2>&1 </dev/null &
+        setsid dockerd "$@" >>"$ENGINE_DIR/dockerd.log" 2>&1 </dev/null &
         echo $! >"$ENGINE_DIR/dockerd.pid"
     fi
     local pid tries

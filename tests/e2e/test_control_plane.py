@@ -1,0 +1,179 @@
+"""Crashes at every moment, spares and updates, on the real engine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from e2e.conftest import FAST, ROOT, Load, System, docker, until
+
+Figure = Callable[[str], None]
+
+
+@pytest.fixture(scope="module")
+def three(tree: Path) -> Iterator[System]:
+    system = System(tree, "lbcontrol")
+    system.up("3", *FAST, "--min", "3", "--max", "8", "--target", "100000")
+    yield system
+    system.down("--now")
+
+
+@pytest.fixture
+def system(three: System) -> System:
+    three.operate("/scale", {"min": 3, "max": 3, "target": 100000})
+    three.settled(3, 60)
+    return three
+
+
+def manager_pid(system: System) -> int:
+    return int((system.run_dir / "manager.pid").read_text())
+
+
+def names(system: System) -> set[str]:
+    return {backend["name"] for backend in system.active()}
+
+
+def answering(system: System) -> bool:
+    try:
+        return bool(system.status())
+    except OSError:
+        return False
+
+
+def test_a_killed_manager_comes_back_by_itself_and_takes_over_the_same_containers(system: System) -> None:
+    before, pid = sorted(system.containers()), manager_pid(system)
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: manager_pid(system) != pid and answering(system), "the manager is back", 20)
+    system.settled(3)
+    assert sorted(system.containers()) == before
+    assert "manager ended with status 137; starting it again" in system.log()
+
+
+def test_killed_at_every_moment_of_a_scale_out_and_a_scale_in_nothing_is_lost_doubled_or_orphaned(
+    system: System,
+) -> None:
+    load = Load(system.port, seconds=40, per_second=40)
+    for i in range(8):
+        size = 5 if i % 2 == 0 else 3
+        system.operate("/scale", {"min": size, "max": size})
+        time.sleep(
+            0.12 * (i // 2)
+        )  # the moments: before the first call to the engine, amid it, after it, on the way back
+        pid = manager_pid(system)
+        os.kill(pid, signal.SIGKILL)
+        until(lambda pid=pid: manager_pid(system) != pid and answering(system), "the manager is back", 20)
+        system.operate("/scale", {"min": size, "max": size})  # a manager begins with the settings it was started with
+        system.settled(size, 60)
+        backends = docker("ps", "-a", "--filter", f"label=lbscaler.project={system.project}", "--format", "{{.Names}}")
+        assert sum("backend" in name for name in backends.split()) == size
+    answered, others, _ = load.result()
+    assert (answered > 1000, others) == (True, 0)
+
+
+def test_a_killed_client_costs_nothing_and_a_killed_balancer_comes_back_with_its_rules(system: System) -> None:
+    balancer = f"{system.project}-balancer"
+    load = Load(system.port, seconds=4, per_second=60)
+    for _ in range(3):
+        time.sleep(1)
+        docker("exec", balancer, "/bin/bash", "-c", "kill -KILL $(cat /run/client.pid)")
+    _, others, _ = load.result()
+    assert others == 0
+    first = docker("inspect", "-f", "{{.State.Pid}}", balancer)
+    os.kill(int(first), signal.SIGKILL)
+    until(
+        lambda: (
+            docker("inspect", "-f", "{{.State.Pid}} {{.State.Running}}", balancer) not in (f"{first} true", "0 false")
+        ),
+        "back",
+    )
+    until(lambda: len({system.who() for _ in range(30)}) == 3, "all three serve again", 20)
+
+
+def test_a_spare_serves_at_once(system: System, figure: Figure) -> None:
+    system.up("--spares", "1")
+    try:
+        until(
+            lambda: [b for b in system.status()["backends"] if b["state"] == "spare" and b["healthy"]],
+            "a ready spare",
+            30,
+        )
+        system.operate("/scale", {"min": 3, "max": 3})
+        spare = next(b["name"] for b in system.status()["backends"] if b["state"] == "spare")
+        assert all(system.who() != spare for _ in range(30))
+        began = time.monotonic()
+        system.operate("/scale", {"min": 4, "max": 4})
+        until(lambda: system.who() == spare, "the spare serves", 10)
+        figure(
+            f"a spare's first answer {1000 * (time.monotonic() - began):.0f} ms after the decision, asked one at a time"
+        )
+        until(
+            lambda: [b for b in system.status()["backends"] if b["state"] == "spare" and b["healthy"]],
+            "a new spare",
+            30,
+        )
+    finally:
+        system.up("--spares", "0")
+
+
+def variant(system: System, tag: str, line: str) -> str:
+    image = docker("inspect", "-f", "{{.Config.Image}}", next(iter(names(system))))
+    recipe = f"FROM {image}\nLABEL lbscaler.image=test\n{line}\n"
+    subprocess.run(["docker", "build", "-q", "-t", tag, "-"], input=recipe, text=True, check=True, capture_output=True)
+    return docker("inspect", "-f", "{{.Id}}", tag)
+
+
+def images(system: System) -> set[str]:
+    return {docker("inspect", "-f", "{{.Image}}", name) for name in names(system)}
+
+
+def test_an_update_replaces_one_by_one_without_a_failed_request(system: System, figure: Figure) -> None:
+    wanted = variant(system, "lbtest-new", "ENV NEW=1")
+    load = Load(system.port, seconds=20, per_second=60)
+    system.up("--image", "lbtest-new")
+    until(lambda: len(names(system)) == 3 and images(system) == {wanted}, "three new ones", 60)
+    answered, others, slowest = load.result()
+    figure(f"update of three under 60 connections/s: {others} of {answered + others} failed, slowest {slowest:.2f} s")
+    assert (answered > 800, others) == (True, 0)
+    assert "replaced by the update" in system.log()
+
+
+def test_an_update_that_never_gets_ready_goes_back_by_itself(system: System) -> None:
+    before = images(system)
+    variant(system, "lbtest-bad", 'ENTRYPOINT ["/bin/sh", "-c", "echo no such luck; exit 3"]')
+    load = Load(system.port, seconds=15, per_second=60)
+    system.up("--image", "lbtest-bad")
+    until(lambda: "update given up" in system.log(), "the update is given up", 60)
+    system.settled(3, 60)
+    assert images(system) == before
+    _, others, _ = load.result()
+    assert others == 0
+    assert "no such luck" in system.log()
+    assert system.status()["launches"]["update_given_up"]
+    system.up("--image", "")
+
+
+@pytest.mark.skipif(
+    not os.environ.get("LBTEST_OWN_ENGINE"), reason="would kill an engine that is not tests/run.sh's own"
+)
+@pytest.mark.parametrize("live_restore", [True, False])
+def test_a_killed_engine_is_survived(system: System, live_restore: bool) -> None:
+    """With live restore the containers go on and traffic with them; without, a new engine ends them all, and the
+    restart policy and the manager bring everything back."""
+    start = f"cd '{ROOT}' && . manager/host.sh && start_engine {'--live-restore' if live_restore else ''}"
+    for round_ in range(2 if live_restore else 1):  # the first new engine only brings live restore with it
+        os.kill(int((ROOT / "run/engine/dockerd.pid").read_text()), signal.SIGKILL)
+        time.sleep(1)
+        until(lambda: system.status()["engine"] != "ok", "the manager tells", 10)
+        if round_:
+            assert len({system.who() for _ in range(30)}) == 3  # nobody is there to tell, and traffic flows
+        subprocess.run(["bash", "-c", start], check=True, capture_output=True, timeout=60)
+        system.settled(3, 90)
+        until(lambda: len({system.who() for _ in range(20)}) == 3, "all serve", 30)
+    backends = docker("ps", "-a", "--filter", f"label=lbscaler.project={system.project}", "--format", "{{.Names}}")
+    assert len(backends.split()) == 4

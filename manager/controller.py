@@ -281,8 +281,10 @@ class Controller:
             measured = self._meter.add(report, now)
             self._publish(fleets.hear(self._fleet, self._meter.healthy, True, now))
             load = self._meter.load(self.settings.metric, now)
-            if load is None or not measured:
-                return self.decisions[-1] if self.decisions else None
+            last = self.decisions[-1] if self.decisions else None
+            # One decision an interval, however many balancers report: the limits to growth are per decision.
+            if load is None or not measured or (last and now - last.at < 0.75 * self.settings.interval):
+                return last
             decision, self._memory = scaler.decide(self.policy, self._memory, load, self.desired, now)
             self._tell(decision)
             if not self.paused:
@@ -296,7 +298,7 @@ class Controller:
         One that drains is stopped when every balancer that reports has said so (or one that gives no name has).
         """
         with self._lock:
-            backend = next((b for b in self._fleet.values() if b.ip == ip and b.in_view), None)
+            backend = next((b for b in self._fleet.values() if b.ip == ip and b.running), None)
             if backend is None:
                 raise Unknown(ip)
             if backend.state == DRAINING:
@@ -305,7 +307,7 @@ class Controller:
                     self._fleet = {**self._fleet, backend.name: replace(backend, drained_by=said)}
                 else:
                     self._set(backend.to(STOPPED, self._clock(), reason))
-            elif backend.state != STOPPED:
+            elif backend.state not in (STOPPED, FAILED):
                 self._set(backend.to(FAILED, self._clock(), reason))
         self._wake.set()
 
@@ -328,7 +330,7 @@ class Controller:
             self.policy = policy
             self._clamp()
             self._keep_orders()
-        self._wake.set()
+            self._advance(self._clock())
         return policy
 
     def pause(self, paused: bool) -> None:
@@ -437,8 +439,11 @@ class Controller:
         revision = hashlib.sha256(json.dumps(view).encode()).hexdigest()[:12]
         if revision != self._revision:
             self._revision = revision
-            _write(self._ip_file, "".join(f"{b['ip']}\n" for b in view["backends"] if b["state"] == ACTIVE))
             self._lock.notify_all()
+            try:
+                _write(self._ip_file, "".join(f"{b['ip']}\n" for b in view["backends"] if b["state"] == ACTIVE))
+            except OSError as error:
+                log.error("a balancer that starts now would find old rules: %s", error)
 
     def _tell(self, decision: Decision) -> None:
         """One line for a decision that changes something, or holds for another reason than the one before it."""

@@ -46,8 +46,10 @@ def _engine_errors() -> Iterator[None]:
     except docker.errors.APIError as error:
         kind = NameTaken if error.status_code == 409 and "is already in use" in str(error) else EngineError
         raise kind(str(error.explanation or error)) from error
-    except (docker.errors.DockerException, requests.RequestException, OSError) as error:
-        raise EngineError(str(error)) from error
+    except EngineError:
+        raise
+    except Exception as error:  # the SDK lets through what its own dependencies raise, down to KeyError
+        raise EngineError(f"{type(error).__name__}: {error}") from error
 
 
 class DockerEngine:
@@ -72,15 +74,13 @@ class DockerEngine:
 
     def list(self) -> list[Container]:
         """All our backends, running or not, in one call."""
-        with _engine_errors():
-            rows = self._client.api.containers(
-                all=True, filters={"label": f"lbscaler.project={self._settings.project}"}
-            )
+        ours = {"label": f"lbscaler.project={self._settings.project}"}
         by_role: dict[str, list[Container]] = {"backend": [], "balancer": []}
-        for row in rows:
-            by_role.setdefault(row["Labels"].get("lbscaler.role", ""), []).append(self._container(row))
-        if self._settings.preserve_client_ip:
-            self._route_through(by_role["balancer"], by_role["backend"])
+        with _engine_errors():
+            for row in self._client.api.containers(all=True, filters=ours):
+                by_role.setdefault(row["Labels"].get("lbscaler.role", ""), []).append(self._container(row))
+            if self._settings.preserve_client_ip:
+                self._route_through(by_role["balancer"], by_role["backend"])
         return by_role["backend"]
 
     def _route_through(self, balancers: Iterable[Container], backends: Iterable[Container]) -> None:
@@ -90,8 +90,10 @@ class DockerEngine:
                 wanted = (backend.id, balancer.ip)
                 if backend.status != "running" or not balancer.ip or self._routed.get(backend.id) == wanted:
                     continue
-                with _engine_errors():
+                try:
                     pid = self._client.api.inspect_container(backend.id)["State"]["Pid"]
+                except docker.errors.NotFound:
+                    continue  # gone since it was listed
                 command = [
                     "nsenter",
                     f"--net=/proc/{pid}/ns/net",

@@ -27,8 +27,10 @@ class Patience:
 
     def failed(self, spec: str, why: str, now: float, chance: float) -> None:
         """A launch of `spec` came to nothing, or what it launched ended at once. `chance`, in 0…1, is the jitter."""
-        self.failures += 1
         self.why = why
+        if now < self.retry_at:
+            return  # launched together with one that failed already: the same piece of bad luck
+        self.failures += 1
         self.retry_at = now + min(MOST, FIRST * 2 ** min(self.failures - 1, 10)) * (0.5 + chance)
         if self.previous and spec == self.spec and self.failures >= GIVE_UP:
             self.spec, self.previous, self.given_up = self.previous, "", why

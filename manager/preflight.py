@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import ipaddress
 import re
@@ -66,13 +67,10 @@ def owner(port: int) -> str:
             row = line.split()
             if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port:
                 inodes.add(f"socket:[{row[9]}]")
-    for link in Path("/proc").glob("[0-9]*/fd/*"):
-        try:
-            if str(link.readlink()) in inodes:
-                pid = link.parts[2]
-                return f"{Path('/proc', pid, 'comm').read_text().strip()} (pid {pid})"
-        except OSError:
-            continue
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # processes end, and others' may not be looked at
+            if any(str(link.readlink()) in inodes for link in (process / "fd").iterdir()):
+                return f"{(process / 'comm').read_text().strip()} (pid {process.name})"
     return "a process this user may not see"
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Keeps one manager running: starts it again, ever less eagerly, when it ends by itself. What it is told to begin with
+# Keeps one manager running: starts it again, after 1 to 4 seconds, when it ends by itself. What it is told to begin with
 # (--backends N) is for the first start only: later ones take over what runs. Ends with the manager when that was told to
 # end (0), has bad settings (2), or could not start in the first place.
 set -euo pipefail
@@ -16,12 +16,12 @@ for ((starts = 1; ; starts++)); do
     echo "$manager" >"$RUN/manager.pid"
     wait "$manager" || status=$?
     manager=
-    if [ "$status" -eq 0 ] || [ "$status" -eq 2 ] || [ "$starts$((SECONDS - began > 5))" = 10 ]; then exit "$status"; fi
+    if [ "$status" -eq 0 ] || [ "$status" -eq 2 ] || [ "$status at start $starts" = "1 at start 1" ]; then exit "$status"; fi
     [ $((SECONDS - began)) -lt 30 ] || pause=1
     printf '%(%Y-%m-%d %H:%M:%S)T ERROR   manager ended with status %s; starting it again in %s s\n' -1 "$status" "$pause" \
         >>"$RUN/manager.log"
     sleep "$pause" &
     wait $!
-    pause=$((pause < 16 ? pause * 2 : 30))
+    pause=$((pause < 4 ? pause * 2 : 4))
     set --
 done

@@ -32,7 +32,8 @@ def system(three: System) -> System:
 
 
 def manager_pid(system: System) -> int:
-    return int((system.run_dir / "manager.pid").read_text())
+    text = until(lambda: (system.run_dir / "manager.pid").read_text(), "a pid")  # the supervisor may be writing it
+    return int(text)
 
 
 def names(system: System) -> set[str]:
@@ -55,20 +56,15 @@ def test_a_killed_manager_comes_back_by_itself_and_takes_over_the_same_container
     assert "manager ended with status 137; starting it again" in system.log()
 
 
-def test_killed_at_every_moment_of_a_scale_out_and_a_scale_in_nothing_is_lost_doubled_or_orphaned(
-    system: System,
-) -> None:
+def test_killed_at_every_moment_of_a_scale_out_and_a_scale_in_nothing_is_lost(system: System) -> None:
     load = Load(system.port, seconds=40, per_second=40)
     for i in range(8):
         size = 5 if i % 2 == 0 else 3
         system.operate("/scale", {"min": size, "max": size})
-        time.sleep(
-            0.12 * (i // 2)
-        )  # the moments: before the first call to the engine, amid it, after it, on the way back
+        time.sleep(0.12 * (i // 2))  # before the first call to the engine, amid it, after it, on the way back
         pid = manager_pid(system)
         os.kill(pid, signal.SIGKILL)
         until(lambda pid=pid: manager_pid(system) != pid and answering(system), "the manager is back", 20)
-        system.operate("/scale", {"min": size, "max": size})  # a manager begins with the settings it was started with
         system.settled(size, 60)
         backends = docker("ps", "-a", "--filter", f"label=lbscaler.project={system.project}", "--format", "{{.Names}}")
         assert sum("backend" in name for name in backends.split()) == size
@@ -86,37 +82,25 @@ def test_a_killed_client_costs_nothing_and_a_killed_balancer_comes_back_with_its
     assert others == 0
     first = docker("inspect", "-f", "{{.State.Pid}}", balancer)
     os.kill(int(first), signal.SIGKILL)
-    until(
-        lambda: (
-            docker("inspect", "-f", "{{.State.Pid}} {{.State.Running}}", balancer) not in (f"{first} true", "0 false")
-        ),
-        "back",
-    )
+    until(lambda: docker("inspect", "-f", "{{.State.Pid}}", balancer) not in (first, "0"), "the balancer is back")
     until(lambda: len({system.who() for _ in range(30)}) == 3, "all three serve again", 20)
+
+
+def ready_spare(system: System) -> str | None:
+    return next((b["name"] for b in system.status()["backends"] if b["state"] == "spare" and b["healthy"]), None)
 
 
 def test_a_spare_serves_at_once(system: System, figure: Figure) -> None:
     system.up("--spares", "1")
     try:
-        until(
-            lambda: [b for b in system.status()["backends"] if b["state"] == "spare" and b["healthy"]],
-            "a ready spare",
-            30,
-        )
-        system.operate("/scale", {"min": 3, "max": 3})
-        spare = next(b["name"] for b in system.status()["backends"] if b["state"] == "spare")
+        spare = until(lambda: ready_spare(system), "a ready spare", 30)
         assert all(system.who() != spare for _ in range(30))
+        system.operate("/scale", {"min": 3, "max": 4})
         began = time.monotonic()
-        system.operate("/scale", {"min": 4, "max": 4})
+        system.operate("/scale", {"min": 4})
         until(lambda: system.who() == spare, "the spare serves", 10)
-        figure(
-            f"a spare's first answer {1000 * (time.monotonic() - began):.0f} ms after the decision, asked one at a time"
-        )
-        until(
-            lambda: [b for b in system.status()["backends"] if b["state"] == "spare" and b["healthy"]],
-            "a new spare",
-            30,
-        )
+        figure(f"a spare's first answer came {1000 * (time.monotonic() - began):.0f} ms after the decision")
+        until(lambda: ready_spare(system) not in (None, spare), "a new spare", 30)
     finally:
         system.up("--spares", "0")
 

@@ -95,7 +95,8 @@ class Balancer:
         view = self.view
         ids = {backend.ip: backend.id for backend in view.backends}
         verdicts = self._prober.health()
-        chosen = self._weighted(rotation(view, verdicts), ids, view)
+        well = [b.id for b in view.backends if verdicts.get(b.id, Health()).healthy]
+        chosen = self._weighted(rotation(view, verdicts), ids, well, view)
         health = {b.ip: verdicts.get(b.id, Health()).healthy for b in view.backends}
         nat = ruleset.parse_table(self._netfilter.table("nat"))
         members = ruleset.parse_set(self._netfilter.members())
@@ -123,11 +124,13 @@ class Balancer:
         self._known, self._in_rotation, self._wanted = ids, chosen, wanted_nat
         self.converged_at = time.monotonic()
 
-    def _weighted(self, chosen: Iterable[Endpoint], ids: Mapping[str, str], view: View) -> tuple[Endpoint, ...]:
-        """`chosen` with the weights learnt from their speed, and with newcomers held back a little."""
+    def _weighted(
+        self, chosen: tuple[Endpoint, ...], ids: Mapping[str, str], well: Iterable[str], view: View
+    ) -> tuple[Endpoint, ...]:
+        """`chosen` with the weights learnt from their speed, and with newcomers held back a little: those that have
+        not been well for long. A spare has had its time before it enters."""
         now, adaptive = time.monotonic(), view.weights == "adaptive"
-        chosen = tuple(chosen)
-        self._learner.enter((ids[e.ip] for e in chosen), now)
+        self._learner.ready({*well, *(ids[e.ip] for e in chosen)}, now)
         return tuple(replace(e, weight=e.weight * self._learner.weight(ids[e.ip], now, adaptive)) for e in chosen)
 
     def _forget(self, ips: Iterable[str]) -> None:

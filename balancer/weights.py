@@ -91,16 +91,16 @@ def _bounded(weight: float) -> float:
 
 
 def slow_start(age: float) -> float:
-    """The part of its share a backend gets `age` seconds after it entered rotation; in few steps: each is a rewrite."""
+    """The part of its share a backend gets `age` seconds after it got ready; in few steps: each is a rewrite."""
     return min(1.0, (math.floor(age / RAMP * RAMP_STEPS) + 1) / RAMP_STEPS)
 
 
 @dataclass
 class Learner:
-    """Collects what the estimates need, interval by interval, and keeps who entered rotation when. Keys are ids."""
+    """Collects what the estimates need, interval by interval, and keeps who has been ready since when. Keys are ids."""
 
     estimates: Estimates = field(default_factory=dict)
-    _entered: dict[str, float] = field(default_factory=dict)
+    _ready: dict[str, float] = field(default_factory=dict)
     _waiting: dict[str, int] = field(default_factory=dict)
     _samples: int = 0
     _counted: dict[str, int] = field(default_factory=dict)
@@ -121,13 +121,13 @@ class Learner:
             self.estimates = adapt(self.estimates, rates, flows, interval)
         self._counted, self._since, self._waiting, self._samples = dict(connections), now, {}, 0
 
-    def enter(self, ids: Iterable[str], now: float) -> None:
-        """These are in rotation now; whoever was not before starts slowly."""
-        self._entered = {id_: self._entered.get(id_, now) for id_ in ids}
+    def ready(self, ids: Iterable[str], now: float) -> None:
+        """These are ready now; whoever was not before starts slowly."""
+        self._ready = {id_: self._ready.get(id_, now) for id_ in ids}
 
     def weight(self, id_: str, now: float, adaptive: bool) -> float:
         learnt = self.estimates[id_].weight if adaptive and id_ in self.estimates else 1.0
-        return round(learnt * slow_start(now - self._entered.get(id_, now)), 3)
+        return round(learnt * slow_start(now - self._ready.get(id_, now)), 3)
 
     def ramping(self, now: float) -> bool:
-        return any(now - entered < RAMP for entered in self._entered.values())
+        return any(now - since < RAMP for since in self._ready.values())

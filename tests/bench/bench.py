@@ -86,7 +86,7 @@ class Way:
 
 
 def wrk(way: Way, kind: str, seconds: int) -> float:
-    """Requests per second answered: 48 connections of three wrk, one for each backend where they are called directly."""
+    """Requests per second answered: 48 connections of three wrk, one a backend where they are called directly."""
     close = ["-H", "Connection: close"] if kind == "new connections" else []
     each = str(48 // len(way.hosts))
     loads = [
@@ -207,10 +207,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="tests/bench/run.sh", description=__doc__.split("\n")[0])
     parser.add_argument("--balancer-image", required=True, help=argparse.SUPPRESS)
     parser.add_argument("--bench-image", required=True, help=argparse.SUPPRESS)
-    parser.add_argument("--quick", action="store_true", help="two rounds of one second instead of five of four")
+    parser.add_argument("--quick", action="store_true", help="one round of one second instead of five of four")
     parser.add_argument("--json", type=Path, help="write every single result there")
     options = parser.parse_args()
-    rounds, seconds = (2, 1) if options.quick else (5, 4)
+    rounds, seconds = (1, 1) if options.quick else (5, 4)
     with room_for_neighbours(), containers():
         ways = set_up(options.balancer_image, options.bench_image)
         measure(ways, rounds, seconds)

@@ -9,6 +9,7 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,16 @@ class System:
             if b"manager/script.py" in words and f"LB_PROJECT={self.project}\0".encode() in cwd:
                 return True
         return False
+
+
+def rotations(system: System) -> list[tuple[float, set[str]]]:
+    """When (seconds since 1970) each new rotation was in force, from the balancer's own log."""
+    found = []
+    for line in docker("logs", f"{system.project}-balancer").splitlines():
+        if match := re.match(r"(\S+ \S+) INFO rotation (.*)", line):
+            at = datetime.strptime(match[1], "%Y-%m-%d %H:%M:%S,%f").replace(tzinfo=UTC)
+            found.append((at.timestamp(), set(match[2].split())))
+    return found
 
 
 class Load:

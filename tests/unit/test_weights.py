@@ -202,8 +202,8 @@ def test_the_learner_takes_a_counter_it_has_not_seen_before_for_no_news() -> Non
 
 def test_newcomers_start_slowly_and_whoever_stays_keeps_its_age() -> None:
     learner = Learner()
-    learner.enter({"old"}, 0.0)
-    learner.enter({"old", "new"}, 10.0)
+    learner.ready({"old"}, 0.0)
+    learner.ready({"old", "new"}, 10.0)
     assert learner.weight("old", 10.0, adaptive=True) == 1.0
     assert learner.weight("new", 10.0, adaptive=True) == 0.25
     assert learner.ramping(10.0)

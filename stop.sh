@@ -116,6 +116,7 @@ forget_files() {
     for link in balancer/hostip.txt balancer/ip.txt; do
         [ "$(readlink "$link" 2>/dev/null)" != "../$RUN/balancer/${link##*/}" ] || rm -f "$link"
     done
+    [ ! -e "$RUN/balancer/trace.csv" ] || mv "$RUN/balancer/trace.csv" "$RUN/trace.csv"
     rm -rf "$RUN/balancer" "$RUN/token" "$RUN/settings.json" "$RUN"/*.pid "$RUN/manager.sock"
 }
 

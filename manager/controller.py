@@ -287,6 +287,8 @@ class Controller:
                 return last
             decision, self._memory = scaler.decide(self.policy, self._memory, load, self.desired, now)
             self._tell(decision)
+            if self.settings.record:
+                self._record(now, load.rate)
             if not self.paused:
                 self.desired = decision.desired
                 self._advance(now)  # at once: a spare is in rotation before the next look at the engine's list
@@ -455,6 +457,11 @@ class Controller:
             logging.INFO if news else logging.DEBUG, "%s %s  %s%s", decision.verdict, change, decision.reason, paused
         )
         self.decisions.append(decision)
+
+    def _record(self, now: float, rate: float) -> None:
+        """Adds to the trace that tests/bench/replay.py reads: seconds since 1970, load."""
+        with suppress(OSError), self._ip_file.with_name("trace.csv").open("a") as trace:  # a full disk stops no scaling
+            trace.write(f"{self._epoch + now:.1f},{rate:.3f}\n")
 
     def _keep_orders(self) -> None:
         """The operator's orders outlive a crash of the manager."""

@@ -32,9 +32,11 @@ Rule = Callable[[int, Sequence[float], int], int]  # (second, loads of every sec
 
 def read_trace(path: Path) -> list[float]:
     """The load of every second, straight lines between the trace's points. Raises ValueError for what is no trace."""
-    points = [(float(second), float(load)) for second, load in csv.reader(path.open())]
+    points = [(float(second), float(load)) for second, load in csv.reader(path.read_text().splitlines())]
     if len(points) < 2 or any(b[0] <= a[0] for a, b in itertools.pairwise(points)):
         raise ValueError("a trace needs two lines or more, with growing seconds")
+    if not all(0 <= load < math.inf for _, load in points):
+        raise ValueError("a load is a number from 0 on")
     loads, i = [], 0
     for second in range(int(points[0][0]), int(points[-1][0])):
         while points[i + 1][0] <= second:

@@ -76,6 +76,7 @@ class Balancer:
         self._look_pause = LOOK
         self._draining_since: dict[str, float] = {}
         self._ill_since: dict[str, float] = {}
+        self._was_well: set[str] = set()
 
     def run(self) -> None:
         """Converges for ever: at once when something changed, and every interval to repair what others changed."""
@@ -226,7 +227,10 @@ class Balancer:
             elif now - since > view.drain_timeout:
                 self._manager.stop(ip, f"{self._live[ip]} flows left at the drain deadline")
 
-        judged = (b for b in view.backends if b.state != "starting" and b.ip not in leaving)
+        # Whoever has never been well yet is left to the manager's patience.
+        self._was_well &= {b.id for b in view.backends}
+        self._was_well |= {id_ for id_, verdict in health.items() if verdict.healthy}
+        judged = (b for b in view.backends if b.ip not in leaving and (b.state == "active" or b.id in self._was_well))
         ill = {b for b in judged if health.get(b.id, Health()).healthy is False}
         self._ill_since = {b.id: self._ill_since.get(b.id, now) for b in ill}
         if any(verdict.healthy for verdict in health.values()):  # else the fault may be ours: fail static

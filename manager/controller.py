@@ -157,9 +157,11 @@ class Controller:
 
     def _advance(self, now: float) -> None:
         """Begins every step of the plan; with the lock held."""
+        if self.engine_trouble:
+            return
         for backend in self._fleet.values():
-            if backend.state == ACTIVE:
-                self._patience.lives(backend.spec, now - backend.since)
+            if backend.state == ACTIVE and backend.ready:
+                self._patience.lives(backend.spec, backend.since, now)
         goal = Goal(self.desired, self.settings.spares, self._patience.spec)
         for step in fleets.plan(self._fleet, goal, self._namer, self.settings.drain_timeout, now):
             self._begin(step, now)
@@ -367,7 +369,7 @@ class Controller:
                     "failed": self._patience.failures,
                     "retry_in": round(self._patience.wait(now), 1),
                     "why": self._patience.why,
-                    "updating": bool(self._patience.previous),
+                    "updating": any(b.spec != self._patience.spec for b in fleets.live(self._fleet)),
                     "update_given_up": self._patience.given_up,
                 },
                 "backends": backends,

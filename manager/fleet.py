@@ -151,6 +151,8 @@ def hear(fleet: Fleet, healthy: Callable[[Backend], bool | None], probed: bool, 
     """What the balancers say: who has become ready, and who (while anybody probes) never does."""
     result = dict(fleet)
     for name, backend in fleet.items():
+        if backend.state == ACTIVE and not backend.ready and healthy(backend):
+            result[name] = replace(backend, ready=True)
         if backend.state in (SPARE, STARTING) and backend.ip and not backend.ready:
             if healthy(backend):
                 fit = replace(backend, ready=True)
@@ -206,11 +208,20 @@ def plan(fleet: Fleet, goal: Goal, namer: Namer, drain_timeout: float, now: floa
 
 def _scale_in(capacity: list[Backend], goal: Goal, updating: bool) -> list[Drain]:
     """Whoever is too many: those of an old spec first; then those not yet ready and the youngest, whose loss is least
-    work lost, and which a restarted manager would choose again."""
+    work lost, and which a restarted manager would choose again. Never so many that fewer than desired serve."""
+
+    def serves(b: Backend) -> bool:
+        return b.state == ACTIVE and (b.ready or not updating or b.spec != goal.spec)
+
+    dispensable = max(0, sum(map(serves, capacity)) - goal.desired)
     surplus = max(0, len(capacity) - goal.desired - updating)
     if updating:
-        surplus = max(surplus, sum(backend.state == ACTIVE for backend in capacity) - goal.desired)
-    leavers = sorted(capacity, key=lambda b: (not updating or b.spec == goal.spec, *_worth(b)))[:surplus]
+        surplus = max(surplus, dispensable)
+    leavers: list[Backend] = []
+    for b in sorted(capacity, key=lambda b: (not updating or b.spec == goal.spec, *_worth(b))):
+        if len(leavers) < surplus and (not serves(b) or dispensable > 0):
+            leavers.append(b)
+            dispensable -= serves(b)
     why = f"scale-in to {goal.desired}"
     return [Drain(b.name, "replaced by the update" if updating and b.spec != goal.spec else why) for b in leavers]
 

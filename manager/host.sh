@@ -91,24 +91,32 @@ ensure_engine() {
     ENGINE_STARTED=1
 }
 
-# start_engine [FLAG…]: flags for dockerd, where there is no systemd.
+# start_engine [FLAG…]: flags for dockerd, where there is no systemd. A second try, for one that was just killed may
+# still stand in the way of the next.
 start_engine() {
+    local tries
+    mkdir -p "$ENGINE_DIR"
     if [ -d /run/systemd/system ] && systemctl start docker; then
-        mkdir -p "$ENGINE_DIR"
         echo systemd >"$ENGINE_DIR/dockerd.pid"
-    else
-        mkdir -p "$ENGINE_DIR"
+        return
+    fi
+    for tries in 1 2 3; do
         setsid dockerd "$@" >>"$ENGINE_DIR/dockerd.log" 2>&1 </dev/null &
         echo $! >"$ENGINE_DIR/dockerd.pid"
-    fi
-    local pid tries
-    pid=$(cat "$ENGINE_DIR/dockerd.pid")
+        if wait_for_engine $!; then return; fi
+        sleep "$tries"
+    done
+    tail -n 15 "$ENGINE_DIR/dockerd.log"
+    return 1
+}
+
+wait_for_engine() {
+    local tries
     for ((tries = 0; tries < 300; tries++)); do
         if engine_answers; then return; fi
-        if [ "$pid" != systemd ] && ! kill -0 "$pid" 2>/dev/null; then break; fi
+        kill -0 "$1" 2>/dev/null || return 1
         sleep 0.1
     done
-    tail -n 15 "$ENGINE_DIR/dockerd.log" 2>/dev/null
     return 1
 }
 

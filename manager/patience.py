@@ -23,11 +23,13 @@ class Patience:
     failures: int = 0
     retry_at: float = 0.0
     why: str = ""
+    failed_at: float = 0.0
     given_up: str = ""  # why the last update was undone
 
     def failed(self, spec: str, why: str, now: float, chance: float) -> None:
         """A launch of `spec` came to nothing, or what it launched ended at once. `chance`, in 0…1, is the jitter."""
         self.why = why
+        self.failed_at = now
         if now < self.retry_at:
             return  # launched together with one that failed already: the same piece of bad luck
         self.failures += 1
@@ -36,12 +38,14 @@ class Patience:
             self.spec, self.previous, self.given_up = self.previous, "", why
             self.failures, self.retry_at = 0, now
 
-    def lives(self, spec: str, age: float) -> None:
-        """A backend made from `spec` has been in rotation for `age` seconds."""
+    def lives(self, spec: str, since: float, now: float) -> None:
+        """A backend made from `spec` has been in rotation, and ready, since then."""
+        if now - since <= STEADY:
+            return
         if spec == self.spec:
             self.previous = ""
-        if age > STEADY:
-            self.failures, self.why = 0, ""
+        if since >= self.failed_at:  # older ones say nothing of what is launched now
+            self.failures, self.why, self.retry_at = 0, "", 0.0
 
     def wait(self, now: float) -> float:
         """Seconds until the next launch may be tried."""

@@ -106,9 +106,7 @@ SETTINGS: Mapping[str, Setting] = {
         "", lambda text: _subnet(text) if text else "", "an IPv4 network such as 198.18.0.0/20", "the backends' network"
     ),
     "preserve_client_ip": Setting("", _matching("|1"), "1, or nothing", "backends see their clients' own addresses"),
-    "record": Setting(
-        "", _matching("|1"), "1, or nothing", "keep a trace of the load, for replay"
-    ),
+    "record": Setting("", _matching("|1"), "1, or nothing", "keep a trace of the load, for replay"),
     "orchestrator": Setting("docker", _matching("docker"), "docker", "who runs the backends"),
     "base_image": Setting("debian:trixie-slim", _IMAGE, "an image's name", "what the images are built on"),
 }

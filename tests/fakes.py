@@ -37,7 +37,8 @@ class FakeEngine:
     """Docker in memory, as `controller.Engine` wants it; a new container gets the lowest free address, as Docker's do.
 
     Faults: while `down` is set every call raises it; `refusals` are raised by the next launches, one each, and
-    `no_last_words` by last_words; launches and stops wait for `gate`; `strangers` are names of others' containers.
+    `no_last_words` by last_words; launches and stops wait for `gate`; `strangers` are names of others' containers; what
+    is made from a spec in `crashing` ends at once with that exit code.
     """
 
     def __init__(self, *running: str) -> None:
@@ -49,6 +50,8 @@ class FakeEngine:
         self.refusals: list[EngineError] = []
         self.no_last_words = ""
         self.strangers: set[str] = set()
+        self.image = "image-1"  # the spec of what runs and of what is to be launched
+        self.crashing: dict[str, int] = {}
         self.gate = threading.Event()
         self.gate.set()
         self._lock, self._numbers = threading.Lock(), itertools.count(1)
@@ -62,14 +65,21 @@ class FakeEngine:
         with self._lock:
             return list(self.containers.values())
 
-    def launch(self, name: str) -> Container:
+    def spec(self) -> str:
+        self._answer()
+        return self.image
+
+    def launch(self, name: str, spec: str) -> Container:
         self._begin("launch", name)
         if name in self.strangers:
             raise NameTaken(f"the name {name} is already in use")
         if self.refusals:
             raise self.refusals.pop(0)
         assert name not in self.containers, f"{name} launched twice"
-        return self.run(name)
+        made = self.run(name, spec)
+        if spec in self.crashing:
+            self.die(name, self.crashing[spec])
+        return made
 
     def stop(self, container_id: str) -> None:
         with self._lock:
@@ -90,12 +100,13 @@ class FakeEngine:
                 raise event
             yield event
 
-    def run(self, name: str) -> Container:
+    def run(self, name: str, spec: str = "") -> Container:
         """A container that is ours is there, whoever started it."""
         with self._lock:
             used = {container.ip for container in self.containers.values()}
             ip = next(ip for n in itertools.count(2) if (ip := f"198.18.{n >> 8}.{n & 255}") not in used)
-            self.containers[name] = Container(f"{next(self._numbers):064x}"[::-1], name, ip, "running")
+            id_ = f"{next(self._numbers):064x}"[::-1]
+            self.containers[name] = Container(id_, name, ip, "running", spec=spec or self.image)
             return self.containers[name]
 
     def die(self, name: str, code: int) -> None:
@@ -123,8 +134,19 @@ def settings(**changes: object) -> Settings:
     return read({variable(name): str(value) for name, value in {"project": "p", **changes}.items()})
 
 
+class Chance:
+    """A random number that is known; in the middle, jitter changes nothing."""
+
+    value = 0.5
+
+    def random(self) -> float:
+        return self.value
+
+
 def controller(engine: FakeEngine, place: Path, clock: Clock, inside: str = "", **changes: object) -> Controller:
-    return Controller(engine, settings(**changes), place / "ip.txt", clock, inside)
+    made = Controller(engine, settings(**changes), place / "ip.txt", clock, inside)
+    made._chance = Chance()  # type: ignore[assignment]
+    return made
 
 
 def sample(packets: int = 0, healthy: bool | None = True, connections: int = 0, active: int = 0, **more: Any) -> Sample:

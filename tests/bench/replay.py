@@ -38,7 +38,7 @@ def read_trace(path: Path) -> list[float]:
     if not all(0 <= load < math.inf for _, load in points):
         raise ValueError("a load is a number from 0 on")
     loads, i = [], 0
-    for second in range(int(points[0][0]), int(points[-1][0])):
+    for second in range(math.ceil(points[0][0]), int(points[-1][0])):
         while points[i + 1][0] <= second:
             i += 1
         (a, low), (b, high) = points[i], points[i + 1]

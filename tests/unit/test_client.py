@@ -555,9 +555,12 @@ def test_a_backend_ill_for_too_long_is_replaced_while_another_is_well(world: Wor
     assert world.manager.stops == [(A, "ill for 10 s: does not answer")]
 
 
+@pytest.mark.parametrize("state", ["starting", "spare"])
 @pytest.mark.parametrize("why", ["asks for no new connections", "does not answer"])
-def test_a_backend_that_takes_long_to_start_is_left_to_the_managers_patience(world: World, why: str) -> None:
-    world.see(f"s {A} starting", f"b {B}", s=Health(False, 0, why))
+def test_a_backend_that_takes_long_to_start_is_left_to_the_managers_patience(
+    world: World, why: str, state: str
+) -> None:
+    world.see(f"s {A} {state}", f"b {B}", s=Health(False, 0, why))
     world.converge()
     world.look(30.0)
     assert world.manager.stops == []
@@ -684,7 +687,7 @@ def real_manager() -> Iterator[tuple[Manager, type[Answers]]]:
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
-        yield Manager(f"127.0.0.1:{server.server_port}", "secret"), Handler
+        yield Manager(f"127.0.0.1:{server.server_port}", "secret", "b1"), Handler
         server.shutdown()
         thread.join()
 
@@ -715,7 +718,9 @@ def test_an_answer_of_the_managers_is_a_value_or_a_request_exception(
         assert call(manager) == result
 
 
-def test_every_call_to_the_manager_bears_the_token(real_manager: tuple[Manager, type[Answers]]) -> None:
+def test_every_call_to_the_manager_bears_the_token_and_a_stop_says_whose_word_it_is(
+    real_manager: tuple[Manager, type[Answers]],
+) -> None:
     manager, answers = real_manager
     manager.sync("r1")
     manager.report({"x": 1})
@@ -723,5 +728,5 @@ def test_every_call_to_the_manager_bears_the_token(real_manager: tuple[Manager, 
     assert [(line, token, json.loads(body or b"null")) for line, token, body in answers.seen] == [
         ("GET /sync?have=r1&wait=25.0", "Bearer secret", None),
         ("POST /pkts_info", "Bearer secret", {"x": 1}),
-        ("POST /stop", "Bearer secret", {"ip": A, "reason": "drained"}),
+        ("POST /stop", "Bearer secret", {"ip": A, "reason": "drained", "balancer": "b1"}),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import logging
 import threading
 import time
@@ -12,29 +13,33 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bench.replay import read_trace
 
 import controller as module
 from controller import Controller, Unknown
 from docker_engine import EngineError, Event
-from fakes import Clock, FakeEngine, controller, eventually, report, sample
+from fakes import Chance, Clock, FakeEngine, controller, eventually, report, sample
 from fleet import DRAIN_GRACE, READY_WITHIN
 from meter import FORGET, Sample
+from patience import GIVE_UP, STEADY
 from scaler import CREATE, OK, Decision
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """What is waited for in real time is short or, where it would hide a missing wake-up, out of reach."""
-    monkeypatch.setattr(module, "BACKOFF", (0.01, 30.0))
+    monkeypatch.setattr(module, "PAUSE", 0.01)
     monkeypatch.setattr(module, "RELIST", 60.0)
     caplog.set_level(logging.INFO)
 
 
 class Rig:
-    """A controller that has adopted the first `running` backends; p-backend-1 is at 198.18.0.2, and so on."""
+    """A controller that has adopted the first `running` backends; p-backend-1 is at 198.18.0.2, and so on. They are
+    made from image-1, what it launches from `image`."""
 
-    def __init__(self, place: Path, running: int = 0, **changes: object) -> None:
+    def __init__(self, place: Path, running: int = 0, image: str = "image-1", **changes: object) -> None:
         self.engine = FakeEngine(*(f"p-backend-{n}" for n in range(1, running + 1)))
+        self.engine.image = image
         self.clock = Clock()
         self.ip_file = place / "ip.txt"
         self.controller = controller(self.engine, place, self.clock, **changes)
@@ -67,6 +72,18 @@ class Rig:
         return self.controller.report(
             report(**{name: replace(one, id=ids.get(name, "gone")) for name, one in backends.items()})
         )
+
+    def all_well(self, but: str = "") -> None:
+        """A report that finds all healthy but what is made from the image `but`."""
+        specs = {container.ip: container.spec for container in self.engine.containers.values()}
+        view = self.view()
+        self.hear(**{f"_{ip.rpartition('.')[2]}": sample(healthy=specs.get(ip) != but) for ip in view})
+
+    def launches(self) -> dict[str, Any]:
+        return dict(self.controller.status()["launches"])
+
+    def specs(self) -> list[str]:
+        return [container.spec for container in self.engine.containers.values()]
 
     def calls(self, kind: str) -> list[int]:
         return [int(name.removeprefix("p-backend-")) for call, name in self.engine.calls if call == kind]
@@ -137,14 +154,14 @@ def test_a_launched_backend_is_active_when_a_balancer_finds_it_healthy(rig: Call
     assert r.ip_file.read_text() == "198.18.0.2\n"
 
 
-def test_a_failed_launch_backs_off_longer_each_time_and_is_retried(
-    rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+def test_a_failed_launch_backs_off_longer_each_time_says_why_and_is_retried(
+    rig: Callable[..., Rig], caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(module, "BACKOFF", (0.5, 30.0))
     r = rig(min=1)
     r.engine.refusals = [EngineError("no space left")] * 3
     for attempt, pause in enumerate((0.5, 1.0, 2.0), 1):
         r.step_until(lambda: not r.states())
+        assert [r.launches()[key] for key in ("failed", "retry_in", "why")] == [attempt, pause, "no space left"]
         r.controller.step()
         r.clock.pass_by(pause / 2)
         r.controller.step()
@@ -152,28 +169,78 @@ def test_a_failed_launch_backs_off_longer_each_time_and_is_retried(
         r.clock.pass_by(pause / 2)
     r.step_until(r.view)
     assert r.calls("launch") == [1] * 4
+    assert "3 launches in vain, next in 2.0 s: no space left" in caplog.text
 
 
-def test_a_launch_that_succeeds_ends_the_backing_off(rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BACKOFF", (0.5, 30.0))
+@pytest.mark.parametrize("beside", [0, 2])
+def test_a_backend_that_dies_at_once_again_and_again_backs_off_whoever_lives_beside_it(
+    rig: Callable[..., Rig], beside: int
+) -> None:
+    r = rig(beside, min=beside + 1)
+    r.clock.pass_by(100)
+    r.engine.crashing = {"image-1": 3}
+    for attempt, pause in enumerate((0.5, 1.0, 2.0, 4.0), 1):
+        r.step_until(lambda: len(r.states()) == beside and r.launches()["failed"])
+        said = [r.launches()[key] for key in ("failed", "retry_in", "why")]
+        assert said == [attempt, pause, "its container ended with exit code 3"]
+        r.clock.pass_by(pause - 0.1)
+        r.controller.step()
+        assert len(r.calls("launch")) == attempt, "before its time"
+        r.clock.pass_by(0.2)
+    r.engine.crashing = {}
+    r.step_until(lambda: len(r.view()) == beside + 1)
+
+
+def test_backing_off_ends_with_a_backend_that_lives(rig: Callable[..., Rig]) -> None:
     r = rig(min=1, max=2)
-    for count in (1, 2):
-        r.engine.refusals = [EngineError("no space left")]
-        r.controller.scale(count, None, None)
-        r.step_until(lambda count=count: len(r.states()) < count)
-        r.clock.pass_by(0.5)
-        r.step_until(lambda count=count: len(r.view()) == count)
-
-
-def test_the_backing_off_has_an_end(rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BACKOFF", (0.5, 30.0))
-    r = rig(min=1)
-    r.engine.refusals = [EngineError("no space left")] * 20
+    r.engine.refusals = [EngineError("no space left")] * 3
     while r.engine.refusals:
         left = len(r.engine.refusals)
         r.step_until(lambda left=left: len(r.engine.refusals) < left and not r.states())
         r.clock.pass_by(30)
     r.step_until(r.view)
+    r.all_well()
+    r.clock.pass_by(STEADY)
+    r.controller.step()
+    assert r.launches()["failed"] == 3, "it has not lived for long"
+    r.clock.pass_by(0.1)
+    r.controller.step()
+    assert [r.launches()[key] for key in ("failed", "retry_in", "why")] == [0, 0, ""]
+    r.engine.refusals = [EngineError("no space left")]
+    r.controller.scale(2, None, None)
+    r.step_until(lambda: len(r.states()) == 1 and r.launches()["retry_in"] == 0.5)
+
+
+def test_launches_in_vain_do_not_go_on_in_step_with_those_of_others(
+    rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Chance, "value", 0.9)
+    r = rig(min=1)
+    r.engine.refusals = [EngineError("no space left")]
+    r.step_until(lambda: not r.states())
+    assert r.launches()["retry_in"] == 0.7
+
+
+def test_a_death_after_a_long_life_is_made_good_at_once(rig: Callable[..., Rig]) -> None:
+    r = rig(2)
+    r.clock.pass_by(STEADY)
+    r.engine.die("p-backend-2", 1)
+    r.step_until(lambda: sorted(r.engine.containers) == ["p-backend-1", "p-backend-3"])
+    assert r.launches()["failed"] == 0
+
+
+def test_a_death_soon_after_a_slow_launch_is_a_launch_in_vain(rig: Callable[..., Rig]) -> None:
+    r = rig(min=1)
+    r.engine.gate.clear()
+    r.controller.step()
+    r.clock.pass_by(STEADY + 1)
+    r.engine.gate.set()
+    r.step_until(r.view)
+    r.all_well()
+    assert r.states() == {1: "active"}
+    r.engine.die("p-backend-1", 1)
+    r.controller.step()
+    assert r.launches()["failed"] == 1
 
 
 def test_a_launch_that_failed_a_thousand_times_is_still_retried(rig: Callable[..., Rig]) -> None:
@@ -218,10 +285,11 @@ def test_a_dead_backend_is_told_of_replaced_and_removed(
     looping: Callable[..., Rig], caplog: pytest.LogCaptureFixture
 ) -> None:
     r = looping(2)
+    r.clock.pass_by(60)
     r.engine.die("p-backend-2", 3)
     assert eventually(lambda: sorted(r.engine.containers) == ["p-backend-1", "p-backend-3"])
     assert (
-        "backend p-backend-2 198.18.0.3 active→failed after 0.0 s: its container ended with exit code 3" in caplog.text
+        "backend p-backend-2 198.18.0.3 active→failed after 60.0 s: its container ended with exit code 3" in caplog.text
     )
     assert "last words of p-backend-2: goodbye" in caplog.text
 
@@ -240,6 +308,7 @@ def test_a_backend_that_somebody_stops_leaves_rotation_at_once(looping: Callable
 def test_any_other_event_is_a_reason_to_look_at_the_list(looping: Callable[..., Rig]) -> None:
     r = looping(2)
     before = r.revision()
+    r.clock.pass_by(60)
     assert eventually(lambda: r.engine.lists == 2)  # adopted, and the first pass; the next would come in a minute
     r.engine.containers["p-backend-2"] = replace(r.engine.containers["p-backend-2"], ip="")
     r.engine.tell(Event("disconnect", "a network", 0))
@@ -270,12 +339,21 @@ def test_events_are_listened_for_again_after_the_stream_broke(looping: Callable[
 
 def test_a_sick_backend_is_failed_replaced_and_removed(rig: Callable[..., Rig]) -> None:
     r = rig(2)
+    r.clock.pass_by(60)
     r.controller.stop("198.18.0.2", "ill for 10 s: refused")
     assert (r.states()[1], r.reason(1)) == ("failed", "ill for 10 s: refused")
     assert r.view() == {"198.18.0.3": "active"}
     r.step_until(lambda: sorted(r.engine.containers) == ["p-backend-2", "p-backend-3"])
     with pytest.raises(Unknown):
         r.controller.stop("198.18.0.99", "ill")
+
+
+def test_a_second_word_on_a_failed_backend_changes_nothing(rig: Callable[..., Rig]) -> None:
+    r = rig(2)
+    for reason in ("ill for 10 s", "ill for 11 s"):
+        r.controller.stop("198.18.0.2", reason)
+    assert (r.states()[1], r.reason(1)) == ("failed", "ill for 10 s")
+    assert r.launches()["failed"] == 1
 
 
 def test_a_failed_backend_without_last_words_is_removed_all_the_same(rig: Callable[..., Rig]) -> None:
@@ -287,6 +365,7 @@ def test_a_failed_backend_without_last_words_is_removed_all_the_same(rig: Callab
 
 def test_a_new_backend_is_not_ready_by_the_health_of_who_had_its_address(rig: Callable[..., Rig]) -> None:
     r = rig(2)
+    r.clock.pass_by(60)
     r.hear(_2=sample(), _3=sample(healthy=True))
     r.engine.die("p-backend-2", 1)
     r.step_until(lambda: "198.18.0.3" in r.view() and 2 not in r.states())
@@ -377,6 +456,161 @@ def test_a_backend_drained_by_hand_is_replaced(rig: Callable[..., Rig]) -> None:
             r.controller.drain(unknown)
 
 
+@pytest.mark.parametrize("order", list(itertools.permutations("abc")), ids="".join)
+def test_a_drain_waits_for_every_balancer_that_reports(rig: Callable[..., Rig], order: tuple[str, str, str]) -> None:
+    r = rig(3)
+    for name in "abc":
+        r.controller.report(report(name))
+    r.controller.drain("198.18.0.4")
+    for name in (order[0], order[0], order[1]):  # the same word twice is one word
+        r.controller.stop("198.18.0.4", "drained in 1.0 s", name)
+        r.controller.step()
+        assert (r.states()[3], r.calls("stop")) == ("draining", [])
+    r.controller.stop("198.18.0.4", "drained in 2.0 s", order[2])
+    assert (r.states()[3], r.reason(3)) == ("stopped", "drained in 2.0 s")
+
+
+def test_a_balancer_that_gives_no_name_speaks_for_all(rig: Callable[..., Rig]) -> None:
+    r = rig(3)
+    r.controller.report(report("a"))
+    r.controller.drain("198.18.0.4")
+    r.controller.stop("198.18.0.4", "drained")
+    assert r.states()[3] == "stopped"
+
+
+def test_a_drain_waits_no_longer_for_a_balancer_that_is_forgotten(rig: Callable[..., Rig]) -> None:
+    r = rig(3, drain_timeout=300)
+    for name in ("a", "b"):
+        r.controller.report(report(name))
+    r.controller.drain("198.18.0.4")
+    for seconds, state in ((FORGET, "draining"), (0.1, "stopped")):
+        r.clock.pass_by(seconds)
+        r.controller.report(report("a"))
+        r.controller.step()
+        r.controller.stop("198.18.0.4", "drained", "a")
+        assert r.states()[3] == state
+
+
+def test_one_balancers_word_is_enough_for_the_ill(rig: Callable[..., Rig]) -> None:
+    r = rig(2)
+    for name in ("a", "b"):
+        r.controller.report(report(name))
+    r.controller.stop("198.18.0.2", "ill", "a")
+    assert r.states()[1] == "failed"
+
+
+# -- spares -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_spare_stands_by_and_a_decision_admits_it_without_a_look_at_the_engines_list(
+    rig: Callable[..., Rig],
+) -> None:
+    r = rig(2, spares=1)
+    r.step_until(lambda: len(r.view()) == 3)
+    r.hear(_2=sample(), _4=sample(healthy=True))
+    assert r.view()["198.18.0.4"] == "spare"
+    assert r.ip_file.read_text() == "198.18.0.2\n198.18.0.3\n"
+    status = r.controller.status()
+    assert (status["current"], status["desired"]) == (2, 2), "a spare is no capacity"
+
+    looks = r.engine.lists
+    r.clock.pass_by(2)
+    r.hear(_2=sample(2 * 290))
+    assert r.controller.desired == 3
+    assert r.view()["198.18.0.4"] == "active"
+    assert r.ip_file.read_text() == "198.18.0.2\n198.18.0.3\n198.18.0.4\n"
+    assert r.engine.lists == looks
+    r.step_until(lambda: r.view().get("198.18.0.5") == "spare")
+    assert r.calls("launch") == [3, 4]
+
+
+def test_a_spare_admitted_before_it_is_ready_is_starting(rig: Callable[..., Rig]) -> None:
+    r = rig(2, spares=1)
+    r.engine.gate.clear()
+    r.controller.step()
+    r.controller.scale(3, None, None)
+    assert r.states() == {1: "active", 2: "active", 3: "starting", 4: "spare"}
+    r.engine.gate.set()
+    r.step_until(lambda: len(r.view()) == 4)
+    assert r.states()[3] == "starting"
+    r.all_well()
+    assert r.states() == {1: "active", 2: "active", 3: "active", 4: "spare"}
+
+
+def test_a_restarted_manager_counts_the_spares_it_is_to_have_out(rig: Callable[..., Rig], tmp_path: Path) -> None:
+    r = rig(5, spares=2)
+    assert r.controller.desired == 3
+    r.controller.step()
+    assert list(r.states().values())[:5] == ["active"] * 3 + ["draining"] * 2
+
+
+# -- updates ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_update_replaces_one_by_one_and_never_has_fewer_active_than_desired(rig: Callable[..., Rig]) -> None:
+    r = rig(3, image="image-2", min=3)
+    assert r.launches()["updating"]
+    for _ in range(200):
+        r.controller.step()
+        r.all_well()
+        for ip, state in r.view().items():
+            if state == "draining":
+                r.controller.stop(ip, "drained")
+        states = list(r.states().values())
+        assert states.count("active") >= 3
+        assert states.count("active") + states.count("starting") <= 4
+        if r.specs() == ["image-2"] * 3:
+            break
+        time.sleep(0.005)
+    assert r.specs() == ["image-2"] * 3
+    assert (len(r.calls("launch")), len(r.calls("stop"))) == (3, 3)
+    assert not r.launches()["updating"]
+
+
+@pytest.mark.parametrize("age", [0, 100])
+@pytest.mark.parametrize("crash", [True, False])
+def test_an_update_whose_backends_never_get_ready_goes_back_by_itself(
+    rig: Callable[..., Rig], caplog: pytest.LogCaptureFixture, age: float, crash: bool
+) -> None:
+    r = rig(2, image="image-2")
+    r.clock.pass_by(age)
+    r.engine.crashing = {"image-2": 3} if crash else {}
+    for _ in range(400):
+        r.controller.step()
+        r.all_well(but="image-2")
+        r.clock.pass_by(0.1 if crash else 1)
+        if r.launches()["update_given_up"] and r.specs() == ["image-1"] * 2:
+            break
+        time.sleep(0.001)
+    assert r.launches()["update_given_up"] == (
+        "its container ended with exit code 3" if crash else f"not ready within {READY_WITHIN:g} s"
+    )
+    r.step_until(lambda: r.states() == {1: "active", 2: "active"})
+    assert r.specs() == ["image-1"] * 2, "the old ones never left"
+    assert len(r.calls("launch")) == GIVE_UP
+    assert not r.launches()["updating"]
+    r.engine.refusals = [EngineError("no space left")]
+    r.controller.drain("198.18.0.2")
+    r.step_until(lambda: r.launches()["failed"])  # of the old, for which nothing is given up
+    assert caplog.text.count("update given up, going back: its backends never got ready: ") == 1
+
+
+def test_a_manager_that_takes_over_amid_an_update_keeps_the_old_until_a_new_one_is_found_healthy(
+    rig: Callable[..., Rig],
+) -> None:
+    r = rig(2, image="image-2")
+    new = r.engine.run("p-backend-3", "image-2")  # launched by the manager before, and not ready yet
+    r.controller.adopt(2)
+    r.controller.step()
+    r.all_well(but="image-2")
+    r.controller.step()
+    assert [r.states()[n] for n in (1, 2)] == ["active", "active"]
+    assert r.launches()["updating"]
+    r.all_well()
+    r.controller.step()
+    assert (r.view()[new.ip], sorted(r.states().values())[:3]) == ("active", ["active", "active", "draining"])
+
+
 # -- the engine out of reach ------------------------------------------------------------------------------------------
 
 
@@ -385,11 +619,13 @@ def test_an_engine_out_of_reach_changes_nothing_and_is_told_once(
 ) -> None:
     r = rig(3)
     before = (r.states(), r.view(), r.revision(), r.ip_file.read_text(), r.controller.desired)
-    r.controller.scale(4, None, None)
     r.engine.down = "connection refused"
+    r.controller.step()
+    r.controller.scale(4, None, None)
     for _ in range(3):
         r.controller.step()
         assert r.controller.status()["engine"] == "connection refused"
+    assert r.launches()["failed"] == 0, "what the engine cannot do is no backend's fault"
     assert (r.states(), r.view(), r.revision(), r.ip_file.read_text(), r.controller.desired - 1) == before
     assert r.engine.calls == []
     line = "engine out of reach, the fleet stays as it is: connection refused"
@@ -438,6 +674,28 @@ def test_a_report_that_comes_too_soon_is_answered_with_the_decision_before(rig: 
     r.clock.pass_by(-1.9)
     assert r.hear(_2=sample()) is decision
     assert len(r.controller.decisions) == 1
+
+
+@pytest.mark.parametrize("record", ["", "1"])
+def test_a_trace_of_the_load_is_kept_for_replay_when_asked_for(
+    rig: Callable[..., Rig], tmp_path: Path, record: str
+) -> None:
+    load(rig(2, record=record), 290, 4)
+    trace = tmp_path / "trace.csv"
+    assert trace.exists() == bool(record)
+    if record:
+        assert read_trace(trace) == pytest.approx([290] * 3), "the whole seconds between the first and the last"
+
+
+def test_there_is_one_decision_an_interval_however_many_balancers_report(rig: Callable[..., Rig]) -> None:
+    r = rig(2)
+    for beat in range(4):
+        for n in range(4):
+            r.controller.report(report(f"b{n}", _2=sample(beat * 200)))
+            r.clock.pass_by(0.5)
+    times = [decision.at for decision in r.controller.decisions]
+    assert len(times) > 2
+    assert all(later - earlier >= 1.5 for earlier, later in itertools.pairwise(times)), "about two seconds"
 
 
 def test_a_paused_controller_decides_and_tells_but_does_not_act(
@@ -502,6 +760,36 @@ def test_limits_that_cross_are_refused_and_change_nothing(rig: Callable[..., Rig
     assert (r.controller.policy.min, r.controller.policy.target, r.controller.desired) == (2, 100, 3)
 
 
+def test_the_operators_order_is_begun_at_once(rig: Callable[..., Rig]) -> None:
+    r = rig(3)
+    looks = r.engine.lists
+    r.controller.scale(None, 2, None)
+    assert r.states() == {1: "active", 2: "active", 3: "draining"}
+    r.controller.scale(None, 4, None)
+    r.controller.scale(4, None, None)
+    assert r.states() == {1: "active", 2: "active", 3: "draining", 4: "starting", 5: "starting"}
+    assert r.engine.lists == looks
+
+
+def test_the_operators_orders_outlive_the_manager(rig: Callable[..., Rig], tmp_path: Path) -> None:
+    r = rig(3)
+    r.controller.scale(4, 6, 7.5)
+    r.controller.pause(True)
+    again = controller(r.engine, tmp_path, r.clock)
+    assert (again.policy.min, again.policy.max, again.policy.target, again.paused) == (4, 6, 7.5, True)
+    again.adopt(None)
+    assert again.desired == 4
+    again.pause(False)
+    assert controller(r.engine, tmp_path, r.clock).paused is False
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"min": 4, "max": 6}'])
+def test_orders_that_cannot_be_read_leave_the_settings_standing(tmp_path: Path, text: str) -> None:
+    (tmp_path / "orders.json").write_text(text)
+    made = controller(FakeEngine(), tmp_path, Clock())
+    assert (made.policy.min, made.policy.max, made.policy.target, made.paused) == (2, 10, 100, False)
+
+
 # -- adopting, and what balancers are told ----------------------------------------------------------------------------
 
 
@@ -522,6 +810,7 @@ def test_a_restarted_manager_comes_to_the_same_revision_and_orders_nothing(
     r = rig(min=3)
     r.step_until(lambda: len(r.view()) == 3)
     r.hear(_2=sample(), _3=sample(), _4=sample())
+    r.clock.pass_by(60)
     r.engine.die("p-backend-2", 1)
     r.step_until(lambda: sorted(r.states()) == [1, 3, 4] and len(r.view()) == 3)
     r.hear(_2=sample(), _3=sample(), _4=sample())
@@ -558,6 +847,18 @@ def test_ip_txt_holds_the_addresses_in_rotation_one_a_line_and_is_replaced_in_on
         assert held.read() == "198.18.0.2\n198.18.0.3\n198.18.0.4\n"
     assert r.ip_file.read_text() == "198.18.0.2\n198.18.0.4\n"
     assert [path.name for path in r.ip_file.parent.iterdir()] == ["ip.txt"]
+
+
+def test_a_place_that_cannot_be_written_to_keeps_nobody_from_the_news(
+    rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    r = rig(2)
+    monkeypatch.setattr(module, "_write", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    before = r.revision()
+    r.controller.drain("198.18.0.3")
+    assert r.controller.wait_for_view(before, 0) is not None
+    assert r.ip_file.read_text() == "198.18.0.2\n198.18.0.3\n"
+    assert "a balancer that starts now would find old rules: disk full" in caplog.text
 
 
 def test_the_revision_moves_only_when_a_balancer_has_something_to_learn(rig: Callable[..., Rig]) -> None:

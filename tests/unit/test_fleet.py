@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -16,16 +17,20 @@ from fleet import (
     DRAINING,
     FAILED,
     READY_WITHIN,
+    SPARE,
     STARTING,
     STOPPED,
+    Admit,
     Backend,
     Container,
     Drain,
+    Goal,
     Launch,
     Namer,
     Step,
     Stop,
 )
+from patience import GIVE_UP, Patience
 
 LISTED, NOW = 90.0, 100.0
 IP = "198.18.0.2"
@@ -39,8 +44,8 @@ def container(status: str = "running", name: str = "p-1", **changes: object) -> 
     return Container(**{"id": f"id-{name}", "name": name, "ip": IP, "status": status, **changes})  # type: ignore[arg-type]
 
 
-ADOPTED = backend(ACTIVE, since=NOW, reason="adopted")
-LEFT_OVER = backend(STOPPED, since=NOW, reason="left over", running=False)
+ADOPTED = backend(ACTIVE, since=NOW, reason="adopted", launched=NOW)
+LEFT_OVER = backend(STOPPED, since=NOW, reason="left over", running=False, launched=NOW)
 PLACEHOLDER = backend(STARTING, id="", ip="")
 CRASHED = "its container ended with exit code 3"
 
@@ -56,6 +61,7 @@ def failed(reason: str) -> Backend:
 OBSERVED: dict[str, tuple[Backend | None, Container | None, Backend | None]] = {
     "a running stray is adopted": (None, container(), ADOPTED),
     "a paused one too": (None, container("paused"), ADOPTED),
+    "adopted with its spec": (None, container(spec="old"), replace(ADOPTED, spec="old")),
     "an ended stray is to be removed": (None, container("exited"), LEFT_OVER),
     "a stray never started is to be removed": (None, container("created"), LEFT_OVER),
     "own launch, not yet listed": (PLACEHOLDER, None, PLACEHOLDER),
@@ -67,6 +73,10 @@ OBSERVED: dict[str, tuple[Backend | None, Container | None, Backend | None]] = {
     "removed while it drained": (backend(DRAINING), None, None),
     "a list from before its name was taken again": (backend(), container(id="another"), backend()),
     "nothing new": (backend(), container(), backend()),
+    "a list that tells no spec": (backend(spec="old"), container(), backend(spec="old")),
+    "a spare is listed like any other": (backend(SPARE), container(), backend(SPARE)),
+    "a spare died": (backend(SPARE), container("exited", ip="", exit_code=3), ended(FAILED, CRASHED)),
+    "a spare paused": (backend(SPARE), container("paused"), failed("somebody paused its container")),
     "paused by somebody": (backend(), container("paused"), failed("somebody paused its container")),
     "cut off before it was ready": (backend(STARTING), container(ip=""), failed("its container has lost its network")),
     "cut off while it drained: the address is kept": (backend(DRAINING), container(ip=""), backend(DRAINING)),
@@ -92,6 +102,7 @@ def test_the_engines_list_is_the_truth_about_containers(
 @pytest.mark.parametrize(
     ("state", "after", "reason"),
     [
+        (SPARE, FAILED, "its container ended with exit code 137"),
         (STARTING, FAILED, "its container ended with exit code 137"),
         (ACTIVE, FAILED, "its container ended with exit code 137"),
         (DRAINING, STOPPED, "its container has ended"),
@@ -106,7 +117,8 @@ def test_an_ended_container_is_a_failure_unless_it_was_leaving(state: str, after
 
 
 @pytest.mark.parametrize(
-    ("state", "in_view"), [(STARTING, True), (ACTIVE, True), (DRAINING, True), (STOPPED, True), (FAILED, False)]
+    ("state", "in_view"),
+    [(SPARE, True), (STARTING, True), (ACTIVE, True), (DRAINING, True), (STOPPED, True), (FAILED, False)],
 )
 def test_balancers_see_a_backend_until_its_container_has_ended_or_it_failed(state: str, in_view: bool) -> None:
     assert backend(state).in_view is in_view
@@ -117,7 +129,13 @@ def test_balancers_see_a_backend_until_its_container_has_ended_or_it_failed(stat
 LATE = 5.0 + READY_WITHIN
 
 
+FIT = backend(SPARE, ready=True)
+
+
 HEARD = {
+    "a spare not yet": (backend(SPARE), False, True, 10, SPARE),
+    "a spare never ready": (backend(SPARE), False, True, LATE + 1, FAILED),
+    "a ready spare fallen ill is the balancers' affair": (FIT, False, True, LATE + 1, SPARE),
     "ready": (backend(STARTING), True, True, 10, ACTIVE),
     "not yet": (backend(STARTING), False, True, 10, STARTING),
     "in time still": (backend(STARTING), None, True, LATE, STARTING),
@@ -127,7 +145,7 @@ HEARD = {
     "nobody probes": (backend(STARTING), None, False, LATE + 1, STARTING),
     "still being launched": (PLACEHOLDER, None, True, LATE + 1, STARTING),
     **{
-        f"{state}, {healthy}": (backend(state), healthy, True, LATE + 1, state)
+        f"{state}, {healthy}": (backend(state, ready=state == ACTIVE), healthy, True, LATE + 1, state)
         for state in (ACTIVE, DRAINING, STOPPED, FAILED)
         for healthy in (True, False)
     },
@@ -139,8 +157,15 @@ def test_balancers_say_who_has_become_ready_and_who_never_does(
     known: Backend, healthy: bool | None, probed: bool, now: float, state: str
 ) -> None:
     after = fleets.hear({"p-1": known}, lambda _: healthy, probed, now)["p-1"]
-    assert after == (known if state == known.state else known.to(state, now, after.reason))
+    fit = replace(known, ready=known.ready or state == ACTIVE != known.state)
+    assert after == (fit if state == known.state else fit.to(state, now, after.reason))
     assert after.reason == ("not ready within 60 s" if state == FAILED != known.state else "")
+
+
+def test_a_spare_found_healthy_is_ready_and_stays_out_of_rotation() -> None:
+    after = fleets.hear({"p-1": backend(SPARE)}, lambda _: True, True, 10)
+    assert after == {"p-1": FIT}
+    assert fleets.live(after) == []
 
 
 def fleet_of(*states: str, **changes: object) -> dict[str, Backend]:
@@ -175,67 +200,196 @@ PLANS: dict[str, tuple[dict[str, Backend], int, float, list[Step]]] = {
 def test_the_plan_leads_from_the_fleet_to_the_desired_number(
     known: dict[str, Backend], desired: int, now: float, steps: list[Step]
 ) -> None:
-    assert fleets.plan(known, desired, Namer("p-"), 30, now) == steps
+    assert fleets.plan(known, Goal(desired), Namer("p-"), 30, now) == steps
 
 
 def test_a_name_that_a_stranger_bears_is_passed_over() -> None:
-    assert fleets.plan({}, 2, Namer("p-", {"p-1", "p-3"}), 30, NOW) == [Launch("p-2"), Launch("p-4")]
+    assert fleets.plan({}, Goal(2), Namer("p-", {"p-1", "p-3"}), 30, NOW) == [Launch("p-2"), Launch("p-4")]
 
 
-def test_names_sort_by_their_number() -> None:
-    assert sorted(["p-10", "p-2", "other", "p-1"], key=fleets.by_number) == ["other", "p-1", "p-2", "p-10"]
+def crew(*words: str) -> dict[str, Backend]:
+    """One backend for each word: its state and, after a colon, `ready` or `old` (else it is made from "new")."""
+    made = {}
+    for n, word in enumerate(words, 1):
+        state, _, more = word.partition(":")
+        spec = "old" if "old" in more else "new"
+        made[f"p-{n}"] = backend(state, f"p-{n}", spec=spec, ready="ready" in more or state == ACTIVE)
+    return made
+
+
+def unwanted(*numbers: int) -> list[Step]:
+    return [Drain(f"p-{number}", "spare no longer wanted") for number in numbers]
+
+
+def replaced(*numbers: int) -> list[Step]:
+    return [Drain(f"p-{number}", "replaced by the update") for number in numbers]
+
+
+WITH_SPARES: dict[str, tuple[dict[str, Backend], int, int, list[Step]]] = {
+    "none there": (crew(ACTIVE, ACTIVE), 2, 2, [Launch("p-3", spare=True), Launch("p-4", spare=True)]),
+    "all there": (crew(ACTIVE, SPARE), 1, 1, []),
+    "backends first, then spares": (crew(ACTIVE), 2, 1, [Launch("p-2"), Launch("p-3", spare=True)]),
+    "the ready one is admitted, and replaced": (
+        *(crew(ACTIVE, SPARE, "spare:ready"), 2, 2),
+        [Admit("p-3"), Launch("p-4", spare=True)],
+    ),
+    "all that are missing": (
+        *(crew(ACTIVE, "spare:ready", SPARE), 4, 2),
+        [Admit("p-2"), Admit("p-3"), Launch("p-4"), Launch("p-5", spare=True), Launch("p-6", spare=True)],
+    ),
+    "one that died is made good by a spare": (
+        *(crew(FAILED, ACTIVE, "spare:ready"), 2, 1),
+        [Admit("p-3"), Launch("p-4", spare=True), Stop("p-1")],
+    ),
+    "a dead spare is replaced and removed": (crew(ACTIVE, FAILED), 1, 1, [Launch("p-3", spare=True), Stop("p-2")]),
+    "a surplus drains, those not ready first": (crew(ACTIVE, SPARE, "spare:ready", "spare:ready"), 1, 2, unwanted(2)),
+    "none wanted any more": (crew(ACTIVE, SPARE, "spare:ready"), 1, 0, unwanted(3, 2)),
+    "a stale one drains and is replaced, not admitted": (
+        *(crew(ACTIVE, "spare:old,ready"), 2, 1),
+        [Launch("p-3"), Launch("p-4", spare=True), *unwanted(2)],
+    ),
+    "scale-in does not touch them": (crew(ACTIVE, ACTIVE, "spare:ready"), 1, 1, drains(2, to=1)),
+}
+
+
+@pytest.mark.parametrize(("known", "desired", "spares", "steps"), WITH_SPARES.values(), ids=WITH_SPARES)
+def test_spares_stand_by_are_admitted_when_missed_and_are_replaced(
+    known: dict[str, Backend], desired: int, spares: int, steps: list[Step]
+) -> None:
+    assert fleets.plan(known, Goal(desired, spares, "new"), Namer("p-"), 30, 10) == steps
+
+
+OLD, OLD_STARTING = "active:old", "starting:old"
+
+UPDATES: dict[str, tuple[dict[str, Backend], Goal, list[Step]]] = {
+    "one more first": (crew(OLD, OLD), Goal(2, 0, "new"), [Launch("p-3")]),
+    "wait until it is active": (crew(OLD, OLD, STARTING), Goal(2, 0, "new"), []),
+    "then one old one goes, the youngest": (crew(OLD, OLD, ACTIVE), Goal(2, 0, "new"), replaced(2)),
+    "an old one that is not ready goes before": (
+        *(crew(OLD, OLD_STARTING, ACTIVE, ACTIVE), Goal(2, 0, "new")),
+        replaced(2),
+    ),
+    "the last": (crew(OLD, ACTIVE, DRAINING), Goal(2, 0, "new"), [Launch("p-4")]),
+    "over": (crew(ACTIVE, ACTIVE), Goal(2, 0, "new"), []),
+    "a ready spare of the new spec shortens it": (
+        *(crew(OLD, OLD, "spare:ready"), Goal(2, 1, "new")),
+        [Admit("p-3"), Launch("p-4", spare=True)],
+    ),
+    "scale-out amid it": (crew(OLD, OLD, STARTING), Goal(4, 0, "new"), [Launch("p-4"), Launch("p-5")]),
+    "scale-in amid it takes the old": (crew(OLD, OLD, OLD, ACTIVE), Goal(2, 0, "new"), replaced(3, 2)),
+    "scale-in amid it leaves as many active": (crew(OLD, OLD, OLD, STARTING), Goal(2, 0, "new"), replaced(3)),
+    "scale-in below the new ones too": (
+        *(crew(OLD, ACTIVE, ACTIVE, ACTIVE), Goal(1, 0, "new")),
+        [*replaced(1), *drains(4, 3, to=1)],
+    ),
+    "going back from one that is not ready": (crew(ACTIVE, ACTIVE, OLD_STARTING), Goal(2, 0, "new"), []),
+    "an unknown spec is none to replace": (
+        *({"p-1": backend(ACTIVE), "p-2": backend(ACTIVE, "p-2")}, Goal(2, 0, "new")),
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize(("known", "goal", "steps"), UPDATES.values(), ids=UPDATES)
+def test_an_update_has_a_new_one_active_before_an_old_one_drains(
+    known: dict[str, Backend], goal: Goal, steps: list[Step]
+) -> None:
+    assert fleets.plan(known, goal, Namer("p-"), 30, 10) == steps
+
+
+WORDS = [ACTIVE, STARTING, OLD, OLD_STARTING, "spare:ready"]
+
+
+def test_no_plan_drains_below_the_desired_number_of_active_ones() -> None:
+    crews = (itertools.combinations_with_replacement(WORDS, size) for size in range(1, 6))
+    for words, desired in itertools.product(itertools.chain(*crews), range(1, 6)):
+        known = crew(*words)
+        active = {name for name, one in known.items() if one.state == ACTIVE}
+        steps = fleets.plan(known, Goal(desired, 1, "new"), Namer("p-"), 30, 10)
+        left = active - {step.name for step in steps if isinstance(step, Drain)}
+        assert len(left) >= min(desired, len(active)), f"{words}, {desired} desired: {steps}"
 
 
 class World:
     """An engine, a balancer, and a manager that may crash after any of its acts; only containers outlive a crash.
 
+    What runs is made from `old`, what is launched from the manager's spec; what is made from "bad" is never ready.
     After every act the world checks what has to hold always: between the old number of backends and the new one are
-    serving, none more runs, and none in rotation is stopped.
+    serving, none more runs than that, the spares, and in an update one above and one on its way out (and as many again
+    for each crash, by which spares and leavers are taken for backends), and none in rotation is stopped.
     """
 
-    def __init__(self, running: int, desired: int) -> None:
+    def __init__(self, running: int, desired: int, spares: int = 0, old: str = "", new: str = "") -> None:
         names = [f"p-{n}" for n in range(1, running + 1)]
-        self.containers = {name: container(name=name, ip=f"198.18.0.{n}") for n, name in enumerate(names, 2)}
-        self.desired, self.bounds = desired, sorted((running, desired))
+        self.containers = {name: container(name=name, ip=f"198.18.0.{n}", spec=old) for n, name in enumerate(names, 2)}
+        self.desired, self.spares, self.old, self.new = desired, spares, old, new
+        self.extra = spares + (old != new)
+        self.bounds = [min(running, desired), max(running, desired) + self.extra + (old != new)]
         self.fleet: fleets.Fleet = {}
-        self.now, self.acts, self.launched = NOW, 0, running
+        self.patience = Patience(new, previous=old if old != new else "")
+        self.now, self.acts, self.launched, self.warm_up = NOW, 0, running, 0
 
     def live_until_done(self, crashes: Callable[[int], bool]) -> None:
-        for _ in range(100):
+        quiet = 0
+        for _ in range(400):
             self.now += 1
             before = self.acts
             for _ in self.manage():
                 self.acts += 1
                 self.check()
                 if crashes(self.acts):
-                    self.fleet = {}
+                    self.crash()
                     break
-            else:
-                if self.acts == before:
-                    return
+            quiet = quiet + 1 if self.acts == before else 0
+            if quiet > READY_WITHIN + 1:
+                return
         raise AssertionError(f"never done: {self.fleet}, {self.containers}")
+
+    def crash(self) -> None:
+        others = [c.spec for c in self.containers.values() if c.spec != self.new]
+        self.bounds[1] += self.extra
+        self.fleet, self.patience = {}, Patience(self.new, previous=others[0] if others else "")
 
     def manage(self) -> Iterator[None]:
         """One pass of the manager, with a pause after each of its acts."""
         seen = fleets.observe(self.fleet, self.containers.values(), self.now, self.now)
-        self.fleet = fleets.hear(seen, lambda one: one.in_view, True, self.now)
-        for step in fleets.plan(self.fleet, self.desired, Namer("p-"), 30, self.now):
-            yield from {Launch: self.launch, Drain: self.drain, Stop: self.stop}[type(step)](step)
+        self.fleet = fleets.hear(seen, self.healthy, True, self.now)
+        for one in self.fleet.values():
+            if one.state == FAILED and seen[one.name].state != FAILED:
+                self.patience.failed(one.spec, one.reason, self.now, 0.5)
+            if one.state == ACTIVE and one.ready:
+                self.patience.lives(one.spec, one.since, self.now)
+        goal = Goal(self.desired, self.spares, self.patience.spec)
+        for step in fleets.plan(self.fleet, goal, Namer("p-"), 30, self.now):
+            if not (isinstance(step, Launch) and self.patience.wait(self.now)):
+                yield from {Launch: self.launch, Admit: self.admit, Drain: self.drain, Stop: self.stop}[type(step)](
+                    step
+                )
         for leaver in [b for b in self.fleet.values() if b.state == DRAINING]:  # the balancer: no flows left
             self.put(leaver.to(STOPPED, self.now, "drained"))
             yield
 
+    def healthy(self, one: Backend) -> bool:
+        return one.in_view and one.spec != "bad" and self.now - one.since >= self.warm_up
+
     def launch(self, step: Launch) -> Iterator[None]:
         assert step.name not in self.containers, f"{step.name} doubled"
-        self.put(Backend(step.name, STARTING, self.now))
+        spec = self.patience.spec
+        self.put(Backend(step.name, SPARE if step.spare else STARTING, self.now, spec=spec))
         yield
         self.launched += 1
-        made = container("created", step.name, id=f"id-{self.launched}", ip="")
+        made = container("created", step.name, id=f"id-{self.launched}", ip="", spec=spec)
         self.containers[step.name] = made
         yield
         self.containers[step.name] = made = replace(made, status="running", ip=f"198.18.1.{self.launched}")
         yield
         self.put(replace(self.fleet[step.name], id=made.id, ip=made.ip, since=self.now))
+        yield
+
+    def admit(self, step: Admit) -> Iterator[None]:
+        spare = self.fleet[step.name]
+        assert spare.state == SPARE
+        self.put(spare.to(ACTIVE if spare.ready else STARTING, self.now))
         yield
 
     def drain(self, step: Drain) -> Iterator[None]:
@@ -255,39 +409,83 @@ class World:
         self.fleet = {**self.fleet, one.name: one}
 
     def serving(self) -> set[str]:
-        running = {c.name for c in self.containers.values() if c.status == "running"}
-        return running - {b.name for b in self.fleet.values() if b.state in (DRAINING, STOPPED, FAILED)}
+        """Those that run, can answer and are not known to be out of rotation."""
+        able = {c.name for c in self.containers.values() if c.status == "running" and c.spec != "bad"}
+        return able - {b.name for b in self.fleet.values() if b.state in (SPARE, STARTING, DRAINING, STOPPED, FAILED)}
 
     def check(self) -> None:
         running = [c for c in self.containers.values() if c.status == "running"]
         assert len(running) <= self.bounds[1], "more run than ever were wanted"
         assert len(self.serving()) >= self.bounds[0], "fewer serve than ever were wanted"
 
-    def check_the_end(self) -> None:
+    def check_the_end(self, spec: str) -> None:
         assert sorted(self.fleet) == sorted(self.containers), "an orphan, or a ghost"
         assert {c.status for c in self.containers.values()} == {"running"}
-        assert [b.state for b in self.fleet.values()] == [ACTIVE] * self.desired
+        states = sorted(b.state for b in self.fleet.values())
+        assert states == [ACTIVE] * self.desired + [SPARE] * self.spares
+        assert {c.spec for c in self.containers.values()} == {spec}
         assert {(b.id, b.ip) for b in self.fleet.values()} == {(c.id, c.ip) for c in self.containers.values()}
 
 
-@pytest.mark.parametrize(("running", "desired"), [(0, 2), (2, 5), (5, 2), (3, 3)])
+# running, desired, spares, old and new spec; the acts it takes: 4 a launch, 5 a removal, 1 an admission
+COURSES: dict[str, tuple[tuple[int, int, int, str, str], int]] = {
+    "from nothing": ((0, 2, 0, "", ""), 8),
+    "scale-out": ((2, 5, 0, "", ""), 12),
+    "scale-in": ((5, 2, 0, "", ""), 15),
+    "nothing to do": ((3, 3, 0, "", ""), 0),
+    "spares": ((2, 2, 2, "", ""), 8),
+    "spares, and scale-out": ((1, 3, 1, "", ""), 12),
+    "update": ((3, 3, 0, "old", "new"), 3 * 9),
+    "update with a spare": ((2, 2, 1, "old", "new"), 3 * 4 + 1 + 2 * 5),
+    "update and scale-out": ((2, 4, 0, "old", "new"), 2 * 4 + 2 * 9),
+    "update and scale-in": ((4, 2, 0, "old", "new"), 2 * 5 + 2 * 9),
+}
+
+
+@pytest.mark.parametrize(("course", "acts"), COURSES.values(), ids=COURSES)
 def test_a_manager_that_crashes_after_any_single_act_still_comes_to_the_desired_number(
-    running: int, desired: int
+    course: tuple[int, int, int, str, str], acts: int
 ) -> None:
-    calm = World(running, desired)
+    calm = World(*course)
     calm.live_until_done(lambda _: False)
-    calm.check_the_end()
-    assert calm.acts == 4 * max(0, desired - running) + 5 * max(0, running - desired)
+    calm.check_the_end(course[-1])
+    assert calm.acts == acts
     for crash in range(1, calm.acts + 1):
-        world = World(running, desired)
+        world = World(*course)
         world.live_until_done(lambda act, crash=crash: act == crash)
-        world.check_the_end()
+        world.check_the_end(course[-1])
 
 
-@given(st.integers(0, 6), st.integers(1, 6), st.sets(st.integers(1, 60)))
+@given(st.integers(0, 6), st.integers(1, 6), st.integers(0, 2), st.booleans(), st.sets(st.integers(1, 60)))
 def test_a_manager_that_crashes_again_and_again_still_comes_to_the_desired_number(
-    running: int, desired: int, crashes: set[int]
+    running: int, desired: int, spares: int, update: bool, crashes: set[int]
 ) -> None:
-    world = World(running, desired)
+    world = World(running, desired, spares, "old" if update else "new", "new")
     world.live_until_done(crashes.__contains__)
-    world.check_the_end()
+    world.check_the_end("new")
+
+
+@pytest.mark.parametrize("size", [1, 2, 6])
+def test_an_update_amid_which_another_size_is_wanted_never_has_fewer_in_rotation_than_that(size: int) -> None:
+    for moment in range(1, 30):
+        world = World(3, 3, 0, "old", "new")
+        world.warm_up, world.bounds = 3, [min(3, size), max(3, size) + 2]
+
+        def turn(act: int, world: World = world, moment: int = moment) -> bool:
+            world.desired = size if act >= moment else 3
+            return False
+
+        world.live_until_done(turn)
+        world.desired = size
+        world.live_until_done(lambda _: False)
+        world.check_the_end("new")
+
+
+@pytest.mark.parametrize("spares", [0, 1])
+def test_an_update_that_is_never_ready_goes_back_and_ends_with_all_of_the_old(spares: int) -> None:
+    world = World(3, 3, spares, "old", "bad")
+    world.live_until_done(lambda _: False)
+    world.check_the_end("old")
+    assert (world.patience.spec, world.patience.given_up) == ("old", "not ready within 60 s")
+    assert world.launched - 3 == GIVE_UP * (1 + spares) + spares, "so many tries, and no more"
+    assert {f"p-{n}" for n in (1, 2, 3)} <= world.containers.keys(), "the old ones never left"

@@ -184,6 +184,8 @@ def reported(**row: Any) -> dict[str, Any]:
         ("/stop", {"reason": "ill"}, f"ip {PRINTABLE}"),
         ("/stop", {"ip": "198.18.0.2"}, f"reason {PRINTABLE}"),
         ("/stop", {"ip": "198.18.0.2", "reason": "a\x1b[2J"}, f"reason {PRINTABLE}"),
+        ("/stop", {"ip": "198.18.0.2", "reason": "ill", "balancer": ""}, f"balancer {PRINTABLE}"),
+        ("/stop", {"ip": "198.18.0.2", "reason": "ill", "balancer": None}, f"balancer {PRINTABLE}"),
         ("/drain", {"ip": 3}, f"ip {PRINTABLE}"),
         ("/scale", {}, LIMITS),
         ("/scale", {"max": 3, "minimum": 2}, LIMITS),
@@ -283,11 +285,22 @@ def test_the_status_has_the_shape_of_the_contract(doors: Doors) -> None:
     assert [first[k] for k in ("share", "connections", "packets", "bytes", "active")] == [0.25, 8, 340, 400, 2]
     assert (first["healthy"], second["healthy"], second["packets"]) == (True, None, 0)
     assert status["last_decision"]["verdict"] == "OK"
+    assert status["launches"] == {"failed": 0, "retry_in": 0, "why": "", "updating": False, "update_given_up": ""}
 
 
 def test_before_the_first_report_the_status_has_no_numbers_rather_than_zeros(doors: Doors) -> None:
     status = doors.tcp("GET", "/status").get_json()
     assert (status["rate"], status["last_decision"], status["balancers"]) == (None, None, [])
+
+
+def test_a_balancer_that_names_itself_speaks_for_itself_alone(doors: Doors) -> None:
+    for name in ("b1", "b2"):
+        doors.tcp("POST", "/pkts_info", {**REPORT, "balancer": name})
+    doors.unix("POST", "/drain", {"ip": "198.18.0.2"})
+    for name, state in (("b1", "draining"), ("b2", "stopped")):
+        said = {"ip": "198.18.0.2", "reason": "drained", "balancer": name}
+        assert doors.tcp("POST", "/stop", said).status_code == 204
+        assert doors.controller.status()["backends"][0]["state"] == state
 
 
 def test_the_decisions_are_told_with_every_number_that_led_to_them(doors: Doors) -> None:
@@ -314,7 +327,7 @@ def test_the_metrics_are_what_prometheus_reads(doors: Doors) -> None:
     assert samples["lbscaler_backend_bytes_total", "p-backend-1"] == 400
     assert samples["lbscaler_backend_packets_total", "p-backend-2"] == 0
     states = {key[1]: value for key, value in samples.items() if key[0] == "lbscaler_backends"}
-    assert states == {"starting": 0, "active": 1, "draining": 1, "stopped": 0, "failed": 0}
+    assert states == {"spare": 0, "starting": 0, "active": 1, "draining": 1, "stopped": 0, "failed": 0}
     assert samples[("lbscaler_desired_backends",)] == 2
 
 
@@ -344,7 +357,7 @@ def test_the_operators_calls_take_effect(doors: Doors) -> None:
 
 # -- anything at all --------------------------------------------------------------------------------------------------
 
-WORDS = ["ip", "reason", "min", "max", "target", *REPORT, *ROW]
+WORDS = ["ip", "reason", "balancer", "min", "max", "target", *REPORT, *ROW]
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["198.18.0.2", "b1"])
 VALUES = st.recursive(
     SCALARS, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.sampled_from(WORDS), v, max_size=4)
@@ -396,8 +409,9 @@ def test_whatever_is_reported_is_no_500(doors: Doors, rows: list, body: dict, la
 
 @fuzzed
 @given(
-    st.sampled_from(["/scale", "/stop", "/drain"]), nearly({"min": 1, "max": 9, "target": 1, "ip": "x", "reason": "r"})
+    st.sampled_from(["/scale", "/stop", "/drain"]),
+    nearly({"min": 1, "max": 9, "target": 1, "ip": "x", "reason": "r", "balancer": "b1"}),
 )
 def test_whatever_is_ordered_is_no_500(doors: Doors, path: str, body: dict) -> None:
-    names = {"/scale": {"min", "max", "target"}}.get(path, {"ip", "reason"})
+    names = {"/scale": {"min", "max", "target"}}.get(path, {"ip", "reason", "balancer"})
     served(doors, doors.unix("POST", path, {name: value for name, value in body.items() if name in names}))

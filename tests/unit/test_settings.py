@@ -23,6 +23,7 @@ REFUSED: dict[str, tuple[str, list[str]]] = {
     "manager_port": (PORT, ["0", "65536", "x"]),
     "min": ("1 to 1000", ["", "0", "1001", "2.5", "two", "nan"]),
     "max": ("1 to 1000", ["0", "1001", "-3"]),
+    "spares": ("0 to 100", ["", "-1", "101", "1.5", "some"]),
     "metric": ("packets, connections or concurrency", ["", "bytes", "PACKETS", "packets "]),
     "target": ("a number above 0", ["", "0", "-1", "nan", "inf", "1e3", "1_0", " 7", "7\n", "٧", "many"]),
     "interval": ("0.5 to 60 (seconds)", ["", "0.4", "61", "nan", "2s"]),
@@ -38,6 +39,7 @@ REFUSED: dict[str, tuple[str, list[str]]] = {
         ["x", "198.18.0.1/20", "0.0.0.0/0", "10.0.0.0/29", "fd00::/64"],
     ),
     "preserve_client_ip": ("1, or nothing", ["0", "yes", " "]),
+    "record": ("1, or nothing", ["0", "yes", " "]),
     "orchestrator": ("docker", ["", "swarm", "k8s"]),
     "base_image": ("an image's name", ["", "-x", "a b"]),
 }
@@ -54,6 +56,7 @@ def test_the_defaults_are_those_of_the_contract() -> None:
     assert vars(read({})) == {
         **{"weights": "adaptive", "preserve_client_ip": ""},
         **{"project": "lbscaler", "bind": "0.0.0.0", "port": 8000, "manager_port": 5000, "min": 2, "max": 10},
+        **{"spares": 0, "record": ""},
         **{"metric": "packets", "target": 100, "interval": 2, "stable_window": 60, "panic_window": 6},
         **{"drain_timeout": 30, "image": "", "backend_port": 8000, "health": "sync", "subnet": ""},
         **{"orchestrator": "docker", "base_image": "debian:trixie-slim"},
@@ -83,6 +86,8 @@ def test_a_bad_value_is_one_line_with_its_flag_its_variable_itself_and_what_is_a
         ("project", "a" * 40, "a" * 40),
         ("port", "65535", 65535),
         ("min", "1", 1),
+        ("spares", "0", 0),
+        ("spares", "100", 100),
         ("target", "0.5", 0.5),
         ("interval", "0.5", 0.5),
         ("drain_timeout", "0", 0),
@@ -94,6 +99,7 @@ def test_a_bad_value_is_one_line_with_its_flag_its_variable_itself_and_what_is_a
         ("metric", "concurrency", "concurrency"),
         ("weights", "equal", "equal"),
         ("preserve_client_ip", "1", "1"),
+        ("record", "1", "1"),
     ],
 )
 def test_good_values_at_the_limits_are_taken(name: str, value: str, expected: object) -> None:

@@ -7,25 +7,23 @@ old list can never bring a removed container back. Everything else takes the loc
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
-import queue
 import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import fleet as fleets
 import scaler
-from docker_engine import EngineError, Event, NameTaken
+import show
+from docker_engine import EngineError, Event
 from fleet import (
     ACTIVE,
     DRAINING,
@@ -35,7 +33,6 @@ from fleet import (
     STOPPED,
     Admit,
     Backend,
-    Container,
     Drain,
     Fleet,
     Goal,
@@ -46,26 +43,14 @@ from meter import Meter, Report
 from patience import STEADY, Patience
 from scaler import Decision, Memory, Policy
 from settings import Settings
+from workers import PAUSE, Engine, Workers
 
-WORKERS = 8
 RELIST = 2.0  # seconds between looks at the engine's list when no event asks for one
-PAUSE = 0.5  # seconds between two tries of what failed
 
 log = logging.getLogger("manager")
 
 
 Clock = Callable[[], float]
-
-
-class Engine(Protocol):
-    """What the controller needs of whoever runs the backends."""
-
-    def list(self) -> Sequence[Container]: ...
-    def spec(self) -> str: ...
-    def launch(self, name: str, spec: str) -> Container: ...
-    def stop(self, container_id: str) -> None: ...
-    def last_words(self, container_id: str) -> str: ...
-    def events(self) -> Iterator[Event]: ...
 
 
 class Unknown(LookupError):
@@ -96,12 +81,10 @@ class Controller:
         self._meter = Meter()
         self._memory = Memory(started=clock())
         self._lock = threading.Condition()
-        self._revision = ""
+        self._revision, self._view = "", show.view({}, settings, inside)
         self._wake = threading.Event()
         self._stopping = False
-        self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="engine")
-        self._busy: set[str] = set()  # names of backends a worker is launching or stopping
-        self._results: queue.Queue[tuple[str, Container | None, bool, str]] = queue.Queue()
+        self._workers = Workers(engine, done=self._wake.set)
         self._namer = fleets.Namer(f"{settings.project}-backend-")
         self._patience = Patience()
         self.desired = self.policy.min
@@ -172,64 +155,33 @@ class Controller:
         elif isinstance(step, Admit):
             spare = self._fleet[step.name]
             self._set(spare.to(ACTIVE if spare.ready else STARTING, now))
-        elif step.name in self._busy or (isinstance(step, Launch) and self._patience.wait(now)):
+        elif step.name in self._workers.busy or (isinstance(step, Launch) and self._patience.wait(now)):
             return
         elif isinstance(step, Launch):
             spec = self._patience.spec
             self._set(Backend(step.name, SPARE if step.spare else STARTING, now, spec=spec, launched=now))
-            self._busy.add(step.name)
-            self._workers.submit(self._launch, step.name, spec)
+            self._workers.launch(step.name, spec)
         else:
             backend = self._fleet[step.name]
             if backend.state not in (STOPPED, FAILED):
                 self._set(backend.to(STOPPED, now, "drain timeout, and no balancer's word"))
-            self._busy.add(step.name)
-            self._workers.submit(self._stop, backend)
-
-    # -- workers: slow calls, on their own threads; they only report back -------------------------------------------
-
-    def _launch(self, name: str, spec: str) -> None:
-        try:
-            container = self._engine.launch(name, spec)
-        except EngineError as error:
-            if isinstance(error, NameTaken):
-                self._namer.taken.add(name)
-            log.error("launch of %s failed: %s", name, error)
-            self._finish(name, None, why=str(error))
-        else:
-            self._finish(name, container)
-
-    def _stop(self, backend: Backend) -> None:
-        try:
-            if backend.state == FAILED:
-                with suppress(EngineError):  # some engines keep no logs
-                    log.warning("last words of %s: %s", backend.name, self._engine.last_words(backend.id) or "none")
-            self._engine.stop(backend.id)
-        except EngineError as error:
-            log.error("stop of %s failed, will try again: %s", backend.name, error)
-            time.sleep(PAUSE)
-            self._finish(backend.name, None, still_there=True)
-        else:
-            self._finish(backend.name, None)
-
-    def _finish(self, name: str, container: Container | None, still_there: bool = False, why: str = "") -> None:
-        self._results.put((name, container, still_there, why))
-        self._wake.set()
+            self._workers.stop(backend)
 
     def _take_in_results(self) -> None:
         now, after = self._clock(), dict(self._fleet)
-        while not self._results.empty():
-            name, container, still_there, why = self._results.get()
-            self._busy.discard(name)
-            backend = after.get(name)
-            if backend is None or still_there:
+        for result in self._workers.results():
+            if result.name_taken:
+                self._namer.taken.add(result.name)
+            backend = after.get(result.name)
+            if backend is None or result.still_there:
                 continue
-            if container is not None:
-                after[name] = replace(backend, id=container.id, ip=container.ip, since=now, launched=now)
+            if result.container is not None:
+                found = result.container
+                after[result.name] = replace(backend, id=found.id, ip=found.ip, since=now, launched=now)
             else:
-                del after[name]
+                del after[result.name]
                 if not backend.id:  # it never came to be
-                    self._disappointed(backend, why, now)
+                    self._disappointed(backend, result.why, now)
         self._publish(after)
 
     def _disappointed(self, backend: Backend, why: str, now: float) -> None:
@@ -272,7 +224,7 @@ class Controller:
         """The view as soon as its revision is another than `have`; None after `timeout` seconds, or when closing."""
         with self._lock:
             changed = self._lock.wait_for(lambda: self._revision != have or self._stopping, timeout)
-            return {"revision": self._revision, **self._view()} if changed and not self._stopping else None
+            return {"revision": self._revision, **self._view} if changed and not self._stopping else None
 
     def report(self, report: Report) -> Decision | None:
         """Takes a balancer's report in and decides; the decision before where it is too soon for one, None at first."""
@@ -352,7 +304,6 @@ class Controller:
         with self._lock:
             now = self._clock()
             decision = self.decisions[-1] if self.decisions else None
-            backends = [self._describe(self._fleet[name]) for name in sorted(self._fleet, key=fleets.by_number)]
             return {
                 "project": self.settings.project,
                 "desired": self.desired,
@@ -365,69 +316,19 @@ class Controller:
                 "paused": self.paused,
                 "revision": self._revision,
                 "engine": self.engine_trouble or "ok",
-                "launches": {
-                    "failed": self._patience.failures,
-                    "retry_in": round(self._patience.wait(now), 1),
-                    "why": self._patience.why,
-                    "updating": any(b.spec != self._patience.spec for b in fleets.live(self._fleet)),
-                    "update_given_up": self._patience.given_up,
-                },
-                "backends": backends,
-                "balancers": [
-                    {"id": name, "last_seen": round(now - entry.at, 1), "revision": entry.report.revision}
-                    for name, entry in sorted(self._meter.balancers.items())
-                ],
+                "launches": show.launches(self._fleet, self._patience, now),
+                "backends": show.backends(self._fleet, self._meter),
+                "balancers": show.balancers(self._meter, now),
                 "last_decision": vars(decision) if decision else None,
             }
 
-    def _describe(self, backend: Backend) -> dict[str, Any]:
-        traffic = self._meter.backend(backend.ip)
-        return {
-            "name": backend.name,
-            "ip": backend.ip,
-            "state": backend.state,
-            "reason": backend.reason,
-            "weight": 1.0,
-            "share": round(self._meter.share(backend), 4),
-            **{name: round(value, 2) for name, value in traffic.items()},
-            "healthy": self._meter.healthy(backend),
-        }
-
     # -- with the lock held --------------------------------------------------------------------------------------
-
-    def _view(self) -> dict[str, Any]:
-        s = self.settings
-        weight = 1.0
-        return {
-            "service": {
-                "port": s.backend_port,
-                "health": s.health,
-                "interval": s.interval,
-                "drain_timeout": s.drain_timeout,
-                "weights": s.weights,
-                "inside": self._inside,
-            },
-            "backends": [
-                {
-                    "id": backend.short_id,
-                    "ip": backend.ip,
-                    "state": DRAINING if backend.state == STOPPED else backend.state,
-                    "weight": weight,
-                }
-                for backend in sorted(self._fleet.values(), key=lambda b: b.name)
-                if backend.in_view
-            ],
-        }
 
     def _set(self, backend: Backend) -> None:
         self._publish({**self._fleet, backend.name: backend})
 
     def _publish(self, after: Fleet) -> None:
-        """Makes `after` the fleet: tells every change of state, moves the revision, writes ip.txt, wakes long polls.
-
-        The revision is a digest of the view: it moves when, and only when, a balancer has something to learn, and a
-        restarted manager that finds the same fleet comes to the same revision.
-        """
+        """Makes `after` the fleet: tells every change of state, moves the revision, writes ip.txt, wakes long polls."""
         before, self._fleet, now = self._fleet, after, self._clock()
         for name in sorted({*before, *after}, key=fleets.by_number):
             was, is_ = before.get(name), after.get(name)
@@ -439,10 +340,9 @@ class Controller:
                 and (was.state in (SPARE, STARTING) or now - is_.launched < STEADY)
             ):
                 self._disappointed(is_, is_.reason, now)
-        view = self._view()
-        revision = hashlib.sha256(json.dumps(view).encode()).hexdigest()[:12]
-        if revision != self._revision:
-            self._revision = revision
+        view = show.view(after, self.settings, self._inside)
+        if (revision := show.revision(view)) != self._revision:
+            self._revision, self._view = revision, view
             self._lock.notify_all()
             try:
                 _write(self._ip_file, "".join(f"{b['ip']}\n" for b in view["backends"] if b["state"] == ACTIVE))

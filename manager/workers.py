@@ -1,0 +1,93 @@
+"""The engine's slow calls, each on a thread of a small pool. They change nothing; they report what came of them."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Protocol
+
+from docker_engine import EngineError, Event, NameTaken
+from fleet import FAILED, Backend, Container
+
+WORKERS = 8
+PAUSE = 0.5  # seconds between two tries of what failed
+
+log = logging.getLogger("manager")
+
+
+class Engine(Protocol):
+    """What the manager needs of whoever runs the backends. Every call may be slow and may raise EngineError."""
+
+    def list(self) -> Sequence[Container]: ...
+    def spec(self) -> str: ...
+    def launch(self, name: str, spec: str) -> Container: ...
+    def stop(self, container_id: str) -> None: ...
+    def last_words(self, container_id: str) -> str: ...
+    def events(self) -> Iterator[Event]: ...
+
+
+@dataclass(frozen=True)
+class Result:
+    """A call on the backend `name` has ended: with a container, with none (it is gone, or never came to be, and `why`
+    says why), or with one that is `still_there` and has to be stopped again."""
+
+    name: str
+    container: Container | None = None
+    still_there: bool = False
+    why: str = ""
+    name_taken: bool = False
+
+
+class Workers:
+    """At most one call for each backend is under way; `busy` has their names until the result is taken in."""
+
+    def __init__(self, engine: Engine, done: Callable[[], None]) -> None:
+        self.busy: set[str] = set()
+        self._engine, self._done = engine, done
+        self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="engine")
+        self._results: queue.SimpleQueue[Result] = queue.SimpleQueue()
+
+    def launch(self, name: str, spec: str) -> None:
+        self._begin(name, lambda: self._launch(name, spec))
+
+    def stop(self, backend: Backend) -> None:
+        self._begin(backend.name, lambda: self._stop(backend))
+
+    def results(self) -> Iterator[Result]:
+        """What has ended since the last time; taking it in frees the backend for the next call."""
+        while not self._results.empty():
+            result = self._results.get()
+            self.busy.discard(result.name)
+            yield result
+
+    def _begin(self, name: str, call: Callable[[], Result]) -> None:
+        def work() -> None:
+            self._results.put(call())
+            self._done()
+
+        self.busy.add(name)
+        self._pool.submit(work)
+
+    def _launch(self, name: str, spec: str) -> Result:
+        try:
+            return Result(name, self._engine.launch(name, spec))
+        except EngineError as error:
+            log.error("launch of %s failed: %s", name, error)
+            return Result(name, why=str(error), name_taken=isinstance(error, NameTaken))
+
+    def _stop(self, backend: Backend) -> Result:
+        try:
+            if backend.state == FAILED:
+                with suppress(EngineError):  # some engines keep no logs
+                    log.warning("last words of %s: %s", backend.name, self._engine.last_words(backend.id) or "none")
+            self._engine.stop(backend.id)
+        except EngineError as error:
+            log.error("stop of %s failed, will try again: %s", backend.name, error)
+            time.sleep(PAUSE)
+            return Result(backend.name, still_there=True)
+        return Result(backend.name)

@@ -15,6 +15,7 @@ main() {
     trap 'roll_back $?' EXIT
     trap 'exit 130' INT
     trap 'exit 143' TERM
+    case " $* " in *" --no-install "*) NO_INSTALL=1 ;; esac
     have python3 || need "reading the settings" python3 python3-venv
     read_settings "$@"
 
@@ -25,8 +26,9 @@ main() {
     flock -n 9 || die "another run.sh or stop.sh of project $LB_PROJECT is at work"
     : >"$LOG"
 
+    [ -e "$ENGINE_DIR/dockerd.pid" ] || UNDO=(stop_engine) # ends only what is begun from here on
     ensure_engine
-    [ -z "$ENGINE_STARTED" ] || UNDO=(stop_engine "${UNDO[@]}")
+    [ -n "$ENGINE_STARTED" ] || UNDO=()
     check_host
     build_images
     [ -n "$(ours balancer)" ] || step "Checking that this kernel has what the rules need" check_kernel
@@ -37,7 +39,9 @@ main() {
     start_balancer
     wait_until_it_serves
     UNDO=()
+    python3 manager/settings.py --store "$BACKEND_ID" >"$RUN/settings.json"
     summary
+    exec 9>&-
     [ -z "$FOLLOW" ] || exec tail -n 20 -F "$RUN/manager.log"
 }
 
@@ -68,10 +72,14 @@ check_host() {
     local gateway ports=()
     docker info --format '{{.SecurityOptions}}' | grep -q rootless && die "a rootless engine has no bridge on this host; use a rootful one"
     gateway=$(network_gateway) || gateway=127.0.0.1
-    [ -n "$(ours balancer)" ] || ports+=("$LB_BIND:$LB_PORT:--port")
-    manager_runs || ports+=("127.0.0.1:$LB_MANAGER_PORT:--manager-port" "$gateway:$LB_MANAGER_PORT:--manager-port")
+    [ -n "$(ours balancer)" ] && unchanged LB_PORT && unchanged LB_BIND || ports+=("$LB_BIND:$LB_PORT:--port")
+    manager_runs && unchanged LB_MANAGER_PORT ||
+        ports+=("127.0.0.1:$LB_MANAGER_PORT:--manager-port" "$gateway:$LB_MANAGER_PORT:--manager-port")
     [ ${#ports[@]} -eq 0 ] || python3 manager/preflight.py ports "${ports[@]}" || exit 1
 }
+
+# unchanged SETTING: whether the running project has the value it is to have.
+unchanged() { grep -qsF "\"$1\": \"${!1}\"" "$RUN/settings.json"; }
 
 network_gateway() {
     docker network inspect "$LB_PROJECT" --format '{{(index .IPAM.Config 0).Gateway}}' 2>/dev/null
@@ -88,6 +96,7 @@ build_images() {
     elif ! docker image inspect "$LB_IMAGE" >/dev/null 2>&1; then
         step "Pulling $LB_IMAGE" docker pull "$LB_IMAGE"
     fi
+    BACKEND_ID=$(docker image inspect --format '{{.Id}}' "$BACKEND_IMAGE") # a tag may come to mean another image
 }
 
 # -- the manager ----------------------------------------------------------------------------------------------------
@@ -107,14 +116,20 @@ install_packages() {
 }
 
 make_network() {
-    if network_gateway >/dev/null; then return; fi
+    if [ -z "$(ours balancer)$(ours backend)" ] && ! manager_runs; then UNDO=(take_down "${UNDO[@]}"); fi
+    if network_gateway >/dev/null; then
+        [ -n "$(docker network ls -q --filter "label=lbscaler.project=$LB_PROJECT" --filter "name=^$LB_PROJECT\$")" ] ||
+            die "a network $LB_PROJECT is there and not ours; choose another name with --project"
+        [ -z "$LB_SUBNET" ] || [ "$LB_SUBNET" = "$(network_subnet)" ] ||
+            die "the network $LB_PROJECT is $(network_subnet); ./stop.sh first to have it be --subnet $LB_SUBNET"
+        return
+    fi
     local subnet=$LB_SUBNET taken
     if [ -z "$subnet" ]; then
         mapfile -t taken < <(docker network ls -q | xargs docker network inspect --format '{{json .IPAM.Config}}' |
             grep -oE '"Subnet":"[0-9./]+"' | cut -d'"' -f4)
         subnet=$(python3 manager/preflight.py subnet "${taken[@]}")
     fi
-    UNDO=(take_down "${UNDO[@]}")
     step "Creating the network $LB_PROJECT, $subnet" docker network create --subnet "$subnet" --gateway "$(first_of "$subnet")" \
         --label "lbscaler.project=$LB_PROJECT" --label lbscaler.role=network "$LB_PROJECT"
 }
@@ -130,11 +145,12 @@ first_of() {
 # Traffic between balancer and backends crosses the host's connection tracking for nothing, once each way (bridge
 # netfilter); both ends inside, on our bridge, so nothing Docker does for published ports or isolation is touched.
 spare_the_host() {
-    local bridge rule
+    local bridge subnet rule
     if [ "$(id -u)" -ne 0 ] || ! have iptables; then return; fi
+    subnet=$(network_subnet) # not within the list below: bash cannot run a trap while it reads one
     bridge=br-$(docker network inspect "$LB_PROJECT" --format '{{.Id}}' | cut -c1-12)
-    rule=(-i "$bridge" -s "$(network_subnet)" -d "$(network_subnet)" -m addrtype ! --dst-type LOCAL
-        -m comment --comment "$(host_mark)" -j CT --notrack)
+    rule=(-i "$bridge" -s "$subnet" -d "$subnet" -m addrtype ! --dst-type LOCAL
+        -m comment --comment "lbscaler.project=$LB_PROJECT" -j CT --notrack)
     iptables -w -t raw -C PREROUTING "${rule[@]}" 2>/dev/null || iptables -w -t raw -A PREROUTING "${rule[@]}" 2>>"$LOG" ||
         say "Without CT --notrack on the host: new connections cost a little more"
 }
@@ -143,12 +159,13 @@ take_down() { flock -u 9; ./stop.sh --project "$LB_PROJECT" --now; }
 
 start_manager() {
     local settings
-    settings=$(python3 manager/settings.py --store "$BACKEND_IMAGE")
+    settings=$(python3 manager/settings.py --store "$BACKEND_ID")
     if manager_runs && supervisor_runs && [ "$settings" = "$(cat "$RUN/settings.json" 2>/dev/null)" ] && [ -z "$BACKENDS" ]; then
         say "The manager is up and its settings are unchanged"
         return
     fi
     if manager_runs || supervisor_runs; then
+        UNDO=(bring_back "${UNDO[@]}")
         step "Stopping the manager, to start it with changed settings" end_manager
     fi
     [ -s "$RUN/token" ] || (umask 077 && head -c 24 /dev/urandom | od -An -vtx1 | tr -d ' \n' >"$RUN/token")
@@ -156,15 +173,24 @@ start_manager() {
     ln -sf "../$RUN/balancer/hostip.txt" "../$RUN/balancer/ip.txt" balancer/
     [ "$settings" = "$(cat "$RUN/settings.json" 2>/dev/null)" ] || rm -f "$RUN/balancer/orders.json"
     step "Starting the manager" launch_manager
-    printf '%s\n' "$settings" >"$RUN/settings.json"
+}
+
+# A live system whose new settings do not start goes back to those it ran with: settings.json still has them.
+bring_back() {
+    local unset
+    mapfile -t unset < <(compgen -e LB_ | sed 's/^/--unset=/')
+    end_manager
+    flock -u 9
+    env "${unset[@]}" ./run.sh --project "$LB_PROJECT"
 }
 
 launch_manager() {
     local began=$SECONDS settings first=(${BACKENDS:+--backends "$BACKENDS"})
     export LB_IMAGE=$BACKEND_IMAGE
     if [ "$(id -u)" -eq 0 ] && [ -d /run/systemd/system ]; then
-        mapfile -t settings < <(compgen -e LB_ | sed 's/^/--setenv=/')
+        mapfile -t settings < <(compgen -e | grep -E '^(LB_|DOCKER_)' | sed 's/^/--setenv=/')
         systemd-run --quiet --collect --unit "$(manager_unit)" --property Restart=on-failure \
+            --property "RestartPreventExitStatus=1 2" \
             "${settings[@]}" "$PWD/manager/supervise.sh" "${first[@]}"
     else
         setsid manager/supervise.sh "${first[@]}" &
@@ -197,6 +223,8 @@ check_kernel() {
 
 launch_balancer() {
     local old
+    LB_TOKEN=$(cat "$RUN/token") # by name: what stands on a command line is for all to see
+    export LB_TOKEN
     mapfile -t old < <(ours balancer)
     [ ${#old[@]} -eq 0 ] || docker rm -f "${old[@]}"
     docker run --detach --name "$LB_PROJECT-balancer" --network "$LB_PROJECT" --publish "$LB_BIND:$LB_PORT:8000" \
@@ -205,8 +233,9 @@ launch_balancer() {
         --security-opt no-new-privileges --memory 512m --pids-limit 256 \
         --sysctl net.ipv4.ip_forward=1 --sysctl net.netfilter.nf_conntrack_acct=1 \
         --sysctl net.ipv4.conf.all.send_redirects=0 --sysctl net.ipv4.conf.default.send_redirects=0 \
+        --sysctl net.netfilter.nf_conntrack_tcp_timeout_time_wait=10 \
         --sysctl net.netfilter.nf_conntrack_tcp_loose=0 --sysctl net.netfilter.nf_conntrack_tcp_be_liberal=1 \
-        --env "LB_TOKEN=$(cat "$RUN/token")" --env "LB_BACKEND_PORT=$LB_BACKEND_PORT" \
+        --env LB_TOKEN --env "LB_BACKEND_PORT=$LB_BACKEND_PORT" \
         --env "LB_INSIDE=${LB_PRESERVE_CLIENT_IP:+$(network_subnet)}" \
         --volume "$PWD/$RUN/balancer:/balancer/run:ro" "$BALANCER_IMAGE"
 }
@@ -224,7 +253,7 @@ first_answer() {
         status=$(http_get 127.0.0.1 "$LB_MANAGER_PORT" /status || true)
         if [[ "$status" == *'"state":"active"'* ]] &&
             [[ "$status" != *'"state":"starting"'* || $((SECONDS - began)) -gt 15 ]] &&
-            { [ "$LB_HEALTH" = tcp ] || http_get "$address" "$LB_PORT" /; }; then return; fi
+            { [ -n "$LB_IMAGE" ] || http_get "$address" "$LB_PORT" /; }; then return; fi
         sleep 0.1
     done
     docker logs --tail 5 "$LB_PROJECT-balancer"

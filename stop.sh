@@ -18,6 +18,8 @@ main() {
     mkdir -p "$RUN"
     LOG=$RUN/stop.log
     : >"$LOG"
+    trap end_step EXIT
+    trap 'exit 130' INT TERM
     exec 9>"$RUN/lock"
     flock -n 9 || die "another run.sh or stop.sh of project $LB_PROJECT is at work"
 
@@ -67,17 +69,22 @@ remove_host_rules() {
     if [ "$(id -u)" -ne 0 ] || ! have iptables-save; then return 0; fi
     while read -r rule; do
         read -ra words <<<"${rule//\"/}"
-        iptables -w -t raw "${words[@]/#-A/-D}" && say "Removed the host's rule for $LB_PROJECT"
-    done < <(iptables-save -t raw 2>/dev/null | grep -E "^-A .*$(host_mark)\"? ")
+        iptables -w -t raw "${words[@]/#-A/-D}" || continue
+        say "Removed the host's rule for $LB_PROJECT"
+    done < <(iptables-save -t raw 2>/dev/null | grep -E "^-A .*lbscaler.project=$LB_PROJECT\"? ")
 }
 
 drain() {
     local stored balancer
     balancer=$(docker ps -q --filter "label=lbscaler.project=$LB_PROJECT" --filter label=lbscaler.role=balancer)
     [ -n "$balancer" ] && [ "$DRAIN" -ne 0 ] || return 0
-    stored=$(sed -n 's/.*"drain_timeout": "\([0-9]*\).*/\1/p' "$RUN/settings.json" 2>/dev/null || true)
-    step "Letting connections in hand finish, ${stored:-$DRAIN} s at most" \
-        docker exec "$balancer" /bin/bash /balancer/script.sh drain "${stored:-$DRAIN}"
+    stored=$(sed -n 's/.*"LB_DRAIN_TIMEOUT": "\([0-9]*\).*/\1/p' "$RUN/settings.json" 2>/dev/null || true)
+    step "Letting connections in hand finish, ${stored:-$DRAIN} s at most" drain_balancer "$balancer" "${stored:-$DRAIN}"
+}
+
+# A sick balancer has nothing in hand, and is no reason to leave anything behind.
+drain_balancer() {
+    timeout $(($2 + 10)) docker exec "$1" /bin/bash /balancer/script.sh drain "$2" || echo "the balancer did not drain"
 }
 
 remove_containers() {
@@ -88,7 +95,7 @@ remove_containers() {
     done
 }
 
-remove() { docker stop -t 10 "$@"; docker rm -f -v "$@"; }
+remove() { docker stop -t 10 "$@" || true; docker rm -f -v "$@"; }
 
 remove_network() {
     local network

@@ -41,6 +41,7 @@ SYNC_PORT = 5000
 LOOK, LOOK_COST = 0.5, 0.05  # seconds between looks at the flows, and the most of the time that looking may take
 FULL = 0.9  # of the connection table: worth a warning
 DEAD_AFTER = 10.0  # seconds of failed probes until the manager is asked to replace a backend
+ALL_ILL_AFTER = 30.0  # seconds: the same where no backend is well, and then for one at a time
 
 log = logging.getLogger("balancer")
 
@@ -219,6 +220,8 @@ class Balancer:
         self._learner.sample({b.id: waiting.get(b.ip, 0) for b in view.backends})
         self._look_pause = max(LOOK, (time.monotonic() - now) / LOOK_COST)
 
+        if self._known is None or not self._reachable:
+            return  # before the first pass nobody has left dispatch yet; without a manager there is nobody to ask
         leaving = {b.ip for b in view.backends if b.state == "draining"} - serving
         self._draining_since = {ip: self._draining_since.get(ip, now) for ip in leaving}
         for ip, since in self._draining_since.items():
@@ -233,10 +236,15 @@ class Balancer:
         judged = (b for b in view.backends if b.ip not in leaving and (b.state == "active" or b.id in self._was_well))
         ill = {b for b in judged if health.get(b.id, Health()).healthy is False}
         self._ill_since = {b.id: self._ill_since.get(b.id, now) for b in ill}
-        if any(verdict.healthy for verdict in health.values()):  # else the fault may be ours: fail static
-            for b in ill:
-                if (spell := now - self._ill_since[b.id]) > DEAD_AFTER:
-                    self._manager.stop(b.ip, f"ill for {spell:.0f} s: {health[b.id].why}")
+        # Where all are ill the fault may be ours: fail static, but replace one now and then, for it may be theirs.
+        some_well = any(verdict.healthy for verdict in health.values())
+        patience = DEAD_AFTER if some_well else ALL_ILL_AFTER
+        for b in sorted(ill, key=lambda b: self._ill_since[b.id]):
+            if (spell := now - self._ill_since[b.id]) > patience:
+                self._manager.stop(b.ip, f"ill for {spell:.0f} s: {health[b.id].why}")
+                if not some_well:
+                    self._ill_since = dict.fromkeys(self._ill_since, now)
+                    break
 
     def state(self) -> tuple[dict[str, Any], int]:
         """What GET /sync answers, and its status: 503 once three intervals went by without a good pass."""

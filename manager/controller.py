@@ -1,8 +1,9 @@
 """The one loop that carries plans out, and the state that HTTP handlers read and nudge but never wait for Docker on.
 
 `step` is the loop's body: take in what the workers finished, list the containers, let the pure modules decide, hand
-the slow work to workers. Only `step` orders work, and a list always begins after the last result was taken in, so an
-old list can never bring a removed container back. Everything else takes the lock for microseconds.
+the slow work to workers. A list always begins after the last result was taken in, so an old list can never bring a
+removed container back. Everything else takes the lock for as long as a plan and a small file take; a report's decision
+orders its work at once (`_advance`), without waiting for the next list.
 """
 
 from __future__ import annotations
@@ -369,7 +370,10 @@ class Controller:
         """The operator's orders outlive a crash of the manager."""
         p = self.policy
         orders = {"min": p.min, "max": p.max, "target": p.target, "paused": self.paused}
-        _write(self._orders_file, json.dumps(orders))
+        try:
+            _write(self._orders_file, json.dumps(orders))
+        except OSError as error:
+            log.error("the operator's orders would not outlive this manager: %s", error)
 
     def _recall_orders(self) -> None:
         with suppress(OSError, ValueError, KeyError, TypeError):  # none, or none that can be read: the settings stand

@@ -141,7 +141,7 @@ class DockerEngine:
                 container.reload()
             except Exception:
                 with suppress(docker.errors.APIError, requests.RequestException):
-                    container.remove(force=True)
+                    container.remove(force=True, v=True)
                 raise
         networks = container.attrs["NetworkSettings"]["Networks"]
         ip = networks[self._settings.project]["IPAddress"]
@@ -152,7 +152,7 @@ class DockerEngine:
         with _engine_errors(), suppress(docker.errors.NotFound):
             container = self._client.containers.get(container_id)
             container.stop(timeout=STOP_GRACE)
-            container.remove(force=True)
+            container.remove(force=True, v=True)
 
     def last_words(self, container_id: str) -> str:
         """The last line of its log."""

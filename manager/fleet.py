@@ -153,6 +153,8 @@ def hear(fleet: Fleet, healthy: Callable[[Backend], bool | None], probed: bool, 
     for name, backend in fleet.items():
         if backend.state == ACTIVE and not backend.ready and healthy(backend):
             result[name] = replace(backend, ready=True)
+        if backend.state == ACTIVE and not backend.ip and now - backend.since > READY_WITHIN:
+            result[name] = backend.to(FAILED, now, "its container has no address")
         if backend.state in (SPARE, STARTING) and backend.ip and not backend.ready:
             if healthy(backend):
                 fit = replace(backend, ready=True)

@@ -10,6 +10,7 @@ die() { printf '%s: %s\n' "${0##*/}" "$*" >&2; exit 1; }
 have() { command -v "$1" >/dev/null 2>&1; }
 
 # step TEXT COMMAND…: says TEXT, runs COMMAND with its output in LOG, says how long it took; shows that long ones move.
+# Where it fails that is the end, but with MAY_FAIL set.
 step() {
     local text=$1 began=${EPOCHREALTIME/[.,]/} status=0
     shift
@@ -26,6 +27,7 @@ step() {
     [ ! -t 1 ] || printf '\r\033[K%s … ' "$text"
     if [ "$status" -ne 0 ]; then
         say "failed"
+        [ -z "${MAY_FAIL:-}" ] || return "$status"
         { echo "--- the end of $LOG:"; tail -n 15 "$LOG"; echo "--- the whole: $PWD/$LOG"; } >&2
         die "$text: failed with status $status"
     fi
@@ -187,7 +189,7 @@ find_base_image() {
         if docker image inspect "$BASE" >/dev/null 2>&1; then return; fi
     done
     BASE=$LB_BASE_IMAGE
-    if (step "Pulling $BASE" timeout 120 docker pull "$BASE") 2>/dev/null; then return; fi
+    MAY_FAIL=1 step "Pulling $BASE" timeout 120 docker pull "$BASE" && return
     [ "$BASE" = debian:trixie-slim ] || die "the base image $BASE is neither here nor to be pulled"
     have debootstrap || need "making a base image without a registry" debootstrap
     step "Making the base image with debootstrap instead" make_base_image "$made"
@@ -202,9 +204,6 @@ make_base_image() {
     rm -rf "$tree"
     return "$status"
 }
-
-# What marks this project's rules in the host's tables.
-host_mark() { echo "lbscaler.project=$LB_PROJECT"; }
 
 # ours ROLE: the ids of this project's containers in that role.
 ours() { docker ps -aq --filter "label=lbscaler.project=$LB_PROJECT" --filter "label=lbscaler.role=$1"; }

@@ -13,7 +13,7 @@ from fleet import Backend
 from scaler import Load
 
 MISSED = 1.5  # intervals without a report until a balancer's last one no longer counts
-FORGET = 60.0  # seconds
+FORGET = 20.0  # seconds
 
 
 @dataclass(frozen=True)

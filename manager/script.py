@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import waitress
-from flask import Flask, Response, abort, jsonify, render_template_string, request
+from flask import Flask, Response, abort, g, jsonify, render_template_string, request
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
@@ -36,6 +36,7 @@ LONGEST_WAIT = 60.0  # seconds a long poll may hold a thread
 BODY_MAX = 1 << 20  # bytes
 COUNTERS = ("connections", "packets", "bytes", "active")
 END = (signal.SIGTERM, signal.SIGINT)
+LIMITS = {"max_request_body_size": BODY_MAX, "max_request_header_size": 16384, "ident": None}
 THREADS = 32  # each long poll holds one
 
 log = logging.getLogger("manager")
@@ -49,7 +50,7 @@ PAGE = """<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" conten
 <td>{{ b.connections|int }}<td>{{ b.packets|int }}<td>{{ b.active|int }}</tr>{% endfor %}</table>"""
 
 
-def create_app(controller: Controller, token: str, hosts: Iterable[str]) -> Flask:
+def create_app(controller: Controller, token: str, hosts: Iterable[str]) -> Flask:  # noqa: PLR0915 - a list of routes
     """The routes. `hosts` are the names and addresses a Host header may bear (else: DNS rebinding)."""
     app = Flask(__name__)
     app.config["MAX_CONTENT_LENGTH"] = BODY_MAX
@@ -63,8 +64,9 @@ def create_app(controller: Controller, token: str, hosts: Iterable[str]) -> Flas
             _refuse(403, "this Host is not one of the manager's")
         given = request.headers.get("Authorization", "").encode()
         trusted = hmac.compare_digest(given, f"Bearer {token}".encode())
-        loopback = str(request.remote_addr).startswith("127.")
-        if not trusted and not (loopback and request.method in ("GET", "HEAD")):
+        g.trusted = trusted
+        free = request.method in ("GET", "HEAD") and str(request.remote_addr).startswith("127.")
+        if not trusted and not free:
             _refuse(401, "this call needs the token: Authorization: Bearer <run/PROJECT/token>")
 
     def operator_only() -> None:
@@ -74,6 +76,8 @@ def create_app(controller: Controller, token: str, hosts: Iterable[str]) -> Flas
     @app.get("/sync")
     def sync() -> Response | tuple[str, int]:
         wait = _number(request.args.get("wait", "0"), "wait", 0, LONGEST_WAIT)
+        if not g.get("trusted"):
+            wait = 0  # a long poll holds a thread: not for everybody on this host, or any page they visit
         view = controller.wait_for_view(request.args.get("have", ""), wait)
         return jsonify(view) if view is not None else ("", 204)
 
@@ -254,8 +258,8 @@ def serve(app: Flask, settings: Settings, gateway: str) -> None:
     unix = settings.run_dir / "manager.sock"
     unix.unlink(missing_ok=True)
     servers = [
-        waitress.create_server(app, sockets=doors, threads=THREADS, ident=None),
-        waitress.create_server(as_operator(app), unix_socket=str(unix), unix_socket_perms="600", ident=None),
+        waitress.create_server(app, sockets=doors, threads=THREADS, **LIMITS),
+        waitress.create_server(as_operator(app), unix_socket=str(unix), unix_socket_perms="600", **LIMITS),
     ]
     for server in servers:
         threading.Thread(target=server.run, daemon=True).start()

@@ -49,14 +49,16 @@ class Workers:
     def __init__(self, engine: Engine, done: Callable[[], None]) -> None:
         self.busy: set[str] = set()
         self._engine, self._done = engine, done
-        self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="engine")
+        # Apart, so that a burst's launches do not queue behind stops, which take their grace.
+        self._launching = ThreadPoolExecutor(WORKERS, thread_name_prefix="launch")
+        self._stopping = ThreadPoolExecutor(WORKERS, thread_name_prefix="stop")
         self._results: queue.SimpleQueue[Result] = queue.SimpleQueue()
 
     def launch(self, name: str, spec: str) -> None:
-        self._begin(name, lambda: self._launch(name, spec))
+        self._begin(self._launching, name, lambda: self._launch(name, spec))
 
     def stop(self, backend: Backend) -> None:
-        self._begin(backend.name, lambda: self._stop(backend))
+        self._begin(self._stopping, backend.name, lambda: self._stop(backend))
 
     def results(self) -> Iterator[Result]:
         """What has ended since the last time; taking it in frees the backend for the next call."""
@@ -65,13 +67,17 @@ class Workers:
             self.busy.discard(result.name)
             yield result
 
-    def _begin(self, name: str, call: Callable[[], Result]) -> None:
+    def _begin(self, pool: ThreadPoolExecutor, name: str, call: Callable[[], Result]) -> None:
         def work() -> None:
-            self._results.put(call())
-            self._done()
+            result = Result(name, still_there=True)  # whatever happens, the backend must not stay busy for ever
+            try:
+                result = call()
+            finally:
+                self._results.put(result)
+                self._done()
 
         self.busy.add(name)
-        self._pool.submit(work)
+        pool.submit(work)
 
     def _launch(self, name: str, spec: str) -> Result:
         try:

@@ -21,7 +21,7 @@ install_packages() {
 
 if [ "$(id -u)" -eq 0 ] && have apt-get; then
     missing=()
-    for pair in python3:python3 shellcheck:shellcheck iptables:iptables ipset:ipset conntrack:conntrack ip:iproute2 sysctl:procps hey:hey git:git; do
+    for pair in python3:python3 setpriv:util-linux shellcheck:shellcheck iptables:iptables ipset:ipset conntrack:conntrack ip:iproute2 sysctl:procps hey:hey git:git; do
         have "${pair%%:*}" || missing+=("${pair#*:}")
     done
     [ ${#missing[@]} -eq 0 ] || need "the tests" "${missing[@]}"

@@ -62,7 +62,8 @@ class System:
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         """Begins ./run.sh in a session of its own, as a terminal would."""
-        command = [str(self.tree / "run.sh"), *self.flags, *arguments]
+        # A shell cannot trap what was ignored when it began, and pytest may have been started in the background.
+        command = ["env", "--default-signal=INT", str(self.tree / "run.sh"), *self.flags, *arguments]
         return subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
         )

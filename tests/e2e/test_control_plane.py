@@ -57,8 +57,8 @@ def test_a_killed_manager_comes_back_by_itself_and_takes_over_the_same_container
 
 
 def test_killed_at_every_moment_of_a_scale_out_and_a_scale_in_nothing_is_lost(system: System) -> None:
-    load = Load(system.port, seconds=40, per_second=40)
-    for i in range(8):
+    load = Load(system.port, seconds=30, per_second=40)
+    for i in range(6):
         size = 5 if i % 2 == 0 else 3
         system.operate("/scale", {"min": size, "max": size})
         time.sleep(0.12 * (i // 2))  # before the first call to the engine, amid it, after it, on the way back
@@ -69,7 +69,7 @@ def test_killed_at_every_moment_of_a_scale_out_and_a_scale_in_nothing_is_lost(sy
         backends = docker("ps", "-a", "--filter", f"label=lbscaler.project={system.project}", "--format", "{{.Names}}")
         assert sum("backend" in name for name in backends.split()) == size
     answered, others, _ = load.result()
-    assert (answered > 1000, others) == (True, 0)
+    assert (answered > 800, others) == (True, 0)
 
 
 def test_a_killed_client_costs_nothing_and_a_killed_balancer_comes_back_with_its_rules(system: System) -> None:

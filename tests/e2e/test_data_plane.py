@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import threading
@@ -82,6 +84,32 @@ def test_losing_one_of_three_backends_at_200_connections_a_second_fails_no_reque
     # What was in hand on the victim is lost with it; a paused one holds on to what it had accepted.
     assert others <= (4 if blow[0] != "stop" else 0)
     assert answered > 800
+
+
+def test_a_backend_whose_process_dies_while_its_container_lives_fails_no_request(tree: Path, figure: Figure) -> None:
+    image = docker("images", "-q", "--filter", "label=lbscaler.image=server").split()[0]
+    recipe = f'FROM {image}\nENTRYPOINT ["/bin/bash", "-c", "python3 /server/server.py & sleep infinity"]\n'
+    subprocess.run(["docker", "build", "-q", "-t", "lbtest-alone", "-"], input=recipe, text=True, check=True)
+    system = System(tree, "lbprocess")
+    try:
+        system.up(*FAST, "--min", "3", "--target", "100000", "--image", "lbtest-alone", "--health", "tcp")
+        victim = system.active()[0]
+        load = Load(system.port, seconds=6, per_second=200)
+        time.sleep(2)
+        rows = docker("top", victim["name"], "-eo", "pid,args").splitlines()
+        process = next(int(row.split()[0]) for row in rows if "server.py" in row and "bash" not in row)
+        began = time.time()
+        os.kill(process, signal.SIGKILL)
+        took = until(lambda: without(system, victim["ip"], began), "rules without the victim", 15)
+        answered, others, slowest = load.result()
+        figure(
+            f"process killed in a living container: {others} of {answered + others} requests failed, slowest "
+            f"{slowest:.2f} s; new rules {took:.2f} s after the blow"
+        )
+        assert others <= 4
+        assert answered > 700
+    finally:
+        system.down("--now")
 
 
 def test_a_download_of_ten_seconds_survives_a_scale_in_that_begins_in_its_first(system: System) -> None:

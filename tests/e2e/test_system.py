@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import grp
 import os
+import shutil
 import signal
+import socket
+import subprocess
 import threading
 import time
 from collections import Counter
@@ -24,7 +28,7 @@ def test_load_grows_the_fleet_and_quiet_shrinks_it_with_no_request_failed(system
     until(lambda: len(system.active()) >= 4, "growth to four", 20)
     answered, others, _ = heavy.result()
     assert (answered > 500, others) == (True, 0)
-    light = Load(system.port, seconds=25, per_second=20)  # while it shrinks
+    light = Load(system.port, seconds=18, per_second=20)  # while it shrinks
     system.settled(2, 60)
     answered, others, _ = light.result()
     assert (answered > 200, others) == (True, 0)
@@ -71,6 +75,14 @@ def test_run_again_changes_only_what_settings_changed(system: System) -> None:
     system.up("--max", "7")
     assert sorted(system.containers()) == before
     assert (system.run_dir / "manager.pid").read_text() != pid
+    assert system.status()["max"] == 7
+    other = socket.socket()
+    with other:
+        other.bind(("0.0.0.0", 0))
+        other.listen()
+        output = system.up("--port", str(other.getsockname()[1]), "--max", "6", status=1)
+    assert "Undoing what this run began" in output
+    assert system.who(), "it serves where it served before"
     assert system.status()["max"] == 7
     assert system.status()["target"] == 100
 
@@ -158,3 +170,35 @@ def test_the_drain_of_stop_lets_a_request_in_hand_finish(fresh: System, tmp_path
     fresh.down()
     thread.join(10)
     assert "primes" in answers[0]
+
+
+def test_it_works_without_root_for_a_member_of_the_docker_group(
+    tree: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    group = grp.getgrnam("docker").gr_gid
+    home = tmp_path_factory.mktemp("member")
+    shutil.copytree(tree, home / "a checkout", ignore=shutil.ignore_patterns("run", ".venv"))
+    for place in (home, *home.rglob("*")):
+        os.chown(place, 54321, 54321, follow_symlinks=False)
+    for above in home.parents:
+        above.chmod(above.stat().st_mode | 0o011)
+    member = System(home / "a checkout", "lbmember")
+    person = ["setpriv", "--reuid", "54321", "--regid", "54321", "--groups", str(group)]
+
+    def run(*command: str) -> str:
+        environment = {**os.environ, "PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": str(home)}
+        done = subprocess.run(
+            [*person, *command], capture_output=True, text=True, timeout=120, env=environment, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    try:
+        run(str(member.tree / "run.sh"), *member.flags)
+        assert "primes" in member.get()
+        assert (member.run_dir / "manager.sock").stat().st_uid == 54321
+        assert (member.run_dir / "manager.sock").stat().st_mode & 0o777 == 0o600
+        assert (member.run_dir / "token").stat().st_mode & 0o777 == 0o600
+    finally:
+        run(str(member.tree / "stop.sh"), "--project", member.project, "--now")
+    assert member.nothing_left()

@@ -566,11 +566,12 @@ def test_a_backend_that_takes_long_to_start_is_left_to_the_managers_patience(
     assert world.manager.stops == []
 
 
-def test_where_all_are_ill_none_is_replaced(world: World) -> None:
+def test_where_all_are_ill_one_is_replaced_each_half_minute(world: World) -> None:
     world.see(f"a {A}", f"b {B}", a=ILL, b=ILL)
     world.converge()
-    world.look(60.0)
-    assert world.manager.stops == []
+    for seconds, stopped in ((29.0, 0), (2.0, 1), (29.0, 1), (2.0, 2)):
+        world.look(seconds)
+        assert len(world.manager.stops) == stopped
 
 
 def test_a_spell_of_illness_ends_with_one_good_look(world: World) -> None:

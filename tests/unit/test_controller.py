@@ -142,7 +142,7 @@ def test_launches_run_on_other_threads_while_the_controller_goes_on(rig: Callabl
     r.step_until(lambda: len(r.view()) == 2)
     assert r.states() == {1: "starting", 2: "starting"}, "not ready before a balancer says so"
     assert sorted(r.calls("launch")) == [1, 2], "each once"
-    assert all(name.startswith("engine") for name in r.engine.threads)
+    assert all(name.startswith("launch") for name in r.engine.threads)
 
 
 def test_a_launched_backend_is_active_when_a_balancer_finds_it_healthy(rig: Callable[..., Rig]) -> None:

@@ -1,0 +1,104 @@
+"""The shell that run.sh, stop.sh and the tests share, tried for itself."""
+
+from __future__ import annotations
+
+import http.server
+import os
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def shell(script: str, tmp_path: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    text = f"set -euo pipefail\nLOG={tmp_path}/log; RUN={tmp_path}; : >$LOG\n. '{ROOT}/manager/host.sh'\n{script}"
+    command, environment = ["bash", "-c", text], {**os.environ, **variables}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=20, check=False)
+
+
+def test_a_step_is_said_and_timed_and_its_words_go_to_the_log(tmp_path: Path) -> None:
+    done = shell("step 'Doing it' echo many words", tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("Doing it … ")
+    assert done.stdout.endswith(" s\n")
+    assert (tmp_path / "log").read_text() == "many words\n"
+
+
+def test_a_step_that_fails_shows_the_end_of_its_log_and_where_the_whole_is(tmp_path: Path) -> None:
+    done = shell("step 'Doing it' bash -c 'seq 100; exit 3'; echo never", tmp_path)
+    assert done.returncode == 1
+    assert done.stdout == "Doing it … failed\n"
+    assert done.stderr.splitlines()[1:16] == [str(n) for n in range(86, 101)]
+    assert f"{tmp_path}/log" in done.stderr
+    assert "Doing it: failed with status 3" in done.stderr
+
+
+def test_what_may_not_be_installed_is_named(tmp_path: Path) -> None:
+    done = shell("need 'running containers' docker.io iptables; echo never", tmp_path, NO_INSTALL="1")
+    line = "missing for running containers: docker.io iptables; install it, or leave --no-install out"
+    assert (done.returncode, done.stdout) == (1, "")
+    assert line in done.stderr
+
+
+def test_an_engine_elsewhere_is_refused(tmp_path: Path) -> None:
+    done = shell("ensure_engine; echo never", tmp_path, DOCKER_HOST="tcp://example:2375")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "DOCKER_HOST is tcp://example:2375; the engine has to be on this host" in done.stderr
+
+
+@pytest.mark.parametrize(("word", "status"), [("sleep", 0), ("script.py", 1)])
+def test_a_reused_process_number_is_not_taken_for_ours(tmp_path: Path, word: str, status: int) -> None:
+    assert shell(f"sleep 5 & is_process $! {word} && s=0 || s=1; kill $!; exit $s", tmp_path).returncode == status
+
+
+@pytest.mark.parametrize("pid", ["", "999999999"])
+def test_no_process_is_no_process(tmp_path: Path, pid: str) -> None:
+    assert shell(f"is_process '{pid}' sleep", tmp_path).returncode == 1
+
+
+def test_the_manager_ends_after_its_supervisor_and_only_they(tmp_path: Path) -> None:
+    script = """
+    bash -c 'exec -a "bash manager/supervise.sh" sleep 60' & echo $! >$RUN/supervisor.pid
+    bash -c 'exec -a "python manager/script.py" sleep 60' & echo $! >$RUN/manager.pid
+    sleep 60 & other=$!
+    sleep 0.2
+    end_manager
+    ! supervisor_runs && ! manager_runs && kill -0 $other && kill $other
+    """
+    assert shell(script, tmp_path).returncode == 0
+    assert shell("end_manager", tmp_path).returncode == 0, "twice is fine"
+
+
+def test_get_tells_a_200_from_the_rest(tmp_path: Path) -> None:
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == "/good" else 503)
+            self.end_headers()
+            self.wfile.write(b"the body\n")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        port = server.server_port
+        good, bad = (shell(f"http_get 127.0.0.1 {port} {path}", tmp_path) for path in ("/good", "/bad"))
+        server.shutdown()
+    assert (good.returncode, good.stdout) == (0, "the body\n")
+    assert (bad.returncode, bad.stdout) == (1, "")
+    assert shell(f"http_get 127.0.0.1 {port} /good", tmp_path).returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--colour"], "stop.sh: unknown word '--colour'; see ./stop.sh --help"),
+        (["--project", "A b"], "stop.sh: --project is 'A b'; allowed: a-z 0-9 _ -, 40 at most"),
+    ],
+)
+def test_stop_refuses_what_it_does_not_know_and_touches_nothing(arguments: list[str], line: str) -> None:
+    done = subprocess.run([str(ROOT / "stop.sh"), *arguments], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", line + "\n")

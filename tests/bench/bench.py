@@ -24,7 +24,11 @@ from pathlib import Path
 NETWORK = f"lbbench{os.getpid()}"
 LABEL = f"lbscaler.bench={os.getpid()}"
 SUBNET = "198.19.0.0/16"
-SYSCTLS = ("net.ipv4.ip_local_port_range=1024 65000", "net.ipv4.tcp_tw_reuse=1")
+SYSCTLS = (
+    "net.ipv4.ip_local_port_range=1024 65000",
+    "net.ipv4.tcp_tw_reuse=1",
+    "net.ipv4.tcp_max_tw_buckets=1024",  # as the manager launches backends
+)
 RULES_SYSCTLS = (
     "net.ipv4.ip_forward=1",
     "net.netfilter.nf_conntrack_acct=1",

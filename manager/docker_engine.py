@@ -19,9 +19,9 @@ from settings import Settings
 
 STOP_GRACE = 10  # seconds between SIGTERM and SIGKILL for a backend that has drained
 MEMORY, PIDS = "256m", 128
-# All clients share the balancer's address, so a port comes back within the minute a closed connection stays in TIME_WAIT,
-# and with another client's timestamps a backend takes the new SYN for an old one: at 2,000 connections/s a backend,
-# throughput fell to a third. With few such places the kernel forgets closed connections at once.
+# All clients share the balancer's address, so a port comes back within the minute a closed connection stays in
+# TIME_WAIT, and with another client's timestamps a backend takes the new SYN for an old one: at 2,000 connections/s a
+# backend, throughput fell to a third. With few such places the kernel forgets closed connections at once.
 SYSCTLS = {"net.ipv4.tcp_max_tw_buckets": "1024"}
 
 

@@ -26,9 +26,10 @@ main() {
     flock -n 9 || die "another run.sh or stop.sh of project $LB_PROJECT is at work"
     : >"$LOG"
 
-    [ -e "$ENGINE_DIR/dockerd.pid" ] || UNDO=(stop_engine) # ends only what is begun from here on
+    [ -e "$ENGINE_DIR/dockerd.pid" ] || UNDO=(stop_engine) # for a start that is interrupted
     ensure_engine
-    [ -n "$ENGINE_STARTED" ] || UNDO=()
+    UNDO=()
+    [ -z "$ENGINE_STARTED" ] || UNDO=(stop_engine)
     check_host
     build_images
     [ -n "$(ours balancer)" ] || step "Checking that this kernel has what the rules need" check_kernel

@@ -86,7 +86,7 @@ network_gateway() {
     docker network inspect "$LB_PROJECT" --format '{{(index .IPAM.Config 0).Gateway}}' 2>/dev/null
 }
 
-
+# -- images, then the manager, then the balancer --------------------------------------------------------------------
 
 build_images() {
     BALANCER_IMAGE=lbscaler-balancer:$(digest balancer)
@@ -99,8 +99,6 @@ build_images() {
     fi
     BACKEND_ID=$(docker image inspect --format '{{.Id}}' "$BACKEND_IMAGE") # a tag may come to mean another image
 }
-
-# -- the manager ----------------------------------------------------------------------------------------------------
 
 make_venv() {
     local stamp
@@ -204,8 +202,6 @@ launch_manager() {
     end_manager
     return 1
 }
-
-# -- the balancer ---------------------------------------------------------------------------------------------------
 
 start_balancer() {
     local config running

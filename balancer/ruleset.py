@@ -190,31 +190,30 @@ def set_changes(wanted: Iterable[str], present: Iterable[str]) -> str:
 
 # A flow in one of these states has said its last word; in any other, somebody may still be waiting for an answer.
 _OVER = ("TIME_WAIT", "CLOSE", "LAST_ACK")
-_FLOW = re.compile(r"^tcp +6 \d+ (\S+) src=\S+ dst=\S+ sport=\d+ dport=(\d+) .*?src=(\S+) dst=", re.MULTILINE)
-
-
-def live_flows(text: str) -> dict[str, int]:
-    """Reads `conntrack -L -p tcp --dst-nat`: how many live flows each backend has, by address."""
-    flows: dict[str, int] = {}
-    for state, port, backend in _FLOW.findall(text):
-        if state not in _OVER and int(port) == SERVICE_PORT:
-            flows[backend] = flows.get(backend, 0) + 1
-    return flows
-
-
-_ANSWERS = re.compile(
-    r"^tcp +6 \d+ (\S+) src=\S+ dst=\S+ sport=\d+ dport=(\d+) .*?src=(\S+) dst=.*? packets=(\d+) bytes=(\d+)",
+_FLOW = re.compile(
+    r"^tcp +6 \d+ (\S+) src=\S+ dst=\S+ sport=\d+ dport=(\d+) .*?src=(\S+) dst=\S+ sport=\d+ dport=\d+"
+    r"(?: packets=(\d+) bytes=(\d+))?",
     re.MULTILINE,
 )
 _BARE = 64  # bytes: the most a packet without payload takes, with all of TCP's usual options
 
 
-def waiting_flows(text: str) -> dict[str, int]:
-    """From the same listing: how many flows each backend has accepted and not yet given a byte of an answer."""
-    flows: dict[str, int] = {}
-    for state, port, backend, packets, size in _ANSWERS.findall(text):
-        if state not in _OVER and int(port) == SERVICE_PORT and int(size) <= _BARE * int(packets):
-            flows[backend] = flows.get(backend, 0) + 1
+@dataclass
+class Flows:
+    """How many flows each backend has, by address: `live`, and of those `waiting`, without a byte of an answer yet."""
+
+    live: dict[str, int] = field(default_factory=dict)
+    waiting: dict[str, int] = field(default_factory=dict)
+
+
+def parse_flows(text: str) -> Flows:
+    """Reads `conntrack -L -p tcp --dst-nat`; who waits can be told only where the kernel counts (nf_conntrack_acct)."""
+    flows = Flows()
+    for state, port, backend, packets, size in _FLOW.findall(text):
+        if state not in _OVER and int(port) == SERVICE_PORT:
+            flows.live[backend] = flows.live.get(backend, 0) + 1
+            if packets and int(size) <= _BARE * int(packets):
+                flows.waiting[backend] = flows.waiting.get(backend, 0) + 1
     return flows
 
 

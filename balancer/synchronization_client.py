@@ -137,8 +137,8 @@ class Balancer:
 
     def _forget(self, ips: Iterable[str]) -> None:
         ips = set(ips)
-        flows = ruleset.live_flows(self._netfilter.flows()) if ips else {}
-        for ip in ips & flows.keys():
+        live = ruleset.parse_flows(self._netfilter.flows()).live if ips else {}
+        for ip in ips & live.keys():
             self._netfilter.forget_flows(ip)
         self._netfilter.forget_neighbours(ips)
 
@@ -215,9 +215,9 @@ class Balancer:
         time.sleep(self._look_pause)
         now, view, health = time.monotonic(), self.view, self._prober.health()
         serving = {endpoint.ip for endpoint in self._in_rotation}
-        listing = self._netfilter.flows()
-        self._live, waiting = ruleset.live_flows(listing), ruleset.waiting_flows(listing)
-        self._learner.sample({b.id: waiting.get(b.ip, 0) for b in view.backends})
+        flows = ruleset.parse_flows(self._netfilter.flows())
+        self._live = flows.live
+        self._learner.sample({b.id: flows.waiting.get(b.ip, 0) for b in view.backends})
         self._look_pause = max(LOOK, (time.monotonic() - now) / LOOK_COST)
 
         if self._known is None or not self._reachable:

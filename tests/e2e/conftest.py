@@ -208,6 +208,15 @@ def system(shared: System) -> System:
     return shared
 
 
+@pytest.fixture(scope="module")
+def three(tree: Path) -> Iterator[System]:
+    """Three backends that no load moves, for one module's tests."""
+    system = System(tree, f"lbthree{os.getpid()}")
+    system.up("3", *FAST, "--min", "3", "--max", "8", "--target", "100000")
+    yield system
+    system.down("--now")
+
+
 @pytest.fixture
 def fresh(tree: Path) -> Iterator[System]:
     """A project of its own, not up yet; taken down after the test."""

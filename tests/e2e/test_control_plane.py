@@ -6,22 +6,13 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
-from e2e.conftest import FAST, ROOT, Load, System, docker, rotations, until
+from e2e.conftest import ROOT, Load, System, docker, rotations, until
 
 Figure = Callable[[str], None]
-
-
-@pytest.fixture(scope="module")
-def three(tree: Path) -> Iterator[System]:
-    system = System(tree, "lbcontrol")
-    system.up("3", *FAST, "--min", "3", "--max", "8", "--target", "100000")
-    yield system
-    system.down("--now")
 
 
 @pytest.fixture

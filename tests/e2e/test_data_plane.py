@@ -11,7 +11,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,14 +20,6 @@ from e2e.conftest import FAST, Load, System, docker, rotations, until
 from netns.lab import Namespace
 
 Figure = Callable[[str], None]
-
-
-@pytest.fixture(scope="module")
-def three(tree: Path) -> Iterator[System]:
-    system = System(tree, "lbplane")
-    system.up("3", *FAST, "--min", "3", "--max", "8", "--target", "100000")
-    yield system
-    system.down("--now")
 
 
 @pytest.fixture

@@ -61,7 +61,7 @@ class Balancer:
         return ruleset.parse_set(self.members())
 
     def live(self) -> dict[str, int]:
-        return ruleset.live_flows(self.flows())
+        return ruleset.parse_flows(self.flows()).live
 
     def listing(self, table: str) -> Listing:
         return ruleset.parse_table(self.table(table))

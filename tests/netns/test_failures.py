@@ -168,10 +168,12 @@ def test_live_and_waiting_flows_are_told_apart(lab: Lab, client: Namespace, bala
     balancer.deal_over(ONE)
     with connect(client, VIP) as connection:
         connection.sendall(b"please")
-        patiently(lambda: _assert(ruleset.waiting_flows(str(balancer.flows())) == {ONE: 1} == balancer.live()))
+        patiently(lambda: _assert(ruleset.parse_flows(str(balancer.flows())).waiting == {ONE: 1} == balancer.live()))
         go.set()
         connection.recv(1000)
-        patiently(lambda: _assert(ruleset.waiting_flows(str(balancer.flows())) == {} and balancer.live() == {ONE: 1}))
+        patiently(
+            lambda: _assert(ruleset.parse_flows(str(balancer.flows())).waiting == {} and balancer.live() == {ONE: 1})
+        )
     patiently(lambda: _assert(balancer.live() == {}))
 
 

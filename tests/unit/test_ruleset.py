@@ -325,7 +325,7 @@ def test_the_set_changes_by_its_differences_and_never_adds_a_member_again(wanted
     ],
 )
 def test_a_flow_is_live_until_its_last_word(state: str, live: int, answer: tuple[int, int] | None) -> None:
-    assert ruleset.live_flows(flow("198.18.0.2", state, answer=answer)).get("198.18.0.2", 0) == live
+    assert ruleset.parse_flows(flow("198.18.0.2", state, answer=answer)).live.get("198.18.0.2", 0) == live
 
 
 def test_live_flows_are_counted_by_the_backend_that_answers_and_for_the_service_alone() -> None:
@@ -341,8 +341,8 @@ def test_live_flows_are_counted_by_the_backend_that_answers_and_for_the_service_
         "udp      17 29 src=203.0.113.9 dst=198.18.0.254 sport=40005 dport=8000 src=198.18.0.2 dst=198.18.0.254 "
         "sport=8000 dport=40005 mark=0 use=1\n"
     )
-    assert ruleset.live_flows(text + text.replace("4000", "4001")) == {"198.18.0.2": 2, "198.18.0.3": 2}
-    assert ruleset.live_flows("") == {}
+    assert ruleset.parse_flows(text + text.replace("4000", "4001")).live == {"198.18.0.2": 2, "198.18.0.3": 2}
+    assert ruleset.parse_flows("").live == {}
 
 
 @pytest.mark.parametrize(
@@ -363,5 +363,5 @@ def test_a_flow_waits_until_the_first_byte_of_its_answer(
     state: str, answer: tuple[int, int] | None, waiting: int
 ) -> None:
     text = flow("198.18.0.9") + flow("198.18.0.2", state, answer=answer) + flow("198.18.0.9")
-    assert ruleset.waiting_flows(text) == ({"198.18.0.2": 1} if waiting else {})
-    assert ruleset.waiting_flows(text.replace(" dport=8000 ", " dport=53 ")) == {}
+    assert ruleset.parse_flows(text).waiting == ({"198.18.0.2": 1} if waiting else {})
+    assert ruleset.parse_flows(text.replace(" dport=8000 ", " dport=53 ")).waiting == {}

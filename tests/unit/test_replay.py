@@ -67,3 +67,14 @@ def test_a_load_that_is_no_amount_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "trace.csv").write_text(text)
     with pytest.raises(ValueError, match=r"."):
         read_trace(tmp_path / "trace.csv")
+
+
+def test_the_picture_shows_the_need_and_the_three_fleets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / "step.svg"
+    monkeypatch.setattr("sys.argv", ["replay.py", str(TRACES[-1]), "--plot", str(picture)])
+    assert main() == 0
+    drawn = picture.read_text()
+    assert all(f">{name}<" in drawn for name in ("needed", "course, ±1", "HPA", "ours"))
+    assert "ours" in capsys.readouterr().out

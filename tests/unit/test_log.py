@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import script
+
+
+@pytest.fixture
+def no_other_handlers() -> Iterator[None]:
+    root = logging.getLogger()
+    before, root.handlers = root.handlers, []
+    yield
+    for handler in root.handlers:
+        handler.close()
+    root.handlers = before
+
+
+def test_the_log_is_one_readable_line_an_event_and_is_rotated(tmp_path: Path, no_other_handlers: None) -> None:
+    log = tmp_path / "manager.log"
+    script.start_log(log)
+    logging.getLogger("manager").info("CREATE_SERVER %s", "2→5")
+    assert log.read_text().endswith(" INFO    CREATE_SERVER 2→5\n")
+    for _ in range(6):
+        logging.getLogger("manager").info("x" * 1_000_000)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["manager.log", "manager.log.1"]

@@ -110,12 +110,20 @@ remove_network() {
     step "Removing the network $LB_PROJECT" docker network rm "$network"
 }
 
+our_images() { docker image ls -q --filter label=lbscaler.image | sort -u; }
+
+# More than once, for what is built on another has to go before it.
 remove_images() {
-    local image
-    for image in $(docker image ls -q --filter label=lbscaler.image | sort -u); do
-        docker image rm -f "$image" >>"$LOG" 2>&1 || say "Keeping image $image: a container uses it"
+    local pass
+    for pass in 1 2 3; do
+        echo "removing images, pass $pass" >>"$LOG"
+        our_images | xargs -r docker image rm -f >>"$LOG" 2>&1 || true
     done
-    say "Removed the images made by run.sh"
+    if [ -z "$(our_images)" ]; then
+        say "Removed the images made by run.sh"
+    else
+        say "Keeping images that are in use: $(our_images | tr '\n' ' ')"
+    fi
 }
 
 forget_files() {

@@ -1,6 +1,6 @@
 """Runs a recorded or made load through three scaling rules and tells what each would have cost and missed.
 
-    python tests/bench/replay.py TRACE.csv … [--target N] [--plot FILE.svg]
+    python tests/bench/replay.py TRACE.csv … [--target N] [--plot FILE.html]
 
 A trace is lines of `second,load`: load in units of the metric, for the whole fleet. The rules are
 
@@ -122,20 +122,21 @@ def table(name: str, outcomes: dict[str, Outcome]) -> str:
 
 
 def plot(path: Path, loads: Sequence[float], outcomes: dict[str, Outcome], target: float) -> None:
-    import pygal  # noqa: PLC0415 - only who wants a picture needs it
+    """One page that needs nothing else. Raises ImportError without plotly; the rest is the standard library's."""
+    import plotly.graph_objects as go  # noqa: PLC0415 - only who wants a picture needs it
 
-    chart = pygal.XY(stroke_style={"width": 2}, show_dots=False, x_title="seconds", y_title="backends")
-    chart.add("needed", [(second, load / target) for second, load in enumerate(loads)][::5])
-    for rule, outcome in outcomes.items():
-        chart.add(rule, list(enumerate(outcome.sizes))[::5])
-    chart.render_to_file(str(path))
+    sizes = {"needed": [load / target for load in loads], **{rule: made.sizes for rule, made in outcomes.items()}}
+    chart = go.Figure([go.Scatter(y=size, name=name, mode="lines") for name, size in sizes.items()])
+    chart.update_traces(line_color="#bbb", selector={"name": "needed"})
+    chart.update_layout(template="plotly_white", xaxis_title="seconds", yaxis_title="backends", hovermode="x unified")
+    chart.write_html(path)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("traces", nargs="+", type=Path, metavar="TRACE.csv")
     parser.add_argument("--target", type=float, default=10, help="load per backend (default: 10, the course project's)")
-    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the first trace and the three fleets")
+    parser.add_argument("--plot", type=Path, metavar="FILE.html", help="draw the first trace and the three fleets")
     options = parser.parse_args()
     for trace in options.traces:
         try:
@@ -146,7 +147,11 @@ def main() -> int:
         outcomes = compare(loads, options.target)
         print(table(trace.stem, outcomes))
         if options.plot and trace == options.traces[0]:
-            plot(options.plot, loads, outcomes, options.target)
+            try:
+                plot(options.plot, loads, outcomes, options.target)
+            except ImportError:
+                print("--plot needs plotly: .venv/bin/python has it", file=sys.stderr)
+                return 2
     return 0
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,9 +76,23 @@ def test_a_load_that_is_no_amount_is_refused(tmp_path: Path, text: str) -> None:
 def test_the_picture_shows_the_need_and_the_three_fleets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    picture = tmp_path / "step.svg"
+    picture = tmp_path / "step.html"
     monkeypatch.setattr("sys.argv", ["replay.py", str(TRACES[-1]), "--plot", str(picture)])
     assert main() == 0
     drawn = picture.read_text()
-    assert all(f">{name}<" in drawn for name in ("needed", "course, ±1", "HPA", "ours"))
+    assert all(f'"name":{json.dumps(name)}' in drawn for name in ("needed", "course, ±1", "HPA", "ours"))
+    assert not re.search(r"<script[^>]*\ssrc=", drawn), "the page needs nothing else"
     assert "ours" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "errors"), [([], 0, ""), (["--plot", "x"], 2, "--plot needs plotly: .venv/bin/python has it\n")]
+)
+def test_without_a_picture_the_standard_library_will_do(
+    words: list[str], status: int, errors: str, tmp_path: Path
+) -> None:
+    script = Path(__file__).parents[1] / "bench" / "replay.py"
+    command = [sys.executable, "-I", "-S", str(script), str(TRACES[-1]), *words]  # -S: no installed package is found
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (status, errors)
+    assert "ours" in done.stdout

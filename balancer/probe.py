@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
+from exposition import FAILED_PROBES
+
 SYNC_PORT = 5000
 FALL, RISE = 3, 2  # failed probes that end a healthy spell, good ones that begin the next
 PERIOD, RETRY, TIMEOUT = 1.0, 0.1, 1.0  # seconds; RETRY while it is not yet, or no longer surely, healthy
@@ -34,37 +36,43 @@ class Health:
     streak: int = 0
     why: str = "not probed yet"
 
-    def after(self, answer: Answer) -> Health:
-        """The health once `answer` has come in."""
+    def after(self, answer: Answer, why: str = "") -> Health:
+        """The health once `answer` has come in; `why` says what was asked and what came back."""
+        why = why or answer.value
         good = answer is Answer.GOOD
         if self.healthy is None and good:
-            return Health(True, 0, answer.value)
+            return Health(True, 0, why)
         if good == self.healthy:
-            return Health(self.healthy, 0, answer.value)
+            return Health(self.healthy, 0, why)
         streak = self.streak + 1
         turned = answer is Answer.REFUSED or streak >= (RISE if good else FALL)
-        return Health(good, 0, answer.value) if turned else Health(self.healthy, streak, answer.value)
+        return Health(good, 0, why) if turned else Health(self.healthy, streak, why)
 
     def pause(self) -> float:
         """Seconds until the next probe."""
         return PERIOD if self.healthy and not self.streak else RETRY
 
 
-async def ask(ip: str, port: int, method: str) -> Answer:
-    """One probe of at most TIMEOUT seconds."""
+async def ask(ip: str, port: int, method: str) -> tuple[Answer, str]:
+    """One probe of at most TIMEOUT seconds, and what came of it in words."""
+    port, path = (SYNC_PORT, "/sync") if method == "sync" else (port, method.removeprefix("http:"))
+    asked = f"port {port}" if method == "tcp" else f"GET {path} on port {port}"
     try:
         async with asyncio.timeout(TIMEOUT):
             if method == "tcp":
                 _, writer = await asyncio.open_connection(ip, port)
                 await _close(writer)
-                return Answer.GOOD
-            if method == "sync":
-                status = await _get(ip, SYNC_PORT, "/sync")
-                return {200: Answer.GOOD, 503: Answer.REFUSED}.get(status, Answer.FAILED)
-            status = await _get(ip, port, method.removeprefix("http:"))
-            return Answer.GOOD if 200 <= status < 400 else Answer.FAILED
-    except (OSError, TimeoutError, ValueError, IndexError):
-        return Answer.FAILED
+                return Answer.GOOD, f"{asked}: open"
+            status = await _get(ip, port, path)
+    except TimeoutError:
+        return Answer.FAILED, f"{asked}: no answer within {TIMEOUT:g} s"
+    except (OSError, ValueError, IndexError) as error:
+        return Answer.FAILED, f"{asked}: {error.strerror if isinstance(error, OSError) else 'no HTTP'}"
+    if method == "sync":
+        answer = {200: Answer.GOOD, 503: Answer.REFUSED}.get(status, Answer.FAILED)
+    else:
+        answer = Answer.GOOD if 200 <= status < 400 else Answer.FAILED
+    return answer, f"{asked}: status {status}"
 
 
 async def _get(ip: str, port: int, path: str) -> int:
@@ -115,9 +123,11 @@ class Prober(threading.Thread):
 
     async def _keep_asking(self, id_: str, target: _Target) -> None:
         while True:
-            answer = await ask(*target)
+            answer, why = await ask(*target)
+            if answer is Answer.FAILED:  # the word of one that refuses is no failure
+                FAILED_PROBES.inc()
             before = self._health[id_]
-            after = self._health[id_] = before.after(answer)
+            after = self._health[id_] = before.after(answer, why)
             if after.healthy != before.healthy:
                 self._changed()
             await asyncio.sleep(after.pause())

@@ -1,0 +1,166 @@
+"""What Prometheus is told: counters that live as long as the manager, and gauges that show its state at each scrape.
+
+Names and units follow Prometheus' conventions. Labels take few values: the backends and balancers there are, their
+states, kinds of reason; never a number or a sentence. A backend's own counters end with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from fleet import SPARE, STARTING, STATES, Backend, Fleet
+from meter import Report, Sample
+from scaler import Decision
+from settings import ROOT
+
+TRAFFIC = {
+    "connections": "Connections dealt to a backend.",
+    "packets": "Packets from clients to a backend.",
+    "bytes": "Bytes from clients to a backend.",
+}
+# The first word of a clamp → the kind of reason; the one that begins with a number is the stable window's.
+REASONS = {
+    "at": "step_limit",
+    "min": "min",
+    "max": "max",
+    "load": "load_unknown",
+    "no": "no_history",
+    "panic:": "panic",
+}
+LAUNCH_SECONDS = (0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more for each counter, that nobody asks for
+
+
+class Tally(Collector):
+    """What only grows while the manager lives, whatever balancers come, go and start anew."""
+
+    def __init__(self) -> None:
+        self._traffic = {name: _counter(f"backend_{name}", text, "backend") for name, text in TRAFFIC.items()}
+        self._decisions = _counter("decisions", "Decisions, and what had the last word in them.", "verdict", "reason")
+        self._failures = _counter("launch_failures", "Launches that came to nothing, or ended at once.")
+        self._launches = Histogram(
+            "lbscaler_launch_seconds",
+            "Time from a backend's container being there to a balancer finding it ready.",
+            buckets=LAUNCH_SECONDS,
+            registry=None,
+        )
+        self._heard: dict[str, dict[str, Sample]] = {}  # backend → balancer → the newest of its samples
+
+    def collect(self) -> Iterable[Metric]:
+        for metric in (*self._traffic.values(), self._decisions, self._failures, self._launches):
+            yield from metric.collect()
+
+    def changed(self, before: Backend | None, after: Backend | None, now: float) -> None:
+        """A backend has come, gone, or become another."""
+        for counter in self._traffic.values():
+            if before is None and after is not None:
+                counter.labels(after.name)  # is there from the start, at zero, so that no increase is missed
+            elif before is not None and after is None:
+                counter.remove(before.name)
+        if before is not None and after is None:
+            self._heard.pop(before.name, None)
+        if before and after and before.state in (SPARE, STARTING) and after.ready and not before.ready:
+            self._launches.observe(now - after.launched)
+
+    def reported(self, report: Report, fleet: Fleet) -> None:
+        """Adds what a balancer has counted since its last report; one that started anew begins at zero."""
+        for backend in fleet.values():
+            sample = report.backends.get(backend.ip)
+            if sample is None or sample.id not in ("", backend.short_id):
+                continue  # another backend had the address before
+            heard = self._heard.setdefault(backend.name, {})
+            last = heard.get(report.balancer)
+            for name, counter in self._traffic.items():
+                new, old = getattr(sample, name), getattr(last, name, 0)
+                counter.labels(backend.name).inc(new - old if new >= old else new)
+            heard[report.balancer] = sample
+
+    def decided(self, decision: Decision) -> None:
+        self._decisions.labels(decision.verdict, reason(decision)).inc()
+
+    def launch_failed(self) -> None:
+        self._failures.inc()
+
+
+class State(Collector):
+    """The gauges; `status` is asked anew at each scrape."""
+
+    def __init__(self, status: Callable[[], dict[str, Any]]) -> None:
+        self._status, self._version = status, version()  # once: the file may change beneath a running manager
+
+    def collect(self) -> Iterable[Metric]:
+        yield _each("build_info", "1, labelled with the version that runs.", "version", {self._version: 1})
+        yield from gauges(self._status())
+
+
+def registry(tally: Tally, status: Callable[[], dict[str, Any]]) -> CollectorRegistry:
+    """Everything that one manager tells."""
+    made = CollectorRegistry()
+    made.register(tally)
+    made.register(State(status))
+    return made
+
+
+def reason(decision: Decision) -> str:
+    """The kind of limit that had the last word; `load` where none had."""
+    return REASONS.get(decision.clamps[-1].split(" ")[0], "stable_window") if decision.clamps else "load"
+
+
+def gauges(status: Mapping[str, Any]) -> Iterable[Metric]:
+    backends, launches, rate = status["backends"], status["launches"], status["rate"]
+    ages = {balancer["id"]: balancer["last_seen"] for balancer in status["balancers"]}
+    states = {state: sum(b["state"] == state for b in backends) for state in STATES}
+    ready = sum(b["state"] == "active" and b["healthy"] is True for b in backends)
+
+    yield _each("backend_share", "Part of the new connections, 0 to 1.", "backend", _column(backends, "share"))
+    yield _each("backend_active", "Open connections.", "backend", _column(backends, "active"))
+    yield _each("backends", "Backends by state.", "state", states)
+    yield _one("ready_backends", "Backends in rotation that a balancer finds healthy.", ready)
+    yield _one("desired_backends", "Backends wanted in rotation.", status["desired"])
+    yield _one("min_backends", "Fewest backends allowed.", status["min"])
+    yield _one("max_backends", "Most backends allowed.", status["max"])
+    # Unknown is no sample, never a zero.
+    load = {} if rate is None else {status["metric"]: rate}
+    yield _each("load", "The fleet's load at the last decision: per second, or open connections.", "metric", load)
+    yield _one("target", "Load that one backend is to bear, in the load's unit.", status["target"])
+    yield _one("paused", "1 while decisions are not carried out.", status["paused"])
+    yield _one("engine_reachable", "1 while the engine that runs the backends answers.", status["engine"] == "ok")
+    yield _one("launch_backoff_seconds", "Time until the next launch, after failed ones.", launches["retry_in"])
+    yield _one("update_given_up", "1 once an update has gone back by itself.", bool(launches["update_given_up"]))
+    yield _one("balancers", "Balancers that report.", len(ages))
+    yield _each("balancer_last_seen_seconds", "Time since a balancer's newest report.", "balancer", ages)
+
+
+def version() -> str:
+    """The newest heading of CHANGELOG.md; the only place that knows."""
+    with suppress(OSError):
+        for line in (ROOT / "CHANGELOG.md").read_text().splitlines():
+            if line.startswith("## "):
+                return line.split()[1].lower()
+    return "unknown"
+
+
+def _counter(name: str, text: str, *labels: str) -> Counter:
+    return Counter(f"lbscaler_{name}", text, labels, registry=None)
+
+
+def _one(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(f"lbscaler_{name}", text, value)
+
+
+def _each(name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:
+    family = GaugeMetricFamily(f"lbscaler_{name}", text, labels=[label])
+    for key, value in values.items():
+        family.add_metric([key], value)
+    return family
+
+
+def _column(backends: Iterable[Mapping[str, Any]], name: str) -> dict[str, float]:
+    return {backend["name"]: backend[name] for backend in backends}

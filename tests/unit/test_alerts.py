@@ -1,0 +1,53 @@
+"""The alert rules that are shipped: promtool finds them sound, each has been made to fire and to keep still, and what
+they ask for is there."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from prometheus_client import generate_latest
+
+from exposition import exposition
+from fakes import Clock, FakeEngine, controller
+from metrics import registry
+from netfilter import Netfilter
+from synchronization_client import Balancer
+from wire import Manager
+
+ROOT = Path(__file__).parents[2]
+RULES, CASES = (ROOT / "docs" / "alerts.yml").read_text(), (ROOT / "tests" / "alerts.yml").read_text()
+ALERTS = re.findall(r"alert: (\w+)", RULES)
+
+
+@pytest.mark.skipif(not shutil.which("promtool"), reason="needs promtool, of Debian's package prometheus")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("check", "rules", "docs/alerts.yml"),
+        ("test", "rules", "tests/alerts.yml"),
+        ("check", "config", "docs/prometheus.yml"),
+    ],
+    ids=" ".join,
+)
+def test_promtool_finds_the_rules_sound(words: tuple[str, ...]) -> None:
+    done = subprocess.run(["promtool", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("alert", ALERTS)
+def test_each_alert_has_a_case_that_fires_it_and_one_that_does_not(alert: str) -> None:
+    assert re.search(rf"alertname: {alert}\n +exp_alerts:\n +- exp_labels:", CASES)
+    assert re.search(rf"alertname: {alert}}}", CASES)
+
+
+def test_the_alerts_ask_for_nothing_that_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Netfilter, "conntrack_use", lambda self: (1, 2))
+    manager = controller(FakeEngine(), tmp_path, Clock())
+    balancer = Balancer(Netfilter("nft"), Manager("127.0.0.1:1", "token", "b1"), "b1")
+    balancer._prober._loop.close()  # nobody is probed
+    told = (generate_latest(registry(manager.tally, manager.status)) + exposition(balancer.gauges())).decode()
+    assert set(re.findall(r"lbscaler_\w+", RULES)) <= set(re.findall(r"# TYPE (\w+)", told))

@@ -1,0 +1,304 @@
+"""A cluster on one machine: three engines, each in a network namespace of its own, and a registry, joined by a bridge
+in one more. Addresses are of 198.18.0.0/15, the networks kept for tests. Everything ends with the process that made it:
+`Cluster.close` ends what it started, by pid."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+_libc = ctypes.CDLL(None, use_errno=True)
+REGISTRY = "198.18.0.254:5005"
+BRIDGE_SYSCTL = "/proc/sys/net/bridge/bridge-nf-call-iptables"
+
+
+def sh(command: str) -> str:
+    done = subprocess.run(["/bin/bash", "-euc", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+    return done.stdout.strip()
+
+
+def until(condition: Callable[[], Any], what: str, seconds: float = 60.0) -> Any:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(0.1)
+    raise AssertionError(f"not within {seconds:g} s: {what}")
+
+
+def within(namespace: str, call: Callable[[], T]) -> T:
+    """The result of `call`, run by a thread in that network namespace."""
+    results: list[T] = []
+
+    def enter() -> None:
+        with Path(f"/run/netns/{namespace}").open() as door:
+            assert _libc.setns(door.fileno(), 0x40000000) == 0, os.strerror(ctypes.get_errno())
+        results.append(call())
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert results, "the call raised"
+    return results[0]
+
+
+class Node:
+    """One engine in its namespace."""
+
+    def __init__(self, cluster: Cluster, number: int) -> None:
+        self.name = f"{cluster.prefix}n{number}"
+        self.ip = f"198.18.0.{number}"
+        self.place = cluster.place / f"n{number}"
+        self.socket = self.place / "docker.sock"
+        self.env = {**os.environ, "DOCKER_HOST": f"unix://{self.socket}"}
+        self.link = f"{cluster.prefix}l{number}"
+        self._fabric = cluster.fabric
+        self._engine: subprocess.Popen[bytes] | None = None
+        sh(f"""ip netns add {self.name}
+               ip link add eth0 netns {self.name} type veth peer name {self.link} netns {self._fabric}
+               ip -n {self._fabric} link set {self.link} master br0 up
+               ip -n {self.name} link set lo up
+               ip -n {self.name} addr add {self.ip}/24 dev eth0
+               ip -n {self.name} link set eth0 up
+               ip -n {self.name} route add default via 198.18.0.254""")
+        self.place.mkdir()
+
+    def inside(self, *command: str) -> list[str]:
+        """`command`, in this node's network (and with this host's cgroups, which `ip netns exec` would hide)."""
+        return ["nsenter", f"--net=/run/netns/{self.name}", *command]
+
+    def run(self, *command: str, timeout: float = 300, status: int = 0) -> str:
+        done = subprocess.run(
+            self.inside(*command), env=self.env, capture_output=True, text=True, timeout=timeout, check=False
+        )
+        assert done.returncode == status, f"{command}\n{done.stdout}{done.stderr}"
+        return done.stdout.strip()
+
+    def get(self, url: str) -> str:
+        """The body of an HTTP answer, asked from this node; empty where there is none."""
+
+        def ask() -> str:
+            try:
+                with urllib.request.urlopen(url, timeout=5) as answer:
+                    return str(answer.read().decode())
+            except OSError:
+                return ""
+
+        return within(self.name, ask)
+
+    def docker(self, *arguments: str) -> str:
+        return self.run("docker", *arguments)
+
+    def start_engine(self) -> None:
+        command = self.inside(
+            "unshare", "--uts", "sh", "-c", 'hostname "$0"; exec "$@"', self.name,
+            "dockerd", "--host", f"unix://{self.socket}", "--data-root", str(self.place / "data"),
+            "--exec-root", str(self.place / "exec"), "--pidfile", str(self.place / "dockerd.pid"),
+            "--insecure-registry", REGISTRY,
+        )  # fmt: skip
+        with (self.place / "dockerd.log").open("ab") as log:
+            self._engine = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        until(lambda: not subprocess.run(["docker", "info"], env=self.env, capture_output=True, check=False).returncode,
+              f"the engine of {self.name} answers")  # fmt: skip
+
+    def kill_engine(self) -> None:
+        """The machine's end, as far as others can see: its engine, its containers and its link."""
+        self.cut()
+        self.end(signal.SIGKILL)
+
+    def end(self, how: int = signal.SIGTERM) -> None:
+        if self._engine is None:
+            return
+        self._engine.send_signal(how)
+        self._engine.wait(60)
+        self._engine = None
+        for pid in self.processes():
+            os.kill(pid, signal.SIGKILL)
+
+    def processes(self) -> list[int]:
+        """What this node's engine leaves behind when it is killed: its containerd, and what is in its containers."""
+        place = self.place / "data" / "containers"
+        containers = [entry.name for entry in place.iterdir()] if place.is_dir() else []
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                words = (process / "cmdline").read_bytes().decode(errors="replace")
+                groups = (process / "cgroup").read_text()
+            except OSError:  # it has ended
+                continue
+            if f"{self.place}/" in words or any(f"/docker/{id_}" in groups for id_ in containers):
+                found.append(int(process.name))
+        return found
+
+    def cut(self) -> None:
+        sh(f"ip -n {self._fabric} link set {self.link} down")
+
+    def mend(self) -> None:
+        sh(f"ip -n {self._fabric} link set {self.link} up")
+
+
+class Cluster:
+    def __init__(self, place: Path, count: int = 3) -> None:
+        self.place, self.prefix = place, f"lb{os.getpid() % 100000}"
+        self.fabric = f"{self.prefix}f"
+        self.nodes: list[Node] = []
+        self._registry: subprocess.Popen[bytes] | None = None
+        self._count = count
+
+    def open(self) -> None:
+        sh(f"""ip netns add {self.fabric}
+               ip -n {self.fabric} link set lo up
+               ip -n {self.fabric} link add br0 type bridge
+               ip -n {self.fabric} addr add 198.18.0.254/24 dev br0
+               ip -n {self.fabric} link set br0 up
+               [ ! -e {BRIDGE_SYSCTL} ] || nsenter --net=/run/netns/{self.fabric} sh -c 'echo 0 >{BRIDGE_SYSCTL}'""")
+        self._start_registry()
+        self.nodes = [Node(self, number) for number in range(1, self._count + 1)]
+        for node in self.nodes:
+            node.start_engine()
+
+    def _start_registry(self) -> None:
+        config = self.place / "registry.yml"
+        config.write_text(
+            f"version: 0.1\nlog: {{level: error}}\nhttp: {{addr: {REGISTRY}}}\n"
+            f"storage: {{filesystem: {{rootdirectory: {self.place}/registry}}, delete: {{enabled: true}}}}\n"
+        )
+        command = ["nsenter", f"--net=/run/netns/{self.fabric}", "docker-registry", "serve", str(config)]
+        with (self.place / "registry.log").open("ab") as log:
+            self._registry = subprocess.Popen(command, stdout=log, stderr=log)
+
+    def join(self) -> None:
+        """Makes one Swarm of the nodes, every one a manager, so that any may be lost."""
+        first, *others = self.nodes
+        first.docker("swarm", "init", "--advertise-addr", first.ip, "--default-addr-pool", "198.19.0.0/16",
+                     "--default-addr-pool-mask-length", "22")  # fmt: skip
+        token = first.docker("swarm", "join-token", "-q", "manager")
+        for node in others:
+            node.docker("swarm", "join", "--advertise-addr", node.ip, "--token", token, f"{first.ip}:2377")
+
+    def close(self) -> None:
+        for node in self.nodes:
+            node.mend()
+            node.end()
+        if self._registry is not None:
+            self._registry.terminate()
+            self._registry.wait(10)
+        for node in self.nodes:
+            sh(f"grep -F {node.place} /proc/mounts | cut -d' ' -f2 | sort -r | xargs -r -n1 umount -l || true")
+            subprocess.run(["ip", "netns", "del", node.name], check=False)
+            shutil.rmtree(node.place, ignore_errors=True)
+        subprocess.run(["ip", "netns", "del", self.fabric], check=False)
+
+
+class Load:
+    """hey, from the bridge between the nodes: new connections to one node at a bounded rate for a bounded time."""
+
+    LANES, WORKERS = 4, 5
+
+    def __init__(self, cluster: Cluster, node: Node, seconds: int, per_second: int) -> None:
+        each = per_second / self.LANES / self.WORKERS
+        command = ["nsenter", f"--net=/run/netns/{cluster.fabric}", "hey", "-z", f"{seconds}s", "-c", str(self.WORKERS)]
+        command += ["-q", str(each), "-t", "30", "-disable-keepalive", f"http://{node.ip}:8000/"]
+        self._lanes = []
+        for _ in range(self.LANES):
+            self._lanes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+            time.sleep(self.WORKERS / per_second)
+
+    def result(self) -> tuple[int, list[str]]:
+        """(answers with status 200, the lines that tell of any other outcome)."""
+        answered, others = 0, []
+        for lane in self._lanes:
+            text = lane.communicate(timeout=120)[0]
+            answered += sum(int(n) for n in re.findall(r"\[200\]\s+(\d+) responses", text))
+            others += re.findall(r"\[(?!200\])\d{3}\]\s+\d+ responses", text)
+            others += [line.strip() for line in text.partition("Error distribution:")[2].splitlines() if line.strip()]
+        assert answered, text
+        return answered, others
+
+
+class System:
+    """The project on a cluster, run from `tree` on one node."""
+
+    PROJECT = "lbscaler"
+    FAST = ("--interval", "1", "--panic-window", "3", "--stable-window", "6", "--drain-timeout", "8")
+
+    def __init__(self, cluster: Cluster, node: Node, tree: Path) -> None:
+        self.cluster, self.node, self.tree = cluster, node, tree
+        self.run_dir = tree / "run" / self.PROJECT
+
+    def up(self, *flags: str, status: int = 0) -> str:
+        words = [str(self.tree / "run.sh"), "--orchestrator", "swarm", "--no-install", *flags]
+        done = subprocess.run(
+            self.node.inside(*words), env=self.node.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            timeout=240, check=False,
+        )  # fmt: skip
+        assert done.returncode == status, done.stdout
+        return done.stdout
+
+    def down(self, *flags: str) -> str:
+        return self.node.run(str(self.tree / "stop.sh"), *flags)
+
+    def status(self) -> dict[str, Any]:
+        text = self.node.get("http://127.0.0.1:5000/status")
+        return dict(json.loads(text)) if text else {"backends": [], "balancers": []}
+
+    def active(self) -> list[dict[str, Any]]:
+        return [b for b in self.status()["backends"] if b["state"] == "active" and b["healthy"]]
+
+    def settled(self, count: int, balancers: int = 3, seconds: float = 90) -> list[dict[str, Any]]:
+        def there() -> list[dict[str, Any]]:
+            status = self.status()
+            rows = status["backends"]
+            well = len(rows) == count and all(b["state"] == "active" and b["healthy"] for b in rows)
+            # every balancer has to have reported of all of them
+            same = {b["revision"] for b in status["balancers"]} == {status.get("revision")}
+            return rows if well and same and len(status["balancers"]) == balancers else []
+
+        rows: list[dict[str, Any]] = until(there, f"{count} active backends, {balancers} balancers", seconds)
+        return rows
+
+    def scale(self, **limits: int) -> None:
+        self.node.run(
+            "curl",
+            "-sf",
+            "--unix-socket",
+            str(self.run_dir / "manager.sock"),
+            "localhost/scale",
+            "-d",
+            json.dumps(limits),
+        )
+
+    def log(self) -> str:
+        return (self.run_dir / "manager.log").read_text()
+
+    def replicas(self) -> int:
+        template = "{{.Spec.Mode.Replicated.Replicas}}"
+        return int(self.node.docker("service", "inspect", "--format", template, f"{self.PROJECT}-backend"))
+
+    def rotation(self, node: Node) -> set[str]:
+        """The addresses that the balancer on `node` deals to now."""
+        balancer = self.balancer(node)
+        if not balancer:
+            return set()
+        text = node.docker("exec", balancer, "python3", "-c",
+            "import urllib.request as u;print(u.urlopen('http://127.0.0.1:5000/sync').read().decode())")  # fmt: skip
+        return set(json.loads(text)["rotation"])
+
+    def balancer(self, node: Node) -> str:
+        return node.docker("ps", "-q", "--filter", "label=lbscaler.role=balancer").split("\n")[0]
+
+    def manager_pid(self) -> int:
+        return int((self.run_dir / "manager.pid").read_text())

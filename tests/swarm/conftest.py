@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from swarm.cluster import REGISTRY, Cluster, System
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOLS = ("dockerd", "docker", "docker-registry", "nsenter", "ip", "hey", "curl", "openssl")
+
+
+def _obstacle() -> str:
+    if os.geteuid():
+        return "needs root"
+    if missing := [tool for tool in TOOLS if not shutil.which(tool)]:
+        return f"needs {', '.join(missing)}"
+    if subprocess.run(["unshare", "--net", "true"], capture_output=True, check=False).returncode:
+        return "needs network namespaces"
+    if subprocess.run(["docker", "info"], capture_output=True, check=False).returncode:
+        return "needs a Docker Engine that answers, to build the images with"
+    return ""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ours = [item for item in items if "swarm" in item.path.parts]
+    why = _obstacle() if ours else ""
+    for item in ours:
+        if why:
+            item.add_marker(pytest.mark.skip(reason=why))
+
+
+def copy_tree(place: Path) -> Path:
+    names = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for name in names.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, place / name)
+    return place
+
+
+# The nodes have no way out to install or build anything: that is done here, with this host's engine.
+PREPARE = """
+. manager/host.sh
+mkdir -p run; LOG=run/prepare.log; LB_BASE_IMAGE=debian:trixie-slim
+for folder in balancer server; do
+    build_image $folder lbscaler-$folder:$(digest $folder)
+    docker save lbscaler-$folder:$(digest $folder) | docker --host "$1" load
+done
+python3 -m venv .venv
+.venv/bin/python -m pip install -q --require-hashes --only-binary :all: -r manager/requirements.txt
+sha256sum <manager/requirements.txt >.venv/stamp
+"""
+
+
+def image_of(tree: Path, folder: str) -> str:
+    """The tag that run.sh gives that folder's image."""
+    words = f". manager/host.sh; LB_BASE_IMAGE=debian:trixie-slim; echo lbscaler-{folder}:$(digest {folder})"
+    done = subprocess.run(["/bin/bash", "-euc", words], cwd=tree, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    # Short, and not below pytest's own folder: a socket's path has no more than 107 characters.
+    with tempfile.TemporaryDirectory(prefix="lbswarm") as place:
+        made = Cluster(Path(place))
+        try:
+            made.open()
+            made.join()
+            yield made
+        finally:
+            made.close()
+
+
+@pytest.fixture(scope="session")
+def tree(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = copy_tree(tmp_path_factory.mktemp("swarm") / "a checkout")
+    done = subprocess.run(
+        ["/bin/bash", "-euc", PREPARE, "prepare", f"unix://{cluster.nodes[0].socket}"], cwd=place, capture_output=True,
+        text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return place
+
+
+@pytest.fixture(scope="session")
+def running(cluster: Cluster, tree: Path) -> Iterator[System]:
+    """Three backends that no load moves, on three nodes."""
+    system = System(cluster, cluster.nodes[0], tree)
+    system.up("3", *System.FAST, "--registry", REGISTRY, "--min", "3", "--max", "9", "--target", "100000")
+    yield system
+    system.down("--now")
+
+
+@pytest.fixture
+def system(running: System) -> System:
+    running.scale(min=3, max=3)
+    running.settled(3)
+    return running

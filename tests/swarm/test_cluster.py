@@ -1,0 +1,290 @@
+"""Three nodes, each a real engine in a namespace of its own: what one Swarm has to do under load and under loss."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from swarm.cluster import REGISTRY, Cluster, Load, Node, System, until, within
+from swarm.conftest import copy_tree, image_of
+
+Figure = Callable[[str], None]
+
+
+def who(node: Node) -> str:
+    return node.get(f"http://{node.ip}:8000/").split(" ")[0]
+
+
+def addresses(rows: list[dict[str, str]], node_id: str) -> set[str]:
+    return {row["ip"] for row in rows if row["node"] == node_id}
+
+
+def node_id(node: Node) -> str:
+    return node.docker("info", "--format", "{{.Swarm.NodeID}}")
+
+
+def test_every_node_serves_and_the_reports_add_up(cluster: Cluster, system: System) -> None:
+    rows = system.settled(3)
+    assert len({row["node"] for row in rows}) == 3
+    before = sum(row["connections"] for row in rows)
+    seen: set[str] = set()
+    for node in cluster.nodes:
+        answers = {who(node) for _ in range(20)}
+        assert "" not in answers
+        seen |= answers
+    assert len(seen) == 3
+    until(lambda: sum(row["connections"] for row in system.active()) == before + 60, "60 connections more in all")
+
+
+def test_the_services_are_what_was_asked_for(system: System) -> None:
+    backend = f"{system.PROJECT}-backend"
+
+    def told(service: str, template: str) -> str:
+        return system.node.docker("service", "inspect", "--format", template, service)
+
+    assert told(backend, "{{.Spec.EndpointSpec.Mode}}") == "dnsrr"
+    container = "{{with .Spec.TaskTemplate.ContainerSpec}}{{.StopGracePeriod}} {{.ReadOnly}} {{.CapabilityDrop}}{{end}}"
+    assert told(backend, container) == "8s true [ALL]"
+    assert told(f"{system.PROJECT}-balancer", "{{.Spec.Mode.Global}}") == "{}"
+    port = "{{range .Spec.EndpointSpec.Ports}}{{.PublishMode}} {{.PublishedPort}}{{end}}"
+    assert told(f"{system.PROJECT}-balancer", port) == "host 8000"
+    added = "{{.Spec.TaskTemplate.ContainerSpec.CapabilityAdd}}"
+    assert told(f"{system.PROJECT}-balancer", added) == "[CAP_NET_ADMIN CAP_NET_RAW]"
+
+
+def test_three_to_nine_to_three_under_load_fails_no_request(cluster: Cluster, system: System, figure: Figure) -> None:
+    loads = [Load(cluster, node, seconds=40, per_second=30) for node in cluster.nodes]
+    time.sleep(2)
+    began = time.monotonic()
+    system.scale(min=9, max=9)
+    system.settled(9)
+    grown = time.monotonic() - began
+    time.sleep(2)
+    system.scale(min=3, max=3)
+    system.settled(3)
+    results = [load.result() for load in loads]
+    others = [line for _, lines in results for line in lines]
+    answered = sum(count for count, _ in results)
+    figure(
+        f"Swarm, 3→9→3 on three nodes at 90 connections/s: {len(others)} of {answered} failed; 3→9 took {grown:.1f} s"
+    )
+    assert others == []
+    assert answered > 2500
+    assert "its engine is about to stop it" in system.log()
+
+
+def test_somebody_elses_update_in_between_is_met_with_another_look(system: System) -> None:
+    meddling = subprocess.Popen(
+        ["/bin/bash", "-c", "for i in $(seq 30); do docker service update -d --label-add n=$i lbscaler-backend; done"],
+        env=system.node.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        for count in (4, 5, 6, 3):
+            system.scale(min=count, max=count)
+            until(lambda count=count: system.replicas() == count, f"{count} replicas", 20)
+    finally:
+        meddling.wait(60)
+    system.settled(3)
+
+
+def test_a_balancer_prefers_its_own_node_when_told_to(cluster: Cluster, system: System) -> None:
+    system.up("--locality", "prefer")
+    try:
+        system.settled(3)
+        for node in cluster.nodes:
+            near = node.docker("ps", "-q", "--filter", "label=lbscaler.role=backend")
+            until(
+                lambda node=node, near=near: [who(node) for _ in range(12)].count(near[:12]) >= 7, "most stay near", 20
+            )
+        # and what is far still gets some
+        far = sum(who(cluster.nodes[0]) != who(cluster.nodes[0]) for _ in range(30))
+        assert far > 0
+    finally:
+        system.up("--locality", "")
+
+
+def test_a_rolling_update_is_swarms_and_fails_no_request(cluster: Cluster, system: System, figure: Figure) -> None:
+    before = {row["name"] for row in system.settled(3)}
+    loads = [Load(cluster, node, seconds=35, per_second=20) for node in cluster.nodes[:2]]
+    system.up("--env", "COLOUR=blue")
+    until(lambda: not before & {row["name"] for row in system.status()["backends"]}, "all replaced", 90)
+    system.settled(3)
+    results = [load.result() for load in loads]
+    others = [line for _, lines in results for line in lines]
+    figure(f"Swarm, rolling update of three at 40 connections/s: {len(others)} of {sum(n for n, _ in results)} failed")
+    assert others == []
+    backend = system.node.docker("ps", "-q", "--filter", "label=lbscaler.role=backend").split()[0]
+    assert system.node.docker("exec", backend, "printenv", "COLOUR") == "blue"
+
+
+def test_an_update_that_cannot_work_is_taken_back_and_not_tried_again(system: System) -> None:
+    before = {row["name"] for row in system.settled(3)}
+    system.up("--memory", "7m")  # too little to live
+    state = ["service", "inspect", "--format", "{{with .UpdateStatus}}{{.State}}{{end}}", f"{system.PROJECT}-backend"]
+    until(lambda: system.node.docker(*state) == "rollback_completed", "Swarm goes back", 120)
+    time.sleep(3)
+    assert system.node.docker(*state) == "rollback_completed"
+    kept = {row["name"] for row in system.settled(3)}
+    assert len(kept & before) >= 2
+    system.up("--memory", "256m")
+    system.settled(3)
+
+
+def test_a_killed_manager_takes_over_what_runs(system: System) -> None:
+    before, pid = {row["name"] for row in system.settled(3)}, system.manager_pid()
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: system.manager_pid() != pid and system.status()["backends"], "the manager is back", 20)
+    assert {row["name"] for row in system.settled(3)} == before
+
+
+def test_who_listens_between_the_nodes_learns_nothing_that_opens_a_door(cluster: Cluster, system: System) -> None:
+    system.settled(3)
+    token = (system.run_dir / "token").read_text().strip()
+
+    def listen() -> bytes:
+        heard = b""
+        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3)) as ear:
+            ear.bind((cluster.nodes[1].link, 0))
+            ear.settimeout(1)
+            end = time.monotonic() + 6
+            while time.monotonic() < end:
+                try:
+                    heard += ear.recv(65535)
+                except TimeoutError:
+                    continue
+        return heard
+
+    heard = within(cluster.fabric, listen)
+    port = (5000).to_bytes(2, "big")
+    assert port in heard, "the reports went by"
+    for secret in (token.encode(), b"Bearer", b"pkts_info", system.settled(3)[0]["name"].encode()):
+        assert secret not in heard
+    door = f"{cluster.nodes[0].ip}:5000"
+    assert cluster.nodes[1].get(f"http://{door}/status") == ""  # plain HTTP is not answered
+    refused = cluster.nodes[1].run("curl", "-sk", f"https://{door}/status")
+    assert "needs the token" in refused
+    told = cluster.nodes[1].run("curl", "-sk", "-H", f"Authorization: Bearer {token}", f"https://{door}/status")
+    assert '"desired":3' in told
+    # whoever is not the manager is not believed
+    unknown = cluster.nodes[1].run("curl", "-s", f"https://{door}/status", status=60)
+    assert unknown == ""
+
+
+def away(system: System, cluster: Cluster, gone: set[str], nodes: list[Node]) -> bool:
+    return all(not system.rotation(node) & gone for node in nodes)
+
+
+@pytest.mark.parametrize("how", ["cut", "kill_engine"])
+def test_a_lost_node_leaves_every_rotation_before_swarm_notices_and_comes_back_without_doubles(
+    cluster: Cluster, system: System, how: str, figure: Figure
+) -> None:
+    first, second, third = cluster.nodes
+    rows, third_id = system.settled(3), node_id(third)
+    gone = addresses(rows, third_id)
+    assert gone
+    load = Load(cluster, second, seconds=12, per_second=30)
+    time.sleep(1)
+    getattr(third, how)()
+    began = time.monotonic()
+    until(lambda: away(system, cluster, gone, [first, second]), "out of every rotation", 30)
+    took = time.monotonic() - began
+    noticed = first.docker("node", "inspect", "--format", "{{.Status.State}}", third_id)
+    answered, others = load.result()
+    figure(
+        f"Swarm, a node lost ({how}): out of every rotation after {took:.1f} s, when Swarm still called it {noticed}; "
+        f"{len(others)} kinds of failure among {answered} requests to another node"
+    )
+    assert noticed == "ready"
+    assert others == []
+    until(lambda: len({r["ip"] for r in system.active()} - gone) >= 3, "Swarm's replacements are in", 90)
+    third.mend()
+    if how == "kill_engine":
+        third.start_engine()
+    until(
+        lambda: first.docker("node", "inspect", "--format", "{{.Status.State}}", third_id) == "ready", "it is back", 60
+    )
+    system.settled(3)
+    assert system.replicas() == 3
+
+
+@pytest.fixture
+def elsewhere(cluster: Cluster, system: System, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+    """The same project's files on another node, where the manager has never run."""
+    place = copy_tree(tmp_path_factory.mktemp("node2") / "another checkout")
+    shutil.copytree(system.tree / ".venv", place / ".venv", symlinks=True)
+    second = cluster.nodes[1]
+    second.run("docker", "pull", system.node.docker("service", "inspect", "--format",
+               "{{.Spec.TaskTemplate.ContainerSpec.Image}}", f"{system.PROJECT}-balancer"))  # fmt: skip
+    for folder in ("balancer", "server"):
+        tag = image_of(place, folder)
+        second.docker("pull", f"{REGISTRY}/{tag}")
+        second.docker("tag", f"{REGISTRY}/{tag}", tag)
+    yield System(cluster, second, place)
+
+
+def test_the_managers_node_is_lost_traffic_goes_on_and_another_node_takes_over(
+    cluster: Cluster, system: System, elsewhere: System, figure: Figure
+) -> None:
+    first, second, third = cluster.nodes
+    system.settled(3)
+    load = Load(cluster, third, seconds=15, per_second=30)
+    first.cut()
+    pid, supervisor = system.manager_pid(), int((system.run_dir / "supervisor.pid").read_text())
+    os.kill(supervisor, signal.SIGKILL)
+    os.kill(pid, signal.SIGKILL)
+    answered, others = load.result()
+    figure(f"Swarm, the manager's node lost: {len(others)} kinds of failure among {answered} requests to another node")
+    assert others == []
+    until(lambda: "Leader" in second.docker("node", "ls", "--format", "{{.ManagerStatus}}"), "another leader", 60)
+    elsewhere.up(*System.FAST, "--registry", REGISTRY, "--min", "3", "--max", "9", "--target", "100000")
+    elsewhere.settled(3, balancers=2)
+    elsewhere.scale(min=4, max=4)
+    elsewhere.settled(4, balancers=2)
+    first.mend()
+    elsewhere.settled(4)
+    # and back: the manager leaves this node as it would for an upgrade of it, and is started where it was
+    for name in ("supervisor", "manager"):
+        os.kill(int((elsewhere.run_dir / f"{name}.pid").read_text()), signal.SIGTERM)
+    until(lambda: not Path(f"/proc/{(elsewhere.run_dir / 'manager.pid').read_text().strip()}").exists(), "it ended")
+    system.up(*System.FAST, "--registry", REGISTRY)
+    system.scale(min=3, max=3)
+    system.settled(3)
+
+
+def test_what_a_swarm_needs_and_has_not_is_told_before_anything_is_touched(cluster: Cluster, tree: Path) -> None:
+    system = System(cluster, cluster.nodes[0], tree)
+    told = system.up("--project", "other", "--port", "8001", "--manager-port", "5001", "--registry", "", status=1)
+    assert "the Swarm has 3 nodes, which need a place to get the images from: --registry HOST:PORT" in told
+    told = system.up("--project", "other", "--spares", "1", status=2)
+    assert "--spares and --preserve-client-ip are for --orchestrator docker" in told
+    cluster.nodes[2].docker("node", "demote", node_id(cluster.nodes[2]))
+    try:
+        worker = System(cluster, cluster.nodes[2], tree)
+        until(lambda: cluster.nodes[2].docker("info", "--format", "{{.Swarm.ControlAvailable}}") == "false", "a worker")
+        told = worker.up("--project", "other", "--registry", REGISTRY, status=1)
+        assert "this node is a worker of its Swarm; run on a manager of it, or: docker node promote" in told
+    finally:
+        cluster.nodes[0].docker("node", "promote", node_id(cluster.nodes[2]))
+
+
+def test_stop_leaves_nothing_on_any_node(cluster: Cluster, running: System) -> None:
+    running.scale(min=3, max=3)
+    running.settled(3)
+    load = Load(cluster, cluster.nodes[1], seconds=4, per_second=30)
+    time.sleep(5)
+    load.result()
+    running.down()
+    for node in cluster.nodes:
+        until(lambda node=node: not node.docker("ps", "-aq", "--filter", f"label=lbscaler.project={running.PROJECT}"),
+              f"no container left on {node.name}", 30)  # fmt: skip
+    assert running.node.docker("service", "ls", "-q") == ""
+    assert running.node.docker("secret", "ls", "-q") == ""
+    assert running.node.docker("network", "ls", "-q", "--filter", "label=lbscaler.project") == ""

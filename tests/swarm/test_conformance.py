@@ -1,0 +1,178 @@
+"""One suite, both engines, for real: whoever runs the backends, the same things are true above it.
+
+The controller is driven by hand; in place of balancers the test says that whatever is in the view is well, and that
+whoever drains has drained.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from controller import Controller
+from docker_engine import DockerEngine, EngineError
+from fakes import settings
+from meter import Report, Sample
+from swarm.cluster import Cluster, Node, until
+from swarm.conftest import image_of
+from swarm_engine import SwarmEngine
+
+ENGINES = {"docker": DockerEngine, "swarm": SwarmEngine}
+
+
+class Driven:
+    def __init__(self, kind: str, node: Node, image: str, place: Path, **changes: object) -> None:
+        self.node, self.project, self.kind = node, f"conform-{kind}", kind
+        self._made = (image, place)
+        self.settings = settings(
+            project=self.project, orchestrator=kind, image=image, min=1, max=5, target=1e6, interval=0.5,
+            panic_window=0.5, drain_timeout=4, constraint=f"node.hostname=={node.name}", **changes,
+        )  # fmt: skip
+        self.engine = ENGINES[kind](self.settings)
+        self.controller = Controller(self.engine, self.settings, place / "ip.txt")
+        self.views: list[dict[str, str]] = []  # id → state, as a balancer would have been told
+        self.controller.adopt(None)
+
+    def again(self, **changes: object) -> Driven:
+        """Another manager of the same project, as after a restart."""
+        self.controller.close()
+        return Driven(self.kind, self.node, *self._made, **changes)
+
+    def turn(self) -> None:
+        """One pass, and what balancers would say to its outcome."""
+        self.controller.step()
+        view = self.controller.wait_for_view("", 0)
+        assert view is not None
+        self.views.append({b["id"]: b["state"] for b in view["backends"]})
+        samples = {b["ip"]: Sample(0, 0, 0, 0, True, id=b["id"]) for b in view["backends"]}
+        self.controller.report(Report("b1", view["revision"], 0.5, samples))
+        for backend in view["backends"]:
+            if backend["state"] == "draining":
+                self.controller.stop(backend["ip"], "drained", "b1")
+
+    def active(self) -> dict[str, str]:
+        """Name → address of the ready ones."""
+        return {b["name"]: b["ip"] for b in self.rows() if b["state"] == "active" and b["healthy"]}
+
+    def rows(self) -> list[dict[str, Any]]:
+        return list(self.controller.status()["backends"])
+
+    def turn_until(self, condition: Callable[[], Any], what: str) -> None:
+        until(lambda: (self.turn(), condition())[1], what, 60)
+
+    def scale(self, count: int) -> None:
+        self.controller.scale(count, count, None)
+        self.turn_until(lambda: len(self.active()) == count == len(self.rows()), f"{count} and no others")
+
+    def containers(self) -> list[str]:
+        return self.node.docker("ps", "-q", "--no-trunc", "--filter", f"label=lbscaler.project={self.project}").split()
+
+
+@pytest.fixture(params=["docker", "swarm"])
+def driven(
+    request: pytest.FixtureRequest, cluster: Cluster, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Driven]:
+    node = cluster.nodes[0]
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{node.socket}")
+    kind, project = request.param, f"conform-{request.param}"
+    image = image_of(tree, "server")
+    how = ["--driver", "overlay"] if kind == "swarm" else []
+    node.docker("network", "create", *how, "--subnet", "198.19.192.0/24", project)
+    made = Driven(kind, node, image, tmp_path)
+    yield made
+    made.controller.close()
+    if kind == "swarm":
+        node.run("/bin/sh", "-c", f"docker service rm {project}-backend || true")
+    else:
+        node.run("/bin/sh", "-c", f"docker ps -aq --filter label=lbscaler.project={project} | xargs -r docker rm -f")
+    until(lambda: not made.containers(), "its containers are gone")
+    until(lambda: node.run("/bin/sh", "-c", f"docker network rm {project} && echo gone || true"), "its network is gone")
+
+
+def test_it_grows_to_what_is_wanted_each_with_an_address_of_its_own(driven: Driven) -> None:
+    driven.scale(3)
+    assert len(set(driven.active().values())) == 3
+    assert all(ip.startswith("198.19.192.") for ip in driven.active().values())
+    assert len(driven.containers()) == 3
+    assert {container.spec for container in driven.engine.list()} == {driven.engine.spec()}
+
+
+def test_who_leaves_drains_in_the_view_before_the_container_has_ended(driven: Driven) -> None:
+    driven.scale(3)
+    driven.views.clear()
+    driven.scale(1)
+    assert len(driven.containers()) == 1
+    gone = driven.views[0].keys() - driven.views[-1].keys()
+    assert len(gone) == 2
+    for id_ in gone:
+        states = [view[id_] for view in driven.views if id_ in view]
+        assert states == sorted(states), "first active, then draining"
+        assert states[-1] == "draining"
+
+
+def test_a_death_is_noticed_with_its_reason_and_made_good(driven: Driven, caplog: pytest.LogCaptureFixture) -> None:
+    driven.scale(2)
+    before = driven.active()
+    driven.node.docker("kill", driven.containers()[0])
+    with caplog.at_level("WARNING"):
+        driven.turn_until(lambda: len(driven.active().keys() & before.keys()) < 2, "a death is noticed")
+        driven.turn_until(lambda: len(driven.active()) == 2 == len(driven.rows()), "it is made good")
+    assert any("its container ended with exit code" in line for line in caplog.messages)
+    assert len(driven.containers()) == 2
+
+
+def test_another_manager_takes_over_and_orders_nothing(driven: Driven) -> None:
+    driven.scale(3)
+    before, containers = driven.active(), set(driven.containers())
+    after = driven.again()
+    assert after.controller.desired == 3
+    for _ in range(5):
+        after.turn()
+    assert after.active() == before
+    assert set(driven.containers()) == containers
+
+
+def test_other_options_replace_all_and_never_fewer_serve_than_wanted(driven: Driven) -> None:
+    driven.scale(2)
+    before = driven.active().keys()
+    after = driven.again(env="NEW=1")
+    fewest = 2
+
+    def replaced() -> bool:
+        nonlocal fewest
+        fewest = min(fewest, len(after.active()))
+        return not after.active().keys() & before and len(after.active()) == 2 == len(after.rows())
+
+    until(lambda: (after.turn(), replaced())[1], "both replaced", 90)
+    assert fewest == 2
+    environments = [driven.node.docker("inspect", "-f", "{{json .Config.Env}}", id_) for id_ in driven.containers()]
+    assert all("NEW=1" in json.loads(text) for text in environments)
+    after.controller.close()
+
+
+def test_hints_come_without_being_asked_for_twice(driven: Driven) -> None:
+    driven.scale(1)
+    events = driven.engine.events()
+    driven.node.docker("kill", driven.containers()[0])
+    assert next(events).action
+
+
+def test_an_engine_out_of_reach_is_one_clear_error_and_the_fleet_stays(driven: Driven) -> None:
+    driven.scale(2)
+    before = driven.active()
+    socket = driven.node.socket
+    socket.rename(socket.with_suffix(".away"))
+    try:
+        with pytest.raises(EngineError):
+            driven.engine.list()
+        driven.controller.step()
+        assert driven.controller.status()["engine"] != "ok"
+        assert driven.active() == before
+    finally:
+        socket.with_suffix(".away").rename(socket)
+    driven.turn()
+    assert driven.controller.status()["engine"] == "ok"

@@ -1,0 +1,193 @@
+"""What of the Swarm engine is values in, values out: the template of a task, and tasks as they are listed."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import docker.errors
+import pytest
+
+import swarm_engine
+from docker_engine import EngineError
+from fakes import settings
+from swarm_engine import SwarmEngine, task_template
+
+SECOND = 10**9
+
+
+def test_a_task_has_least_privilege_the_drain_timeout_for_grace_and_what_was_asked_for() -> None:
+    made = task_template(
+        settings(
+            drain_timeout=7, env="A=1", command="serve 'two words'", memory="64m", cpus="0.5", tmpfs="/run",
+            volume="/srv:/srv data:/data:rw", constraint="node.role==worker", spread="node.labels.zone",
+        ),
+        "image", "",
+    )  # fmt: skip
+    container = made["ContainerSpec"]
+    assert container["CapabilityDrop"] == ["ALL"]
+    assert (container["User"], container["ReadOnly"], container["StopGracePeriod"]) == ("10001:10001", True, 7 * SECOND)
+    assert (container["Image"], container["Args"], container["Env"]) == (
+        "image",
+        ["serve", "two words"],
+        ["LINGER=3", "A=1"],
+    )
+    assert [(m["Type"], m["Target"], m.get("ReadOnly")) for m in container["Mounts"]] == [
+        ("tmpfs", "/tmp", None),
+        ("tmpfs", "/run", None),
+        ("bind", "/srv", True),
+        ("volume", "/data", False),
+    ]
+    assert made["Resources"]["Limits"] == {"MemoryBytes": 64 << 20, "Pids": 128, "NanoCPUs": SECOND // 2}
+    assert made["Placement"] == {
+        "Constraints": ["node.role==worker"],
+        "Preferences": [{"Spread": {"SpreadDescriptor": "node.labels.zone"}}],
+    }
+    assert made["Networks"] == [{"Target": "p"}]
+
+
+def test_a_lifted_rule_is_left_out_of_a_task() -> None:
+    container = task_template(settings(allow="root,capabilities,write"), "image", "")["ContainerSpec"]
+    assert not {"User", "CapabilityDrop"} & container.keys()
+    assert container["ReadOnly"] is False
+
+
+class Api:
+    """Docker's API in memory, as far as the Swarm engine calls it."""
+
+    def __init__(self) -> None:
+        self.service: dict[str, Any] | None = None
+        self.listed: list[dict[str, Any]] = []
+        self.down: set[str] = set()
+        self.races = 0
+        self.updates = 0
+
+    def inspect_service(self, name: str) -> dict[str, Any]:
+        if self.service is None:
+            raise docker.errors.NotFound(name)
+        return json.loads(json.dumps(self.service))  # type: ignore[no-any-return]
+
+    def create_service(self, template: dict[str, Any], **words: Any) -> None:
+        assert words["endpoint_spec"] == {"Mode": "dnsrr"}
+        spec = {"Name": words["name"], "Labels": words["labels"], "Mode": words["mode"], "TaskTemplate": template}
+        self.service = {"ID": "s", "Version": {"Index": 1}, "Spec": spec}
+
+    def update_service(self, _id: str, version: int, **words: Any) -> None:
+        assert self.service is not None
+        if self.races:
+            self.races -= 1
+            self.service["Version"]["Index"] += 1
+        if version != self.service["Version"]["Index"]:
+            raise docker.errors.APIError("rpc error: code = Unknown desc = update out of sequence")
+        self.updates += 1
+        names = {"TaskTemplate": "task_template", "Name": "name", "Labels": "labels", "Mode": "mode"}
+        self.service["Spec"] = {key: words[word] for key, word in names.items()}
+        self.service["Version"]["Index"] += 1
+
+    def tasks(self, filters: dict[str, str]) -> list[dict[str, Any]]:
+        assert filters == {"service": "s"}
+        return self.listed
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"ID": n, "Status": {"State": "down" if n in self.down else "ready"}} for n in ("n1", "n2")]
+
+
+def task(id_: str, state: str = "running", desired: str = "running", node: str = "n1", slot: int = 1) -> dict[str, Any]:
+    return {
+        "ID": id_,
+        "Slot": slot,
+        "NodeID": node,
+        "DesiredState": desired,
+        "Status": {"State": state, "ContainerStatus": {"ExitCode": 3}},
+        "NetworksAttachments": [{"Addresses": [f"198.18.0.{slot + 1}/20"]}],
+    }
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> SwarmEngine:
+    monkeypatch.setattr(swarm_engine.docker, "from_env", lambda timeout: type("Client", (), {"api": Api()})())
+    return SwarmEngine(settings())
+
+
+def api(engine: SwarmEngine) -> Api:
+    made: Api = engine._client.api
+    return made
+
+
+SPEC, OTHER = json.dumps({"ContainerSpec": {"Image": "a"}}), json.dumps({"ContainerSpec": {"Image": "b"}})
+
+
+def test_a_service_is_made_where_there_is_none_and_then_told_another_number(engine: SwarmEngine) -> None:
+    assert engine.list() == []
+    assert engine.replicas == 0
+    engine.resize(3, SPEC)
+    engine.list()
+    assert (engine.replicas, api(engine).updates) == (3, 0)
+    engine.resize(5, SPEC)
+    engine.list()
+    assert (engine.replicas, api(engine).updates) == (5, 1)
+
+
+def test_a_race_that_is_lost_is_run_again_and_given_up_in_the_end(engine: SwarmEngine) -> None:
+    engine.resize(3, SPEC)
+    api(engine).races = 3
+    engine.resize(4, SPEC)
+    engine.list()
+    assert engine.replicas == 4
+    api(engine).races = 1000
+    with pytest.raises(EngineError, match="out of sequence"):
+        engine.resize(5, SPEC)
+
+
+def test_a_service_that_is_not_ours_is_left_alone(engine: SwarmEngine) -> None:
+    engine.resize(3, SPEC)
+    stranger = api(engine).service
+    assert stranger is not None
+    stranger["Spec"]["Labels"] = {"lbscaler.project": "another"}
+    for call in (engine.list, lambda: engine.resize(1, SPEC)):
+        with pytest.raises(EngineError, match="not ours"):
+            call()
+    assert stranger["Spec"]["Mode"] == {"Replicated": {"Replicas": 3}}
+
+
+def test_another_spec_is_an_update_and_one_that_swarm_took_back_is_not_tried_again(engine: SwarmEngine) -> None:
+    engine.resize(2, SPEC)
+    api(engine).listed = [task("t1")]
+    assert [c.spec for c in engine.list()] == [SPEC]
+    engine.resize(2, OTHER)
+    service = api(engine).service
+    assert service is not None
+    assert service["Spec"]["TaskTemplate"] == json.loads(OTHER)
+    assert [c.spec for c in engine.list()] == [OTHER]
+    service["Spec"]["Labels"]["lbscaler.spec"] = SPEC  # Swarm goes back
+    service["Spec"]["TaskTemplate"] = json.loads(SPEC)
+    service["UpdateStatus"] = {"State": "rollback_completed"}
+    assert [c.spec for c in engine.list()] == [OTHER]  # as far as the plan goes, it is done
+    engine.resize(4, OTHER)
+    assert service["Spec"]["TaskTemplate"] == json.loads(SPEC)
+    assert service["Spec"]["Mode"] == {"Replicated": {"Replicas": 4}}
+
+
+def test_a_task_is_listed_while_it_runs_and_once_more_when_it_has_ended(engine: SwarmEngine) -> None:
+    engine.resize(2, SPEC)
+    api(engine).listed = [task("aaaaaaa", "preparing"), task("bbbbbbb", slot=2), task("ccccccc", "failed", slot=3)]
+    (only,) = engine.list()
+    assert (only.name, only.ip, only.status, only.node, only.leaving) == (
+        "p-backend-2.bbbbb",
+        "198.18.0.3",
+        "running",
+        "n1",
+        False,
+    )
+    api(engine).listed = [task("bbbbbbb", desired="shutdown", slot=2)]
+    assert [c.leaving for c in engine.list()] == [True]
+    api(engine).listed = [task("bbbbbbb", "failed", "shutdown", slot=2)]
+    assert [(c.ended, c.exit_code) for c in engine.list()] == [(True, 3)]
+    assert engine.list() == []
+
+
+def test_on_a_node_that_is_down_only_what_swarm_still_counts_on_is_listed(engine: SwarmEngine) -> None:
+    engine.resize(2, SPEC)
+    api(engine).listed = [task("a", node="n2"), task("b", desired="shutdown", node="n2"), task("c", desired="shutdown")]
+    api(engine).down = {"n2"}
+    assert [c.id for c in engine.list()] == ["a", "c"]

@@ -5,21 +5,28 @@ set -euo pipefail
 cd "$(dirname "$0")"
 # shellcheck source=manager/host.sh
 . manager/host.sh
+# shellcheck source=manager/swarm.sh
+. manager/swarm.sh
 
 UNDO=()  # commands that undo what this run began, latest first
 
 main() {
-    mkdir -p run
     LOG=run/run.log
-    : >"$LOG"
     trap 'roll_back $?' EXIT
     trap 'exit 130' INT
     trap 'exit 143' TERM
     case " $* " in *" --no-install "*) NO_INSTALL=1 ;; esac
-    have python3 || need "reading the settings" python3 python3-venv
+    have python3 || { mkdir -p run && need "reading the settings" python3 python3-venv; }
     read_settings "$@"
-
     RUN=run/$LB_PROJECT
+    case "$ACTION" in
+        *doctor*) view python3 manager/doctor.py ;;
+        ?*)
+            [ -x .venv/bin/python ] || die "project $LB_PROJECT does not run here; ./run.sh starts it"
+            view .venv/bin/python manager/watch.py
+            ;;
+    esac
+
     mkdir -p "$RUN/balancer"
     LOG=$RUN/run.log
     exec 9>"$RUN/lock"
@@ -30,12 +37,15 @@ main() {
     ensure_engine
     UNDO=()
     [ -z "$ENGINE_STARTED" ] || UNDO=(stop_engine)
+    ! swarm || join_swarm
     check_host
     build_images
+    ! swarm || publish_images
     [ -n "$(ours balancer)" ] || step "Checking that this kernel has what the rules need" check_kernel
     make_venv
     make_network
-    spare_the_host
+    swarm || spare_the_host
+    ! swarm || share_secrets
     start_manager
     start_balancer
     wait_until_it_serves
@@ -46,6 +56,8 @@ main() {
     [ -z "$FOLLOW" ] || exec tail -n 20 -F "$RUN/manager.log"
 }
 
+swarm() { [ "$LB_ORCHESTRATOR" = swarm ]; }
+
 read_settings() {
     local word settings
     for word in "$@"; do
@@ -55,6 +67,13 @@ read_settings() {
     set -a
     eval "$settings"
     set +a
+}
+
+# view PROGRAM…: one that shows how things are and changes nothing.
+view() {
+    local word
+    for word in $ACTION; do set -- "$@" "--$word"; done
+    exec "$@"
 }
 
 roll_back() {
@@ -72,7 +91,7 @@ roll_back() {
 check_host() {
     local gateway ports=()
     docker info --format '{{.SecurityOptions}}' | grep -q rootless && die "a rootless engine has no bridge on this host; use a rootful one"
-    gateway=$(network_gateway) || gateway=127.0.0.1
+    gateway=$(manager_address) || gateway=127.0.0.1
     [ -n "$(ours balancer)" ] && unchanged LB_PORT && unchanged LB_BIND || ports+=("$LB_BIND:$LB_PORT:--port")
     manager_runs && unchanged LB_MANAGER_PORT ||
         ports+=("127.0.0.1:$LB_MANAGER_PORT:--manager-port" "$gateway:$LB_MANAGER_PORT:--manager-port")
@@ -81,6 +100,8 @@ check_host() {
 
 # unchanged SETTING: whether the running project has the value it is to have.
 unchanged() { grep -qsF "\"$1\": \"${!1}\"" "$RUN/settings.json"; }
+
+manager_address() { if swarm; then echo "$MANAGER_ADDRESS"; else network_gateway; fi; }
 
 network_gateway() {
     docker network inspect "$LB_PROJECT" --format '{{(index .IPAM.Config 0).Gateway}}' 2>/dev/null
@@ -123,13 +144,14 @@ make_network() {
             die "the network $LB_PROJECT is $(network_subnet); ./stop.sh first to have it be --subnet $LB_SUBNET"
         return
     fi
-    local subnet=$LB_SUBNET taken
+    local subnet=$LB_SUBNET taken kind=()
     if [ -z "$subnet" ]; then
         mapfile -t taken < <(docker network ls -q | xargs docker network inspect --format '{{json .IPAM.Config}}' |
             grep -oE '"Subnet":"[0-9./]+"' | cut -d'"' -f4)
         subnet=$(python3 manager/preflight.py subnet "${taken[@]}")
     fi
-    step "Creating the network $LB_PROJECT, $subnet" docker network create --subnet "$subnet" --gateway "$(first_of "$subnet")" \
+    ! swarm || kind=(--driver overlay --attachable)
+    step "Creating the network $LB_PROJECT, $subnet" docker network create "${kind[@]}" --subnet "$subnet" --gateway "$(first_of "$subnet")" \
         --label "lbscaler.project=$LB_PROJECT" --label lbscaler.role=network "$LB_PROJECT"
 }
 
@@ -168,7 +190,7 @@ start_manager() {
         step "Stopping the manager, to start it with changed settings" end_manager
     fi
     [ -s "$RUN/token" ] || (umask 077 && head -c 24 /dev/urandom | od -An -vtx1 | tr -d ' \n' >"$RUN/token")
-    printf '%s:%s\n' "$(network_gateway)" "$LB_MANAGER_PORT" >"$RUN/balancer/hostip.txt"
+    printf '%s:%s\n' "$(manager_address)" "$LB_MANAGER_PORT" >"$RUN/balancer/hostip.txt"
     ln -sf "../$RUN/balancer/hostip.txt" "../$RUN/balancer/ip.txt" balancer/
     [ "$settings" = "$(cat "$RUN/settings.json" 2>/dev/null)" ] || rm -f "$RUN/balancer/orders.json"
     step "Starting the manager" launch_manager
@@ -185,7 +207,7 @@ bring_back() {
 
 launch_manager() {
     local began=$SECONDS settings first=(${BACKENDS:+--backends "$BACKENDS"})
-    export LB_IMAGE=$BACKEND_IMAGE
+    export LB_HEALTH=${LB_HEALTH:-${LB_IMAGE:+tcp}} LB_IMAGE=$BACKEND_IMAGE
     if [ "$(id -u)" -eq 0 ] && [ -d /run/systemd/system ]; then
         mapfile -t settings < <(compgen -e | grep -E '^(LB_|DOCKER_)' | sed 's/^/--setenv=/')
         systemd-run --quiet --collect --unit "$(manager_unit)" --property Restart=on-failure \
@@ -205,13 +227,21 @@ launch_manager() {
 
 start_balancer() {
     local config running
-    config=$(printf '%s\n' "$BALANCER_IMAGE" "$LB_BIND" "$LB_PORT" "$LB_BACKEND_PORT" "$LB_PRESERVE_CLIENT_IP" "$(cat "$RUN/token" "$RUN/balancer/hostip.txt")" | sha256sum | cut -c1-12)
-    running=$(docker ps -q --filter "label=lbscaler.project=$LB_PROJECT" --filter "label=lbscaler.config=$config")
+    config=$(printf '%s\n' "$BALANCER_IMAGE" "$LB_BIND" "$LB_PORT" "$LB_BACKEND_PORT" "$LB_PRESERVE_CLIENT_IP" "$LB_BALANCER_CONSTRAINT" "$(cat "$RUN/token")" "$(swarm || cat "$RUN/balancer/hostip.txt")" | sha256sum | cut -c1-12)
+    if swarm; then
+        running=$(docker service ls -q --filter "label=lbscaler.project=$LB_PROJECT" --filter "label=lbscaler.config=$config")
+    else
+        running=$(docker ps -q --filter "label=lbscaler.project=$LB_PROJECT" --filter "label=lbscaler.config=$config")
+    fi
     if [ -n "$running" ]; then
         say "The balancer is up and its settings are unchanged"
         return
     fi
-    step "Starting the balancer on $LB_BIND:$LB_PORT" launch_balancer "$config"
+    if swarm; then
+        step "Starting a balancer on every node, port $LB_PORT" launch_balancers "$config"
+    else
+        step "Starting the balancer on $LB_BIND:$LB_PORT" launch_balancer "$config"
+    fi
 }
 
 check_kernel() {
@@ -251,10 +281,14 @@ first_answer() {
         if [[ "$status" == *'"state":"active"'* ]] &&
             [[ "$status" != *'"state":"starting"'* || $((SECONDS - began)) -gt 15 ]] &&
             { [ -n "$LB_IMAGE" ] || http_get "$address" "$LB_PORT" /; }; then return; fi
+        # Launches in vain, one after the other, do not get better by waiting.
+        if [[ "$status" =~ \"failed\":([0-9]+) && "${BASH_REMATCH[1]}" -ge 4 && "$status" != *'"state":"active"'* ]]; then break; fi
         sleep 0.1
     done
     docker logs --tail 5 "$LB_PROJECT-balancer"
-    tail -n 5 "$RUN/manager.log"
+    grep "last words" "$RUN/manager.log" | tail -n 3 || true
+    .venv/bin/python manager/watch.py --status || true
+    echo "No backend got ready; see --backend-port, --health and --allow in ./run.sh --help"
     return 1
 }
 

@@ -8,6 +8,8 @@ set -euo pipefail
 cd "$(dirname "$0")"
 # shellcheck source=manager/host.sh
 . manager/host.sh
+# shellcheck source=manager/swarm.sh
+. manager/swarm.sh
 
 LB_PROJECT=${LB_PROJECT:-lbscaler}
 DRAIN=30 IMAGES='' ENGINE=''
@@ -26,7 +28,7 @@ main() {
     remove_manager
     remove_host_rules
     if have docker && engine_answers; then
-        drain
+        if [ -n "$(our_services balancer)$(our_services backend)" ]; then remove_services; else drain; fi
         remove_containers
         remove_network
         [ -z "$IMAGES" ] || remove_images
@@ -107,7 +109,17 @@ remove_network() {
         say "Keeping the network $LB_PROJECT: ${strangers% } is attached to it"
         return 0
     fi
-    step "Removing the network $LB_PROJECT" docker network rm "$network"
+    step "Removing the network $LB_PROJECT" remove_when_free "$network"
+}
+
+# In a Swarm, other nodes' tasks hold on to it until they have ended.
+remove_when_free() {
+    local tries
+    for ((tries = 0; tries < 120; tries++)); do
+        if docker network rm "$1"; then return 0; fi
+        sleep 0.5
+    done
+    return 1
 }
 
 our_images() { docker image ls -q --filter label=lbscaler.image | sort -u; }
@@ -132,7 +144,7 @@ forget_files() {
         [ "$(readlink "$link" 2>/dev/null)" != "../$RUN/balancer/${link##*/}" ] || rm -f "$link"
     done
     [ ! -e "$RUN/balancer/trace.csv" ] || mv "$RUN/balancer/trace.csv" "$RUN/trace.csv"
-    rm -rf "$RUN/balancer" "$RUN/token" "$RUN/settings.json" "$RUN"/*.pid "$RUN/manager.sock"
+    rm -rf "$RUN/balancer" "$RUN/token" "$RUN/manager.pem" "$RUN/settings.json" "$RUN"/*.pid "$RUN/manager.sock"
 }
 
 main "$@"

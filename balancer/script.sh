@@ -26,7 +26,7 @@ first_rules() {
             print "-A PREROUTING -p tcp -m tcp --dport 8000 -m addrtype --dst-type LOCAL -j LB-DISPATCH"
             print "-A POSTROUTING -j LB-MASQ"
             print "COMMIT"
-        }' ip.txt
+        }' "$([ -e ip.txt ] && echo ip.txt || echo /dev/null)" # in a Swarm the client brings the first addresses
 }
 
 # What the rules need of the kernel, one try each in a chain of its own; FEATURE|TABLE|RULE|WHAT IS LOST WITHOUT IT.
@@ -71,7 +71,7 @@ install_first_rules() {
 }
 
 serve() {
-    trap 'exit 0' TERM INT
+    trap 'leave' TERM INT
     install_first_rules
     echo "$IPTABLES" >/run/flavour
     while [ ! -e /run/draining ]; do
@@ -83,6 +83,12 @@ serve() {
     done
     sleep infinity &
     wait $!
+}
+
+# In a Swarm it is Swarm that says when, and there is nobody else to let the connections in hand finish.
+leave() {
+    [ -z "${LB_LEAVE:-}" ] || drain "$LB_LEAVE"
+    exit 0
 }
 
 # For stop.sh, whose manager is gone already: nobody comes in any more, whoever is in may finish.

@@ -27,9 +27,9 @@ from typing import Any
 import requests
 import waitress
 from flask import Flask, Response
-from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
 import ruleset
+from exposition import APPLY_SECONDS, FAILED_PASSES, REPAIRS, exposition
 from netfilter import Netfilter, NetfilterError
 from probe import Health, Prober
 from ruleset import Endpoint
@@ -37,17 +37,20 @@ from weights import Learner
 from wire import Backend, Manager, View
 
 HERE = Path(__file__).parent
+SECRETS = Path("/run/secrets")  # where a Swarm puts them
 SYNC_PORT = 5000
 LOOK, LOOK_COST = 0.5, 0.05  # seconds between looks at the flows, and the most of the time that looking may take
 FULL = 0.9  # of the connection table: worth a warning
+FAR = 0.1  # weight of a backend on another node, where near ones are preferred
 DEAD_AFTER = 10.0  # seconds of failed probes until the manager is asked to replace a backend
 ALL_ILL_AFTER = 30.0  # seconds: the same where no backend is well, and then for one at a time
 
 log = logging.getLogger("balancer")
 
 
-def rotation(view: View, health: Mapping[str, Health]) -> tuple[Endpoint, ...]:
-    """Who gets new connections: the ready ones; where none is, all that ever were (better a chance than none)."""
+def rotation(view: View, health: Mapping[str, Health], node: str = "") -> tuple[Endpoint, ...]:
+    """Who gets new connections: the ready ones; where none is, all that ever were (better a chance than none). Where
+    the view prefers what is near, those on other nodes than ours get little."""
 
     def ready(backend: Backend) -> bool:
         healthy = health.get(backend.id, Health()).healthy
@@ -55,16 +58,17 @@ def rotation(view: View, health: Mapping[str, Health]) -> tuple[Endpoint, ...]:
 
     ours = [backend for backend in view.backends if backend.state in ("starting", "active")]
     chosen = [backend for backend in ours if ready(backend)] or [b for b in ours if b.state == "active"]
-    return tuple(Endpoint(backend.ip, view.port, backend.weight) for backend in chosen)
+    far = FAR if view.locality and any(backend.node == node for backend in chosen) else 1.0
+    return tuple(Endpoint(b.ip, view.port, b.weight * (1.0 if b.node == node else far)) for b in chosen)
 
 
 class Balancer:
     """Keeps the kernel at what the view and the probes ask for, and tells the manager what it sees."""
 
-    def __init__(self, netfilter: Netfilter, manager: Manager, name: str) -> None:
+    def __init__(self, netfilter: Netfilter, manager: Manager, name: str, node: str = "") -> None:
         self.view = View()
         self.converged_at = time.monotonic()
-        self._netfilter, self._manager, self._name = netfilter, manager, name
+        self._netfilter, self._manager, self._name, self._node = netfilter, manager, name, node
         self._wake = threading.Event()
         self._news = threading.Event()  # a backend's health turned: worth a report at once
         self._prober = Prober(self._health_turned)
@@ -98,7 +102,7 @@ class Balancer:
         ids = {backend.ip: backend.id for backend in view.backends}
         verdicts = self._prober.health()
         well = [b.id for b in view.backends if verdicts.get(b.id, Health()).healthy]
-        chosen = self._weighted(rotation(view, verdicts), ids, well, view)
+        chosen = self._weighted(rotation(view, verdicts, self._node), ids, well, view)
         health = {b.ip: verdicts.get(b.id, Health()).healthy for b in view.backends}
         nat = ruleset.parse_table(self._netfilter.table("nat"))
         members = ruleset.parse_set(self._netfilter.members())
@@ -111,9 +115,9 @@ class Balancer:
         leaving = [Endpoint(b.ip, view.port) for b in view.backends if b.ip not in {e.ip for e in chosen}]
         wanted_nat = ruleset.nat(chosen, leaving, view.inside)
         text = ruleset.restore(wanted_nat, nat)
-        self._netfilter.apply(text)
+        self._apply(text)
         for wanted in (ruleset.filters(chosen), ruleset.mangle()):
-            self._netfilter.apply(ruleset.restore(wanted, ruleset.parse_table(self._netfilter.table(wanted.name))))
+            self._apply(ruleset.restore(wanted, ruleset.parse_table(self._netfilter.table(wanted.name))))
         self._forget(gone)
         for ip in {e.ip for e in self._in_rotation if health.get(e.ip) is False} & ids.keys() - {e.ip for e in chosen}:
             self._netfilter.forget_flows(ip, unanswered_only=True)  # who waits for its first word tries another
@@ -123,6 +127,7 @@ class Balancer:
             log.info("rotation %s", " ".join(sorted(e.ip for e in chosen)) or "empty")
         elif text and wanted_nat == self._wanted:
             log.warning("repaired the nat table: somebody else had changed it")
+            REPAIRS.inc()
         self._known, self._in_rotation, self._wanted = ids, chosen, wanted_nat
         self.converged_at = time.monotonic()
 
@@ -134,6 +139,11 @@ class Balancer:
         now, adaptive = time.monotonic(), view.weights == "adaptive"
         self._learner.ready({*well, *(ids[e.ip] for e in chosen)}, now)
         return tuple(replace(e, weight=e.weight * self._learner.weight(ids[e.ip], now, adaptive)) for e in chosen)
+
+    def _apply(self, text: str) -> None:
+        if text:
+            with APPLY_SECONDS.time():
+                self._netfilter.apply(text)
 
     def _forget(self, ips: Iterable[str]) -> None:
         ips = set(ips)
@@ -177,6 +187,7 @@ class Balancer:
                 "packets": traffic.get(b.ip, (0, 0))[0],
                 "bytes": traffic.get(b.ip, (0, 0))[1],
                 "active": self._live.get(b.ip, 0),
+                **({"why": health[b.id].why} if b.id in health and health[b.id].healthy is False else {}),
             }
             for b in view.backends
         ]
@@ -257,11 +268,11 @@ class Balancer:
         """For Prometheus: name → (meaning, value)."""
         used, limit = self._netfilter.conntrack_use()
         return {
-            "rotation_backends": ("backends that get new connections", len(self._in_rotation)),
-            "flows": ("live flows to backends", sum(self._live.values())),
-            "conntrack_entries": ("entries in the connection table", used),
-            "conntrack_entries_limit": ("entries the connection table can hold", limit),
-            "converged_seconds": ("seconds since the last good pass", time.monotonic() - self.converged_at),
+            "rotation_backends": ("Backends that get new connections.", len(self._in_rotation)),
+            "flows": ("Live flows to backends.", sum(self._live.values())),
+            "conntrack_entries": ("Entries in the connection table.", used),
+            "conntrack_entries_limit": ("Entries that the connection table can hold.", limit),
+            "converged_seconds": ("Time since the last good pass.", time.monotonic() - self.converged_at),
         }
 
 
@@ -273,7 +284,8 @@ def _forever(body: Callable[[], None]) -> None:
 def _attempt(body: Callable[[], None]) -> None:
     """Runs one pass of a loop; a pass that fails is told and followed by the next, for the loop must not die."""
     try:
-        body()
+        with FAILED_PASSES.count_exceptions():
+            body()
     except requests.RequestException as error:
         log.warning("manager: %s", error)
     except NetfilterError as error:
@@ -294,21 +306,20 @@ def doors(balancer: Balancer) -> Flask:
 
     @app.get("/metrics")
     def metrics() -> Response:
-        registry = CollectorRegistry()
-        for name, (text, value) in balancer.gauges().items():
-            Gauge(f"lbscaler_balancer_{name}", text, registry=registry).set(value)
-        return Response(generate_latest(registry), mimetype="text/plain; version=0.0.4")
+        return Response(exposition(balancer.gauges()), mimetype="text/plain; version=0.0.4")
 
     return app
 
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout)
-    address = (HERE / "hostip.txt").read_text().strip()
-    name = socket.gethostname()
-    manager = Manager(address, os.environ["LB_TOKEN"], name)
-    balancer = Balancer(Netfilter(os.environ["IPTABLES"]), manager, name)
-    log.info("balancer started, iptables-%s, manager at %s", os.environ["IPTABLES"], address)
+    addresses = os.environ.get("LB_MANAGERS") or (HERE / "hostip.txt").read_text().strip()
+    name, node = socket.gethostname(), os.environ.get("LB_NODE", "")
+    token = os.environ.get("LB_TOKEN") or (SECRETS / "token").read_text().strip()
+    certificate = str(SECRETS / "manager.pem") if node else ""
+    manager = Manager(addresses.split(","), token, name, certificate)
+    balancer = Balancer(Netfilter(os.environ["IPTABLES"]), manager, name, node)
+    log.info("balancer started, iptables-%s, manager at %s", os.environ["IPTABLES"], addresses)
     threading.Thread(
         target=waitress.serve,
         args=(doors(balancer),),

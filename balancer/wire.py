@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from typing import Any
 
 import requests
+from requests.adapters import HTTPAdapter
 
 LONG_POLL = 25.0  # seconds the manager may take to say that nothing is new
 
@@ -18,6 +20,7 @@ class Backend:
     ip: str
     state: str  # starting | active | draining | spare
     weight: float
+    node: str = ""  # the machine it is on, where there are several
 
 
 @dataclass(frozen=True)
@@ -32,13 +35,15 @@ class View:
     drain_timeout: float = 30.0
     weights: str = "equal"  # equal | adaptive
     inside: str = ""  # the backends' network, where they are to see their clients' own addresses
+    locality: str = ""  # prefer: the balancer's own node first
 
     @classmethod
     def parse(cls, message: Mapping[str, Any]) -> View:
         """Reads the manager's answer to GET /sync. Raises KeyError, TypeError or ValueError when it is not one."""
         service = message["service"]
         backends = (
-            Backend(b["id"], str(IPv4Address(b["ip"])), b["state"], float(b["weight"])) for b in message["backends"]
+            Backend(b["id"], str(IPv4Address(b["ip"])), b["state"], float(b["weight"]), b.get("node", ""))
+            for b in message["backends"]
         )
         return cls(
             message["revision"],
@@ -49,33 +54,52 @@ class View:
             float(service["drain_timeout"]),
             service["weights"],
             service["inside"],
+            service.get("locality", ""),
         )
+
+
+class _Pinned(HTTPAdapter):
+    """The name in the manager's certificate is always the same; its address is not."""
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        super().init_poolmanager(*args, assert_hostname="lbscaler-manager", **kwargs)
 
 
 class Manager:
     """The manager's HTTP interface. Every call raises requests.RequestException when the manager is out of reach."""
 
-    def __init__(self, address: str, token: str, balancer: str = "") -> None:
+    def __init__(self, addresses: Sequence[str], token: str, balancer: str = "", certificate: str = "") -> None:
+        """`addresses` are where the manager may be, tried in turn. Where there is a certificate, a file with the
+        manager's own, it has to show that one, whatever its address: then nobody between learns or forges anything."""
         self._balancer = balancer
-        self._url = f"http://{address}"
-        self._headers = {"Authorization": f"Bearer {token}"}
+        self._urls = deque(f"{'https' if certificate else 'http'}://{address}" for address in addresses)
+        self._session = requests.Session()
+        self._session.trust_env = False
+        self._session.headers.update({"Authorization": f"Bearer {token}", "Connection": "close"})
+        if certificate:
+            self._session.verify = certificate
+            self._session.mount("https://", _Pinned())
 
     def sync(self, have: str) -> Mapping[str, Any] | None:
         """The view, as soon as it is another than `have`; None when it stayed the same for LONG_POLL seconds."""
         query = {"have": have, "wait": str(LONG_POLL)}
-        answer = requests.get(f"{self._url}/sync", params=query, headers=self._headers, timeout=(3, LONG_POLL + 10))
-        answer.raise_for_status()
+        try:
+            answer = self._session.get(f"{self._urls[0]}/sync", params=query, timeout=(3, LONG_POLL + 10))
+            answer.raise_for_status()
+        except requests.RequestException:
+            self._urls.rotate(-1)
+            raise
         message: Mapping[str, Any] | None = None if answer.status_code == 204 else answer.json()
         return message
 
     def report(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
-        answer = requests.post(f"{self._url}/pkts_info", json=message, headers=self._headers, timeout=(3, 5))
+        answer = self._session.post(f"{self._urls[0]}/pkts_info", json=message, timeout=(3, 5))
         answer.raise_for_status()
         decision: Mapping[str, Any] = answer.json()
         return decision
 
     def stop(self, ip: str, reason: str) -> None:
         message = {"ip": ip, "reason": reason} | ({"balancer": self._balancer} if self._balancer else {})
-        answer = requests.post(f"{self._url}/stop", json=message, headers=self._headers, timeout=(3, 5))
+        answer = self._session.post(f"{self._urls[0]}/stop", json=message, timeout=(3, 5))
         if answer.status_code != 404:  # unknown to the manager: already gone, which is all we want
             answer.raise_for_status()

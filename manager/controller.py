@@ -38,9 +38,12 @@ from fleet import (
     Fleet,
     Goal,
     Launch,
+    Resize,
     Step,
 )
+from history import History, Point
 from meter import Meter, Report
+from metrics import Tally
 from patience import STEADY, Patience
 from scaler import Decision, Memory, Policy
 from settings import Settings
@@ -74,11 +77,13 @@ class Controller:
         self.paused = False
         self.engine_trouble = ""
         self.decisions: deque[Decision] = deque(maxlen=1000)
+        self._history = History()
         self._epoch = time.time() - clock()  # what the clock counts from, for showing dates only
         self._engine, self._ip_file, self._clock, self._inside = engine, ip_file, clock, inside
         self._orders_file = ip_file.with_name("orders.json")
         self._recall_orders()
         self._fleet: Fleet = {}
+        self.tally = Tally()
         self._meter = Meter()
         self._memory = Memory(started=clock())
         self._lock = threading.Condition()
@@ -101,7 +106,8 @@ class Controller:
             found = fleets.live(self._fleet)
             others = [backend.spec for backend in found if backend.spec != spec]
             self._patience = Patience(spec, previous=others[0] if others else "")
-            self.desired = wanted or len(found) - self.settings.spares
+            running = len(found) if self._engine.replicas is None else self._engine.replicas
+            self.desired = wanted or running - self.settings.spares
             self._clamp()
 
     def run(self) -> None:
@@ -134,9 +140,12 @@ class Controller:
         self._note_engine("")
         with self._lock:
             now = self._clock()
-            seen = fleets.observe(self._fleet, containers, listed_at, now)
+            # What an engine launches by itself it also replaces by itself: it is only waited for, never given up.
+            itself = self._engine.replicas is not None
+            seen = fleets.observe(self._fleet, containers, listed_at, now, STARTING if itself else ACTIVE)
             self._meter.forget_gone(now)
-            self._publish(fleets.hear(seen, self._meter.healthy, bool(self._meter.balancers), now))
+            judged = bool(self._meter.balancers) and not itself
+            self._publish(fleets.hear(seen, self._meter.healthy, judged, now, self._meter.why))
             self._advance(now)
 
     def _advance(self, now: float) -> None:
@@ -146,7 +155,7 @@ class Controller:
         for backend in self._fleet.values():
             if backend.state == ACTIVE and backend.ready:
                 self._patience.lives(backend.spec, backend.since, now)
-        goal = Goal(self.desired, self.settings.spares, self._patience.spec)
+        goal = Goal(self.desired, self.settings.spares, self._patience.spec, self._engine.replicas)
         for step in fleets.plan(self._fleet, goal, self._namer, self.settings.drain_timeout, now):
             self._begin(step, now)
 
@@ -156,6 +165,8 @@ class Controller:
         elif isinstance(step, Admit):
             spare = self._fleet[step.name]
             self._set(spare.to(ACTIVE if spare.ready else STARTING, now))
+        elif isinstance(step, Resize):
+            self._workers.resize(step.count, self._patience.spec)
         elif step.name in self._workers.busy or (isinstance(step, Launch) and self._patience.wait(now)):
             return
         elif isinstance(step, Launch):
@@ -186,6 +197,7 @@ class Controller:
         self._publish(after)
 
     def _disappointed(self, backend: Backend, why: str, now: float) -> None:
+        self.tally.launch_failed()
         before = self._patience.given_up
         self._patience.failed(backend.spec, why, now, self._chance.random())
         if self._patience.given_up and not before:
@@ -234,7 +246,9 @@ class Controller:
             for warning in set(report.warnings) - set(self._meter.warnings(report.balancer)):
                 log.warning("balancer %s: %s", report.balancer, warning)
             measured = self._meter.add(report, now)
-            self._publish(fleets.hear(self._fleet, self._meter.healthy, True, now))
+            self.tally.reported(report, self._fleet)
+            judged = self._engine.replicas is None
+            self._publish(fleets.hear(self._fleet, self._meter.healthy, judged, now, self._meter.why))
             load = self._meter.load(self.settings.metric, now)
             last = self.decisions[-1] if self.decisions else None
             # One decision an interval, however many balancers report: the limits to growth are per decision.
@@ -247,6 +261,7 @@ class Controller:
             if not self.paused:
                 self.desired = decision.desired
                 self._advance(now)  # at once: a spare is in rotation before the next look at the engine's list
+            self._chart(decision)
         return decision
 
     def stop(self, ip: str, reason: str, balancer: str = "") -> None:
@@ -264,16 +279,18 @@ class Controller:
                     self._fleet = {**self._fleet, backend.name: replace(backend, drained_by=said)}
                 else:
                     self._set(backend.to(STOPPED, self._clock(), reason))
-            elif backend.state not in (STOPPED, FAILED):
+            elif backend.state not in (STOPPED, FAILED) and self._engine.replicas is None:
                 self._set(backend.to(FAILED, self._clock(), reason))
         self._wake.set()
 
     def drain(self, ip: str) -> None:
-        """Takes a backend out of rotation and replaces it. Raises Unknown."""
+        """Takes a backend out of rotation and replaces it. Raises Unknown, or ValueError where the engine picks."""
         with self._lock:
             backend = next((b for b in fleets.live(self._fleet) if b.ip == ip), None)
             if backend is None:
                 raise Unknown(ip)
+            if self._engine.replicas is not None:
+                raise ValueError("this engine picks by itself who leaves; drain a node of it instead")
             self._set(backend.to(DRAINING, self._clock(), "drained by hand"))
         self._wake.set()
 
@@ -301,6 +318,11 @@ class Controller:
         with self._lock:
             return [{**vars(decision), "time": round(self._epoch + decision.at, 3)} for decision in self.decisions]
 
+    def past(self, since: float) -> dict[str, Any]:
+        """What charts are drawn from, as `History.since` tells it."""
+        with self._lock:
+            return self._history.since(since)
+
     def status(self) -> dict[str, Any]:
         with self._lock:
             now = self._clock()
@@ -321,6 +343,7 @@ class Controller:
                 "backends": show.backends(self._fleet, self._meter),
                 "balancers": show.balancers(self._meter, now),
                 "last_decision": vars(decision) if decision else None,
+                "settings": show.settings_in_force(self.settings, self.policy),
             }
 
     # -- with the lock held --------------------------------------------------------------------------------------
@@ -334,6 +357,7 @@ class Controller:
         for name in sorted({*before, *after}, key=fleets.by_number):
             was, is_ = before.get(name), after.get(name)
             _tell_change(was, is_, now)
+            self.tally.changed(was, is_, now)
             if (
                 was
                 and is_
@@ -360,6 +384,16 @@ class Controller:
             logging.INFO if news else logging.DEBUG, "%s %s  %s%s", decision.verdict, change, decision.reason, paused
         )
         self.decisions.append(decision)
+        self.tally.decided(decision)
+
+    def _chart(self, decision: Decision) -> None:
+        """Keeps what this decision saw and, unless paused, what it changed."""
+        at = self._epoch + decision.at
+        serving = sum(backend.state == ACTIVE for backend in self._fleet.values())
+        capacity = decision.current * self.policy.target
+        self._history.add(Point(at, decision.rate, capacity, serving, self.desired))
+        if not self.paused:
+            self._history.note(decision, at)
 
     def _record(self, now: float, rate: float) -> None:
         """Adds to the trace that tests/bench/replay.py reads: seconds since 1970, load."""

@@ -5,10 +5,12 @@ Every call may take long and may raise EngineError; none touches a container wit
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import docker
 import docker.errors
@@ -18,11 +20,22 @@ from fleet import Container
 from settings import Settings
 
 STOP_GRACE = 10  # seconds between SIGTERM and SIGKILL for a backend that has drained
-MEMORY, PIDS = "256m", 128
+PIDS = 128
+STRANGER = "10001:10001"  # who an image runs as that names nobody but root
 # All clients share the balancer's address, so a port comes back within the minute a closed connection stays in
 # TIME_WAIT, and with another client's timestamps a backend takes the new SYN for an old one: at 2,000 connections/s a
 # backend, throughput fell to a third. With few such places the kernel forgets closed connections at once.
-SYSCTLS = {"net.ipv4.tcp_max_tw_buckets": "1024"}
+# A stranger may listen on any port: inside its own namespace that takes nothing from anybody.
+SYSCTLS = {"net.ipv4.tcp_max_tw_buckets": "1024", "net.ipv4.ip_unprivileged_port_start": "0"}
+
+# What an image says that cannot live with the rules of least privilege → what that rule's name is.
+COMPLAINTS = (
+    ("read-only file system", "it writes where it may not: give it the place with --tmpfs PATH, or --allow write"),
+    ("permission denied", "it wants to be who its image says, or more: --allow root, then --allow capabilities"),
+    ("operation not permitted", "it wants what only root may: --allow root, then --allow capabilities"),
+    ("must be root", "--allow root"),
+    ("cannot allocate memory", "more memory: --memory"),
+)
 
 
 class EngineError(Exception):
@@ -43,8 +56,16 @@ class Event:
     code: int
 
 
+def advice(words: str, out_of_memory: bool = False) -> str:
+    """Which setting would help a backend that ended with these words; empty when they say nothing of the kind."""
+    if out_of_memory:
+        return "the kernel killed it for its memory: raise --memory"
+    said = words.lower()
+    return next((mend for complaint, mend in COMPLAINTS if complaint in said), "")
+
+
 @contextmanager
-def _engine_errors() -> Iterator[None]:
+def engine_errors() -> Iterator[None]:
     try:
         yield
     except docker.errors.APIError as error:
@@ -56,23 +77,49 @@ def _engine_errors() -> Iterator[None]:
         raise EngineError(f"{type(error).__name__}: {error}") from error
 
 
+def options(settings: Settings, image_user: str) -> dict[str, Any]:
+    """Everything but the image that a backend is created with: least privilege, less what --allow names."""
+    allowed = settings.allow
+    root = image_user.split(":", 1)[0] in ("", "root", "0")
+    stranger = root and "root" not in allowed
+    # runc gives a tmpfs the mode of the directory below it, whatever it is told, but takes an owner.
+    place = "mode=1777" + (",uid={},gid={}".format(*STRANGER.split(":")) if stranger else "")
+    return {
+        "command": list(settings.command) or None,
+        "environment": list(settings.env),
+        "user": STRANGER if stranger else None,
+        "cap_drop": None if "capabilities" in allowed else ["ALL"],
+        "security_opt": None if "privileges" in allowed else ["no-new-privileges"],
+        "read_only": "write" not in allowed,
+        "tmpfs": dict.fromkeys(("/tmp", *settings.tmpfs), place),  # noqa: S108 - inside the container
+        "volumes": [v if v.endswith((":ro", ":rw")) else f"{v}:ro" for v in settings.volume],
+        "mem_limit": settings.memory,
+        "nano_cpus": round(settings.cpus * 1e9) if settings.cpus else None,
+    }
+
+
 class DockerEngine:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._labels = {"lbscaler.project": settings.project, "lbscaler.role": "backend"}
         self._filter = {"label": [f"{key}={value}" for key, value in self._labels.items()]}
         self._routed: dict[str, tuple[str, str]] = {}
-        with _engine_errors():
+        with engine_errors():
             self._client = docker.from_env(timeout=30)
+
+    replicas = None  # it does as it is told
+
+    def resize(self, count: int, spec: str) -> None:
+        raise EngineError(f"the engine keeps no number of backends by itself: {count} of {spec}")
 
     def gateway(self) -> str:
         """The host's address on the backends' network, where the balancer finds the manager."""
-        with _engine_errors():
+        with engine_errors():
             network = self._client.networks.get(self._settings.project)
             return str(network.attrs["IPAM"]["Config"][0]["Gateway"])
 
     def subnet(self) -> str:
-        with _engine_errors():
+        with engine_errors():
             network = self._client.networks.get(self._settings.project)
             return str(network.attrs["IPAM"]["Config"][0]["Subnet"])
 
@@ -80,7 +127,7 @@ class DockerEngine:
         """All our backends, running or not, in one call."""
         ours = {"label": f"lbscaler.project={self._settings.project}"}
         by_role: dict[str, list[Container]] = {"backend": [], "balancer": []}
-        with _engine_errors():
+        with engine_errors():
             for row in self._client.api.containers(all=True, filters=ours):
                 by_role.setdefault(row["Labels"].get("lbscaler.role", ""), []).append(self._container(row))
             if self._settings.preserve_client_ip:
@@ -117,29 +164,28 @@ class DockerEngine:
         networks = row["NetworkSettings"]["Networks"]  # type: ignore[index]
         ip = networks.get(self._settings.project, {}).get("IPAddress", "")
         name = str(row["Names"][0]).lstrip("/")  # type: ignore[index]
-        return Container(str(row["Id"]), name, ip, str(row["State"]), spec=str(row["ImageID"]))
+        spec = row["Labels"].get("lbscaler.spec") or row["ImageID"]  # type: ignore[attr-defined]
+        return Container(str(row["Id"]), name, ip, str(row["State"]), spec=str(spec))
 
     def spec(self) -> str:
-        """What new backends are to be made from: the id of the image in the settings."""
-        with _engine_errors():
-            return str(self._client.api.inspect_image(self._settings.image)["Id"])
+        """What new backends are to be made from, in full: the image's id and every option, as a text. It is kept as a
+        label, so that an update can go back to what the backends before it were made from."""
+        with engine_errors():
+            image = self._client.api.inspect_image(self._settings.image)
+        return json.dumps({"image": image["Id"], **options(self._settings, str(image["Config"].get("User") or ""))})
 
     def launch(self, name: str, spec: str) -> Container:
         """Creates and starts a backend from `spec`. Raises NameTaken when a stranger bears the name."""
-        with _engine_errors():
+        labels = {**self._labels, "lbscaler.spec": spec}
+        with engine_errors():
             container = self._client.containers.create(
-                spec,
                 name=name,
                 hostname=name,
-                labels=self._labels,
+                labels=labels,
                 network=self._settings.project,
-                cap_drop=["ALL"],
-                security_opt=["no-new-privileges"],
-                read_only=True,
-                tmpfs={"/tmp": ""},  # noqa: S108 - inside the container
-                mem_limit=MEMORY,
                 pids_limit=PIDS,
                 sysctls=SYSCTLS,
+                **json.loads(spec),
             )
             try:
                 container.start()
@@ -154,20 +200,23 @@ class DockerEngine:
 
     def stop(self, container_id: str) -> None:
         """SIGTERM, SIGKILL after STOP_GRACE, and away with it; fine when it is gone already."""
-        with _engine_errors(), suppress(docker.errors.NotFound):
+        with engine_errors(), suppress(docker.errors.NotFound):
             container = self._client.containers.get(container_id)
             container.stop(timeout=STOP_GRACE)
             container.remove(force=True, v=True)
 
     def last_words(self, container_id: str) -> str:
-        """The last line of its log."""
-        with _engine_errors():
-            text = self._client.containers.get(container_id).logs(tail=1)
-        return str(text.decode(errors="replace").strip())
+        """The last line of its log, and which setting might help."""
+        with engine_errors():
+            container = self._client.containers.get(container_id)
+            text = container.logs(tail=20).decode(errors="replace").strip()
+        words = text.splitlines()[-1].strip() if text else "none"
+        mend = advice(text, bool(container.attrs["State"].get("OOMKilled")))
+        return f"{words} [{mend}]" if mend else words
 
     def events(self) -> Iterator[Event]:
         """What happens to our containers from now on; ends or raises EngineError when the engine does."""
-        with _engine_errors():
+        with engine_errors():
             client = docker.from_env(timeout=None)
             wanted = ["die", "kill", "pause", "oom", "disconnect"]
             for event in client.events(decode=True, filters={"type": ["container", "network"], "event": wanted}):

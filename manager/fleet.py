@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 SPARE, STARTING, ACTIVE, DRAINING, STOPPED, FAILED = "spare", "starting", "active", "draining", "stopped", "failed"
 STATES = (SPARE, STARTING, ACTIVE, DRAINING, STOPPED, FAILED)
 PAUSED = "somebody paused its container"
+LEAVING = "its engine is about to stop it"
 READY_WITHIN = 60.0  # seconds a launched backend may take to be found healthy
 DRAIN_GRACE = 10.0  # seconds past the drain timeout until the manager stops waiting for a balancer's word
 
@@ -32,7 +33,9 @@ class Container:
     ip: str
     status: str  # Docker's word: created, running, paused, restarting, exited, dead, removing
     exit_code: int | None = None
-    spec: str = ""  # what it was made from: the image's id
+    spec: str = ""  # what it was made from: image and options, as the engine writes them
+    node: str = ""  # the machine it is on, where there are several
+    leaving: bool = False  # whoever runs it wants it gone, and will stop it or has begun to
 
     @property
     def ended(self) -> bool:
@@ -55,6 +58,7 @@ class Backend:
     ready: bool = False
     launched: float = 0.0
     drained_by: frozenset[str] = frozenset()  # the balancers that have seen its last connection end
+    node: str = ""
 
     def to(self, state: str, now: float, reason: str = "") -> Backend:
         return replace(self, state=state, since=now, reason=reason)
@@ -99,7 +103,14 @@ class Stop:
     name: str
 
 
-Step = Launch | Admit | Drain | Stop
+@dataclass(frozen=True)
+class Resize:
+    """Tell an engine that keeps a number of backends by itself how many, and what they are made from."""
+
+    count: int
+
+
+Step = Launch | Admit | Drain | Stop | Resize
 
 
 def live(fleet: Fleet) -> list[Backend]:
@@ -107,8 +118,9 @@ def live(fleet: Fleet) -> list[Backend]:
     return [backend for backend in fleet.values() if backend.state in (STARTING, ACTIVE)]
 
 
-def observe(fleet: Fleet, containers: Iterable[Container], listed_at: float, now: float) -> Fleet:
-    """The fleet as it is in the light of the engine's list, begun at `listed_at`."""
+def observe(fleet: Fleet, containers: Iterable[Container], listed_at: float, now: float, found: str = ACTIVE) -> Fleet:
+    """The fleet as it is in the light of the engine's list, begun at `listed_at`. Whatever runs and was not known is
+    `found`: active when a manager adopts it; starting when an engine that launches by itself has launched it."""
     listed = {container.name: container for container in containers}
     result = {}
     for name, backend in fleet.items():
@@ -118,7 +130,12 @@ def observe(fleet: Fleet, containers: Iterable[Container], listed_at: float, now
         elif not backend.id or backend.since > listed_at:
             result[name] = backend  # being launched: too young for this list
     for name, container in listed.items():
-        stray = Backend(name, ACTIVE, now, container.id, container.ip, "adopted", spec=container.spec, launched=now)
+        stray = Backend(
+            name, found, now, container.id, container.ip, spec=container.spec, launched=now, node=container.node
+        )
+        stray = replace(stray, reason="adopted") if found == ACTIVE else stray
+        if container.leaving:
+            stray = replace(stray, state=DRAINING, reason=LEAVING)
         if container.ended or container.status == "created":
             stray = replace(stray, state=STOPPED, reason="left over", running=False)
         result[name] = stray
@@ -128,9 +145,17 @@ def observe(fleet: Fleet, containers: Iterable[Container], listed_at: float, now
 def _compare(backend: Backend, container: Container, now: float) -> Backend:
     if container.status == "created" or (backend.id and backend.id != container.id):
         return backend  # our own launch, not finished yet; or a list older than what we know
-    seen = replace(backend, id=container.id, ip=container.ip or backend.ip, spec=container.spec or backend.spec)
+    seen = replace(
+        backend,
+        id=container.id,
+        node=container.node,
+        ip=container.ip or backend.ip,
+        spec=container.spec or backend.spec,
+    )
     if container.ended:
         return ended(seen, container.exit_code, now)
+    if container.leaving and backend.state in (SPARE, STARTING, ACTIVE):
+        return seen.to(DRAINING, now, LEAVING)
     if backend.state in (SPARE, STARTING, ACTIVE) and backend.ip and (container.status == "paused" or not container.ip):
         why = PAUSED if container.ip else "its container has lost its network"
         return seen.to(FAILED, now, why)
@@ -147,8 +172,14 @@ def ended(backend: Backend, exit_code: int | None, now: float) -> Backend:
     return gone.to(FAILED, now, f"its container ended with exit code {exit_code}")
 
 
-def hear(fleet: Fleet, healthy: Callable[[Backend], bool | None], probed: bool, now: float) -> Fleet:
-    """What the balancers say: who has become ready, and who (while anybody probes) never does."""
+def hear(
+    fleet: Fleet,
+    healthy: Callable[[Backend], bool | None],
+    probed: bool,
+    now: float,
+    met: Callable[[Backend], str] = lambda _: "",
+) -> Fleet:
+    """What the balancers say: who has become ready, and who (while anybody probes) never does, and what they `met`."""
     result = dict(fleet)
     for name, backend in fleet.items():
         if backend.state == ACTIVE and not backend.ready and healthy(backend):
@@ -160,7 +191,8 @@ def hear(fleet: Fleet, healthy: Callable[[Backend], bool | None], probed: bool, 
                 fit = replace(backend, ready=True)
                 result[name] = fit.to(ACTIVE, now) if backend.state == STARTING else fit
             elif probed and now - backend.since > READY_WITHIN:
-                result[name] = backend.to(FAILED, now, f"not ready within {READY_WITHIN:g} s")
+                why = f"not ready within {READY_WITHIN:g} s"
+                result[name] = backend.to(FAILED, now, f"{why}: {told}" if (told := met(backend)) else why)
     return result
 
 
@@ -183,10 +215,14 @@ class Goal:
     desired: int
     spares: int = 0
     spec: str = ""
+    replicas: int | None = None  # what an engine that keeps a number by itself keeps now; None: it does as it is told
 
 
 def plan(fleet: Fleet, goal: Goal, namer: Namer, drain_timeout: float, now: float) -> list[Step]:
     """The steps that take the fleet towards the goal; none when it is there."""
+    if goal.replicas is not None:
+        as_wanted = goal.replicas == goal.desired and all(b.spec in ("", goal.spec) for b in fleet.values())
+        return [] if as_wanted else [Resize(goal.desired)]
     capacity = live(fleet)
     updating = any(backend.spec != goal.spec for backend in capacity if backend.spec and goal.spec)
     # While some are made from an old spec there is one more than desired, so that a new one is ready before they go.
@@ -230,8 +266,8 @@ def _scale_in(capacity: list[Backend], goal: Goal, updating: bool) -> list[Drain
 
 def by_number(name: str) -> tuple[int, str]:
     """Sorts backend-2 before backend-10."""
-    number = re.search(r"\d+$", name)
-    return int(number[0]) if number else 0, name
+    number = re.search(r"-(\d+)(\.\w+)?$", name)
+    return int(number[1]) if number else 0, name
 
 
 def _worth(backend: Backend) -> tuple[bool, int]:

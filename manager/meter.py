@@ -27,6 +27,7 @@ class Sample:
     healthy: bool | None
     share: float | None = None  # of the balancer's new connections
     id: str = ""  # the container's, where told: the address may have had another backend before
+    why: str = ""  # what the last probe met
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,12 @@ class Meter:
         ours = [sample for sample in samples if sample is not None and sample.id in ("", backend.short_id)]
         opinions = [sample.healthy for sample in ours if sample.healthy is not None]
         return any(opinions) if opinions else None
+
+    def why(self, backend: Backend) -> str:
+        """What the last probe that found it ill met; empty where it is well, or nobody says."""
+        samples = (entry.report.backends.get(backend.ip) for entry in self.balancers.values())
+        ill = (s.why for s in samples if s is not None and not s.healthy and s.id in ("", backend.short_id))
+        return next(ill, "")
 
 
 def _rates(now: Sample, before: Sample | None, elapsed: float) -> dict[str, float]:

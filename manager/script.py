@@ -17,19 +17,22 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterable
+from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
 
 import waitress
-from flask import Flask, Response, abort, g, jsonify, render_template_string, request
-from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from cheroot.ssl.builtin import BuiltinSSLAdapter
+from cheroot.wsgi import Server
+from flask import Flask, Response, abort, g, jsonify, request
+from prometheus_client import generate_latest
 
+import metrics
 from controller import Controller, Unknown
 from docker_engine import DockerEngine, EngineError
-from fleet import STATES
 from meter import Report, Sample
 from settings import SettingError, Settings, read
+from swarm_engine import SwarmEngine
 
 OPERATOR = "lbscaler.operator"  # in the WSGI environment of requests through the Unix socket
 LONGEST_WAIT = 60.0  # seconds a long poll may hold a thread
@@ -38,16 +41,17 @@ COUNTERS = ("connections", "packets", "bytes", "active")
 END = (signal.SIGTERM, signal.SIGINT)
 LIMITS = {"max_request_body_size": BODY_MAX, "max_request_header_size": 16384, "ident": None}
 THREADS = 32  # each long poll holds one
+NODE_THREADS = 128  # the same, where every node has a balancer
+TAIL = 1 << 18  # bytes of a log that are looked at for its last lines
+PAGE = Path(__file__).with_name("page")
+TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
+# No byte of the page comes from elsewhere or goes there; plotly writes style elements.
+POLICY = (
+    "default-src 'none'; script-src 'self'; connect-src 'self'; style-src 'self' 'unsafe-inline'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 
 log = logging.getLogger("manager")
-
-PAGE = """<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" content="2"><title>{{ s.project }}</title>
-<style>body{font:15px system-ui;margin:2em}td,th{padding:.2em 1em;text-align:right}</style>
-<h1>{{ s.project }}: {{ s.current }} of {{ s.desired }} backends</h1>
-<p>{{ (s.last_decision or {}).get("reason", "No report yet.") }}{{ " Paused." if s.paused }}</p>
-<table><tr><th>name<th>address<th>state<th>share<th>connections<th>packets<th>active</tr>
-{% for b in s.backends %}<tr><td>{{ b.name }}<td>{{ b.ip }}<td>{{ b.state }}<td>{{ "%.1f %%"|format(100 * b.share) }}
-<td>{{ b.connections|int }}<td>{{ b.packets|int }}<td>{{ b.active|int }}</tr>{% endfor %}</table>"""
 
 
 def create_app(controller: Controller, token: str, hosts: Iterable[str]) -> Flask:  # noqa: PLR0915 - a list of routes
@@ -55,6 +59,7 @@ def create_app(controller: Controller, token: str, hosts: Iterable[str]) -> Flas
     app = Flask(__name__)
     app.config["MAX_CONTENT_LENGTH"] = BODY_MAX
     allowed_hosts = {"127.0.0.1", "localhost", *hosts}
+    told = metrics.registry(controller.tally, controller.status)
 
     @app.before_request
     def guard() -> None:
@@ -129,14 +134,33 @@ def create_app(controller: Controller, token: str, hosts: Iterable[str]) -> Flas
         return jsonify(controller.history())
 
     @app.get("/metrics")
-    def metrics() -> Response:
-        registry = CollectorRegistry()
-        registry.register(_Exposition(controller.status()))
-        return Response(generate_latest(registry), mimetype="text/plain; version=0.0.4")
+    def exposition() -> Response:
+        return Response(generate_latest(told), mimetype="text/plain; version=0.0.4")
 
-    @app.get("/")
-    def page() -> str:
-        return render_template_string(PAGE, s=controller.status())
+    @app.get("/history")
+    def past() -> Response:
+        return jsonify(controller.past(_number(request.args.get("since", "0"), "since", 0, 1e12)))
+
+    @app.get("/log")
+    def tail_of_log() -> Response:
+        lines = int(_number(request.args.get("lines", "100"), "lines", 1, 500))
+        return Response(tail(controller.settings.run_dir / "manager.log", lines), mimetype="text/plain")
+
+    @app.get("/", defaults={"name": "index.html"})
+    @app.get("/<any('page.js', 'charts.js', 'page.css'):name>", endpoint="page_part")
+    def page(name: str) -> Response:
+        return _part(name, (PAGE / name).read_bytes())
+
+    @app.get("/plotly.js")
+    def plotly() -> Response:
+        installed = resources.files("plotly") / "package_data" / "plotly.min.js"
+        return _part("plotly.js", installed.read_bytes(), max_age=86400)
+
+    @app.after_request
+    def confine(answer: Response) -> Response:
+        answer.headers["Content-Security-Policy"] = POLICY
+        answer.headers["X-Content-Type-Options"] = "nosniff"
+        return answer
 
     @app.errorhandler(404)
     @app.errorhandler(405)
@@ -145,25 +169,6 @@ def create_app(controller: Controller, token: str, hosts: Iterable[str]) -> Flas
         return Response(f"{error.name}\n", error.code, mimetype="text/plain")
 
     return app
-
-
-class _Exposition:
-    """One scrape: the status as Prometheus families."""
-
-    def __init__(self, status: dict[str, Any]) -> None:
-        self._status = status
-
-    def collect(self) -> Iterable[Metric]:
-        for name in ("connections", "packets", "bytes"):
-            family = CounterMetricFamily(f"lbscaler_backend_{name}", f"{name} dealt to a backend", labels=["backend"])
-            for backend in self._status["backends"]:
-                family.add_metric([backend["name"]], backend[name])
-            yield family
-        states = GaugeMetricFamily("lbscaler_backends", "backends by state", labels=["state"])
-        for state in STATES:
-            states.add_metric([state], sum(b["state"] == state for b in self._status["backends"]))
-        yield states
-        yield GaugeMetricFamily("lbscaler_desired_backends", "backends wanted", self._status["desired"])
 
 
 def parse_report(body: dict[str, Any]) -> Report:
@@ -179,13 +184,36 @@ def parse_report(body: dict[str, Any]) -> Report:
         connections, packets, size, active = (_whole(row, name, 0, 2**64) for name in COUNTERS)
         share = _number(row["share"], "share", 0, 1) if "share" in row else None
         id_ = _text(row, "id") if "id" in row else ""
-        backends[_text(row, "ip")] = Sample(connections, packets, size, active, healthy, share, id_)
+        why = _text(row, "why") if "why" in row else ""
+        backends[_text(row, "ip")] = Sample(connections, packets, size, active, healthy, share, id_, why)
     interval = _number(body.get("interval"), "interval", 0.1, 3600)
     warnings = body.get("warnings", [])
     if not isinstance(warnings, list) or len(warnings) > 10:
         _refuse(400, "warnings has to be a list of at most 10 texts")
     words = tuple(_text({"warning": warning}, "warning") for warning in warnings)
     return Report(_text(body, "balancer"), _text(body, "revision"), interval, backends, words)
+
+
+def tail(path: Path, lines: int) -> str:
+    """A log's last lines, of which its end alone is read; nothing where there is none, as just after a rotation."""
+    try:
+        with path.open("rb") as file:
+            start = max(0, file.seek(0, os.SEEK_END) - TAIL)
+            file.seek(start)
+            read_ = file.read(TAIL)
+    except FileNotFoundError:
+        return ""
+    whole = read_.partition(b"\n")[2] if start else read_
+    return b"".join(whole.splitlines(keepends=True)[-lines:]).decode(errors="replace")
+
+
+def _part(name: str, content: bytes, max_age: int = 0) -> Response:
+    """A part of the page, or 304 for a browser that has it."""
+    answer = Response(content, mimetype=TYPES[name.rpartition(".")[2]])
+    answer.cache_control.max_age = max_age
+    answer.add_etag()
+    answer.make_conditional(request)
+    return answer
 
 
 def _body() -> dict[str, Any]:
@@ -254,7 +282,11 @@ def listen(address: str, port: int) -> socket.socket:
 
 def serve(app: Flask, settings: Settings, gateway: str) -> None:
     """Serves all three doors until the main thread is told to end."""
-    doors = [listen("127.0.0.1", settings.manager_port), listen(gateway, settings.manager_port)]
+    doors = [listen("127.0.0.1", settings.manager_port)]
+    if settings.orchestrator == "swarm":
+        serve_nodes(app, settings, gateway)
+    else:
+        doors.append(listen(gateway, settings.manager_port))
     unix = settings.run_dir / "manager.sock"
     unix.unlink(missing_ok=True)
     servers = [
@@ -263,6 +295,16 @@ def serve(app: Flask, settings: Settings, gateway: str) -> None:
     ]
     for server in servers:
         threading.Thread(target=server.run, daemon=True).start()
+
+
+def serve_nodes(app: Flask, settings: Settings, address: str) -> None:
+    """The door for balancers on other nodes, whose way here may be listened to: the same, within TLS."""
+    pem = str(settings.run_dir / "manager.pem")
+    server = Server((address, settings.manager_port), app, numthreads=NODE_THREADS, timeout=5)
+    server.max_request_body_size, server.max_request_header_size = BODY_MAX, 16384
+    server.ssl_adapter = BuiltinSSLAdapter(pem, pem)
+    server.prepare()
+    threading.Thread(target=server.serve, daemon=True).start()
 
 
 def start_log(path: Path) -> None:
@@ -284,7 +326,7 @@ def main() -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, END)  # before any thread starts, so that sigwait alone takes them
     start_log(settings.run_dir / "manager.log")
     try:
-        engine = DockerEngine(settings)
+        engine = SwarmEngine(settings) if settings.orchestrator == "swarm" else DockerEngine(settings)
         gateway = engine.gateway()
         inside = engine.subnet() if settings.preserve_client_ip else ""
         controller = Controller(engine, settings, settings.run_dir / "balancer" / "ip.txt", inside=inside)

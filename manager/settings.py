@@ -59,12 +59,35 @@ def _subnet(text: str) -> str:
     return str(network)
 
 
+def _words(pattern: str) -> Callable[[str], tuple[str, ...]]:
+    """Any number of words, quoted as in a shell, each of the pattern."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        words = tuple(shlex.split(text))
+        if not all(re.fullmatch(pattern, word, re.DOTALL) for word in words):
+            raise ValueError
+        return words
+
+    return parse
+
+
+def _names(*names: str) -> Callable[[str], frozenset[str]]:
+    def parse(text: str) -> frozenset[str]:
+        chosen = frozenset(text.replace(",", " ").split())
+        if not chosen <= set(names):
+            raise ValueError
+        return chosen
+
+    return parse
+
+
 @dataclass(frozen=True)
 class Setting:
     default: str
     parse: Callable[[str], Any]
     allowed: str
     meaning: str
+    many: bool = False  # the flag may be given again and again; the variable holds all, quoted as in a shell
 
 
 _PORT = _number(1, 65535, whole=True)
@@ -101,14 +124,69 @@ SETTINGS: Mapping[str, Setting] = {
     ),
     "image": Setting("", lambda text: _IMAGE(text) if text else "", "an image's name", "what the backends run"),
     "backend_port": Setting("8000", _PORT, "1 to 65535", "port the backends listen on"),
-    "health": Setting("sync", _matching(r"sync|tcp|http:/\S*"), "sync, tcp or http:/path", "how backends are probed"),
+    "health": Setting(
+        "",
+        lambda text: _matching(r"sync|tcp|http:/\S*")(text or "sync"),
+        "sync, tcp or http:/path",
+        "how backends are probed; unless said, sync for the sample server and tcp for another image",
+    ),
+    "env": Setting("", _words(r"[A-Za-z_]\w*=.*"), "NAME=VALUE", "a variable for the backends", many=True),
+    "command": Setting(
+        "", _words(r".*"), "words, quoted as in a shell", "what the backends run instead of the image's"
+    ),
+    "memory": Setting("256m", _matching(r"[1-9]\d{0,8}[kmg]"), "a size such as 256m or 2g", "memory of each backend"),
+    "cpus": Setting(
+        "", lambda text: _number(0.01, 1000)(text) if text else 0.0, "0.01 to 1000", "processors each backend may use"
+    ),
+    "tmpfs": Setting(
+        "", _words(r"/[^:,\s]+"), "an absolute path", "a place backends may write to, besides /tmp", many=True
+    ),
+    "volume": Setting(
+        "",
+        _words(r"[/\w][^:]*:/[^:]*(:r[ow])?"),
+        "HOST-PATH:PATH, :ro or :rw at its end",
+        "a directory shown to the backends, read-only unless :rw",
+        many=True,
+    ),
+    "allow": Setting(
+        "",
+        _names("write", "root", "capabilities", "privileges"),
+        "write, root, capabilities, privileges, with commas",
+        "rules of least privilege to lift for the backends",
+    ),
     "subnet": Setting(
         "", lambda text: _subnet(text) if text else "", "an IPv4 network such as 198.18.0.0/20", "the backends' network"
     ),
     "preserve_client_ip": Setting("", _matching("|1"), "1, or nothing", "backends see their clients' own addresses"),
     "record": Setting("", _matching("|1"), "1, or nothing", "keep a trace of the load, for replay"),
-    "orchestrator": Setting("docker", _matching("docker"), "docker", "who runs the backends"),
+    "orchestrator": Setting(
+        "docker", _matching("docker|swarm"), "docker or swarm", "who runs the backends: this host's engine, or a Swarm"
+    ),
+    "registry": Setting(
+        "", _matching(r"|[\w.-]+(:\d+)?"), "HOST or HOST:PORT", "where a Swarm's nodes get the images from"
+    ),
+    "advertise": Setting(
+        "", lambda text: _address(text) if text else "", "an IPv4 address of this host", "its address among the nodes"
+    ),
+    "constraint": Setting(
+        "", _words(r"[^=!]+(==|!=).+"), "KEY==VALUE or KEY!=VALUE", "nodes the backends may be on", many=True
+    ),
+    "spread": Setting("", _words(r"[\w.-]+"), "such as node.labels.zone", "what backends are spread over", many=True),
+    "balancer_constraint": Setting(
+        "", _words(r"[^=!]+(==|!=).+"), "KEY==VALUE or KEY!=VALUE", "nodes that have a balancer", many=True
+    ),
+    "locality": Setting(
+        "", _matching("|prefer"), "prefer, or nothing", "balancers prefer the backends on their own node"
+    ),
     "base_image": Setting("debian:trixie-slim", _IMAGE, "an image's name", "what the images are built on"),
+}
+
+# What run.sh does instead of bringing anything up.
+ACTIONS = {
+    "status": "say how the running project is, and end: 0 well, 1 it does not run, 3 degraded",
+    "watch": "show it live, until q or Ctrl-C",
+    "json": "with --status or --doctor: for programs",
+    "doctor": "look this host over: what would stop run.sh, and the mend beside it",
 }
 
 
@@ -133,10 +211,23 @@ class Settings:
     image: str
     backend_port: int
     health: str
+    env: tuple[str, ...]
+    command: tuple[str, ...]
+    memory: str
+    cpus: float
+    tmpfs: tuple[str, ...]
+    volume: tuple[str, ...]
+    allow: frozenset[str]
     subnet: str
     preserve_client_ip: str
     record: str
     orchestrator: str
+    registry: str
+    advertise: str
+    constraint: tuple[str, ...]
+    spread: tuple[str, ...]
+    balancer_constraint: tuple[str, ...]
+    locality: str
     base_image: str
 
     @property
@@ -171,6 +262,8 @@ def _check_together(s: Settings) -> None:
         raise SettingError(f"--min {s.min} is above --max {s.max}; raise the one or lower the other")
     if s.port == s.manager_port:
         raise SettingError(f"--port and --manager-port are both {s.port}; move one of them")
+    if s.orchestrator == "swarm" and (s.spares or s.preserve_client_ip):
+        raise SettingError("--spares and --preserve-client-ip are for --orchestrator docker; leave them out")
     if not s.interval <= s.panic_window <= s.stable_window:
         raise SettingError(
             f"--interval {s.interval:g}, --panic-window {s.panic_window:g} and --stable-window {s.stable_window:g} "
@@ -194,11 +287,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("backends", nargs="?", help="how many backends to begin with (default: --min)")
     parser.add_argument("--follow", action="store_true", help="stay and show the manager's log")
+    parser.add_argument("--swarm-init", action="store_true", help="make a Swarm of this host where there is none")
     parser.add_argument("--no-install", action="store_true", help="install nothing on this host; say what is missing")
+    for name, meaning in ACTIONS.items():
+        parser.add_argument(flag(name), action="store_true", help=meaning)
     for name, setting in SETTINGS.items():
         default = f" (default: {setting.default})" if setting.default else ""
-        parser.add_argument(flag(name), metavar=name.upper(), help=f"{setting.meaning}; {setting.allowed}{default}")
+        action = "append" if setting.many else "store"
+        parser.add_argument(
+            flag(name), action=action, metavar=name.upper(), help=f"{setting.meaning}; {setting.allowed}{default}"
+        )
     return parser
+
+
+def _text(value: str | list[str]) -> str:
+    """A flag's value as its variable has it."""
+    return value if isinstance(value, str) else shlex.join(word for word in value if word)
 
 
 def _started_with(environ: Mapping[str, str]) -> dict[str, str]:
@@ -215,7 +319,7 @@ def assignments(arguments: Sequence[str], environ: Mapping[str, str]) -> dict[st
     """Everything run.sh needs, as variables, from its arguments and environment. Raises SettingError."""
     parsed = vars(_parser().parse_args(arguments))
     given = {k: v for k, v in environ.items() if k.startswith("LB_")}
-    given |= {variable(name): parsed[name] for name in SETTINGS if parsed[name] is not None}
+    given |= {variable(name): _text(parsed[name]) for name in SETTINGS if parsed[name] is not None}
     merged = _started_with(given) | given
     settings = read(merged)
     backends = parsed["backends"]
@@ -225,6 +329,8 @@ def assignments(arguments: Sequence[str], environ: Mapping[str, str]) -> dict[st
         )
     known = {variable(name): merged.get(variable(name), setting.default) for name, setting in SETTINGS.items()}
     return known | {
+        "ACTION": " ".join(name for name in ACTIONS if parsed[name]),
+        "SWARM_INIT": "1" if parsed["swarm_init"] else "",
         "FOLLOW": "1" if parsed["follow"] else "",
         "NO_INSTALL": "1" if parsed["no_install"] else "",
         "BACKENDS": backends or "",

@@ -10,9 +10,11 @@ import fleet as fleets
 from fleet import DRAINING, STOPPED, Backend, Fleet
 from meter import Meter
 from patience import Patience
+from scaler import Policy
 from settings import Settings
 
 WEIGHT = 1.0  # what every backend is given; speed is for the balancers to learn
+SECRET = {"env"}  # settings that may hold passwords: shown to nobody
 
 
 def view(fleet: Fleet, settings: Settings, inside: str) -> dict[str, Any]:
@@ -25,6 +27,7 @@ def view(fleet: Fleet, settings: Settings, inside: str) -> dict[str, Any]:
             "drain_timeout": settings.drain_timeout,
             "weights": settings.weights,
             "inside": inside,
+            "locality": settings.locality,
         },
         "backends": [
             {
@@ -32,6 +35,7 @@ def view(fleet: Fleet, settings: Settings, inside: str) -> dict[str, Any]:
                 "ip": backend.ip,
                 "state": DRAINING if backend.state == STOPPED else backend.state,
                 "weight": WEIGHT,
+                **({"node": backend.node} if backend.node else {}),
             }
             for backend in sorted(fleet.values(), key=lambda b: b.name)
             if backend.in_view
@@ -54,11 +58,13 @@ def _backend(backend: Backend, meter: Meter) -> dict[str, Any]:
         "name": backend.name,
         "ip": backend.ip,
         "state": backend.state,
+        "node": backend.node,
         "reason": backend.reason,
         "weight": WEIGHT,
         "share": round(meter.share(backend), 4),
         **{name: round(value, 2) for name, value in meter.backend(backend.ip).items()},
         "healthy": meter.healthy(backend),
+        "why": meter.why(backend),
     }
 
 
@@ -67,6 +73,16 @@ def balancers(meter: Meter, now: float) -> list[dict[str, Any]]:
         {"id": name, "last_seen": round(now - entry.at, 1), "revision": entry.report.revision}
         for name, entry in sorted(meter.balancers.items())
     ]
+
+
+def settings_in_force(settings: Settings, policy: Policy) -> dict[str, Any]:
+    """The settings as they are now: the operator's limits where he has set others."""
+    values = {**vars(settings), "min": policy.min, "max": policy.max, "target": policy.target}
+    return {
+        name: sorted(value) if isinstance(value, frozenset) else value
+        for name, value in values.items()
+        if name not in SECRET
+    }
 
 
 def launches(fleet: Fleet, patience: Patience, now: float) -> dict[str, Any]:

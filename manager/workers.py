@@ -15,18 +15,27 @@ from docker_engine import EngineError, Event, NameTaken
 from fleet import FAILED, Backend, Container
 
 WORKERS = 8
+RESIZE = "the fleet"  # in place of a backend's name, where a call is on all of them
 PAUSE = 0.5  # seconds between two tries of what failed
 
 log = logging.getLogger("manager")
 
 
 class Engine(Protocol):
-    """What the manager needs of whoever runs the backends. Every call may be slow and may raise EngineError."""
+    """What the manager needs of whoever runs the backends. Every call may be slow and may raise EngineError.
 
+    One kind of engine does as it is told, backend by backend: `replicas` is None, `launch` and `stop` are called. The
+    other keeps a number of them by itself, picks who leaves and replaces what fails: `replicas` says how many it was
+    told to keep when last listed, and only `resize` is called.
+    """
+
+    @property
+    def replicas(self) -> int | None: ...
     def list(self) -> Sequence[Container]: ...
     def spec(self) -> str: ...
     def launch(self, name: str, spec: str) -> Container: ...
     def stop(self, container_id: str) -> None: ...
+    def resize(self, count: int, spec: str) -> None: ...
     def last_words(self, container_id: str) -> str: ...
     def events(self) -> Iterator[Event]: ...
 
@@ -60,6 +69,10 @@ class Workers:
     def stop(self, backend: Backend) -> None:
         self._begin(self._stopping, backend.name, lambda: self._stop(backend))
 
+    def resize(self, count: int, spec: str) -> None:
+        if RESIZE not in self.busy:
+            self._begin(self._launching, RESIZE, lambda: self._resize(count, spec))
+
     def results(self) -> Iterator[Result]:
         """What has ended since the last time; taking it in frees the backend for the next call."""
         while not self._results.empty():
@@ -85,6 +98,14 @@ class Workers:
         except EngineError as error:
             log.error("launch of %s failed: %s", name, error)
             return Result(name, why=str(error), name_taken=isinstance(error, NameTaken))
+
+    def _resize(self, count: int, spec: str) -> Result:
+        try:
+            self._engine.resize(count, spec)
+        except EngineError as error:
+            log.error("resize to %d failed, will try again: %s", count, error)
+            time.sleep(PAUSE)
+        return Result(RESIZE)
 
     def _stop(self, backend: Backend) -> Result:
         try:

@@ -22,7 +22,7 @@ from waitress.task import WSGITask
 PORT = 8000
 LIMIT_DEFAULT, LIMIT_MAX = 2_000, 1_000_000  # numbers sieved
 SECONDS_MAX = 60.0
-LINGER = 1.0  # seconds
+LINGER = float(os.environ.get("LINGER", "1"))  # seconds
 FINISH = 60.0  # seconds for the requests in hand
 
 app = Flask(__name__)

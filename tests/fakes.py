@@ -41,6 +41,8 @@ class FakeEngine:
     is made from a spec in `crashing` ends at once with that exit code.
     """
 
+    replicas: int | None = None
+
     def __init__(self, *running: str) -> None:
         self.containers: dict[str, Container] = {}  # by name
         self.calls: list[tuple[str, str]] = []  # what was begun, in order: (launch, name), (stop, name)

@@ -717,6 +717,18 @@ def test_a_paused_controller_decides_and_tells_but_does_not_act(
     assert r.controller.desired == 3
 
 
+def test_the_past_tells_what_a_decision_saw_and_changed_but_not_what_was_paused(rig: Callable[..., Rig]) -> None:
+    r = rig(2)
+    load(r, 200, 2)
+    r.hear(_2=sample(1002 * 200 + 2 * 400))
+    r.controller.pause(True)
+    r.clock.pass_by(2)
+    r.hear(_2=sample(1002 * 200 + 2 * 400 + 2 * 1200))
+    points, decisions = r.controller.past(0).values()
+    assert [(p["capacity"], p["backends"], p["desired"]) for p in points] == [(200, 2, 2), (200, 2, 3), (300, 2, 3)]
+    assert [(d["verdict"], d["current"], d["desired"]) for d in decisions] == [(CREATE, 2, 3)]
+
+
 def test_a_decision_that_changes_nothing_is_told_once(
     rig: Callable[..., Rig], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -835,7 +847,7 @@ def test_the_view_tells_what_serves_and_how(rig: Callable[..., Rig]) -> None:
         "revision": r.revision(),
         "service": {
             **{"port": 80, "health": "http:/ok", "interval": 3, "drain_timeout": 4},
-            **{"weights": "equal", "inside": "i"},
+            **{"weights": "equal", "inside": "i", "locality": ""},
         },
         "backends": [{"id": r.id(1)[:12], "ip": "198.18.0.2", "state": "active", "weight": 1.0}],
     }

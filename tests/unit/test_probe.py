@@ -154,7 +154,7 @@ def test_an_answer_is_judged_by_the_health_setting(
     monkeypatch.setattr(probe, "SYNC_PORT", sync_port)
     monkeypatch.setattr(probe, "TIMEOUT", 0.15)
     began = time.monotonic()
-    assert asyncio.run(probe.ask("127.0.0.1", port, method)) is answer
+    assert asyncio.run(probe.ask("127.0.0.1", port, method))[0] is answer
     assert time.monotonic() - began < 2
     assert backend.first_line == asked
 
@@ -166,7 +166,7 @@ def test_a_port_nobody_listens_on_is_a_failure(
     other = door(http("200 OK")).port
     port, sync_port = (other, closed_port) if method == "sync" else (closed_port, other)
     monkeypatch.setattr(probe, "SYNC_PORT", sync_port)
-    assert asyncio.run(probe.ask("127.0.0.1", port, method)) is F
+    assert asyncio.run(probe.ask("127.0.0.1", port, method))[0] is F
 
 
 class Watch:

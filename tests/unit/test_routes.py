@@ -18,10 +18,12 @@ from werkzeug.test import Client, TestResponse
 
 from controller import Controller
 from fakes import TOKEN, Clock, FakeEngine, controller
-from script import BODY_MAX, as_operator, create_app
+from script import BODY_MAX, TAIL, as_operator, create_app
 
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
-READS = ["/", "/status", "/decisions", "/metrics", "/sync"]
+SCRIPTS = ["/page.js", "/charts.js", "/plotly.js"]
+PARTS = {"/": "html", "/page.css": "css", **dict.fromkeys(SCRIPTS, "javascript")}
+READS = [*PARTS, "/status", "/decisions", "/history", "/log", "/metrics", "/sync"]
 OPERATORS = {"/scale": {"min": 3}, "/pause": {}, "/resume": {}, "/drain": {"ip": "198.18.0.2"}}
 BALANCERS = {"/pkts_info": 200, "/stop": 204}
 ROW = {
@@ -331,17 +333,72 @@ def test_the_metrics_are_what_prometheus_reads(doors: Doors) -> None:
     assert samples[("lbscaler_desired_backends",)] == 2
 
 
-def test_the_page_shows_the_backends_and_nothing_of_a_reporters_markup(doors: Doors) -> None:
-    assert "No report yet." in doors.tcp("GET", "/").text
+@pytest.mark.parametrize(("path", "kind"), PARTS.items())
+def test_the_page_is_all_from_here_and_may_ask_nobody_else(doors: Doors, path: str, kind: str) -> None:
+    answer = doors.tcp("GET", path)
+    assert (answer.status_code, answer.mimetype) == (200, f"text/{kind}")
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    policy = dict(rule.split(" ", 1) for rule in answer.headers["Content-Security-Policy"].split("; "))
+    assert (policy["default-src"], policy["script-src"], policy["connect-src"]) == ("'none'", "'self'", "'self'")
+    again = doors.tcp("GET", path, headers={"If-None-Match": answer.headers["ETag"]})
+    assert (again.status_code, again.data) == (304, b"")
+
+
+def test_the_big_script_is_not_asked_for_every_time_and_the_page_always_is(doors: Doors) -> None:
+    ages = {path: doors.tcp("HEAD", path).cache_control.max_age for path in PARTS}
+    assert ages == {**dict.fromkeys(PARTS, 0), "/plotly.js": 86400}
+
+
+def test_a_file_that_is_no_part_of_the_page_is_not_served(doors: Doors) -> None:
+    for path in ("/index.html", "/script.py", "/page/page.js", "/..%2fscript.py", "/page.js%2f..%2f..%2fscript.py"):
+        refused(doors.tcp("GET", path), 404, "Not Found")
+
+
+def test_the_history_tells_what_is_newer_in_the_shape_of_the_contract(doors: Doors) -> None:
+    assert doors.tcp("GET", "/history").get_json() == {"points": [], "decisions": []}
     doors.report_twice()
-    doors.controller.scale(1, None, None)
-    for packets in (0, 0):
-        doors.tcp("POST", "/pkts_info", {**REPORT, "balancer": "<b>", "backends": [{**ROW, "packets": packets}]})
-        doors.clock.pass_by(10)
-    page = doors.tcp("GET", "/").text
-    assert "p: 2 of 2 backends" in page
-    assert "<td>198.18.0.3" in page
-    assert "<b>" not in page
+    doors.clock.pass_by(2)
+    row = {**ROW, "connections": 99, "packets": 1540}
+    doors.tcp("POST", "/pkts_info", {**REPORT, "backends": [row]})
+    past = doors.tcp("GET", "/history").get_json()
+    first, second = past["points"]
+    (decision,) = past["decisions"]
+    assert abs(second["time"] - time.time()) < 60, "in seconds since 1970"
+    assert decision["time"] == second["time"] == pytest.approx(first["time"] + 2)
+    assert first == {"time": first["time"], "rate": 150, "capacity": 200, "backends": 2, "desired": 2}
+    assert second == {"time": second["time"], "rate": 375, "capacity": 200, "backends": 2, "desired": 4}
+    reason = "375 packets/s over 2 backends = 187.5 each, target 100 (1.88×)"
+    numbers = {"verdict": "CREATE_SERVER", "current": 2, "desired": 4, "reason": reason}
+    assert decision == {"time": decision["time"], **numbers}
+    later = doors.tcp("GET", f"/history?since={first['time']}").get_json()
+    assert later == {"points": [second], "decisions": [decision]}
+    refused(doors.tcp("GET", "/history?since=x"), 400, "since has to be a number from 0 to 1e+12")
+
+
+def test_the_log_is_told_from_its_end(doors: Doors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("settings.ROOT", tmp_path)
+    log = tmp_path / "run" / "p" / "manager.log"
+    assert (doors.tcp("GET", "/log").status_code, doors.tcp("GET", "/log").text) == (200, "")
+    log.parent.mkdir(parents=True)
+    log.write_text("".join(f"line {number} <b> →\n" for number in range(700)))
+    answer = doors.tcp("GET", "/log?lines=2")
+    assert (answer.text, answer.mimetype) == ("line 698 <b> →\nline 699 <b> →\n", "text/plain")
+    assert len(doors.tcp("GET", "/log").text.splitlines()) == 100
+    refused(doors.tcp("GET", "/log?lines=501"), 400, "lines has to be a number from 1 to 500")
+    log.write_text("early\n" + "→" * TAIL + "\nlate\n")
+    assert doors.tcp("GET", "/log?lines=500").text == "late\n", "half a line is no line"
+
+
+def test_the_status_tells_the_settings_in_force_and_no_secret(tmp_path: Path) -> None:
+    made = controller(FakeEngine(), tmp_path, Clock(), env="PASSWORD=sesame", allow="write,root")
+    made.scale(3, None, 7.5)
+    app = create_app(made, TOKEN, [])
+    status = Client(app, app.response_class).get("/status", environ_base={"REMOTE_ADDR": "127.0.0.1"})
+    told = status.get_json()["settings"]
+    assert told.keys() == vars(made.settings).keys() - {"env"}
+    assert [told[name] for name in ("min", "max", "target", "weights")] == [3, 10, 7.5, "adaptive"]
+    assert told["allow"] == ["root", "write"]
+    assert "sesame" not in status.text
 
 
 def test_the_operators_calls_take_effect(doors: Doors) -> None:
@@ -365,7 +422,7 @@ VALUES = st.recursive(
 JSON = VALUES.map(lambda value: json.dumps(value).encode())
 PATHS = st.sampled_from([*READS, *BALANCERS, *OPERATORS, "/nowhere", "/static/x"])
 METHODS = st.sampled_from(["GET", "POST", "HEAD", "PUT", "OPTIONS"])
-QUERIES = st.dictionaries(st.sampled_from(["have", "wait"]), st.text(max_size=5), max_size=2)
+QUERIES = st.dictionaries(st.sampled_from(["have", "wait", "since", "lines"]), st.text(max_size=5), max_size=2)
 HEADERS = st.fixed_dictionaries(
     {},
     optional={

@@ -33,14 +33,30 @@ REFUSED: dict[str, tuple[str, list[str]]] = {
     "weights": ("adaptive or equal", ["", "fast", "1"]),
     "image": ("an image's name", ["-rm", "a b", "a;b", "$(x)", "/x"]),
     "backend_port": (PORT, ["0", "65536", "x"]),
-    "health": ("sync, tcp or http:/path", ["", "http", "http:path", "http:/a b", "udp"]),
+    "health": ("sync, tcp or http:/path", ["http", "http:path", "http:/a b", "udp"]),
+    "env": ("NAME=VALUE", ["A", "=1", "1A=2", "a-b=c"]),
+    "command": ("words, quoted as in a shell", ["'", 'a "b']),
+    "memory": ("a size such as 256m or 2g", ["", "0m", "256", "256MB", "-1m", "1.5g", "m"]),
+    "cpus": ("0.01 to 1000", ["0", "0.001", "1001", "one", "-1"]),
+    "tmpfs": ("an absolute path", ["run", "/a:size=1", "/a,/b"]),
+    "volume": ("HOST-PATH:PATH, :ro or :rw at its end", ["/a", "/a:b", "/a:/b:z", ":/b", "/a:/b:ro:rw"]),
+    "allow": (
+        "write, root, capabilities, privileges, with commas",
+        ["everything", "Root", "write;root", "write,no"],
+    ),
     "subnet": (
         "an IPv4 network such as 198.18.0.0/20",
         ["x", "198.18.0.1/20", "0.0.0.0/0", "10.0.0.0/29", "fd00::/64"],
     ),
     "preserve_client_ip": ("1, or nothing", ["0", "yes", " "]),
     "record": ("1, or nothing", ["0", "yes", " "]),
-    "orchestrator": ("docker", ["", "swarm", "k8s"]),
+    "orchestrator": ("docker or swarm", ["", "k8s", "Swarm"]),
+    "registry": ("HOST or HOST:PORT", ["a/b", "a:b", ":5000", "http://a", "a b"]),
+    "advertise": ("an IPv4 address of this host", ["eth0", "1.2.3", "::1"]),
+    "constraint": ("KEY==VALUE or KEY!=VALUE", ["node.role", "node.role=worker", "==x"]),
+    "spread": ("such as node.labels.zone", ["node.labels.zone==a", "a/b"]),
+    "balancer_constraint": ("KEY==VALUE or KEY!=VALUE", ["node.role", "==x"]),
+    "locality": ("prefer, or nothing", ["always", "Prefer"]),
     "base_image": ("an image's name", ["", "-x", "a b"]),
 }
 
@@ -60,6 +76,8 @@ def test_the_defaults_are_those_of_the_contract() -> None:
         **{"metric": "packets", "target": 100, "interval": 2, "stable_window": 60, "panic_window": 6},
         **{"drain_timeout": 30, "image": "", "backend_port": 8000, "health": "sync", "subnet": ""},
         **{"orchestrator": "docker", "base_image": "debian:trixie-slim"},
+        **{"env": (), "command": (), "memory": "256m", "cpus": 0, "tmpfs": (), "volume": (), "allow": frozenset()},
+        **{"registry": "", "advertise": "", "constraint": (), "spread": (), "balancer_constraint": (), "locality": ""},
     }
     assert read({}).run_dir == settings.ROOT / "run" / "lbscaler"
 
@@ -165,7 +183,7 @@ def test_what_is_stored_is_what_the_next_run_starts_from(root: Path) -> None:
 
 def test_run_sh_gets_every_setting_and_its_own_switches() -> None:
     result = assignments(["3", "--follow", "--no-install"], {})
-    assert result.keys() == {f"LB_{name.upper()}" for name in SETTINGS} | {"FOLLOW", "NO_INSTALL", "BACKENDS"}
+    assert result.keys() == {f"LB_{name.upper()}" for name in SETTINGS} | {"ACTION", "SWARM_INIT", "FOLLOW", "NO_INSTALL", "BACKENDS"}
     assert (result["BACKENDS"], result["FOLLOW"], result["NO_INSTALL"]) == ("3", "1", "1")
     plain = assignments([], {})
     assert (plain["BACKENDS"], plain["FOLLOW"], plain["NO_INSTALL"]) == ("", "", "")
@@ -192,7 +210,7 @@ def test_what_is_printed_is_safe_for_the_shell(
     assert run(monkeypatch, "--health", health) == 0
     words = shlex.split(capsys.readouterr().out)
     assert f"LB_HEALTH={health}" in words
-    assert len(words) == len(SETTINGS) + 3
+    assert len(words) == len(SETTINGS) + 5
 
 
 def test_storing_prints_the_file(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,83 @@
+'use strict';
+/* The past as charts: what is kept of it, and how it is drawn. Plotly does the drawing; without it the page goes on. */
+
+const DAY = 86400; // seconds
+const GAP = 125; // seconds without a point that break a line: minutes are told by one point
+
+const way = (decision) => (decision.verdict === 'CREATE_SERVER' ? 'grow' : decision.verdict === 'STOP_SERVER' ? 'shrink' : '');
+const step = (decision) => `${{ grow: '▲', shrink: '▼' }[way(decision)] || ''} ${decision.current}→${decision.desired}`.trim();
+
+/* Joins what is there and what came: where the two overlap the manager's word holds, and what a manager before it told
+   is kept for a day. */
+function join(known, fresh) {
+  if (!fresh.length) return known;
+  return [...known.filter((one) => one.time < fresh[0].time && one.time > fresh[0].time - DAY), ...fresh];
+}
+
+/* Plotly reads a few tags in its texts; a reason has none, whatever it looks like. */
+function plain(text, width) {
+  const lines = [''];
+  for (const word of text.split(' ')) {
+    if ((lines.at(-1) + word).length > width) lines.push('');
+    lines[lines.length - 1] += `${word} `;
+  }
+  const escaped = lines.map((line) => line.trim().replaceAll('&', '&amp;').replaceAll('<', '&lt;'));
+  return escaped.filter((line) => line).join('<br>');
+}
+
+function series(points, name, field, line, more) {
+  const x = [], y = [];
+  points.forEach((point, index) => {
+    if (index && point.time - points[index - 1].time > GAP) { x.push(new Date(point.time * 1000 - 1)); y.push(null); }
+    x.push(new Date(point.time * 1000));
+    y.push(point[field]);
+  });
+  return { name, x, y, type: 'scatter', mode: 'lines', line, ...more };
+}
+
+function marks(points, decisions, field, colour) {
+  const width = innerWidth < 700 ? 34 : 60;
+  const at = (time) => points.findLast((point) => point.time <= time) || points[0];
+  return {
+    name: 'decisions', type: 'scatter', mode: 'markers', cliponaxis: false, showlegend: false,
+    x: decisions.map((decision) => new Date(decision.time * 1000)),
+    y: decisions.map((decision) => at(decision.time)[field]),
+    text: decisions.map((decision) => plain(`${step(decision)}  ${decision.reason}`, width)),
+    hovertemplate: '%{text}<extra></extra>',
+    marker: {
+      size: 11,
+      symbol: decisions.map((decision) => (way(decision) === 'grow' ? 'triangle-up' : 'triangle-down')),
+      color: decisions.map((decision) => colour(way(decision))),
+      line: { width: 1.5, color: colour('card') },
+    },
+  };
+}
+
+/* Draws the `seconds` before `end`, a time of the manager's clock. */
+function draw(points, decisions, end, seconds) {
+  if (!window.Plotly || !points.length) return;
+  document.querySelector('.empty')?.remove();
+  const style = getComputedStyle(document.documentElement), colour = (name) => style.getPropertyValue(`--${name}`).trim();
+  const axis = { gridcolor: colour('line'), zeroline: false, fixedrange: true, color: colour('quiet') };
+  const layout = {
+    margin: { l: 46, r: 14, t: 28, b: 26 }, paper_bgcolor: 'rgba(0,0,0,0)', plot_bgcolor: 'rgba(0,0,0,0)',
+    font: { family: style.getPropertyValue('font-family') || 'system-ui, sans-serif', size: 12, color: colour('text') },
+    legend: { orientation: 'h', x: 0, y: 1.02, yanchor: 'bottom' }, dragmode: false, hovermode: 'x unified',
+    hoverlabel: { bgcolor: colour('card'), bordercolor: colour('line'), font: { color: colour('text') }, align: 'left' },
+    xaxis: { ...axis, type: 'date', tickformat: '%H:%M', range: [new Date((end - seconds) * 1000), new Date(end * 1000)], hoverformat: '%H:%M:%S' },
+    yaxis: { ...axis, rangemode: 'tozero' },
+  };
+  const dashed = { color: colour('capacity'), width: 1.5, dash: 'dash', shape: 'hv' }, line = { color: colour('rate'), width: 2 };
+  const fill = { fill: 'tozeroy', fillcolor: colour('soft') };
+  const settings = { displayModeBar: false, responsive: true };
+  Plotly.react('load', [
+    series(points, 'load', 'rate', line, { ...fill, hovertemplate: '%{y:.4~g}' }),
+    series(points, 'capacity (target × backends)', 'capacity', dashed, { hovertemplate: '%{y:.4~g}' }),
+    marks(points, decisions, 'rate', colour),
+  ], layout, settings);
+  Plotly.react('size', [
+    series(points, 'active', 'backends', { ...line, shape: 'hv' }, fill),
+    series(points, 'desired', 'desired', dashed),
+    marks(points, decisions, 'desired', colour),
+  ], { ...layout, yaxis: { ...layout.yaxis, tickformat: 'd' } }, settings);
+}

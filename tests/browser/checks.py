@@ -1,0 +1,169 @@
+"""What the page has to do, as checks that take a page and the address of any manager, the fake one or a real one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from playwright.sync_api import Page
+
+PARTS = ("page.js", "charts.js", "page.css", "plotly.js")
+WITHIN = 15.0  # seconds; what has to be quicker says so itself
+ROWS = """rows => rows.map(row => Object.fromEntries(
+    [...row.querySelectorAll('[data-field]')].map(cell => [cell.dataset.field, cell.textContent])))"""
+
+
+def until(page: Page, condition: Callable[[], Any], what: str, within: float = WITHIN) -> Any:
+    """The first true value of `condition`; the page lives on meanwhile."""
+    deadline = time.monotonic() + within
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"not within {within:g} s: {what}"
+        page.wait_for_timeout(50)
+    return value
+
+
+def charts_are_drawn(page: Page) -> None:
+    for chart in ("load", "size"):
+        page.wait_for_selector(f"#{chart} .scatterlayer .js-line", state="attached")
+
+
+def status(page: Page, base_url: str) -> dict[str, Any]:
+    return dict(page.request.get(f"{base_url}/status").json())
+
+
+def rows(page: Page) -> list[dict[str, str]]:
+    """The fleet's table, as it is shown."""
+    return list(page.eval_on_selector_all("#fleet tr", ROWS))
+
+
+def agrees_with_the_status(page: Page, base_url: str) -> None:
+    """Numbers are shown with one decimal; while they move, page and status agree soon after each report."""
+    page.goto(base_url)
+    until(page, lambda: _difference(page, base_url) == "", "page and status agree")
+
+
+def _difference(page: Page, base_url: str) -> str:
+    now, shown = status(page, base_url), rows(page)
+    if [row["name"] for row in shown] != [backend["name"] for backend in now["backends"]]:
+        return "the names"
+    for row, backend in zip(shown, now["backends"], strict=True):
+        if row["state"].split()[-1] != backend["state"]:
+            return f"the state of {row['name']}"
+        told = {"share": 100 * backend["share"], **{name: backend[name] for name in _NUMBERS}}
+        for name, value in told.items():
+            if abs(_number(row[name]) - value) > 0.051:
+                return f"{name} of {row['name']}: {row[name]} for {value}"
+    active = sum(backend["state"] == "active" for backend in now["backends"])
+    expected = {
+        "active": active,
+        "wanted": now["desired"],
+        "rate": now["rate"] or 0,
+        "balancers": len(now["balancers"]),
+    }
+    for name, value in expected.items():
+        if abs(_number(page.inner_text(f"#{name}")) - value) > 0.051:
+            return f"{name}: {page.inner_text(f'#{name}')} for {value}"
+    return ""
+
+
+_NUMBERS = ("connections_rate", "packets_rate", "active")
+
+
+def _number(text: str) -> float:
+    """The number that a cell begins with; 0 for the dash that says there is none."""
+    word = text.split(maxsplit=1)[0].replace(",", "")
+    return 0.0 if word == "–" else float(word)
+
+
+def marks_the_last_decision(page: Page, base_url: str) -> None:
+    """It is in both charts where it happened, and pointing at it shows its sentence."""
+    page.goto(base_url)
+    last = page.request.get(f"{base_url}/history").json()["decisions"][-1]
+    charts_are_drawn(page)
+    for chart in ("load", "size"):
+        until(page, lambda c=chart: _hovered(page, c, last), f"the decision is marked in {chart}: {last}")
+
+
+def _hovered(page: Page, chart: str, decision: dict[str, Any]) -> bool:
+    found = page.evaluate(
+        """([chart, time]) => {
+            const drawn = document.getElementById(chart);
+            const curve = drawn.data.findIndex((one) => one.name === 'decisions');
+            const point = drawn.data[curve].x.findIndex((x) => Math.abs(x - 1000 * time) < 2);
+            if (point < 0) return null;
+            Plotly.Fx.hover(chart, [{ curveNumber: curve, pointNumber: point }]);
+            return drawn.querySelector('.hoverlayer').textContent;
+        }""",
+        [chart, decision["time"]],
+    )
+    return found is not None and _squeezed(decision["reason"]) in _squeezed(found)
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def fits_the_width(page: Page, base_url: str, width: int = 390) -> None:
+    """Nothing scrolls sideways, and nothing that is shown reaches past the edge."""
+    page.set_viewport_size({"width": width, "height": 844})
+    page.goto(base_url)
+    charts_are_drawn(page)
+    page.wait_for_selector("#fleet tr")
+    beyond = page.evaluate(
+        """() => [...document.querySelectorAll('body *')].filter((one) => !one.closest('svg, .unseen, thead'))
+            .filter((one) => one.getBoundingClientRect().right > innerWidth + 1 || one.scrollWidth > one.clientWidth + 1
+                && one.clientWidth && getComputedStyle(one).display !== 'inline')
+            .map((one) => one.outerHTML.slice(0, 80))"""
+    )
+    assert beyond == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def follows_the_scheme(page: Page, base_url: str) -> None:
+    """Dark is dark and light is light, in the charts too, and at once."""
+    page.goto(base_url)
+    charts_are_drawn(page)
+    for scheme, dark in (("dark", True), ("light", False)):
+        page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+        for place, property_ in (("body", "background-color"), (".card", "background-color")):
+            assert (_brightness(page, place, property_) < 80) is dark, f"{place} in the {scheme} scheme"
+        for place in (".xtick text", ".legendtext"):
+            until(
+                page,
+                lambda p=place, d=dark: (_brightness(page, p, "fill") > 110) is d,
+                f"{place} in the {scheme} scheme",
+            )
+
+
+def _brightness(page: Page, place: str, property_: str) -> float:
+    colour = page.eval_on_selector(place, f"element => getComputedStyle(element)['{property_}']")
+    red, green, blue = (float(part) for part in colour.partition("(")[2].rstrip(")").split(",")[:3])
+    return 0.3 * red + 0.6 * green + 0.1 * blue
+
+
+def asks_nobody_else(page: Page, base_url: str) -> None:
+    """Every request goes to the manager, and the policy that says so hinders nothing."""
+    asked: list[str] = []
+    complaints: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto(base_url)
+    charts_are_drawn(page)
+    page.click("text=24 h")
+    until(page, lambda: sum(url.endswith("/status") for url in asked) >= 2, "the page asks again and again")
+    assert {f"{base_url}/", *(f"{base_url}/{part}" for part in PARTS)} <= set(asked)
+    assert [url for url in asked if not url.startswith((f"{base_url}/", "data:"))] == []
+    assert complaints == []
+
+
+def screenshot(page: Page, url: str, path: Path, dark: bool) -> None:
+    """The whole page, when its charts are drawn."""
+    page.emulate_media(color_scheme="dark" if dark else "light")
+    page.goto(url)
+    charts_are_drawn(page)
+    page.wait_for_selector("#fleet tr")
+    page.wait_for_timeout(1500)  # the shares' bars have come to rest
+    page.screenshot(path=path, full_page=True)

@@ -1,0 +1,137 @@
+"""The manager as a browser meets it, without an engine: the real application over a fake one, served by waitress."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import threading
+from pathlib import Path
+
+import waitress
+from waitress import wasyncore
+
+from docker_engine import EngineError
+from fakes import TOKEN, Clock, FakeEngine, controller, eventually
+from meter import Report, Sample
+from script import LIMITS, create_app, listen, start_log
+
+
+class StuckEngine(FakeEngine):
+    """Stops nothing while it is `stuck`, so that what drains or has failed stays to be looked at."""
+
+    stuck = False
+
+    def stop(self, container_id: str) -> None:
+        if self.stuck:
+            raise EngineError("the engine is busy")
+        super().stop(container_id)
+
+
+class Stage:
+    """Two backends, a balancer whose reports are made by `hear`, and a clock that only these move."""
+
+    def __init__(self, place: Path, past: float = 0.0, **changes: object) -> None:
+        """`past` seconds are to be played before now."""
+        self.engine, self.clock = StuckEngine(), Clock()
+        self.controller = controller(self.engine, place, self.clock, **changes)
+        self.name = f"{self.controller.settings.project}-backend-"
+        for number in (1, 2):
+            self.engine.run(f"{self.name}{number}")
+        self.controller._epoch -= past
+        self.controller.adopt(None)
+        self.log = self.controller.settings.run_dir / "manager.log"
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        start_log(self.log)
+        self._handler = logging.getLogger().handlers[-1]
+        self._counted: dict[str, tuple[float, float]] = {}
+        door = listen("127.0.0.1", 0)
+        self.port = door.getsockname()[1]
+        self.base_url = f"http://127.0.0.1:{self.port}"
+        self._begin(door)
+
+    def hear(self, *rates: float, seconds: float = 2.0, balancer: str = "b1") -> None:
+        """Reports, one after each `seconds`, of that many packets a second over all that serve."""
+        for rate in rates:
+            self.clock.pass_by(seconds)
+            self.controller.report(Report(balancer, "r", 2.0, self._samples(rate, seconds)))
+            self.controller.step()
+
+    def settle(self) -> None:
+        """Steps until each launch has come to something."""
+
+        def launched() -> bool:
+            self.controller.step()
+            return all(row["ip"] for row in self.controller.status()["backends"])
+
+        assert eventually(launched)
+
+    def _samples(self, rate: float, seconds: float) -> dict[str, Sample]:
+        view = self.controller.wait_for_view("", 0)
+        assert view is not None
+        weights = {
+            b["ip"]: 1 + 0.25 * math.sin(int(b["id"][:6], 16)) for b in view["backends"] if b["state"] == "active"
+        }
+        whole, samples = sum(weights.values()), {}
+        for backend in view["backends"]:
+            ip, share = backend["ip"], weights.get(backend["ip"], 0.0) / (whole or 1)
+            packets, connections = self._counted.get(backend["id"], (0.0, 0.0))
+            packets, connections = packets + share * rate * seconds, connections + share * rate * seconds / 9
+            self._counted[backend["id"]] = packets, connections
+            counted = (round(connections), round(packets), round(600 * packets), round(share * rate / 30))
+            samples[ip] = Sample(*counted, True, share, backend["id"])
+        return samples
+
+    # -- the server goes and comes back --------------------------------------------------------------------------------
+
+    def go_away(self) -> None:
+        """Ends the server and every connection to it, when the answers in hand are made."""
+        self._server.task_dispatcher.shutdown()
+        self._server.trigger.pull_trigger(self._close_all)  # on the thread that these belong to
+        self._thread.join(10)
+        assert not self._thread.is_alive()
+
+    def _close_all(self) -> None:
+        for channel in list(self._server.active_channels.values()):
+            channel.handle_close()
+        wasyncore.close_all(self._server._map)
+
+    def come_back(self) -> None:
+        self._begin(listen("127.0.0.1", self.port))
+
+    def close(self) -> None:
+        self.controller.close()
+        if self._thread.is_alive():
+            self.go_away()
+        logging.getLogger().removeHandler(self._handler)
+        self._handler.close()
+
+    def _begin(self, door: object) -> None:
+        app = create_app(self.controller, TOKEN, [])
+        self._server = waitress.create_server(app, sockets=[door], threads=8, **LIMITS)
+        self._thread = threading.Thread(target=self._server.run, daemon=True)
+        self._thread.start()
+
+
+HOUR = 4200.0  # seconds of a_busy_hour
+
+
+def a_busy_hour(stage: Stage) -> None:
+    """Waves and bursts, so that the fleet grows and shrinks; at the end one backend has died and one drains."""
+    for second in itertools.count(0, 2):
+        if second >= HOUR:
+            break
+        wave = 260 + 170 * math.sin(second / 480) + 25 * math.sin(second / 19) + 12 * math.sin(second / 3.1)
+        burst = 520 * math.exp(-(((second - 2600) / 110) ** 2)) + 330 * math.exp(-(((second - 3950) / 90) ** 2))
+        stage.hear(wave + burst)
+        if any(not row["ip"] for row in stage.controller.status()["backends"]):
+            stage.settle()
+        if second == 1800:
+            stage.engine.die(f"{stage.name}3", 137)
+    stage.engine.stuck = True
+    rows = [row for row in stage.controller.status()["backends"] if row["state"] == "active"]
+    stage.engine.die(rows[1]["name"], 137)
+    stage.controller.step()
+    stage.controller.drain(rows[0]["ip"])
+    stage.settle()
+    stage.hear(640, 655)

@@ -1,0 +1,138 @@
+"""Images that know nothing of this project: nginx, and redis for plain TCP, from Debian's packages."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from e2e.conftest import FAST, Load, System, docker, until
+
+
+@pytest.fixture(scope="module")
+def images(shared: System) -> dict[str, str]:
+    """nginx and redis as anybody would package them: root, logs in their usual places."""
+    base = docker("image", "ls", "-q", "--filter", "label=lbscaler.image=base") or "debian:trixie-slim"
+    recipes = {
+        "nginx": "RUN ln -sf /dev/stderr /var/log/nginx/error.log && ln -sf /dev/stdout /var/log/nginx/access.log\n"
+        'CMD ["nginx", "-g", "daemon off;"]',
+        "redis-server": 'CMD ["redis-server", "--protected-mode", "no", "--save", ""]',
+    }
+    for package, rest in recipes.items():
+        name = {"nginx": "nginx-light"}.get(package, package)
+        recipe = (
+            f"FROM {base.split()[0]}\nLABEL lbscaler.image=test\n"
+            f"RUN apt-get update && apt-get install -y --no-install-recommends {name} && rm -rf /var/lib/apt/lists/*\n{rest}\n"
+        )
+        subprocess.run(
+            ["docker", "build", "-q", "-t", f"lbtest-{package}", "-"], input=recipe, text=True, check=True, timeout=300
+        )
+    return {package: f"lbtest-{package}" for package in recipes}
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    (tmp_path / "index.html").write_text("a page of ours\n")
+    tmp_path.chmod(0o755)
+    return tmp_path
+
+
+def places(words: str) -> list[str]:
+    return [word for place in words.split() for word in ("--tmpfs", place)]
+
+
+NGINX = places("/run /var/lib/nginx")
+
+
+@pytest.fixture
+def nginx(fresh: System, images: dict[str, str]) -> Iterator[System]:
+    fresh.flags += ("--image", images["nginx"], "--backend-port", "80")
+    yield fresh
+
+
+def user_of(system: System) -> set[str]:
+    backends = docker(
+        "ps", "-q", "--filter", f"label=lbscaler.project={system.project}", "--filter", "label=lbscaler.role=backend"
+    )
+    return {docker("exec", name, "id", "-u") for name in backends.split()}
+
+
+def test_nginx_serves_as_a_stranger_on_a_read_only_system_and_is_scaled(nginx: System, site: Path) -> None:
+    nginx.up(
+        "2", *FAST, *NGINX, "--health", "http:/index.html", "--volume", f"{site}:/var/www/html",
+        "--env", "GREETING=two words", "--memory", "64m", "--cpus", "0.5",
+    )  # fmt: skip
+    nginx.settled(2)
+    assert nginx.get() == "a page of ours\n"
+    assert user_of(nginx) == {"10001"}
+    name = nginx.active()[0]["name"]
+    assert docker("exec", name, "printenv", "GREETING") == "two words"
+    limits = json.loads(docker("inspect", "-f", "{{json .HostConfig}}", name))
+    assert (limits["Memory"], limits["NanoCpus"], limits["ReadonlyRootfs"]) == (64 << 20, 500_000_000, True)
+    load = Load(nginx.port, seconds=12, per_second=80)
+    until(lambda: len(nginx.active()) > 2, "a scale-out", 30)
+    _, others, _ = load.result()
+    assert others == 0
+    nginx.settled(2, 60)
+    assert "drained in" in nginx.log()
+
+
+def test_changed_options_replace_the_backends_and_lifted_rules_are_lifted(nginx: System) -> None:
+    nginx.up("2", *FAST, *NGINX)
+    before = {backend["ip"]: backend["name"] for backend in nginx.settled(2)}
+    nginx.up("--allow", "root,capabilities,write", "--tmpfs", "", "--env", "NEW=1")
+
+    def replaced() -> bool:
+        return len(nginx.active()) == 2 and user_of(nginx) == {"0"} and len(nginx.status()["backends"]) == 2
+
+    until(replaced, f"both of {before} replaced", 60)
+    assert "replaced by the update" in nginx.log()
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason", "mend"),
+    [
+        ((), "Read-only file system", "--tmpfs PATH, or --allow write"),
+        (("--allow", "write"), "Permission denied", "--allow root"),
+    ],
+)
+def test_an_image_that_cannot_live_with_the_rules_fails_with_the_reason_and_the_flag(
+    nginx: System, flags: tuple[str, ...], reason: str, mend: str
+) -> None:
+    output = nginx.up("2", *FAST, *flags, status=1)
+    assert reason in output
+    assert mend in output
+    assert "Traceback" not in output
+    assert nginx.nothing_left()
+
+
+def test_a_wrong_port_or_a_wrong_path_is_told_as_such(nginx: System) -> None:
+    process = nginx.start("2", *FAST, *NGINX, "--health", "http:/nothing-here")
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 1
+    assert "GET /nothing-here on port 80: status 404" in output
+    assert "--health" in output
+
+
+def ask(system: System, words: str) -> str:
+    with socket.create_connection(("127.0.0.1", system.port), 10) as connection:
+        connection.sendall(f"{words}\r\n".encode())
+        return connection.recv(4096).decode().strip()
+
+
+def test_redis_over_plain_tcp_with_a_command_of_ours(fresh: System, images: dict[str, str]) -> None:
+    command = "redis-server --protected-mode no --save '' --port 7000 --maxmemory 5mb"
+    fresh.up(
+        "3", *FAST, "--min", "3", "--image", images["redis-server"], "--backend-port", "7000", "--command", command
+    )
+    fresh.settled(3)
+    assert ask(fresh, "PING") == "+PONG"
+    for _ in range(30):
+        assert ask(fresh, "INCR counter").startswith(":")
+    counts = [int(docker("exec", b["name"], "redis-cli", "-p", "7000", "GET", "counter") or 0) for b in fresh.active()]
+    assert sum(counts) == 30
+    assert min(counts) > 0

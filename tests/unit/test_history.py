@@ -1,0 +1,95 @@
+"""The past for charts: bounded, in order, and with every peak."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from history import CHANGES, COARSE, FINE, MINUTE, History, Point
+from scaler import CREATE, OK, Decision
+
+START = 1_700_000_000.5
+GAPS = st.floats(0.375, 70) | st.floats(0.375, 4000)
+STEPS = st.lists(st.tuples(GAPS, st.integers(0, 9)), min_size=1, max_size=200)
+
+
+def walked(steps: list[tuple[float, int]]) -> tuple[History, list[Point]]:
+    """A history of points so far apart and of such rates, and the points."""
+    history, time, points = History(), START, []
+    for gap, rate in steps:
+        time = round(time + gap, 3)
+        points.append(Point(time, rate, 100 * rate, rate, rate))
+        history.add(points[-1])
+    return history, points
+
+
+def decided(verdict: str) -> Decision:
+    return Decision(7.0, verdict, 2, 3, 250.0, 1.25, 3, (), "why")
+
+
+@given(STEPS)
+def test_points_are_told_oldest_first_and_each_minute_once(steps: list[tuple[float, int]]) -> None:
+    history, points = walked(steps)
+    told = [point["time"] for point in history.since(0)["points"]]
+    assert told == sorted(set(told))
+    fine = {time // MINUTE for time in told if time % MINUTE}
+    assert not fine & {time // MINUTE for time in told if time not in {point.time for point in points}}
+
+
+@given(STEPS)
+def test_no_peak_of_the_last_day_is_lost(steps: list[tuple[float, int]]) -> None:
+    history, points = walked(steps)
+    told = history.since(0)["points"]
+    day = [point for point in points if point.minute >= points[-1].minute - COARSE]
+    for name in ("rate", "capacity"):
+        assert max(point[name] for point in told) == max(getattr(point, name) for point in day)
+
+
+@given(STEPS)
+def test_every_decision_of_the_last_half_hour_is_told(steps: list[tuple[float, int]]) -> None:
+    history, points = walked(steps)
+    told = [point["time"] for point in history.since(0)["points"]]
+    assert {point.time for point in points if point.time > points[-1].time - FINE * MINUTE} <= set(told)
+
+
+def test_two_days_at_the_shortest_interval_take_no_more_than_a_day() -> None:
+    history = History()
+    for number in range(2 * 24 * 3600 * 8 // 3):
+        history.add(Point(START + 0.375 * number, 1, 1, 1, 1))
+    assert len(history.coarse) <= COARSE + 1
+    assert len(history.fine) <= (FINE + 1) * MINUTE / 0.375
+    told = history.since(0)["points"]
+    assert told[-1]["time"] - told[0]["time"] >= 86400
+
+
+def test_a_minute_that_is_past_is_told_by_its_peaks_and_its_last_fleet() -> None:
+    history = History()
+    for point in (
+        Point(60, 5, 100, 1, 2),
+        Point(62, 9, 300, 2, 3),
+        Point(64, 4, 200, 3, 1),
+        Point(60 * 40, 0, 0, 0, 0),
+    ):
+        history.add(point)
+    first = {"time": 60, "rate": 9, "capacity": 300, "backends": 3, "desired": 1}
+    assert history.since(0)["points"][0] == first
+
+
+def test_only_what_is_newer_is_told_and_nothing_is_told_twice() -> None:
+    history = History()
+    assert history.since(0) == {"points": [], "decisions": []}
+    history.add(Point(100.00049, 1, 1, 1, 1))
+    history.note(decided(CREATE), 100.00049)
+    (point,), (change,) = history.since(99).values()
+    assert (point["time"], change["time"]) == (100, 100)
+    assert history.since(100) == {"points": [], "decisions": []}
+
+
+def test_the_last_decisions_that_changed_something_are_kept() -> None:
+    history = History()
+    for number in range(CHANGES + 10):
+        history.note(decided(CREATE), 10 + number)
+        history.note(decided(OK), 10.5 + number)
+    told = history.since(0)["decisions"]
+    assert [change["time"] for change in told] == list(range(20, 20 + CHANGES))
+    assert told[0] == {"time": 20, "verdict": CREATE, "current": 2, "desired": 3, "reason": "why"}

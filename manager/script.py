@@ -255,6 +255,8 @@ def _on_backend(action: Callable[[], None]) -> tuple[str, int]:
         action()
     except Unknown as error:
         _refuse(404, f"no backend of ours has the address {error}")
+    except ValueError as error:
+        _refuse(409, str(error))
     return "", 204
 
 

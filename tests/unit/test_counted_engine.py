@@ -1,0 +1,214 @@
+"""An engine that keeps a number of backends by itself: told how many, watched for who comes and goes, never second-
+guessed. A Swarm in memory, under a real controller."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import fleet as fleets
+from controller import Controller
+from docker_engine import EngineError, Event
+from fakes import Clock, controller, eventually, report, sample
+from fleet import ACTIVE, DRAINING, FAILED, LEAVING, STARTING, Backend, Container, Goal, Namer, Resize
+
+
+class Swarm:
+    """Keeps `replicas` tasks, the newest of which it lets go first; a task leaves when `finish` says so."""
+
+    def __init__(self, count: int = 0) -> None:
+        self.replicas: int | None = count
+        self.made_from = "image-1"
+        self.image = "image-1"
+        self.tasks: dict[str, Container] = {}
+        self.resizes: list[tuple[int, str]] = []
+        self.down = ""
+        self._slots = itertools.count(1)
+        self._keep()
+
+    def _keep(self) -> None:
+        serving = [task for task in self.tasks.values() if not task.leaving and not task.ended]
+        for _ in range((self.replicas or 0) - len(serving)):
+            slot = next(self._slots)
+            name = f"p-backend-{slot}.abcde"
+            self.tasks[name] = Container(f"task{slot}", name, f"198.18.0.{slot + 1}", "running", node="n1")
+        for task in serving[self.replicas or 0 :]:
+            self.tasks[task.name] = replace(task, leaving=True)
+
+    def list(self) -> list[Container]:
+        if self.down:
+            raise EngineError(self.down)
+        return [replace(task, spec=self.made_from) for task in self.tasks.values()]
+
+    def spec(self) -> str:
+        return self.image
+
+    def resize(self, count: int, spec: str) -> None:
+        self.resizes.append((count, spec))
+        self.replicas, self.made_from = count, spec
+        self._keep()
+
+    def finish(self) -> None:
+        self.tasks = {name: task for name, task in self.tasks.items() if not task.leaving and not task.ended}
+
+    def fail(self, name: str) -> None:
+        """It ends by itself, and another is there in its place."""
+        self.tasks[name] = replace(self.tasks[name], status="exited", exit_code=7)
+        self._keep()
+
+    def launch(self, name: str, spec: str) -> Container:
+        raise AssertionError("it launches by itself")
+
+    def stop(self, container_id: str) -> None:
+        raise AssertionError("it stops by itself")
+
+    def last_words(self, container_id: str) -> str:
+        return "none"
+
+    def events(self) -> Iterator[Event]:
+        return iter(())
+
+
+class Rig:
+    def __init__(self, place: Path, count: int = 3, **changes: object) -> None:
+        self.clock, self.engine = Clock(), Swarm(count)
+        changes = {"min": 1, "max": 9, "orchestrator": "swarm", **changes}
+        self.controller: Controller = controller(self.engine, place, self.clock, **changes)  # type: ignore[arg-type]
+        self.controller.adopt(None)
+
+    def step(self) -> None:
+        self.controller.step()
+        eventually(lambda: not self.controller._workers.busy or self.controller._workers._results.qsize())
+        self.controller.step()
+
+    def all_well(self) -> None:
+        view = self.controller.wait_for_view("", 0)
+        assert view is not None
+        self.controller.report(report(**{"_" + b["ip"].split(".")[-1]: sample(id=b["id"]) for b in view["backends"]}))
+
+    def states(self) -> dict[str, str]:
+        return {b["name"].split("-")[-1].split(".")[0]: b["state"] for b in self.controller.status()["backends"]}
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Rig:
+    return Rig(tmp_path)
+
+
+def test_a_manager_adopts_the_number_that_is_kept_and_orders_nothing(rig: Rig) -> None:
+    assert rig.controller.desired == 3
+    rig.step()
+    assert rig.states() == {"1": ACTIVE, "2": ACTIVE, "3": ACTIVE}
+    assert rig.engine.resizes == []
+
+
+def test_it_is_told_the_number_and_who_comes_is_active_when_found_healthy(rig: Rig) -> None:
+    rig.controller.scale(5, 5, None)
+    rig.step()
+    assert rig.engine.resizes == [(5, "image-1")]
+    assert (rig.states()["4"], rig.states()["5"]) == (STARTING, STARTING)
+    rig.all_well()
+    assert set(rig.states().values()) == {ACTIVE}
+
+
+def test_who_the_engine_lets_go_drains_in_the_view_until_it_has_ended(rig: Rig) -> None:
+    rig.controller.scale(1, 2, None)
+    rig.step()
+    assert rig.engine.resizes == [(2, "image-1")]
+    leaver = next(b for b in rig.controller.status()["backends"] if b["state"] == DRAINING)
+    assert leaver["reason"] == LEAVING
+    view = rig.controller.wait_for_view("", 0)
+    assert view is not None
+    assert leaver["ip"] in {b["ip"] for b in view["backends"] if b["state"] == DRAINING}
+    rig.controller.stop(leaver["ip"], "drained")
+    rig.step()
+    rig.engine.finish()
+    rig.step()
+    assert len(rig.states()) == 2
+
+
+def test_a_backend_that_ends_is_told_of_and_left_to_the_engine_to_replace(
+    rig: Rig, caplog: pytest.LogCaptureFixture
+) -> None:
+    rig.step()
+    rig.engine.fail("p-backend-2.abcde")
+    with caplog.at_level("INFO"):
+        rig.step()
+    assert "active→failed" in caplog.text
+    assert "exit code 7" in caplog.text
+    assert (rig.states()["2"], rig.states()["4"]) == (FAILED, STARTING)
+    rig.engine.finish()
+    rig.step()
+    assert "2" not in rig.states()
+    assert rig.engine.resizes == []
+
+
+def test_an_ill_backend_is_out_of_rotation_by_the_probes_alone_and_may_come_back(rig: Rig) -> None:
+    rig.step()
+    rig.controller.stop("198.18.0.2", "ill for 10 s")
+    rig.clock.pass_by(1000)
+    rig.step()
+    assert rig.states()["1"] == ACTIVE
+    assert rig.engine.resizes == []
+
+
+def test_who_is_slow_to_get_ready_is_not_given_up(rig: Rig) -> None:
+    rig.step()
+    rig.all_well()
+    rig.controller.scale(4, 4, None)
+    rig.step()
+    rig.controller.report(report(_5=sample(healthy=False)))
+    rig.clock.pass_by(10 * fleets.READY_WITHIN)
+    rig.controller.report(report(_5=sample(healthy=False)))
+    rig.step()
+    assert rig.states()["4"] == STARTING
+
+
+def test_draining_by_hand_is_refused_for_the_engine_picks(rig: Rig) -> None:
+    with pytest.raises(ValueError, match="picks by itself"):
+        rig.controller.drain("198.18.0.2")
+    assert rig.states()["1"] == ACTIVE
+
+
+def test_a_resize_that_fails_is_tried_again(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.PAUSE", 0.0)
+    refusals = [EngineError("not now")]
+    resize = rig.engine.resize
+
+    def refuse_first(count: int, spec: str) -> None:
+        if refusals:
+            raise refusals.pop()
+        resize(count, spec)
+
+    monkeypatch.setattr(rig.engine, "resize", refuse_first)
+    rig.controller.scale(4, 4, None)
+    rig.step()
+    rig.step()
+    assert rig.engine.resizes == [(4, "image-1")]
+
+
+GOAL = Goal(3, 0, "new", 3)
+
+
+@pytest.mark.parametrize(
+    ("goal", "specs", "steps"),
+    [
+        (GOAL, ["new"], []),
+        (GOAL, ["new", "old"], [Resize(3)]),
+        (replace(GOAL, replicas=2), [], [Resize(3)]),
+        (replace(GOAL, replicas=0, desired=1), [], [Resize(1)]),
+        (GOAL, [], []),
+    ],
+)
+def test_the_plan_is_a_number_or_nothing(goal: Goal, specs: list[str], steps: list[Resize]) -> None:
+    fleet = {f"p-{i}": Backend(f"p-{i}", FAILED if i else ACTIVE, 0.0, "x", spec=spec) for i, spec in enumerate(specs)}
+    assert fleets.plan(fleet, goal, Namer("p-"), 30, 1e6) == steps
+
+
+def test_the_names_of_tasks_sort_by_their_slots() -> None:
+    names = ["p-backend-10.x7f2a", "p-backend-9.zzzzz", "p-backend-2"]
+    assert sorted(names, key=fleets.by_number) == ["p-backend-2", "p-backend-9.zzzzz", "p-backend-10.x7f2a"]

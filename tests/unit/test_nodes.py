@@ -1,0 +1,131 @@
+"""A balancer among others: which backends are near, where the manager may be, and which one it believes."""
+
+from __future__ import annotations
+
+import shutil
+import ssl
+import subprocess
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+import synchronization_client as client
+from probe import Health
+from wire import Backend, Manager, View
+
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # a server ends with a TLS client half-way
+
+
+def shares(locality: str, node: str, *nodes: str, ill: str = "") -> list[float]:
+    backends = tuple(Backend(f"b{i}", f"198.18.0.{i + 2}", "active", 2.0, name) for i, name in enumerate(nodes))
+    health = {b.id: Health(b.id != ill) for b in backends}
+    return [e.weight for e in client.rotation(View("r", backends, locality=locality), health, node)]
+
+
+@pytest.mark.parametrize(
+    ("locality", "node", "nodes", "weights"),
+    [
+        ("prefer", "n1", ("n1", "n2", "n1"), [2.0, 0.2, 2.0]),
+        ("prefer", "n3", ("n1", "n2"), [2.0, 2.0]),  # none is near
+        ("", "n1", ("n1", "n2"), [2.0, 2.0]),
+        ("", "", ("", ""), [2.0, 2.0]),
+    ],
+)
+def test_what_is_far_gets_little_where_near_is_preferred(
+    locality: str, node: str, nodes: tuple[str, ...], weights: list[float]
+) -> None:
+    assert shares(locality, node, *nodes) == pytest.approx(weights)
+
+
+def test_an_ill_near_backend_makes_nobody_far() -> None:
+    assert shares("prefer", "n1", "n1", "n2", "n3", ill="b0") == [2.0, 2.0]
+
+
+class Answers(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        body = b'{"revision": "r2"}'
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+class Quiet(HTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        pass  # who does not believe us hangs up
+
+
+def certificate(place: Path, name: str) -> Path:
+    """As manager/swarm.sh makes it: certificate and key in one file."""
+    if not shutil.which("openssl"):
+        pytest.skip("needs openssl")
+    place.mkdir()
+    pem, key = place / "manager.pem", place / "key.pem"
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:prime256v1",
+        "-nodes",
+        "-days",
+        "2",
+    ]
+    command += ["-subj", f"/CN={name}", "-addext", f"subjectAltName=DNS:{name}", "-keyout", str(key), "-out", str(pem)]
+    subprocess.run(command, check=True, capture_output=True)
+    pem.write_text(pem.read_text() + key.read_text())
+    return pem
+
+
+def serve(pem: Path) -> Iterator[str]:
+    with Quiet(("127.0.0.1", 0), Answers) as server:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(pem)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield f"127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def pem(tmp_path: Path) -> Path:
+    return certificate(tmp_path / "ours", "lbscaler-manager")
+
+
+@pytest.fixture
+def door(pem: Path) -> Iterator[str]:
+    yield from serve(pem)
+
+
+def test_the_manager_is_known_by_its_certificate_at_whatever_address(pem: Path, door: str) -> None:
+    assert Manager([door], "t", "b", str(pem)).sync("") == {"revision": "r2"}
+
+
+def test_another_certificate_is_not_believed_nor_one_of_another_name(tmp_path: Path, door: str) -> None:
+    other = certificate(tmp_path / "other", "lbscaler-manager")
+    with pytest.raises(requests.exceptions.SSLError):
+        Manager([door], "t", "b", str(other)).sync("")
+    strange = certificate(tmp_path / "strange", "somebody-else")
+    for address in serve(strange):
+        with pytest.raises(requests.exceptions.SSLError):
+            Manager([address], "t", "b", str(strange)).sync("")
+
+
+def test_the_next_address_is_tried_when_one_does_not_answer_and_kept_when_it_does(pem: Path, door: str) -> None:
+    manager = Manager(["127.0.0.1:1", "127.0.0.1:2", door], "t", "b", str(pem))
+    for _ in range(2):
+        with pytest.raises(requests.RequestException):
+            manager.sync("")
+    assert manager.sync("") == manager.sync("") == {"revision": "r2"}

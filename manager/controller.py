@@ -104,7 +104,8 @@ class Controller:
         with self._lock:
             self._publish(fleets.observe({}, containers, self._clock(), self._clock()))
             found = fleets.live(self._fleet)
-            others = [backend.spec for backend in found if backend.spec != spec]
+            # Of what they are made that would be gone back to; an engine that keeps a number goes back by itself.
+            others = [backend.spec for backend in found if backend.spec != spec and self._engine.replicas is None]
             self._patience = Patience(spec, previous=others[0] if others else "")
             running = len(found) if self._engine.replicas is None else self._engine.replicas
             self.desired = wanted or running - self.settings.spares

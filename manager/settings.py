@@ -262,8 +262,8 @@ def _check_together(s: Settings) -> None:
         raise SettingError(f"--min {s.min} is above --max {s.max}; raise the one or lower the other")
     if s.port == s.manager_port:
         raise SettingError(f"--port and --manager-port are both {s.port}; move one of them")
-    if s.orchestrator == "swarm" and (s.spares or s.preserve_client_ip):
-        raise SettingError("--spares and --preserve-client-ip are for --orchestrator docker; leave them out")
+    if s.orchestrator == "swarm" and (s.spares or s.preserve_client_ip or s.bind != "0.0.0.0"):
+        raise SettingError("--spares, --preserve-client-ip and --bind are for --orchestrator docker; leave them out")
     if not s.interval <= s.panic_window <= s.stable_window:
         raise SettingError(
             f"--interval {s.interval:g}, --panic-window {s.panic_window:g} and --stable-window {s.stable_window:g} "

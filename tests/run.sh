@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # All tests with one command, on a bare machine too: installs what they need, starts an engine where none answers, checks
-# and runs everything, says what was skipped and why, and ends what it started. Words given go to pytest.
+# and runs everything, says what was skipped and why, and ends what it started. Words given go to pytest; those that name
+# tests, such as tests/swarm, are run alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=manager/host.sh
@@ -21,7 +22,8 @@ install_packages() {
 
 if [ "$(id -u)" -eq 0 ] && have apt-get; then
     missing=()
-    for pair in python3:python3 setpriv:util-linux shellcheck:shellcheck iptables:iptables ipset:ipset conntrack:conntrack ip:iproute2 sysctl:procps hey:hey git:git; do
+    for pair in python3:python3 setpriv:util-linux shellcheck:shellcheck iptables:iptables ipset:ipset conntrack:conntrack ip:iproute2 sysctl:procps hey:hey git:git \
+        curl:curl openssl:openssl promtool:prometheus chromium:chromium docker-registry:docker-registry; do
         have "${pair%%:*}" || missing+=("${pair#*:}")
     done
     [ ${#missing[@]} -eq 0 ] || need "the tests" "${missing[@]}"
@@ -39,6 +41,8 @@ say "ruff, mypy, shellcheck, hadolint"
 git ls-files -co --exclude-standard -z '*.sh' .ci/run | xargs -0 shellcheck -x
 "$VENV/bin/hadolint" balancer/Dockerfile server/Dockerfile
 
-say "unit, netns, e2e"
+say "unit, netns, browser, e2e, swarm"
 [ -z "$ENGINE_STARTED" ] || [ ! -e run/engine/dockerd.pid ] || export LBTEST_OWN_ENGINE=1
-"$VENV/bin/python" -m pytest tests/unit tests/netns tests/e2e "$@"
+tests=(tests/unit tests/netns tests/browser tests/e2e tests/swarm)
+case " $* " in *" tests/"*) tests=() ;; esac
+"$VENV/bin/python" -m pytest "${tests[@]}" "$@"

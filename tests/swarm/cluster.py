@@ -232,15 +232,22 @@ class Load:
 class System:
     """The project on a cluster, run from `tree` on one node."""
 
-    PROJECT = "lbscaler"
     FAST = ("--interval", "1", "--panic-window", "3", "--stable-window", "6", "--drain-timeout", "8")
 
-    def __init__(self, cluster: Cluster, node: Node, tree: Path) -> None:
-        self.cluster, self.node, self.tree = cluster, node, tree
-        self.run_dir = tree / "run" / self.PROJECT
+    def __init__(self, cluster: Cluster, node: Node, tree: Path, project: str = "lbscaler") -> None:
+        self.cluster, self.node, self.tree, self.project = cluster, node, tree, project
+        self.run_dir = tree / "run" / project
 
     def up(self, *flags: str, status: int = 0) -> str:
-        words = [str(self.tree / "run.sh"), "--orchestrator", "swarm", "--no-install", *flags]
+        words = [
+            str(self.tree / "run.sh"),
+            "--project",
+            self.project,
+            "--orchestrator",
+            "swarm",
+            "--no-install",
+            *flags,
+        ]
         done = subprocess.run(
             self.node.inside(*words), env=self.node.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             timeout=240, check=False,
@@ -249,7 +256,7 @@ class System:
         return done.stdout
 
     def down(self, *flags: str) -> str:
-        return self.node.run(str(self.tree / "stop.sh"), *flags)
+        return self.node.run(str(self.tree / "stop.sh"), "--project", self.project, *flags)
 
     def status(self) -> dict[str, Any]:
         text = self.node.get("http://127.0.0.1:5000/status")
@@ -286,7 +293,7 @@ class System:
 
     def replicas(self) -> int:
         template = "{{.Spec.Mode.Replicated.Replicas}}"
-        return int(self.node.docker("service", "inspect", "--format", template, f"{self.PROJECT}-backend"))
+        return int(self.node.docker("service", "inspect", "--format", template, f"{self.project}-backend"))
 
     def rotation(self, node: Node) -> set[str]:
         """The addresses that the balancer on `node` deals to now."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from swarm.cluster import REGISTRY, Cluster, Load, Node, System, until, within
+from swarm.cluster import REGISTRY, Cluster, Load, Node, System, sh, until, within
 from swarm.conftest import copy_tree, image_of
 
 Figure = Callable[[str], None]
@@ -45,7 +45,7 @@ def test_every_node_serves_and_the_reports_add_up(cluster: Cluster, system: Syst
 
 
 def test_the_services_are_what_was_asked_for(system: System) -> None:
-    backend = f"{system.PROJECT}-backend"
+    backend = f"{system.project}-backend"
 
     def told(service: str, template: str) -> str:
         return system.node.docker("service", "inspect", "--format", template, service)
@@ -53,11 +53,11 @@ def test_the_services_are_what_was_asked_for(system: System) -> None:
     assert told(backend, "{{.Spec.EndpointSpec.Mode}}") == "dnsrr"
     container = "{{with .Spec.TaskTemplate.ContainerSpec}}{{.StopGracePeriod}} {{.ReadOnly}} {{.CapabilityDrop}}{{end}}"
     assert told(backend, container) == "8s true [ALL]"
-    assert told(f"{system.PROJECT}-balancer", "{{.Spec.Mode.Global}}") == "{}"
+    assert told(f"{system.project}-balancer", "{{.Spec.Mode.Global}}") == "{}"
     port = "{{range .Spec.EndpointSpec.Ports}}{{.PublishMode}} {{.PublishedPort}}{{end}}"
-    assert told(f"{system.PROJECT}-balancer", port) == "host 8000"
+    assert told(f"{system.project}-balancer", port) == "host 8000"
     added = "{{.Spec.TaskTemplate.ContainerSpec.CapabilityAdd}}"
-    assert told(f"{system.PROJECT}-balancer", added) == "[CAP_NET_ADMIN CAP_NET_RAW]"
+    assert told(f"{system.project}-balancer", added) == "[CAP_NET_ADMIN CAP_NET_RAW]"
 
 
 def test_three_to_nine_to_three_under_load_fails_no_request(cluster: Cluster, system: System, figure: Figure) -> None:
@@ -128,7 +128,7 @@ def test_a_rolling_update_is_swarms_and_fails_no_request(cluster: Cluster, syste
 def test_an_update_that_cannot_work_is_taken_back_and_not_tried_again(system: System) -> None:
     before = {row["name"] for row in system.settled(3)}
     system.up("--memory", "7m")  # too little to live
-    state = ["service", "inspect", "--format", "{{with .UpdateStatus}}{{.State}}{{end}}", f"{system.PROJECT}-backend"]
+    state = ["service", "inspect", "--format", "{{with .UpdateStatus}}{{.State}}{{end}}", f"{system.project}-backend"]
     until(lambda: system.node.docker(*state) == "rollback_completed", "Swarm goes back", 120)
     time.sleep(3)
     assert system.node.docker(*state) == "rollback_completed"
@@ -187,32 +187,33 @@ def test_a_lost_node_leaves_every_rotation_before_swarm_notices_and_comes_back_w
     cluster: Cluster, system: System, how: str, figure: Figure
 ) -> None:
     first, second, third = cluster.nodes
-    rows, third_id = system.settled(3), node_id(third)
+    system.scale(min=6, max=6)  # who was away and is back has none: new ones go there
+    rows, third_id = system.settled(6), node_id(third)
     gone = addresses(rows, third_id)
     assert gone
     load = Load(cluster, second, seconds=12, per_second=30)
     time.sleep(1)
     getattr(third, how)()
-    began = time.monotonic()
-    until(lambda: away(system, cluster, gone, [first, second]), "out of every rotation", 30)
-    took = time.monotonic() - began
-    noticed = first.docker("node", "inspect", "--format", "{{.Status.State}}", third_id)
-    answered, others = load.result()
-    figure(
-        f"Swarm, a node lost ({how}): out of every rotation after {took:.1f} s, when Swarm still called it {noticed}; "
-        f"{len(others)} kinds of failure among {answered} requests to another node"
-    )
-    assert noticed == "ready"
-    assert others == []
-    until(lambda: len({r["ip"] for r in system.active()} - gone) >= 3, "Swarm's replacements are in", 90)
-    third.mend()
-    if how == "kill_engine":
-        third.start_engine()
-    until(
-        lambda: first.docker("node", "inspect", "--format", "{{.Status.State}}", third_id) == "ready", "it is back", 60
-    )
-    system.settled(3)
-    assert system.replicas() == 3
+    try:
+        began = time.monotonic()
+        until(lambda: away(system, cluster, gone, [first, second]), "out of every rotation", 30)
+        took = time.monotonic() - began
+        noticed = first.docker("node", "inspect", "--format", "{{.Status.State}}", third_id)
+        answered, others = load.result()
+        figure(
+            f"Swarm, a node lost ({how}): out of every rotation after {took:.1f} s, when Swarm still called it "
+            f"{noticed}; {len(others)} kinds of failure among {answered} requests to another node"
+        )
+        assert noticed == "ready"
+        assert others == []
+        until(lambda: len({r["ip"] for r in system.active()} - gone) >= 6, "Swarm's replacements are in", 90)
+    finally:
+        third.mend()
+        if how == "kill_engine":
+            third.start_engine()
+    until(lambda: first.docker("node", "inspect", "--format", "{{.Status.State}}", third_id) == "ready", "it is back")
+    system.settled(6)
+    assert system.replicas() == 6
 
 
 @pytest.fixture
@@ -222,7 +223,7 @@ def elsewhere(cluster: Cluster, system: System, tmp_path_factory: pytest.TempPat
     shutil.copytree(system.tree / ".venv", place / ".venv", symlinks=True)
     second = cluster.nodes[1]
     second.run("docker", "pull", system.node.docker("service", "inspect", "--format",
-               "{{.Spec.TaskTemplate.ContainerSpec.Image}}", f"{system.PROJECT}-balancer"))  # fmt: skip
+               "{{.Spec.TaskTemplate.ContainerSpec.Image}}", f"{system.project}-balancer"))  # fmt: skip
     for folder in ("balancer", "server"):
         tag = image_of(place, folder)
         second.docker("pull", f"{REGISTRY}/{tag}")
@@ -237,18 +238,19 @@ def test_the_managers_node_is_lost_traffic_goes_on_and_another_node_takes_over(
     system.settled(3)
     load = Load(cluster, third, seconds=15, per_second=30)
     first.cut()
-    pid, supervisor = system.manager_pid(), int((system.run_dir / "supervisor.pid").read_text())
-    os.kill(supervisor, signal.SIGKILL)
-    os.kill(pid, signal.SIGKILL)
-    answered, others = load.result()
-    figure(f"Swarm, the manager's node lost: {len(others)} kinds of failure among {answered} requests to another node")
-    assert others == []
-    until(lambda: "Leader" in second.docker("node", "ls", "--format", "{{.ManagerStatus}}"), "another leader", 60)
-    elsewhere.up(*System.FAST, "--registry", REGISTRY, "--min", "3", "--max", "9", "--target", "100000")
-    elsewhere.settled(3, balancers=2)
-    elsewhere.scale(min=4, max=4)
-    elsewhere.settled(4, balancers=2)
-    first.mend()
+    try:
+        for name in ("supervisor", "manager"):
+            os.kill(int((system.run_dir / f"{name}.pid").read_text()), signal.SIGKILL)
+        answered, others = load.result()
+        figure(f"Swarm, the manager's node lost: {len(others)} kinds of failure among {answered} requests to another")
+        assert others == []
+        until(lambda: "Leader" in second.docker("node", "ls", "--format", "{{.ManagerStatus}}"), "another leader")
+        elsewhere.up(*System.FAST, "--registry", REGISTRY, "--min", "3", "--max", "9", "--target", "100000")
+        elsewhere.settled(3, balancers=2)
+        elsewhere.scale(min=4, max=4)
+        elsewhere.settled(4, balancers=2)
+    finally:
+        first.mend()
     elsewhere.settled(4)
     # and back: the manager leaves this node as it would for an upgrade of it, and is started where it was
     for name in ("supervisor", "manager"):
@@ -264,7 +266,7 @@ def test_what_a_swarm_needs_and_has_not_is_told_before_anything_is_touched(clust
     told = system.up("--project", "other", "--port", "8001", "--manager-port", "5001", "--registry", "", status=1)
     assert "the Swarm has 3 nodes, which need a place to get the images from: --registry HOST:PORT" in told
     told = system.up("--project", "other", "--spares", "1", status=2)
-    assert "--spares and --preserve-client-ip are for --orchestrator docker" in told
+    assert "--spares, --preserve-client-ip and --bind are for --orchestrator docker" in told
     cluster.nodes[2].docker("node", "demote", node_id(cluster.nodes[2]))
     try:
         worker = System(cluster, cluster.nodes[2], tree)
@@ -275,6 +277,26 @@ def test_what_a_swarm_needs_and_has_not_is_told_before_anything_is_touched(clust
         cluster.nodes[0].docker("node", "promote", node_id(cluster.nodes[2]))
 
 
+def test_one_host_becomes_a_swarm_of_one_when_asked_to_and_needs_no_registry(cluster: Cluster, tree: Path) -> None:
+    alone = Node(cluster, 9)
+    cluster.nodes.append(alone)  # ended with the others
+    alone.start_engine()
+    sh(
+        f"docker save {image_of(tree, 'balancer')} {image_of(tree, 'server')} | docker --host unix://{alone.socket} load"
+    )
+    system = System(cluster, alone, tree, "alone")
+    try:
+        told = system.up("--project", "alone", *System.FAST, status=1)
+        assert "this host is in no Swarm; join one as a manager, or make one with --swarm-init" in told
+        system.up("2", *System.FAST, "--swarm-init", "--advertise", alone.ip)
+        system.settled(2, balancers=1)
+        assert len({who(alone) for _ in range(20)}) == 2
+        system.down()
+    finally:
+        cluster.nodes.remove(alone)
+        alone.end()
+
+
 def test_stop_leaves_nothing_on_any_node(cluster: Cluster, running: System) -> None:
     running.scale(min=3, max=3)
     running.settled(3)
@@ -283,7 +305,7 @@ def test_stop_leaves_nothing_on_any_node(cluster: Cluster, running: System) -> N
     load.result()
     running.down()
     for node in cluster.nodes:
-        until(lambda node=node: not node.docker("ps", "-aq", "--filter", f"label=lbscaler.project={running.PROJECT}"),
+        until(lambda node=node: not node.docker("ps", "-aq", "--filter", f"label=lbscaler.project={running.project}"),
               f"no container left on {node.name}", 30)  # fmt: skip
     assert running.node.docker("service", "ls", "-q") == ""
     assert running.node.docker("secret", "ls", "-q") == ""

@@ -30,7 +30,7 @@ class Driven:
         self._made = (image, place)
         self.settings = settings(
             project=self.project, orchestrator=kind, image=image, min=1, max=5, target=1e6, interval=0.5,
-            panic_window=0.5, drain_timeout=4, constraint=f"node.hostname=={node.name}", **changes,
+            panic_window=1, drain_timeout=4, constraint=f"node.hostname=={node.name}", **changes,
         )  # fmt: skip
         self.engine = ENGINES[kind](self.settings)
         self.controller = Controller(self.engine, self.settings, place / "ip.txt")
@@ -82,15 +82,17 @@ def driven(
     image = image_of(tree, "server")
     how = ["--driver", "overlay"] if kind == "swarm" else []
     node.docker("network", "create", *how, "--subnet", "198.19.192.0/24", project)
-    made = Driven(kind, node, image, tmp_path)
-    yield made
-    made.controller.close()
-    if kind == "swarm":
-        node.run("/bin/sh", "-c", f"docker service rm {project}-backend || true")
-    else:
-        node.run("/bin/sh", "-c", f"docker ps -aq --filter label=lbscaler.project={project} | xargs -r docker rm -f")
-    until(lambda: not made.containers(), "its containers are gone")
-    until(lambda: node.run("/bin/sh", "-c", f"docker network rm {project} && echo gone || true"), "its network is gone")
+    ours = f"--filter label=lbscaler.project={project}"
+    try:
+        made = Driven(kind, node, image, tmp_path)
+        yield made
+        made.controller.close()
+    finally:
+        if kind == "swarm":
+            node.run("/bin/sh", "-c", f"docker service rm {project}-backend || true")
+            until(lambda: not node.run("/bin/sh", "-c", f"docker ps -aq {ours}"), "its containers are gone")
+        node.run("/bin/sh", "-c", f"docker ps -aq {ours} | xargs -r docker rm -f")
+        until(lambda: node.run("/bin/sh", "-c", f"docker network rm {project} && echo gone || true"), "no network left")
 
 
 def test_it_grows_to_what_is_wanted_each_with_an_address_of_its_own(driven: Driven) -> None:

@@ -156,6 +156,19 @@ def test_an_ill_backend_is_out_of_rotation_by_the_probes_alone_and_may_come_back
     assert rig.engine.resizes == []
 
 
+def test_an_update_is_taken_back_by_the_engine_or_by_nobody(rig: Rig, tmp_path: Path) -> None:
+    rig.engine.image = "image-2"
+    rig.controller = controller(rig.engine, tmp_path, rig.clock)  # type: ignore[arg-type]
+    rig.controller.adopt(None)
+    rig.engine.fail("p-backend-1.abcde")
+    for _ in range(4):  # whatever is launched ends at once
+        rig.step()
+        rig.engine.fail(max(rig.engine.tasks, key=fleets.by_number))
+        rig.clock.pass_by(60)
+    rig.step()
+    assert {spec for _, spec in rig.engine.resizes} == {"image-2"}
+
+
 def test_who_is_slow_to_get_ready_is_not_given_up(rig: Rig) -> None:
     rig.step()
     rig.all_well()

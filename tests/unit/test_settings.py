@@ -130,6 +130,13 @@ def test_good_values_at_the_limits_are_taken(name: str, value: str, expected: ob
         (["--min", "11"], "--min 11 is above --max 10; raise the one or lower the other"),
         (["--max", "1"], "--min 2 is above --max 1; raise the one or lower the other"),
         (["--port", "5000"], "--port and --manager-port are both 5000; move one of them"),
+        *(
+            (
+                ["--orchestrator", "swarm", *flag],
+                "--spares, --preserve-client-ip and --bind are for --orchestrator docker; leave them out",
+            )
+            for flag in (["--spares", "1"], ["--preserve-client-ip", "1"], ["--bind", "127.0.0.1"])
+        ),
         (
             ["--interval", "7"],
             "--interval 7, --panic-window 6 and --stable-window 60 must not shrink in this order",
@@ -183,7 +190,13 @@ def test_what_is_stored_is_what_the_next_run_starts_from(root: Path) -> None:
 
 def test_run_sh_gets_every_setting_and_its_own_switches() -> None:
     result = assignments(["3", "--follow", "--no-install"], {})
-    assert result.keys() == {f"LB_{name.upper()}" for name in SETTINGS} | {"ACTION", "SWARM_INIT", "FOLLOW", "NO_INSTALL", "BACKENDS"}
+    assert result.keys() == {f"LB_{name.upper()}" for name in SETTINGS} | {
+        "ACTION",
+        "SWARM_INIT",
+        "FOLLOW",
+        "NO_INSTALL",
+        "BACKENDS",
+    }
     assert (result["BACKENDS"], result["FOLLOW"], result["NO_INSTALL"]) == ("3", "1", "1")
     plain = assignments([], {})
     assert (plain["BACKENDS"], plain["FOLLOW"], plain["NO_INSTALL"]) == ("", "", "")

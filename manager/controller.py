@@ -24,7 +24,7 @@ from typing import Any
 import fleet as fleets
 import scaler
 import show
-from docker_engine import EngineError, Event
+from docker_engine import EngineError, Event, TakenOver
 from fleet import (
     ACTIVE,
     DRAINING,
@@ -83,6 +83,7 @@ class Controller:
         self._orders_file = ip_file.with_name("orders.json")
         self._recall_orders()
         self._fleet: Fleet = {}
+        self._at: dict[str, list[str]] = {}  # address → names of the backends that have, or had, it
         self.tally = Tally()
         self._meter = Meter()
         self._memory = Memory(started=clock())
@@ -116,6 +117,9 @@ class Controller:
         while not self._stopping:
             try:
                 self.step()
+            except TakenOver as taken:
+                log.error("%s", taken)
+                self.close()
             except Exception:
                 log.exception("this pass failed; trying again")
             self._wake.wait(RELIST)
@@ -214,8 +218,8 @@ class Controller:
             try:
                 for event in self._engine.events():
                     self._hint(event)
-            except EngineError:
-                pass  # the loop's own list meets the same trouble and tells it
+            except (EngineError, TakenOver):
+                pass  # the loop's own list meets the same and tells it
             self._wake.set()
             time.sleep(PAUSE)
 
@@ -247,13 +251,17 @@ class Controller:
             for warning in set(report.warnings) - set(self._meter.warnings(report.balancer)):
                 log.warning("balancer %s: %s", report.balancer, warning)
             measured = self._meter.add(report, now)
-            self.tally.reported(report, self._fleet)
+            spoken_of = {name: self._fleet[name] for ip in report.backends for name in self._at.get(ip, ())}
+            self.tally.reported(report, spoken_of)
             judged = self._engine.replicas is None
-            self._publish(fleets.hear(self._fleet, self._meter.healthy, judged, now, self._meter.why))
-            load = self._meter.load(self.settings.metric, now)
+            heard = fleets.hear(spoken_of, self._meter.healthy, judged, now, self._meter.why)
+            if heard != spoken_of:
+                self._publish({**self._fleet, **heard})
             last = self.decisions[-1] if self.decisions else None
             # One decision an interval, however many balancers report: the limits to growth are per decision.
-            if load is None or not measured or (last and now - last.at < 0.75 * self.settings.interval):
+            soon = last is not None and now - last.at < 0.75 * self.settings.interval
+            load = self._meter.load(self.settings.metric, now) if measured and not soon else None
+            if load is None:
                 return last
             decision, self._memory = scaler.decide(self.policy, self._memory, load, self.desired, now)
             self._tell(decision)
@@ -355,7 +363,13 @@ class Controller:
     def _publish(self, after: Fleet) -> None:
         """Makes `after` the fleet: tells every change of state, moves the revision, writes ip.txt, wakes long polls."""
         before, self._fleet, now = self._fleet, after, self._clock()
-        for name in sorted({*before, *after}, key=fleets.by_number):
+        changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+        if not changed and self._revision:
+            return
+        self._at = {}
+        for backend in after.values():
+            self._at.setdefault(backend.ip, []).append(backend.name)
+        for name in sorted(changed, key=fleets.by_number):
             was, is_ = before.get(name), after.get(name)
             _tell_change(was, is_, now)
             self.tally.changed(was, is_, now)

@@ -46,6 +46,10 @@ class NameTaken(EngineError):
     """A container that is not ours bears the name."""
 
 
+class TakenOver(Exception):
+    """Another manager has the fleet now; this one has nothing more to say. No EngineError: trying again is wrong."""
+
+
 @dataclass(frozen=True)
 class Event:
     """A hint that something happened: `die` of container `id` with its exit code, `kill` with its signal, or whatever
@@ -71,7 +75,7 @@ def engine_errors() -> Iterator[None]:
     except docker.errors.APIError as error:
         kind = NameTaken if error.status_code == 409 and "is already in use" in str(error) else EngineError
         raise kind(str(error.explanation or error)) from error
-    except EngineError:
+    except (EngineError, TakenOver):
         raise
     except Exception as error:  # the SDK lets through what its own dependencies raise, down to KeyError
         raise EngineError(f"{type(error).__name__}: {error}") from error

@@ -341,7 +341,8 @@ def main() -> int:
     log.info("manager started, pid %d, at 127.0.0.1 and %s, port %d", os.getpid(), gateway, settings.manager_port)
     loop = threading.Thread(target=controller.run, name="controller", daemon=True)
     loop.start()
-    signal.sigwait(END)
+    while loop.is_alive() and signal.sigtimedwait(END, 1) is None:
+        pass  # it ends by itself where another manager has taken over
     controller.close()
     loop.join(10)
     log.info("manager ended")

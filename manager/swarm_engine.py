@@ -3,6 +3,7 @@
 The backends are the tasks of one replicated service. Swarm places, restarts and moves them, and picks who leaves; the
 manager says how many (`resize`) and sees the rest in the list of tasks. A task that Swarm wants gone is listed as
 `leaving` before its process is told, so that the balancers stop dealing to it while it still serves.
+One manager at a time: the one that began last writes its name on the service, and who finds another's ends.
 Every call may take long and may raise EngineError; none touches a service but this project's own.
 """
 
@@ -10,15 +11,18 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import secrets
+import socket
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import docker
 import docker.errors
 import docker.utils
 
-from docker_engine import PIDS, SYSCTLS, EngineError, Event, engine_errors, options
+from docker_engine import PIDS, SYSCTLS, EngineError, Event, TakenOver, engine_errors, options
 from fleet import Container
 from settings import Settings
 
@@ -80,7 +84,9 @@ class SwarmEngine:
         self._name = f"{settings.project}-backend"
         self._labels = {"lbscaler.project": settings.project, "lbscaler.role": "backend"}
         self._alive: set[str] = set()
-        self._refused = ""  # the spec that Swarm has gone back from
+        self._me = f"{socket.gethostname()} pid {os.getpid()} {secrets.token_hex(4)}"
+        self._claimed = False
+        self._tried = self._refused = ""  # the spec of the last update, and the one that Swarm has gone back from
         with engine_errors():
             self._client = docker.from_env(timeout=30)
 
@@ -115,6 +121,9 @@ class SwarmEngine:
             if service is None:
                 self.replicas, self._alive = 0, set()
                 return []
+            if not self._claimed:
+                self._change(lambda spec: spec["Labels"].update({"lbscaler.manager": self._me}))
+                self._claimed = True
             self.replicas = service["Spec"]["Mode"]["Replicated"]["Replicas"]
             tasks = self._client.api.tasks(filters={"service": service["ID"]})
             lost = {node["ID"] for node in self._client.api.nodes() if node["Status"]["State"] == "down"}
@@ -133,15 +142,18 @@ class SwarmEngine:
             return None
         if not self._labels.items() <= found["Spec"]["Labels"].items():
             raise EngineError(f"a service {self._name} is there and not ours; choose another --project")
+        holder = found["Spec"]["Labels"].get("lbscaler.manager", "")
+        if self._claimed and holder != self._me:
+            raise TakenOver(f"the manager at {holder} has taken over; this one ends")
         return found
 
     def _spec_of(self, service: Mapping[str, Any]) -> str:
-        """What the service is made from; the one it went back from is not to be tried again."""
+        """What the service is made from. Where Swarm has gone back from what it was to be made from, that, as far as
+        the plan can tell: it is not to be tried again by this manager."""
         running = str(service["Spec"]["Labels"].get("lbscaler.spec", ""))
-        status = service.get("UpdateStatus") or {}
-        if self._refused and status.get("State", "").startswith("rollback"):
-            return self._refused
-        return running
+        if running != self._tried and (service.get("UpdateStatus") or {}).get("State", "").startswith("rollback"):
+            self._refused = self._tried
+        return self._refused if self._refused else running
 
     def _container(self, task: Mapping[str, Any], spec: str) -> Container:
         status = task["Status"]
@@ -158,37 +170,47 @@ class SwarmEngine:
 
     def resize(self, count: int, spec: str) -> None:
         """Has the service run so many tasks made from `spec`, and makes it where it is not there."""
+
+        def edit(service: dict[str, Any]) -> None:
+            if service["Labels"].get("lbscaler.spec") != spec and self._refused != spec:
+                service["Labels"]["lbscaler.spec"] = spec
+                service["TaskTemplate"] = json.loads(spec)
+            service["Mode"]["Replicated"]["Replicas"] = count
+
+        with engine_errors():
+            if self._service() is None:
+                self._create(count, spec)
+            else:
+                self._change(edit)
+        self._tried = spec
+
+    def _change(self, edit: Callable[[dict[str, Any]], None]) -> None:
+        """Edits the service as it is now; looks again where somebody else's update came between look and update."""
         for attempt in range(TRIES):
-            with engine_errors():
-                service = self._service()
-                if service is None:
-                    self._create(count, spec)
-                    return
-                if self._spec_of(service) != spec:
-                    self._refused = spec
-                    service["Spec"]["Labels"]["lbscaler.spec"] = spec
-                    service["Spec"]["TaskTemplate"] = json.loads(spec)
-                service["Spec"]["Mode"]["Replicated"]["Replicas"] = count
-                try:
-                    self._update(service)
-                except docker.errors.APIError as error:
-                    # Somebody else's update came between our look and ours: look again.
-                    if "out of sequence" not in str(error) or attempt == TRIES - 1:
-                        raise
-                    time.sleep(0.05 * 2**attempt)
-                else:
-                    return
+            service = self._service()
+            if service is None:
+                return
+            edit(service["Spec"])
+            try:
+                self._update(service)
+            except docker.errors.APIError as error:
+                if "out of sequence" not in str(error) or attempt == TRIES - 1:
+                    raise
+                time.sleep(0.05 * 2**attempt)
+            else:
+                return
 
     def _create(self, count: int, spec: str) -> None:
         self._client.api.create_service(
             json.loads(spec),
             name=self._name,
-            labels={**self._labels, "lbscaler.spec": spec},
+            labels={**self._labels, "lbscaler.spec": spec, "lbscaler.manager": self._me},
             mode={"Replicated": {"Replicas": count}},
             update_config=UPDATE,
             rollback_config={"Parallelism": 1, "Order": "start-first"},
             endpoint_spec={"Mode": "dnsrr"},  # no virtual address: balancing is ours
         )
+        self._claimed = True
 
     def _update(self, service: Mapping[str, Any]) -> None:
         spec = service["Spec"]

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
-from docker_engine import EngineError, Event, NameTaken
+from docker_engine import EngineError, Event, NameTaken, TakenOver
 from fleet import FAILED, Backend, Container
 
 WORKERS = 8
@@ -102,7 +102,7 @@ class Workers:
     def _resize(self, count: int, spec: str) -> Result:
         try:
             self._engine.resize(count, spec)
-        except EngineError as error:
+        except (EngineError, TakenOver) as error:
             log.error("resize to %d failed, will try again: %s", count, error)
             time.sleep(PAUSE)
         return Result(RESIZE)

@@ -138,7 +138,10 @@ def follows_the_scheme(page: Page, base_url: str) -> None:
 
 
 def _brightness(page: Page, place: str, property_: str) -> float:
-    colour = page.eval_on_selector(place, f"element => getComputedStyle(element)['{property_}']")
+    # Found and read in one go: a chart that is drawn anew in between takes its elements away.
+    colour = page.evaluate(
+        "([place, name]) => getComputedStyle(document.querySelector(place))[name]", [place, property_]
+    )
     red, green, blue = (float(part) for part in colour.partition("(")[2].rstrip(")").split(",")[:3])
     return 0.3 * red + 0.6 * green + 0.1 * blue
 

@@ -7,7 +7,10 @@ whoever drains has drained.
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -158,9 +161,17 @@ def test_other_options_replace_all_and_never_fewer_serve_than_wanted(driven: Dri
 
 def test_hints_come_without_being_asked_for_twice(driven: Driven) -> None:
     driven.scale(1)
-    events = driven.engine.events()
+    told: list[str] = []
+
+    def listen() -> None:
+        with suppress(EngineError):  # at the end of it all
+            told.extend(event.action for event in driven.engine.events())
+
+    threading.Thread(target=listen, daemon=True).start()
+    time.sleep(1)  # it is listening
+    told.clear()
     driven.node.docker("kill", driven.containers()[0])
-    assert next(events).action
+    until(lambda: told, "a hint", 20)
 
 
 def test_an_engine_out_of_reach_is_one_clear_error_and_the_fleet_stays(driven: Driven) -> None:

@@ -4,6 +4,7 @@ guessed. A Swarm in memory, under a real controller."""
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 import fleet as fleets
 from controller import Controller
-from docker_engine import EngineError, Event
+from docker_engine import EngineError, Event, TakenOver
 from fakes import Clock, controller, eventually, report, sample
 from fleet import ACTIVE, DRAINING, FAILED, LEAVING, STARTING, Backend, Container, Goal, Namer, Resize
 
@@ -225,3 +226,16 @@ def test_the_plan_is_a_number_or_nothing(goal: Goal, specs: list[str], steps: li
 def test_the_names_of_tasks_sort_by_their_slots() -> None:
     names = ["p-backend-10.x7f2a", "p-backend-9.zzzzz", "p-backend-2"]
     assert sorted(names, key=fleets.by_number) == ["p-backend-2", "p-backend-9.zzzzz", "p-backend-10.x7f2a"]
+
+
+def test_a_manager_ends_where_another_has_taken_over(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    def gone() -> list[Container]:
+        raise TakenOver("the manager at n2 has taken over; this one ends")
+
+    rig.engine.list = gone  # type: ignore[method-assign]
+    loop = threading.Thread(target=rig.controller.run)
+    loop.start()
+    loop.join(5)
+    assert not loop.is_alive()
+    assert rig.controller.wait_for_view("x", 0) is None  # no balancer hears anything from it any more
+    assert "has taken over" in caplog.text

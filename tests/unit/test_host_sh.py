@@ -51,13 +51,9 @@ def test_an_engine_elsewhere_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("word", "status"), [("sleep", 0), ("script.py", 1)])
 def test_a_reused_process_number_is_not_taken_for_ours(tmp_path: Path, word: str, status: int) -> None:
-    assert (
-        shell(
-            f"sleep 5 & until grep -q sleep /proc/$!/comm; do :; done; is_process $! {word} && s=0 || s=1; kill $!; exit $s",
-            tmp_path,
-        ).returncode
-        == status
-    )
+    begun = "sleep 5 & until grep -q sleep /proc/$!/comm; do :; done"
+    asked = f"{begun}; is_process $! {word} && s=0 || s=1; kill $!; exit $s"
+    assert shell(asked, tmp_path).returncode == status
 
 
 @pytest.mark.parametrize("pid", ["", "999999999"])

@@ -9,7 +9,7 @@ import docker.errors
 import pytest
 
 import swarm_engine
-from docker_engine import EngineError
+from docker_engine import EngineError, TakenOver
 from fakes import settings
 from swarm_engine import SwarmEngine, task_template
 
@@ -137,6 +137,20 @@ def test_a_race_that_is_lost_is_run_again_and_given_up_in_the_end(engine: SwarmE
     api(engine).races = 1000
     with pytest.raises(EngineError, match="out of sequence"):
         engine.resize(5, SPEC)
+
+
+def test_the_manager_that_began_last_has_the_service_and_the_other_hears_of_it(engine: SwarmEngine) -> None:
+    engine.resize(3, SPEC)
+    engine.list()
+    another = SwarmEngine(settings())
+    another._client.api = api(engine)
+    another.list()
+    another.resize(4, SPEC)
+    for call in (engine.list, lambda: engine.resize(2, SPEC)):
+        with pytest.raises(TakenOver, match="has taken over; this one ends"):
+            call()
+    another.list()
+    assert another.replicas == 4
 
 
 def test_a_service_that_is_not_ours_is_left_alone(engine: SwarmEngine) -> None:

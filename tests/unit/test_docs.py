@@ -1,0 +1,114 @@
+"""What the docs say of lines, rules, files and flags is held against the code that has them."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import settings
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+OPERATIONS = ROOT / "docs" / "operations.md"
+LEVELS = {"debug": "", "info": "INFO", "warning": "WARNING", "error": "ERROR", "exception": "ERROR", "log": ""}
+VALUE = re.compile(r"%[-\d.]*[a-z]")  # in a log call's text
+SHELL_VALUE = re.compile(r"\$\([^)]*\)|\$\{[^}]*\}|\$\w+|\$\*")
+# Of programs that are not ours.
+TOOLS = {"--unix-socket", "--no-install-recommends", "--config", "--storage", "--web"}
+
+
+def pattern(text: str, value: re.Pattern[str]) -> re.Pattern[str]:
+    """What a text looks like once its values are in."""
+    return re.compile("(.+)".join(map(re.escape, value.split(text))))
+
+
+def logged(folder: str) -> Iterator[tuple[str, str]]:
+    """(level, text) of every log call there; the level is empty where it depends."""
+    for path in sorted((ROOT / folder).glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in LEVELS):
+                continue
+            if isinstance(node.func.value, ast.Name) and node.func.value.id == "log":
+                texts = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+                assert len(texts) == 1, f"{path.name}:{node.lineno}: a log call whose text is no literal"
+                yield LEVELS[node.func.attr], texts[0]
+
+
+def supervised() -> Iterator[tuple[str, str]]:
+    """The lines that the supervisor adds to the manager's log."""
+    for level, text in re.findall(r"T (ERROR) +(.*?)\\n'", (ROOT / "manager" / "supervise.sh").read_text()):
+        yield level, text
+
+
+def told(heading: str) -> list[tuple[str, str]]:
+    """(level, line) of each row of the table under that heading."""
+    section = OPERATIONS.read_text().partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    return re.findall(r"^\| (INFO|WARNING|ERROR) \| `([^`]+)` \|", section, re.MULTILINE)
+
+
+LOGS = {
+    "Every line of manager.log": [*logged("manager"), *supervised()],
+    "Every line of the balancer's log": [*logged("balancer")],
+}
+
+
+def is_told(level: str, text: str, row: tuple[str, str]) -> bool:
+    return level in ("", row[0]) and pattern(text, VALUE).fullmatch(row[1]) is not None
+
+
+@pytest.mark.parametrize("heading", LOGS)
+def test_every_line_that_is_logged_is_explained_with_its_level(heading: str) -> None:
+    rows = told(heading)
+    assert [line for line in LOGS[heading] if not any(is_told(*line, row) for row in rows)] == []
+
+
+@pytest.mark.parametrize("heading", LOGS)
+def test_every_line_that_is_explained_is_logged(heading: str) -> None:
+    assert [row for row in told(heading) if not any(is_told(*line, row) for line in LOGS[heading])] == []
+
+
+def test_every_refusal_of_the_scripts_is_explained() -> None:
+    scripts = [ROOT / "run.sh", ROOT / "stop.sh", *(ROOT / "manager").glob("*.sh")]
+    refusals = {text for path in scripts for text in re.findall(r'\bdie "([^"]+)"', path.read_text())}
+    rows = re.findall(r"^\| `([^`]+)` \|", OPERATIONS.read_text(), re.MULTILINE)
+    missing = [text for text in refusals if not any(pattern(text, SHELL_VALUE).fullmatch(row) for row in rows)]
+    assert (sorted(missing), len(refusals) > 10) == ([], True)
+
+
+def test_every_relative_link_leads_to_a_file() -> None:
+    links = [(page, link) for page in PAGES for link in re.findall(r"\]\(([^)#\s]+)", page.read_text())]
+    here = [(page, link) for page, link in links if not re.match(r"[a-z]+:", link)]
+    assert [f"{page.name}: {link}" for page, link in here if not (page.parent / link).is_file()] == []
+    assert here
+
+
+def flags(text: str) -> set[str]:
+    return set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", text))
+
+
+def known() -> set[str]:
+    """The flags of run.sh, of the scripts as their heads list them, of the tests' programs, and of what rules say."""
+    ours = {option for action in settings._parser()._actions for option in action.option_strings}
+    for script in (ROOT / "stop.sh", *(ROOT / "tests").glob("*/run.sh")):
+        ours |= flags("".join(line for line in script.read_text().splitlines(keepends=True) if line.startswith("#")))
+    for program in (ROOT / "tests").glob("*/*.py"):
+        ours |= set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', program.read_text()))
+    for text in (ROOT / "tests" / "unit" / "golden").glob("*.rules"):
+        ours |= flags(text.read_text())
+    # Words of iptables and conntrack that only stand in code.
+    return ours | flags((ROOT / "balancer" / "netfilter.py").read_text()) | {"--comment", "--notrack"} | TOOLS
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_flag_that_is_named_exists(page: Path) -> None:
+    assert flags(page.read_text()) - known() == set()
+
+
+def test_every_rule_of_ours_that_is_quoted_is_rendered() -> None:
+    golden = {line for path in (ROOT / "tests/unit/golden").glob("*.rules") for line in path.read_text().splitlines()}
+    quoted = re.findall(r"^ +(-A (?:LB-.*|.* -j LB-\S+))$", (ROOT / "docs" / "packets.md").read_text(), re.MULTILINE)
+    assert ([rule for rule in quoted if rule not in golden], len(quoted) > 10) == ([], True)

@@ -15,7 +15,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -90,96 +90,123 @@ class Setting:
     many: bool = False  # the flag may be given again and again; the variable holds all, quoted as in a shell
 
 
+def _setting(default: str, parse: Callable[[str], Any], allowed: str, meaning: str, many: bool = False) -> Any:
+    return field(metadata={"setting": Setting(default, parse, allowed, meaning, many)})
+
+
 _PORT = _number(1, 65535, whole=True)
 _IMAGE = _matching(r"[\w][\w./:@-]*")
 
-SETTINGS: Mapping[str, Setting] = {
-    "project": Setting(
+
+@dataclass(frozen=True)
+class Settings:
+    """All there is to set, each said once. Times in seconds; `target` in packets or connections per second and backend,
+    or in open connections."""
+
+    project: str = _setting(
         "lbscaler", _matching(r"[a-z0-9][a-z0-9_-]{0,39}"), "a-z 0-9 _ -, 40 at most", "name of this installation"
-    ),
-    "bind": Setting("0.0.0.0", _address, "an IPv4 address of this host", "address the service is published on"),
-    "port": Setting("8000", _PORT, "1 to 65535", "port the service is published on"),
-    "manager_port": Setting("5000", _PORT, "1 to 65535", "port of the manager's page and of the reports"),
-    "min": Setting("2", _number(1, 1000, whole=True), "1 to 1000", "fewest backends"),
-    "max": Setting("10", _number(1, 1000, whole=True), "1 to 1000", "most backends"),
-    "spares": Setting("0", _number(0, 100, whole=True), "0 to 100", "ready backends kept out of rotation"),
-    "metric": Setting(
+    )
+    bind: str = _setting("0.0.0.0", _address, "an IPv4 address of this host", "address the service is published on")
+    port: int = _setting("8000", _PORT, "1 to 65535", "port the service is published on")
+    manager_port: int = _setting("5000", _PORT, "1 to 65535", "port of the manager's page and of the reports")
+    min: int = _setting("2", _number(1, 1000, whole=True), "1 to 1000", "fewest backends")
+    max: int = _setting("10", _number(1, 1000, whole=True), "1 to 1000", "most backends")
+    spares: int = _setting("0", _number(0, 100, whole=True), "0 to 100", "ready backends kept out of rotation")
+    metric: str = _setting(
         "packets",
         _matching("packets|connections|concurrency"),
         "packets, connections or concurrency",
         "what is counted",
-    ),
-    "target": Setting(
+    )
+    target: float = _setting(
         "100", _number(0.001, 1e9), "a number above 0", "per backend: per second, or open connections for concurrency"
-    ),
-    "interval": Setting("2", _number(0.5, 60), "0.5 to 60 (seconds)", "time between reports"),
-    "stable_window": Setting("60", _number(1, 3600), "1 to 3600 (seconds)", "a shrink waits until this long agrees"),
-    "panic_window": Setting("6", _number(1, 600), "1 to 600 (seconds)", "the load is averaged over this long"),
-    "drain_timeout": Setting("30", _number(0, 3600), "0 to 3600 (seconds)", "longest wait for a leaver's connections"),
-    "weights": Setting(
+    )
+    interval: float = _setting("2", _number(0.5, 60), "0.5 to 60 (seconds)", "time between reports")
+    stable_window: float = _setting(
+        "60", _number(1, 3600), "1 to 3600 (seconds)", "a shrink waits until this long agrees"
+    )
+    panic_window: float = _setting("6", _number(1, 600), "1 to 600 (seconds)", "the load is averaged over this long")
+    drain_timeout: float = _setting(
+        "30", _number(0, 3600), "0 to 3600 (seconds)", "longest wait for a leaver's connections"
+    )
+    weights: str = _setting(
         "adaptive",
         _matching("adaptive|equal"),
         "adaptive or equal",
         "shares that follow the backends' speed, or 1/n each",
-    ),
-    "image": Setting("", lambda text: _IMAGE(text) if text else "", "an image's name", "what the backends run"),
-    "backend_port": Setting("8000", _PORT, "1 to 65535", "port the backends listen on"),
-    "health": Setting(
+    )
+    image: str = _setting("", lambda text: _IMAGE(text) if text else "", "an image's name", "what the backends run")
+    backend_port: int = _setting("8000", _PORT, "1 to 65535", "port the backends listen on")
+    health: str = _setting(
         "",
         lambda text: _matching(r"sync|tcp|http:/\S*")(text or "sync"),
         "sync, tcp or http:/path",
         "how backends are probed; unless said, sync for the sample server and tcp for another image",
-    ),
-    "env": Setting("", _words(r"[A-Za-z_]\w*=.*"), "NAME=VALUE", "a variable for the backends", many=True),
-    "command": Setting(
+    )
+    env: tuple[str, ...] = _setting(
+        "", _words(r"[A-Za-z_]\w*=.*"), "NAME=VALUE", "a variable for the backends", many=True
+    )
+    command: tuple[str, ...] = _setting(
         "", _words(r".*"), "words, quoted as in a shell", "what the backends run instead of the image's"
-    ),
-    "memory": Setting("256m", _matching(r"[1-9]\d{0,8}[kmg]"), "a size such as 256m or 2g", "memory of each backend"),
-    "cpus": Setting(
+    )
+    memory: str = _setting(
+        "256m", _matching(r"[1-9]\d{0,8}[kmg]"), "a size such as 256m or 2g", "memory of each backend"
+    )
+    cpus: float = _setting(
         "", lambda text: _number(0.01, 1000)(text) if text else 0.0, "0.01 to 1000", "processors each backend may use"
-    ),
-    "tmpfs": Setting(
+    )
+    tmpfs: tuple[str, ...] = _setting(
         "", _words(r"/[^:,\s]+"), "an absolute path", "a place backends may write to, besides /tmp", many=True
-    ),
-    "volume": Setting(
+    )
+    volume: tuple[str, ...] = _setting(
         "",
         _words(r"[/\w][^:]*:/[^:]*(:r[ow])?"),
         "HOST-PATH:PATH, :ro or :rw at its end",
         "a directory shown to the backends, read-only unless :rw",
         many=True,
-    ),
-    "allow": Setting(
+    )
+    allow: frozenset[str] = _setting(
         "",
         _names("write", "root", "capabilities", "privileges"),
         "write, root, capabilities, privileges, with commas",
         "rules of least privilege to lift for the backends",
-    ),
-    "subnet": Setting(
+    )
+    subnet: str = _setting(
         "", lambda text: _subnet(text) if text else "", "an IPv4 network such as 198.18.0.0/20", "the backends' network"
-    ),
-    "preserve_client_ip": Setting("", _matching("|1"), "1, or nothing", "backends see their clients' own addresses"),
-    "record": Setting("", _matching("|1"), "1, or nothing", "keep a trace of the load, for replay"),
-    "orchestrator": Setting(
+    )
+    preserve_client_ip: str = _setting(
+        "", _matching("|1"), "1, or nothing", "backends see their clients' own addresses"
+    )
+    record: str = _setting("", _matching("|1"), "1, or nothing", "keep a trace of the load, for replay")
+    orchestrator: str = _setting(
         "docker", _matching("docker|swarm"), "docker or swarm", "who runs the backends: this host's engine, or a Swarm"
-    ),
-    "registry": Setting(
+    )
+    registry: str = _setting(
         "", _matching(r"|[\w.-]+(:\d+)?"), "HOST or HOST:PORT", "where a Swarm's nodes get the images from"
-    ),
-    "advertise": Setting(
+    )
+    advertise: str = _setting(
         "", lambda text: _address(text) if text else "", "an IPv4 address of this host", "its address among the nodes"
-    ),
-    "constraint": Setting(
+    )
+    constraint: tuple[str, ...] = _setting(
         "", _words(r"[^=!]+(==|!=).+"), "KEY==VALUE or KEY!=VALUE", "nodes the backends may be on", many=True
-    ),
-    "spread": Setting("", _words(r"[\w.-]+"), "such as node.labels.zone", "what backends are spread over", many=True),
-    "balancer_constraint": Setting(
+    )
+    spread: tuple[str, ...] = _setting(
+        "", _words(r"[\w.-]+"), "such as node.labels.zone", "what backends are spread over", many=True
+    )
+    balancer_constraint: tuple[str, ...] = _setting(
         "", _words(r"[^=!]+(==|!=).+"), "KEY==VALUE or KEY!=VALUE", "nodes that have a balancer", many=True
-    ),
-    "locality": Setting(
+    )
+    locality: str = _setting(
         "", _matching("|prefer"), "prefer, or nothing", "balancers prefer the backends on their own node"
-    ),
-    "base_image": Setting("debian:trixie-slim", _IMAGE, "an image's name", "what the images are built on"),
-}
+    )
+    base_image: str = _setting("debian:trixie-slim", _IMAGE, "an image's name", "what the images are built on")
+
+    @property
+    def run_dir(self) -> Path:
+        return ROOT / "run" / self.project
+
+
+SETTINGS: Mapping[str, Setting] = {one.name: one.metadata["setting"] for one in fields(Settings)}
 
 # What run.sh does instead of bringing anything up.
 ACTIONS = {
@@ -188,51 +215,6 @@ ACTIONS = {
     "json": "with --status or --doctor: for programs",
     "doctor": "look this host over: what would stop run.sh, and the mend beside it",
 }
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Times in seconds; `target` in packets or connections per second and backend, or in open connections."""
-
-    project: str
-    bind: str
-    port: int
-    manager_port: int
-    min: int
-    max: int
-    spares: int
-    metric: str
-    target: float
-    interval: float
-    stable_window: float
-    panic_window: float
-    drain_timeout: float
-    weights: str
-    image: str
-    backend_port: int
-    health: str
-    env: tuple[str, ...]
-    command: tuple[str, ...]
-    memory: str
-    cpus: float
-    tmpfs: tuple[str, ...]
-    volume: tuple[str, ...]
-    allow: frozenset[str]
-    subnet: str
-    preserve_client_ip: str
-    record: str
-    orchestrator: str
-    registry: str
-    advertise: str
-    constraint: tuple[str, ...]
-    spread: tuple[str, ...]
-    balancer_constraint: tuple[str, ...]
-    locality: str
-    base_image: str
-
-    @property
-    def run_dir(self) -> Path:
-        return ROOT / "run" / self.project
 
 
 def variable(name: str) -> str:

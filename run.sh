@@ -50,7 +50,7 @@ main() {
     start_balancer
     wait_until_it_serves
     UNDO=()
-    python3 manager/settings.py --store "$BACKEND_ID" >"$RUN/settings.json"
+    (umask 077 && what_runs >"$RUN/settings.json.new" && mv "$RUN/settings.json.new" "$RUN/settings.json")
     summary
     exec 9>&-
     [ -z "$FOLLOW" ] || exec tail -n 20 -F "$RUN/manager.log"
@@ -180,7 +180,7 @@ take_down() { flock -u 9; ./stop.sh --project "$LB_PROJECT" --now; }
 
 start_manager() {
     local settings
-    settings=$(python3 manager/settings.py --store "$BACKEND_ID")
+    settings=$(what_runs)
     if manager_runs && supervisor_runs && [ "$settings" = "$(cat "$RUN/settings.json" 2>/dev/null)" ] && [ -z "$BACKENDS" ]; then
         say "The manager is up and its settings are unchanged"
         return
@@ -204,6 +204,9 @@ bring_back() {
     flock -u 9
     env "${unset[@]}" ./run.sh --project "$LB_PROJECT"
 }
+
+# The settings, and what they are carried out by: after an upgrade the manager is another one.
+what_runs() { python3 manager/settings.py --store "$BACKEND_ID" "$(digest manager)"; }
 
 launch_manager() {
     local began=$SECONDS settings first=(${BACKENDS:+--backends "$BACKENDS"})

@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from fleet import SPARE, STARTING, STATES, Backend, Fleet
@@ -42,7 +42,8 @@ class Tally(Collector):
     """What only grows while the manager lives, whatever balancers come, go and start anew."""
 
     def __init__(self) -> None:
-        self._traffic = {name: _counter(f"backend_{name}", text, "backend") for name, text in TRAFFIC.items()}
+        # Plain numbers, for every row of every report adds to them: by backend, then by TRAFFIC's names.
+        self._traffic: dict[str, dict[str, int]] = {}
         self._decisions = _counter("decisions", "Decisions, and what had the last word in them.", "verdict", "reason")
         self._failures = _counter("launch_failures", "Launches that came to nothing, or ended at once.")
         self._launches = Histogram(
@@ -54,17 +55,21 @@ class Tally(Collector):
         self._heard: dict[str, dict[str, Sample]] = {}  # backend → balancer → the newest of its samples
 
     def collect(self) -> Iterable[Metric]:
-        for metric in (*self._traffic.values(), self._decisions, self._failures, self._launches):
+        traffic = list(self._traffic.items())  # in one go: reports come meanwhile
+        for name, text in TRAFFIC.items():
+            family = CounterMetricFamily(f"lbscaler_backend_{name}", text, labels=["backend"])
+            for backend, counted in traffic:
+                family.add_metric([backend], counted[name])
+            yield family
+        for metric in (self._decisions, self._failures, self._launches):
             yield from metric.collect()
 
     def changed(self, before: Backend | None, after: Backend | None, now: float) -> None:
         """A backend has come, gone, or become another."""
-        for counter in self._traffic.values():
-            if before is None and after is not None:
-                counter.labels(after.name)  # is there from the start, at zero, so that no increase is missed
-            elif before is not None and after is None:
-                counter.remove(before.name)
-        if before is not None and after is None:
+        if before is None and after is not None:
+            self._traffic[after.name] = dict.fromkeys(TRAFFIC, 0)  # from the start, so that no increase is missed
+        elif before is not None and after is None:
+            del self._traffic[before.name]
             self._heard.pop(before.name, None)
         if before and after and before.state in (SPARE, STARTING) and after.ready and not before.ready:
             self._launches.observe(now - after.launched)
@@ -77,9 +82,10 @@ class Tally(Collector):
                 continue  # another backend had the address before
             heard = self._heard.setdefault(backend.name, {})
             last = heard.get(report.balancer)
-            for name, counter in self._traffic.items():
+            counted = self._traffic.setdefault(backend.name, dict.fromkeys(TRAFFIC, 0))
+            for name in TRAFFIC:
                 new, old = getattr(sample, name), getattr(last, name, 0)
-                counter.labels(backend.name).inc(new - old if new >= old else new)
+                counted[name] += new - old if new >= old else new
             heard[report.balancer] = sample
 
     def decided(self, decision: Decision) -> None:

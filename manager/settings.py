@@ -319,15 +319,15 @@ def assignments(arguments: Sequence[str], environ: Mapping[str, str]) -> dict[st
     }
 
 
-def stored(environ: Mapping[str, str], image: str) -> str:
-    """The text of settings.json: what the project was started with, and the image its backends run."""
+def stored(environ: Mapping[str, str], image: str, code: str) -> str:
+    """The text of settings.json: what the project was started with, its backends' image, and a digest of the manager."""
     values = {variable(name): environ.get(variable(name), setting.default) for name, setting in SETTINGS.items()}
-    return json.dumps({**values, "backend_image": image}, indent=1)
+    return json.dumps({**values, "backend_image": image, "manager": code}, indent=1)
 
 
 def main() -> int:
     if sys.argv[1:2] == ["--store"]:
-        print(stored(os.environ, sys.argv[2]))
+        print(stored(os.environ, *sys.argv[2:4]))
         return 0
     try:
         for name, value in assignments(sys.argv[1:], os.environ).items():

@@ -18,30 +18,44 @@ LEVELS = {"debug": "", "info": "INFO", "warning": "WARNING", "error": "ERROR", "
 VALUE = re.compile(r"%[-\d.]*[a-z]")  # in a log call's text
 SHELL_VALUE = re.compile(r"\$\([^)]*\)|\$\{[^}]*\}|\$\w+|\$\*")
 # Of programs that are not ours.
-TOOLS = {"--unix-socket", "--no-install-recommends", "--config", "--storage", "--web"}
+TOOLS = {"--unix-socket", "--no-install-recommends", "--availability", "--config", "--storage", "--web", "--save"}
+PASSED_ON = ("NetfilterError", "TakenOver")  # errors whose words are logged as they are
 
 
 def pattern(text: str, value: re.Pattern[str]) -> re.Pattern[str]:
     """What a text looks like once its values are in."""
-    return re.compile("(.+)".join(map(re.escape, value.split(text))))
+    return re.compile("(.*)".join(map(re.escape, value.split(text))))
+
+
+def nodes(folder: str) -> Iterator[ast.AST]:
+    for path in sorted((ROOT / folder).glob("*.py")):
+        yield from ast.walk(ast.parse(path.read_text()))
 
 
 def logged(folder: str) -> Iterator[tuple[str, str]]:
     """(level, text) of every log call there; the level is empty where it depends."""
-    for path in sorted((ROOT / folder).glob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in LEVELS):
-                continue
-            if isinstance(node.func.value, ast.Name) and node.func.value.id == "log":
-                texts = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
-                assert len(texts) == 1, f"{path.name}:{node.lineno}: a log call whose text is no literal"
-                yield LEVELS[node.func.attr], texts[0]
+    for node in nodes(folder):
+        match node:
+            case ast.Call(func=ast.Attribute(value=ast.Name(id="log"), attr=how), args=args) if how in LEVELS:
+                texts = [a.value for a in args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+                assert len(texts) == 1, f"a log call whose text is no literal: {ast.unparse(node)}"
+                if texts[0] != "%s":
+                    yield LEVELS[how], texts[0]
+
+
+def passed_on(folder: str) -> Iterator[tuple[str, str]]:
+    """The words of the errors that are logged as they are, with their values as a log call has them."""
+    for node in nodes(folder):
+        match node:
+            case ast.Raise(exc=ast.Call(func=ast.Name(id=name), args=[ast.JoinedStr(values=parts)])) if (
+                name in PASSED_ON
+            ):
+                yield "ERROR", "".join(str(p.value) if isinstance(p, ast.Constant) else "%s" for p in parts)
 
 
 def supervised() -> Iterator[tuple[str, str]]:
     """The lines that the supervisor adds to the manager's log."""
-    for level, text in re.findall(r"T (ERROR) +(.*?)\\n'", (ROOT / "manager" / "supervise.sh").read_text()):
-        yield level, text
+    yield from re.findall(r"T (ERROR) +(.*?)\\n'", (ROOT / "manager" / "supervise.sh").read_text())
 
 
 def told(heading: str) -> list[tuple[str, str]]:
@@ -51,8 +65,8 @@ def told(heading: str) -> list[tuple[str, str]]:
 
 
 LOGS = {
-    "Every line of manager.log": [*logged("manager"), *supervised()],
-    "Every line of the balancer's log": [*logged("balancer")],
+    "Every line of manager.log": [*logged("manager"), *passed_on("manager"), *supervised()],
+    "Every line of the balancer's log": [*logged("balancer"), *passed_on("balancer")],
 }
 
 

@@ -180,7 +180,7 @@ def test_a_file_of_the_running_project_that_cannot_be_read_counts_for_nothing(ro
 
 
 def test_what_is_stored_is_what_the_next_run_starts_from(root: Path) -> None:
-    text = settings.stored({"LB_MAX": "12", "LB_PROJECT": "p", "PATH": "/bin"}, "the-image")
+    text = settings.stored({"LB_MAX": "12", "LB_PROJECT": "p", "PATH": "/bin"}, "the-image", "the-code")
     assert json.loads(text)["backend_image"] == "the-image"
     (root / "run" / "p").mkdir(parents=True)
     (root / "run" / "p" / "settings.json").write_text(text)
@@ -227,7 +227,7 @@ def test_what_is_printed_is_safe_for_the_shell(
 
 
 def test_storing_prints_the_file(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(monkeypatch, "--store", "an-image") == 0
+    assert run(monkeypatch, "--store", "an-image", "the-code") == 0
     assert json.loads(capsys.readouterr().out)["backend_image"] == "an-image"
 
 

@@ -92,7 +92,7 @@ check_host() {
     local gateway ports=()
     docker info --format '{{.SecurityOptions}}' | grep -q rootless && die "a rootless engine has no bridge on this host; use a rootful one"
     gateway=$(manager_address) || gateway=127.0.0.1
-    [ -n "$(ours balancer)" ] && unchanged LB_PORT && unchanged LB_BIND || ports+=("$LB_BIND:$LB_PORT:--port")
+    [ -n "$(ours balancer)" ] && { swarm || { unchanged LB_PORT && unchanged LB_BIND; }; } || ports+=("$LB_BIND:$LB_PORT:--port")
     manager_runs && unchanged LB_MANAGER_PORT ||
         ports+=("127.0.0.1:$LB_MANAGER_PORT:--manager-port" "$gateway:$LB_MANAGER_PORT:--manager-port")
     [ ${#ports[@]} -eq 0 ] || python3 manager/preflight.py ports "${ports[@]}" || exit 1

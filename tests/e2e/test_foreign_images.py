@@ -55,10 +55,8 @@ def nginx(fresh: System, images: dict[str, str]) -> Iterator[System]:
 
 
 def user_of(system: System) -> set[str]:
-    backends = docker(
-        "ps", "-q", "--filter", f"label=lbscaler.project={system.project}", "--filter", "label=lbscaler.role=backend"
-    )
-    return {docker("exec", name, "id", "-u") for name in backends.split()}
+    """Who the backends run as."""
+    return {docker("inspect", "-f", "{{.Config.User}}", backend["name"]) for backend in system.active()}
 
 
 def test_nginx_serves_as_a_stranger_on_a_read_only_system_and_is_scaled(nginx: System, site: Path) -> None:
@@ -68,7 +66,7 @@ def test_nginx_serves_as_a_stranger_on_a_read_only_system_and_is_scaled(nginx: S
     )  # fmt: skip
     nginx.settled(2)
     assert nginx.get() == "a page of ours\n"
-    assert user_of(nginx) == {"10001"}
+    assert user_of(nginx) == {"10001:10001"}
     name = nginx.active()[0]["name"]
     assert docker("exec", name, "printenv", "GREETING") == "two words"
     limits = json.loads(docker("inspect", "-f", "{{json .HostConfig}}", name))
@@ -87,7 +85,7 @@ def test_changed_options_replace_the_backends_and_lifted_rules_are_lifted(nginx:
     nginx.up("--allow", "root,capabilities,write", "--tmpfs", "", "--env", "NEW=1")
 
     def replaced() -> bool:
-        return len(nginx.active()) == 2 and user_of(nginx) == {"0"} and len(nginx.status()["backends"]) == 2
+        return len(nginx.active()) == 2 and user_of(nginx) == {""} and len(nginx.status()["backends"]) == 2
 
     until(replaced, f"both of {before} replaced", 60)
     assert "replaced by the update" in nginx.log()

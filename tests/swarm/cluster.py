@@ -15,6 +15,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -102,6 +103,11 @@ class Node:
     def docker(self, *arguments: str) -> str:
         return self.run("docker", *arguments)
 
+    def try_docker(self, *arguments: str) -> str:
+        """The same, where a Swarm that has just lost somebody may not answer; then nothing."""
+        done = subprocess.run(["docker", *arguments], env=self.env, capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
     def start_engine(self) -> None:
         command = self.inside(
             "unshare", "--uts", "sh", "-c", 'hostname "$0"; exec "$@"', self.name,
@@ -126,7 +132,8 @@ class Node:
         self._engine.wait(60)
         self._engine = None
         for pid in self.processes():
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def processes(self) -> list[int]:
         """What this node's engine leaves behind when it is killed: its containerd, and what is in its containers."""
@@ -188,6 +195,11 @@ class Cluster:
         token = first.docker("swarm", "join-token", "-q", "manager")
         for node in others:
             node.docker("swarm", "join", "--advertise-addr", node.ip, "--token", token, f"{first.ip}:2377")
+
+    def whole(self) -> bool:
+        """Whether all nodes are there, as the first one sees it."""
+        rows = self.nodes[0].try_docker("node", "ls", "--format", "{{.Status}} {{.ManagerStatus}}").splitlines()
+        return len(rows) == self._count and all(row in ("Ready Leader", "Ready Reachable") for row in rows)
 
     def close(self) -> None:
         for node in self.nodes:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from swarm.cluster import REGISTRY, Cluster, System
+from swarm.cluster import REGISTRY, Cluster, System, until
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ("dockerd", "docker", "docker-registry", "nsenter", "ip", "hey", "curl", "openssl")
@@ -102,6 +102,7 @@ def running(cluster: Cluster, tree: Path) -> Iterator[System]:
 
 @pytest.fixture
 def system(running: System) -> System:
+    until(running.cluster.whole, "every node is there", 90)
     running.scale(min=3, max=3)
     running.settled(3)
     return running

@@ -198,7 +198,7 @@ def test_a_lost_node_leaves_every_rotation_before_swarm_notices_and_comes_back_w
         began = time.monotonic()
         until(lambda: away(system, cluster, gone, [first, second]), "out of every rotation", 30)
         took = time.monotonic() - began
-        noticed = first.docker("node", "inspect", "--format", "{{.Status.State}}", third_id)
+        noticed = first.try_docker("node", "inspect", "--format", "{{.Status.State}}", third_id)
         answered, others = load.result()
         figure(
             f"Swarm, a node lost ({how}): out of every rotation after {took:.1f} s, when Swarm still called it "
@@ -211,7 +211,7 @@ def test_a_lost_node_leaves_every_rotation_before_swarm_notices_and_comes_back_w
         third.mend()
         if how == "kill_engine":
             third.start_engine()
-    until(lambda: first.docker("node", "inspect", "--format", "{{.Status.State}}", third_id) == "ready", "it is back")
+    until(cluster.whole, "it is back", 90)
     system.settled(6)
     assert system.replicas() == 6
 
@@ -242,7 +242,7 @@ def test_the_managers_node_is_lost_traffic_goes_on_and_another_node_takes_over(
         answered, others = load.result()
         figure(f"Swarm, the manager's node lost: {len(others)} kinds of failure among {answered} requests to another")
         assert others == []
-        until(lambda: "Leader" in second.docker("node", "ls", "--format", "{{.ManagerStatus}}"), "another leader")
+        until(lambda: "Leader" in second.try_docker("node", "ls", "--format", "{{.ManagerStatus}}"), "another leader")
         elsewhere.up(*System.FAST, "--registry", REGISTRY, "--min", "3", "--max", "9", "--target", "100000")
         elsewhere.settled(3, balancers=2)
         elsewhere.scale(min=4, max=4)
@@ -267,6 +267,7 @@ def test_what_a_swarm_needs_and_has_not_is_told_before_anything_is_touched(clust
     assert "the Swarm has 3 nodes, which need a place to get the images from: --registry HOST:PORT" in told
     told = system.up("--project", "other", "--spares", "1", status=2)
     assert "--spares, --preserve-client-ip and --bind are for --orchestrator docker" in told
+    until(cluster.whole, "every node is there", 90)
     cluster.nodes[2].docker("node", "demote", node_id(cluster.nodes[2]))
     try:
         worker = System(cluster, cluster.nodes[2], tree)

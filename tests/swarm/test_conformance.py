@@ -42,8 +42,12 @@ class Driven:
 
     def again(self, **changes: object) -> Driven:
         """Another manager of the same project, as after a restart."""
-        self.controller.close()
+        self.close()
         return Driven(self.kind, self.node, *self._made, **changes)
+
+    def close(self) -> None:
+        self.controller.close()
+        self.engine._client.close()  # Docker's client leaves its connections to the collector
 
     def turn(self) -> None:
         """One pass, and what balancers would say to its outcome."""
@@ -89,7 +93,7 @@ def driven(
     try:
         made = Driven(kind, node, image, tmp_path)
         yield made
-        made.controller.close()
+        made.close()
     finally:
         if kind == "swarm":
             node.run("/bin/sh", "-c", f"docker service rm {project}-backend || true")
@@ -139,6 +143,7 @@ def test_another_manager_takes_over_and_orders_nothing(driven: Driven) -> None:
         after.turn()
     assert after.active() == before
     assert set(driven.containers()) == containers
+    after.close()
 
 
 def test_other_options_replace_all_and_never_fewer_serve_than_wanted(driven: Driven) -> None:
@@ -156,7 +161,7 @@ def test_other_options_replace_all_and_never_fewer_serve_than_wanted(driven: Dri
     assert fewest == 2
     environments = [driven.node.docker("inspect", "-f", "{{json .Config.Env}}", id_) for id_ in driven.containers()]
     assert all("NEW=1" in json.loads(text) for text in environments)
-    after.controller.close()
+    after.close()
 
 
 def test_hints_come_without_being_asked_for_twice(driven: Driven) -> None:
@@ -179,6 +184,7 @@ def test_an_engine_out_of_reach_is_one_clear_error_and_the_fleet_stays(driven: D
     before = driven.active()
     socket = driven.node.socket
     socket.rename(socket.with_suffix(".away"))
+    driven.engine._client.close()  # or it would go on with connections it has
     try:
         with pytest.raises(EngineError):
             driven.engine.list()

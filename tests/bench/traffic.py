@@ -1,0 +1,131 @@
+"""What balancers on other nodes cost their manager besides the rows of their reports: bytes, time and threads.
+
+    python tests/bench/traffic.py
+
+The manager's own door for nodes, within TLS, and the balancer's own calls, through a relay on loopback that counts bytes
+(TCP's and IP's headers not among them). A connection is made for each call, as the balancers do.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "balancer"))
+from simulate import Site, answer
+
+import wire
+from fakes import TOKEN
+from script import NODE_THREADS, create_app, serve_nodes
+from wire import Manager
+
+CALLS, POLL = 300, 3.0
+# What a balancer in a process of its own calls, so that the manager's time is told apart from its.
+CLIENT = (
+    "import sys, wire; m = wire.Manager([sys.argv[1]], sys.argv[2], 'b', sys.argv[3])\nfor _ in range({}): m.report({})"
+)
+
+
+class Relay:
+    """Passes on what comes, and counts it: `up` to the manager and `down` from it."""
+
+    def __init__(self, manager: int) -> None:
+        self._manager, self.passed = manager, {"up": 0, "down": 0}
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            balancer, manager = self._listener.accept()[0], socket.create_connection(("127.0.0.1", self._manager))
+            for way, here, there in (("up", balancer, manager), ("down", manager, balancer)):
+                threading.Thread(target=self._pass_on, args=(way, here, there), daemon=True).start()
+
+    def _pass_on(self, way: str, here: socket.socket, there: socket.socket) -> None:
+        with suppress(OSError):
+            while data := here.recv(65536):
+                self.passed[way] += len(data)
+                there.sendall(data)
+            there.shutdown(socket.SHUT_WR)
+
+    def count(self, call: Callable[[], Any]) -> str:
+        self.passed.update(up=0, down=0)
+        call()
+        time.sleep(0.3)  # for the last words of both
+        return "{up} bytes up, {down} down".format(**self.passed)
+
+
+def certificate(place: Path) -> str:
+    """Made as swarm.sh makes it."""
+    name = ("-subj", "/CN=lbscaler-manager", "-addext", "subjectAltName=DNS:lbscaler-manager")
+    curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+    files = ("-keyout", place / "key.pem", "-out", place / "manager.pem")
+    subprocess.run(["openssl", "req", "-x509", *curve, *name, *files], check=True, capture_output=True)
+    with (place / "manager.pem").open("a") as pem:
+        pem.write((place / "key.pem").read_text())
+    return str(place / "manager.pem")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        return int(door.getsockname()[1])
+
+
+def of_a_report(address: str, pem: str, report: dict[str, Any]) -> float:
+    """Milliseconds of this process's time for each report that another sends."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(wire.__file__).parent)}
+    argv = [sys.executable, "-c", CLIENT.format(CALLS, report), address, TOKEN, pem]
+    began = time.process_time()
+    subprocess.run(argv, check=True, env=environment)
+    return 1000 * (time.process_time() - began) / CALLS
+
+
+def under(polls: int, revision: str, connect: Callable[[], Manager], report: dict[str, Any]) -> float:
+    """Seconds a report takes while so many long polls wait."""
+    waiting = [threading.Thread(target=lambda: connect().sync(revision)) for _ in range(polls)]
+    for thread in waiting:
+        thread.start()
+    time.sleep(POLL / 2)
+    began = time.monotonic()
+    connect().report(report)
+    took = time.monotonic() - began
+    for thread in waiting:
+        thread.join()
+    return took
+
+
+def main() -> int:
+    logging.disable()
+    wire.LONG_POLL = POLL
+    with tempfile.TemporaryDirectory() as directory:
+        place, port = Path(directory), free_port()
+        pem, site = certificate(place), Site(1, 30, 30, place)
+        app, settings = create_app(site.controller, TOKEN, []), SimpleNamespace(run_dir=place, manager_port=port)
+        serve_nodes(app, settings, "127.0.0.1")
+        address = f"127.0.0.1:{port}"
+        relay = Relay(port)
+        relayed = Manager([f"127.0.0.1:{relay.port}"], TOKEN, "b", pem)
+        empty, view = {**site.message(0, 1), "backends": []}, site.controller.wait_for_view("", 0)
+        print("report without rows:", relay.count(lambda: relayed.report(empty)))
+        print(f"view of {len(answer(view))} bytes:", relay.count(lambda: relayed.sync("")))
+        print("poll without news:", relay.count(lambda: relayed.sync(view["revision"])))
+        print(f"manager's time for a report without rows: {of_a_report(address, pem, empty):.2f} ms")
+        for polls in (NODE_THREADS - 1, NODE_THREADS):
+            took = under(polls, view["revision"], lambda: Manager([address], TOKEN, "b", pem), empty)
+            print(f"a report while {polls} polls of {POLL:g} s wait: {took:.2f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

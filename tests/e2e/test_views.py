@@ -1,0 +1,72 @@
+"""What run.sh shows of a running system, and the demo load: their words and exit codes, on the real one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+from e2e.conftest import System, docker, until
+
+
+def shown(system: System, *words: str, project: str = "", seconds: float = 60) -> tuple[int, str]:
+    command = [str(system.tree / "run.sh"), "--project", project or system.project, *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_the_status_is_told_in_words_and_for_programs(system: System) -> None:
+    code, text = shown(system, "--status")
+    assert code == 0, text
+    for backend in system.active():
+        assert backend["name"] in text
+        assert backend["ip"] in text
+    code, text = shown(system, "--status", "--json")
+    assert (code, json.loads(text)["desired"]) == (0, 2)
+
+
+def test_a_silent_balancer_is_a_degraded_system_and_no_system_is_told_as_such(system: System) -> None:
+    balancer = f"{system.project}-balancer"
+    docker("pause", balancer)
+    try:
+        until(lambda: shown(system, "--status")[0] == 3, "degraded", 30)
+    finally:
+        docker("unpause", balancer)
+    until(lambda: shown(system, "--status")[0] == 0, "well again", 30)
+    code, text = shown(system, "--status", project="nowhere")
+    assert code == 1
+    assert "nowhere" in text
+
+
+def test_watching_where_there_is_no_terminal_is_plain_lines(system: System) -> None:
+    command = [str(system.tree / "run.sh"), "--project", system.project, "--watch"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watch:
+        assert watch.stdout is not None
+        line = watch.stdout.readline()
+        watch.terminate()
+        assert "\x1b" not in line
+        assert "2" in line
+        assert watch.wait(20) == 0
+
+
+def test_the_doctor_finds_nothing_that_would_stop_a_system_that_runs(system: System) -> None:
+    ports = ("--port", str(system.port), "--manager-port", str(system.manager_port))
+    code, text = shown(system, "--doctor", *ports)
+    assert code == 0, text
+    code, text = shown(system, "--doctor", "--json", "--port", str(system.manager_port), "--manager-port", "4999")
+    checks = json.loads(text)["checks"]
+    assert code == 1, "its service port is taken by the manager"
+    (fault,) = [check for check in checks if check["verdict"] == "fault"]
+    assert str(system.manager_port) in fault["found"]
+    assert "--port" in fault["mend"]
+
+
+def test_the_demo_loads_the_live_system_and_draws_what_it_saw(system: System, tmp_path: Path) -> None:
+    picture = tmp_path / "demo.html"
+    command = [str(system.tree / "tests/load/run.sh"), "--project", system.project, "--seconds", "24", "--peak", "60"]
+    done = subprocess.run([*command, "--out", str(picture)], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    text = picture.read_text()
+    assert "Plotly.newPlot" in text
+    assert "CREATE_SERVER" in text

@@ -6,7 +6,7 @@ LBTEST_PICTURES=1 keeps the pictures in docs/pictures/, where README shows them 
 from __future__ import annotations
 
 import os
-import time
+import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ checks = pytest.importorskip("browser.checks", reason="needs the package playwri
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
-PICTURES = {"page-light": (1400, False), "page-dark": (1400, True), "page-phone": (390, False)}
+PICTURES = {"page-light": (1600, False), "page-dark": (1600, True), "page-phone": (390, False)}
 
 
 def url(system: System) -> str:
@@ -37,7 +37,6 @@ def test_the_page_agrees_with_the_status_of_a_system_under_load(system: System, 
 def test_a_scale_out_is_on_the_page_within_two_seconds_of_its_decision(
     system: System,
     page: Page,  # noqa: F811
-    tmp_path: Path,
 ) -> None:
     page.goto(url(system))
     page.wait_for_selector("#fleet tr")
@@ -47,10 +46,26 @@ def test_a_scale_out_is_on_the_page_within_two_seconds_of_its_decision(
     checks.until(page, lambda: len(checks.rows(page)) > 2, "the new backends are on the page", 2)
     load.result()
     checks.marks_the_last_decision(page, url(system))
-    time.sleep(3)  # some of the quiet after the load, for the pictures
-    place = ROOT / "docs" / "pictures" if os.environ.get("LBTEST_PICTURES") else tmp_path
+
+
+def test_the_demo_loads_the_live_system_and_draws_what_it_saw_and_the_page_saw_it_too(
+    system: System,
+    page: Page,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    keep = bool(os.environ.get("LBTEST_PICTURES"))
+    place, drawn = ROOT / "docs" / "pictures" if keep else tmp_path, tmp_path / "demo.html"
+    command = [str(system.tree / "tests/load/run.sh"), "--project", system.project, "--peak", "70"]
+    command += ["--seconds", "100" if keep else "24", "--out", str(drawn)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "CREATE_SERVER" in drawn.read_text()
     place.mkdir(exist_ok=True)
     for name, (width, dark) in PICTURES.items():
-        page.set_viewport_size({"width": width, "height": 900})
+        page.set_viewport_size({"width": width, "height": 1000})
         checks.screenshot(page, url(system), place / f"{name}.png", dark)
         assert (place / f"{name}.png").stat().st_size > 10_000
+    page.set_viewport_size({"width": 1200, "height": 710})
+    page.goto(drawn.as_uri())
+    page.wait_for_selector(".scatterlayer .js-line", state="attached")
+    page.screenshot(path=place / "demo.png")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 
 from fakes import report, sample
 from fleet import ACTIVE, Backend
-from meter import FORGET, MISSED, Meter
+from meter import FORGET, MISSED, Meter, Sample
 from scaler import Load
 
 TWO = Backend("p-1", ACTIVE, 0, id="a" * 64, ip="198.18.0.2")
@@ -146,3 +148,59 @@ def test_warnings_are_those_of_the_newest_report() -> None:
     assert (meter.warnings("a"), meter.warnings("b"), meter.warnings("c")) == (("full",), (), ())
     meter.add(report("a"), 100.1)
     assert meter.warnings("a") == ()
+
+
+SAMPLES = st.builds(
+    Sample,
+    *(st.integers(0, 2**64) for _ in range(3)),
+    active=st.integers(0, 10**6),
+    healthy=st.sampled_from([None, True, False]),
+    share=st.none() | st.floats(0, 1),
+    id=st.sampled_from(["", "a" * 12, "b" * 12]),
+    why=st.sampled_from(["", "timeout", "503"]),
+)
+ROWS = st.dictionaries(st.sampled_from(["_2", "_3"]), SAMPLES)
+# (balancer, seconds since the report before, rows): some come too soon to measure by, some after others were forgotten
+REPORTS = st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from([0.1, 0.7, 2.0, 15.0]), ROWS), max_size=12)
+
+
+@hypothesis.given(REPORTS)
+def test_what_all_say_of_a_backend_is_what_adding_up_their_newest_reports_would_say(reports: list) -> None:
+    meter, now = Meter(), 100.0
+    for balancer, pause, rows in reports:
+        now += pause
+        meter.forget_gone(now)
+        meter.add(report(balancer, **rows), now)
+    newest = [entry.report.backends.get(TWO.ip) for entry in meter.balancers.values()]
+    rows = [row for row in newest if row is not None]
+    ours = [row for row in rows if row.id in ("", "a" * 12)]
+    total = meter.backend(TWO.ip)
+    for name in ("connections", "packets", "bytes", "active"):
+        assert total[name] == float(sum(getattr(row, name) for row in rows))
+    shares = [row.share for row in rows if row.share is not None]
+    assert meter.share(TWO) == pytest.approx(sum(shares) / len(shares) if shares else 0, abs=1e-6)
+    opinions = [row.healthy for row in ours if row.healthy is not None]
+    assert meter.healthy(TWO) is (any(opinions) if opinions else None)
+    assert meter.why(TWO) in ({row.why for row in ours if not row.healthy} or {""})
+
+
+def test_rates_add_up_and_leave_again_without_a_rest_of_rounding() -> None:
+    meter = Meter()
+    for at, packets in ((100, (0, 0, 0)), (103, (1, 2, 4)), (106, (1, 2, 4))):
+        for name, count in zip("abc", packets, strict=True):
+            meter.add(report(name, _2=sample(count, share=count / 30)), at)
+            told = meter.backend(TWO.ip)["packets_rate"]
+    assert str(told) == "0.0"
+    for name in "abc":
+        meter.add(report(name, _2=sample(4, share=0.0)), 108)
+    assert str(meter.share(TWO)) == "0.0"
+
+
+def test_a_balancer_that_is_gone_takes_all_it_said_with_it() -> None:
+    meter = metered(*((at, report("a", _2=sample(at, share=0.5, active=3))) for at in (100, 102)))
+    meter.add(report("b", _2=sample(7, healthy=False, why="timeout")), 115)
+    meter.forget_gone(125)
+    assert meter.backend(TWO.ip) == {**dict.fromkeys(meter.backend(TWO.ip), 0.0), "packets": 7, "bytes": 700}
+    assert (meter.share(TWO), meter.healthy(TWO), meter.why(TWO)) == (0, False, "timeout")
+    meter.forget_gone(200)
+    assert not meter._said, "nothing is kept of an address that nobody speaks of"

@@ -9,7 +9,6 @@ import pty
 import select
 import subprocess
 import sys
-import termios
 import threading
 import time
 from collections.abc import Iterator
@@ -17,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console, RenderableType
-from rich.text import Text
+from rich.console import Console, Group, RenderableType
 from werkzeug.serving import BaseWSGIServer, make_server
 
+import settings
 import watch
 from fakes import TOKEN, Clock, FakeEngine, controller, report, sample
 from script import create_app
-from watch import NoAnswer, Past
+from watch import NoAnswer
 
 PYTHON = [sys.executable, "-W", "error", watch.__file__]
 NOW = 1_800_000_000.0
@@ -39,7 +38,14 @@ def shown(thing: RenderableType, width: int = 100) -> str:
 
 def backend(number: int, **changes: object) -> dict[str, Any]:
     return {
-        **{"name": f"p-backend-{number}", "ip": f"198.18.0.{number + 1}", "state": "active", "reason": "", "why": ""},
+        **{
+            "name": f"p-backend-{number}",
+            "ip": f"198.18.0.{number + 1}",
+            "state": "active",
+            "reason": "",
+            "why": "",
+            "node": "",
+        },
         **{"share": 0.25, "connections_rate": 3.5, "packets_rate": 35.25, "active": 2.0, "healthy": True, **changes},
     }
 
@@ -88,10 +94,8 @@ def change(number: int) -> dict[str, Any]:
 def test_each_trouble_makes_it_degraded_and_is_said_in_the_summary(changes: dict[str, Any], trouble: str) -> None:
     ill = status(**changes)
     assert watch.troubles(ill) == [trouble]
-    assert watch.exit_code(ill) == watch.DEGRADED
-    assert watch.summary(ill).startswith("p degraded: ")
-    assert trouble in watch.summary(ill)
-    assert trouble in watch.line(ill)
+    assert watch.summary(ill).plain.startswith("p degraded: ")
+    assert watch.summary(ill).plain.endswith(trouble)
 
 
 @pytest.mark.parametrize(
@@ -106,35 +110,33 @@ def test_each_trouble_makes_it_degraded_and_is_said_in_the_summary(changes: dict
     ],
 )
 def test_what_serves_as_desired_is_well(changes: dict[str, Any]) -> None:
-    assert watch.exit_code(status(**changes)) == watch.WELL
+    assert watch.troubles(status(**changes)) == []
+    assert watch.summary(status(**changes)).plain.startswith("p well: ")
 
 
 def test_the_summary_is_one_line_with_counts_load_and_notes() -> None:
-    assert watch.summary(status()) == "p well: desired 2, current 2 (2 to 10); 150.5 packets/s, target 100 each"
+    assert watch.summary(status()).plain == "p well: desired 2, current 2 (2 to 10); 150.5 packets/s, target 100 each"
     noted = status(paused=True, metric="concurrency", rate=None, **launches(updating=True, update_given_up="x\ny"))
     wanted = "no rate yet, target 100 each; paused; updating; update given up: x y"
-    assert watch.summary(noted).endswith(wanted)
+    assert watch.summary(noted).plain.endswith(wanted)
 
 
 def test_control_characters_from_a_container_never_reach_the_terminal() -> None:
     evil = "\x1b]0;title\x07\x1b[2J\r\n[red]"
-    ill = status(
-        engine=evil,
-        backends=[backend(1, why=evil), backend(2, reason=evil)],
-        last_decision={**status()["last_decision"], "reason": evil},
-        **launches(failed=1, why=evil),
-    )
-    past = Past((), ({**change(1), "reason": evil},))
-    for thing in (watch.once(ill), watch.line(ill), watch.screen(ill, past, "", NOW, (200, 40))):
-        text = shown(thing, 200) if not isinstance(thing, str) else thing
+    calm = status()
+    for ill in (
+        {"engine": evil},
+        launches(failed=1, why=evil),
+        launches(update_given_up=evil),
+        {"backends": [backend(1), backend(2, healthy=False, why=evil)]},
+        {"backends": [backend(1), backend(2, reason=evil)]},
+        {"balancers": [{**calm["balancers"][0], "id": evil}]},
+        {"last_decision": {**calm["last_decision"], "reason": evil}},
+    ):
+        text = shown(watch.view(status(**ill), watch.past([change(1)])), 200)
         assert not {"\x1b", "\x07", "\r"} & set(text)
         assert "[red]" in text, "and brackets are no markup"
-
-
-def test_a_line_says_counts_load_and_the_last_reason() -> None:
-    wanted = "desired 2  current 2  150.5 packets/s  OK 2→2  150.5 packets/s over 2 backends"
-    assert watch.line(status()) == wanted
-    assert watch.line(status(last_decision=None)).endswith("no decision yet")
+    assert shown(watch.past([{**change(1), "reason": evil}])).endswith("CREATE_SERVER 1→2   ]0;title  [2J  [red]")
 
 
 # -- what is shown ---------------------------------------------------------------------------------------------------
@@ -143,75 +145,62 @@ def test_a_line_says_counts_load_and_the_last_reason() -> None:
 def test_the_status_shows_every_backend_the_balancers_and_the_last_decision() -> None:
     ill = backend(2, state="failed", share=0.0, healthy=False, ip="", why="refused", reason="exit 1")
     behind = {"id": "b2", "last_seen": 2.5, "revision": "old"}
-    text = shown(watch.once(status(backends=[backend(1), ill], balancers=[*status()["balancers"], behind])), 200)
-    first, header, *rows, b1, b2, last = text.splitlines()
+    text = shown(watch.view(status(backends=[backend(1), ill], balancers=[*status()["balancers"], behind])), 200)
+    first, heard, last, header, *rows = text.splitlines()
     assert first.startswith("p degraded")
-    assert header.split() == ["backend", "address", "state", "share", "conn/s", "packets/s", "active", "healthy", "why"]
+    assert heard == "balancers' last reports: b1 0.8 s ago; b2 2.5 s ago, has not taken in the last change"
+    assert last == "last decision: OK 2→2  150.5 packets/s over 2 backends"
+    assert header.split() == ["backend", "address", "state", "share", "conn/s", "pkt/s", "active", "healthy", "why"]
     assert rows[0].split() == ["p-backend-1", "198.18.0.2", "active", "25.0%", "3.5", "35.25", "2", "yes"]
     assert rows[1].split() == ["p-backend-2", "-", "failed", "0.0%", "3.5", "35.25", "2", "no", "refused;", "exit", "1"]
-    assert b1 == "balancer b1: last report 0.8 s ago"
-    assert b2 == "balancer b2: last report 2.5 s ago, has not taken in the last change"
-    assert last == "last decision: OK 2→2  150.5 packets/s over 2 backends"
+    assert header.index("conn/s") + len("conn/s") == rows[0].index(" 3.5 ") + len(" 3.5"), "figures are flush right"
+    nothing = shown(watch.view(status(backends=[], balancers=[], last_decision=None)), 200).splitlines()
+    assert nothing[1:3] == ["balancers' last reports: none", "last decision: none yet"]
 
 
-@pytest.mark.parametrize(
-    ("part", "drawn"), [(0.0, ""), (1.0, "████"), (0.5, "██"), (0.53125, "██▏"), (2.0, "████"), (-1.0, "")]
-)
-def test_a_bar_is_drawn_to_an_eighth_of_a_character(part: float, drawn: str) -> None:
-    assert watch.bar(part, 4) == drawn
+def test_why_is_shown_beside_a_backend_that_is_not_healthy_alone() -> None:
+    told = [watch.cells(backend(1, healthy=healthy, why="timed out"))["why"] for healthy in (True, False, None)]
+    assert told == ["", "timed out", "timed out"]
+    assert watch.cells(backend(1, why="x", reason="drained by hand"))["why"] == "drained by hand"
 
 
-def test_a_column_is_its_highest_point_and_one_without_points_is_unknown() -> None:
+def test_the_node_is_shown_by_eight_letters_where_any_backend_has_one() -> None:
+    rows = [backend(1, node="abcdefghijklmnop"), backend(2)]
+    header, first, second = shown(watch.fleet(status(backends=rows))).splitlines()
+    assert header.split()[:4] == ["backend", "address", "node", "state"]
+    assert (first.split()[2:4], second.split()[2]) == (["abcdefgh", "active"], "active")
+    assert "node" not in shown(watch.fleet(status()))
+
+
+def test_a_narrow_terminal_loses_no_word_of_the_fleet() -> None:
+    why = f"a long story of {'x' * 70}"
+    text = shown(watch.fleet(status(backends=[backend(1, healthy=False, why=why)])), 80)
+    assert (text.count("x"), text.count("story")) == (70, 1)
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_a_part_of_the_past_is_its_highest_point_and_one_without_points_is_blank(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(watch, "COLUMNS", 5)
     points = [point(299, 5), point(119, 9), point(110, 7), point(0, 3), point(301, 99), point(-400, 99)]
-    assert watch.columns(points, "rate", NOW, 5) == [5, None, None, 9, 3]
-    assert watch.sparkline([0, None, 50, 99.9, 100], 100) == "▁ ▅██"
-    assert watch.sparkline([0.0], 0) == "▁"
+    assert watch.sparkline(points, "rate", NOW, 10) == "▅  █▃"
 
 
-def test_the_load_is_drawn_on_one_scale_with_the_capacity() -> None:
-    drawn = shown(watch.load([point(100, 100), point(10, 400)], NOW, 3, 2.0)).splitlines()
-    assert drawn[0] == "load       ▃█"
-    assert drawn[1] == "capacity   ▅▅"
-    assert "full height is 400" in drawn[2]
-    assert shown(watch.load([], NOW, 3, 2.0)).startswith("load")
+def test_the_load_is_drawn_on_one_scale_with_the_capacity(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "COLUMNS", 3)
+    points = [point(1000, 9999), point(100, 100), point(10, 400)]
+    rate, capacity, scale = shown(watch.load(points, NOW)).splitlines()
+    assert (rate, capacity) == ("rate       ▃█", "capacity   ▅▅")
+    assert scale.endswith("the last 5 minutes; full height is 400"), "what is past no longer counts"
+    assert shown(watch.load([], NOW)).startswith("rate")
+    assert shown(watch.load([point(1, 0.0, 0.0)], NOW)).startswith("rate        ▁")
 
 
-def test_only_a_load_above_the_capacity_is_red() -> None:
-    def colours(rate: float) -> set[str]:
-        drawn = watch.load([point(10, rate)], NOW, 3, 2.0)
-        assert isinstance(drawn, Text)
-        return {str(span.style) for span in drawn.spans}
-
-    assert "red" in colours(201)
-    assert "red" not in colours(200)
-
-
-def test_columns_are_never_narrower_than_an_interval() -> None:
-    points = [point(ago, 1.0) for ago in range(1, 300, 60)]
-    assert shown(watch.load(points, NOW, 90, 60.0)).splitlines()[0] == "load      ▁▁▁▁▁"
-
-
-@pytest.mark.parametrize("size", [(80, 24), (100, 30), (200, 60)])
-@pytest.mark.parametrize("count", [2, 40])
-def test_a_frame_fits_the_terminal_and_says_how_many_backends_it_leaves_out(size: tuple[int, int], count: int) -> None:
-    many = status(backends=[backend(n, why="a long story " * 20) for n in range(1, count + 1)])
-    past = Past((point(4, 90), point(2, 150)), tuple(change(n) for n in range(10)))
-    rows = shown(watch.screen(many, past, "", NOW, size), size[0]).splitlines()
-    assert len(rows) <= size[1]
-    bars = sum("█" * 10 in row and "backend-" in row for row in rows)
-    assert bars == count or f"… and {count - bars} more" in rows
-    assert not any("p-backend" in row for row in rows), "the project is in the first line"
-    assert any("reason 9" in row for row in rows)
-    assert any(set(row) & set(watch.LEVELS) for row in rows if row.startswith("load"))
-
-
-def test_the_past_keeps_what_is_recent_and_the_last_ten_decisions() -> None:
-    past = Past().and_then({"points": [point(400, 1), point(200, 2)], "decisions": [change(1)]}, NOW)
-    assert (past.newest, [p["rate"] for p in past.points]) == (NOW - 200, [2])
-    past = past.and_then({"points": [point(0, 3)], "decisions": [change(n) for n in range(2, 14)]}, NOW + 150)
-    assert [p["rate"] for p in past.points] == [3]
-    assert [c["current"] for c in past.decisions] == list(range(4, 14))
-    assert past.and_then({"points": [], "decisions": []}, NOW + 150) == past
+def test_changes_are_told_the_newest_first_a_line_each() -> None:
+    rows = shown(Group(watch.past([change(1), {**change(2), "reason": "a long story " * 20}])), 60).splitlines()
+    assert [row[10:27] for row in rows] == ["CREATE_SERVER 2→3", "CREATE_SERVER 1→2"]
+    assert rows[0].endswith("…")
 
 
 # -- asking a manager ------------------------------------------------------------------------------------------------
@@ -247,8 +236,13 @@ def served(tmp_path: Path) -> Iterator[Served]:
     made.close()
 
 
-def environ(port: int) -> dict[str, str]:
-    return {"LB_PROJECT": "p", "LB_MANAGER_PORT": str(port)}
+def environ(port: int, project: str = "p") -> dict[str, str]:
+    return {"LB_PROJECT": project, "LB_MANAGER_PORT": str(port)}
+
+
+def buffered(port: int) -> dict[str, str]:
+    """A process's environment, in which its output waits until it is flushed."""
+    return {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"} | environ(port)
 
 
 def test_the_status_of_a_manager_that_answers_is_printed_once(
@@ -271,11 +265,11 @@ def test_loopback_is_reached_through_no_proxy(served: Served, monkeypatch: pytes
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
-    assert watch.Manager("p", served.port).status()["project"] == "p"
+    assert watch.Manager(environ(served.port)).status()["project"] == "p"
 
 
 def test_a_manager_of_another_project_or_none_is_absent(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
-    assert watch.main([], {**environ(served.port), "LB_PROJECT": "other"}) == watch.ABSENT
+    assert watch.main([], environ(served.port, "other")) == watch.ABSENT
     assert capsys.readouterr().err == f"watch.py: 127.0.0.1:{served.port} does not answer for project other\n"
     assert watch.main(["--watch"], environ(1)) == watch.ABSENT
     assert capsys.readouterr().err == "watch.py: no manager of project p answers at 127.0.0.1:1\n"
@@ -284,22 +278,43 @@ def test_a_manager_of_another_project_or_none_is_absent(served: Served, capsys: 
 def test_the_port_is_the_one_the_project_was_started_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(watch, "ROOT", tmp_path)
-    assert watch.main(["--project", "q"], environ(7)) == watch.ABSENT
-    assert capsys.readouterr().err == "watch.py: project q does not run here; ./run.sh starts it\n"
+    monkeypatch.setattr(settings, "ROOT", tmp_path)
     (tmp_path / "run" / "q").mkdir(parents=True)
-    (tmp_path / "run" / "q" / "settings.json").write_text('{"LB_MANAGER_PORT": "5123"}')
-    assert watch.manager_port("q", environ(7)) == 5123, "what the environment says of p is not for q"
-    assert watch.manager_port("q", {"LB_PROJECT": "q", "LB_MANAGER_PORT": "7"}) == 7
+    (tmp_path / "run" / "q" / "settings.json").write_text('{"LB_MANAGER_PORT": "1"}')
+    assert watch.main([], {"LB_PROJECT": "q"}) == watch.ABSENT
+    assert watch.main([], environ(2, "q")) == watch.ABSENT
+    said = [f"watch.py: no manager of project q answers at 127.0.0.1:{port}" for port in (1, 2)]
+    assert capsys.readouterr().err.splitlines() == said
 
 
-@pytest.mark.parametrize("arguments", [["--dance"], ["--watch", "--json"], ["--project", "../etc"]])
+def test_what_answers_but_is_no_manager_is_absent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def answer(environ: object, start: Any) -> list[bytes]:
+        start("200 OK", [])
+        return [bodies.pop()]
+
+    bodies = [b"[1, 2]", b"<html>", b'["abc"]', b"{}"]
+    server = make_server("127.0.0.1", 0, answer)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        assert [watch.main([], environ(server.server_port)) for _ in range(4)] == [watch.ABSENT] * 4
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.mark.parametrize("arguments", [["--dance"], ["--watch", "--json"]])
 def test_bad_usage_is_told_by_its_exit_code(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         watch.main(arguments, {})
     assert ended.value.code == watch.USAGE
-    said = {"--project": "'../etc'; allowed: a-z 0-9 _ -"}.get(arguments[0], arguments[-1])
-    assert said in capsys.readouterr().err
+    assert arguments[-1] in capsys.readouterr().err
+
+
+def test_a_bad_setting_is_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert watch.main([], {"LB_PROJECT": "../etc"}) == watch.USAGE
+    assert "'../etc'; allowed: a-z 0-9 _ -" in capsys.readouterr().err
 
 
 class Script(watch.Manager):
@@ -319,41 +334,56 @@ class Script(watch.Manager):
             raise NoAnswer("nobody answers")
         return answer
 
-    def history(self, since: float) -> dict[str, Any]:
-        return {"points": [point(0, 1)], "decisions": [change(1)]} if since < NOW else {"points": [], "decisions": []}
+    def get(self, path: str) -> dict[str, Any]:
+        old = path == "/history?since=0"
+        return {"points": [point(0, 1)] * old, "decisions": [change(1)] * old}
+
+
+def watched(monkeypatch: pytest.MonkeyPatch, *answers: dict[str, Any] | None, terminal: bool = True) -> str:
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=100, height=30)
+    with pytest.raises(KeyboardInterrupt):
+        watch.watch(Script(monkeypatch, *answers), status(), console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
 
 
 def test_a_line_is_printed_only_when_it_says_something_new(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one, other = status(), status(desired=3)
-    manager = Script(monkeypatch, one, one, other, None, None, other)
-    with pytest.raises(KeyboardInterrupt):
-        watch.watch_lines(manager, one)
-    said = [row[10:] for row in capsys.readouterr().out.splitlines()]
-    assert said == [watch.line(one), watch.line(other), "nobody answers; waiting", watch.line(other)]
+    assert watched(monkeypatch, one, one, other, None, None, other, terminal=False) == ""
+    first, second, away, back = (row[10:] for row in capsys.readouterr().out.splitlines())
+    assert first == f"{watch.summary(one)}; last decision: OK 2→2  150.5 packets/s over 2 backends"
+    assert "desired 3" in second
+    assert away.startswith("nobody answers since ")
+    assert back == second
 
 
 def test_the_screen_says_that_the_manager_is_away_and_that_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    def drawn(*answers: dict[str, Any] | None) -> str:
-        console = Console(file=io.StringIO(), force_terminal=True, width=100, height=30)
-        manager = Script(monkeypatch, *answers)
-        with pytest.raises(KeyboardInterrupt):
-            watch.watch_screen(manager, status(), console)
-        assert isinstance(console.file, io.StringIO)
-        return console.file.getvalue()
-
-    well = drawn(status(), status())
-    assert ("away" in well, well.count("reason 1")) == (False, 2), "the past is asked for once and kept"
-    gone = drawn(status(), None)
+    well = watched(monkeypatch, status(), status())
+    assert ("away" in well, "Ctrl-C ends" in well) == (False, True)
+    assert well.count("reason 1") == 3, "the past is asked for once and kept, for two frames and the one that is left"
+    gone = watched(monkeypatch, status(), None)
     assert ("nobody answers since" in gone, "was away" in gone) == (True, False)
-    assert "the manager was away from" in drawn(status(), None, status())
+    assert "the manager was away from" in watched(monkeypatch, status(), None, status())
+
+
+def test_a_fleet_too_long_for_the_screen_is_cut_below_the_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    many = watched(monkeypatch, status(backends=[backend(n) for n in range(1, 60)]), terminal=True)
+    frame = many.split("Ctrl-C ends")[1].split("\x1b[?25h")[0]
+    assert ("full height" in frame, "reason 1" in frame, "p-backend-2 " in frame) == (True, True, True)
+    assert "..." in frame
+
+
+def test_only_the_last_ten_changes_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    many = {"points": [], "decisions": [change(n) for n in range(20, 40)]}
+    monkeypatch.setattr(Script, "get", lambda self, path: many)
+    text = watched(monkeypatch, status())
+    assert [n for n in range(20, 40) if f"reason {n}" in text] == list(range(30, 40))
 
 
 def test_without_a_terminal_watching_prints_plain_lines_of_news_over_a_restart(served: Served, tmp_path: Path) -> None:
-    command = subprocess.Popen(
-        [*PYTHON, "--watch"], stdout=subprocess.PIPE, text=True, env={**os.environ, **environ(served.port)}
-    )
+    command = subprocess.Popen([*PYTHON, "--watch"], stdout=subprocess.PIPE, text=True, env=buffered(served.port))
     assert command.stdout is not None
     try:
         first = command.stdout.readline()
@@ -370,8 +400,8 @@ def test_without_a_terminal_watching_prints_plain_lines_of_news_over_a_restart(s
         command.kill()
         rest = command.communicate()[0]
     assert first[10:] == back[10:]
-    assert first[10:].startswith("desired 2  current 2  ")
-    assert away[10:] == f"no manager of project p answers at 127.0.0.1:{served.port}; waiting\n"
+    assert first[10:].startswith("p well: desired 2, current 2 ")
+    assert away[10:].startswith(f"no manager of project p answers at 127.0.0.1:{served.port} since ")
     assert "\x1b" not in first + away + back + rest
 
 
@@ -383,7 +413,7 @@ def test_lines_that_nobody_reads_any_more_end_quietly(served: Served) -> None:
         command,
         stdout=writing,
         stderr=subprocess.PIPE,
-        env={**os.environ, **environ(served.port)},
+        env=buffered(served.port),
         timeout=20,
         check=False,
     )
@@ -391,20 +421,16 @@ def test_lines_that_nobody_reads_any_more_end_quietly(served: Served) -> None:
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-@pytest.mark.parametrize("key", ["q", "\x03"])
-def test_in_a_terminal_it_is_drawn_until_q_or_ctrl_c_and_the_terminal_is_put_back(served: Served, key: str) -> None:
+def test_in_a_terminal_it_is_drawn_until_ctrl_c_and_the_cursor_comes_back(served: Served) -> None:
     pid, door = pty.fork()
     if pid == 0:
-        os.execve(PYTHON[0], [*PYTHON, "--watch"], {**os.environ, **environ(served.port), "TERM": "xterm"})
-    before = termios.tcgetattr(door)
+        os.execve(PYTHON[0], [*PYTHON, "--watch"], {**buffered(served.port), "TERM": "xterm"})
     try:
         seen = read_until(door, "backend-2")
-        assert termios.tcgetattr(door) != before, "keys are read one by one"
-        os.write(door, key.encode())
-        seen += read_until(door, "\x1b[?1049l")
-        assert "\x1b[?1049h" in seen
+        assert "\x1b[?25l" in seen, "the cursor is hidden meanwhile"
+        os.write(door, b"\x03")
+        read_until(door, "\x1b[?25h")
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == watch.WELL
-        assert termios.tcgetattr(door) == before
     finally:
         os.close(door)
 

@@ -136,7 +136,7 @@ install_packages() {
 }
 
 make_network() {
-    if [ -z "$(ours balancer)$(ours backend)" ] && ! manager_runs; then UNDO=(take_down "${UNDO[@]}"); fi
+    if [ -z "$(ours balancer)$(ours backend)$(our_services balancer)$(our_services backend)" ] && ! manager_runs; then UNDO=(take_down "${UNDO[@]}"); fi
     if network_gateway >/dev/null; then
         [ -n "$(docker network ls -q --filter "label=lbscaler.project=$LB_PROJECT" --filter "name=^$LB_PROJECT\$")" ] ||
             die "a network $LB_PROJECT is there and not ours; choose another name with --project"
@@ -230,7 +230,8 @@ launch_manager() {
 
 start_balancer() {
     local config running
-    config=$(printf '%s\n' "$BALANCER_IMAGE" "$LB_BIND" "$LB_PORT" "$LB_BACKEND_PORT" "$LB_PRESERVE_CLIENT_IP" "$LB_BALANCER_CONSTRAINT" "$(cat "$RUN/token")" "$(swarm || cat "$RUN/balancer/hostip.txt")" | sha256sum | cut -c1-12)
+    config=$(printf '%s\n' "$BALANCER_IMAGE" "$LB_BIND" "$LB_PORT" "$LB_BACKEND_PORT" "$LB_PRESERVE_CLIENT_IP" "$LB_BALANCER_CONSTRAINT" "$(cat "$RUN/token")" \
+        "$(if swarm; then echo "$LB_MANAGER_PORT $LB_DRAIN_TIMEOUT"; else cat "$RUN/balancer/hostip.txt"; fi)" | sha256sum | cut -c1-12)
     if swarm; then
         running=$(docker service ls -q --filter "label=lbscaler.project=$LB_PROJECT" --filter "label=lbscaler.config=$config")
     else
@@ -283,12 +284,16 @@ first_answer() {
         status=$(http_get 127.0.0.1 "$LB_MANAGER_PORT" /status || true)
         if [[ "$status" == *'"state":"active"'* ]] &&
             [[ "$status" != *'"state":"starting"'* || $((SECONDS - began)) -gt 15 ]] &&
-            { [ -n "$LB_IMAGE" ] || http_get "$address" "$LB_PORT" /; }; then return; fi
+            { [ -n "$LB_IMAGE" ] || swarm || http_get "$address" "$LB_PORT" /; }; then return; fi
         # Launches in vain, one after the other, do not get better by waiting.
         if [[ "$status" =~ \"failed\":([0-9]+) && "${BASH_REMATCH[1]}" -ge 4 && "$status" != *'"state":"active"'* ]]; then break; fi
         sleep 0.1
     done
-    docker logs --tail 5 "$LB_PROJECT-balancer"
+    if swarm; then
+        docker service ps --no-trunc --format '{{.Name}} on {{.Node}}: {{.CurrentState}} {{.Error}}' "$LB_PROJECT-balancer" || true
+    else
+        docker logs --tail 5 "$LB_PROJECT-balancer" || true
+    fi
     grep "last words" "$RUN/manager.log" | tail -n 3 || true
     .venv/bin/python manager/watch.py --status || true
     echo "No backend got ready; see --backend-port, --health and --allow in ./run.sh --help"

@@ -28,6 +28,7 @@ main() {
     remove_manager
     remove_host_rules
     if have docker && engine_answers; then
+        ! is_worker || die "this node is a worker of a Swarm; run stop.sh on a manager of it"
         if [ -n "$(our_services balancer)$(our_services backend)" ]; then remove_services; else drain; fi
         remove_containers
         remove_network

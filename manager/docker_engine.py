@@ -189,6 +189,7 @@ class DockerEngine:
                 network=self._settings.project,
                 pids_limit=PIDS,
                 sysctls=SYSCTLS,
+                healthcheck={"test": ["NONE"]},  # the balancer probes; this engine would do nothing with the result
                 **json.loads(spec),
             )
             try:

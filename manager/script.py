@@ -299,14 +299,28 @@ def serve(app: Flask, settings: Settings, gateway: str) -> None:
         threading.Thread(target=server.run, daemon=True).start()
 
 
-def serve_nodes(app: Flask, settings: Settings, address: str) -> None:
+class _Patient(BuiltinSSLAdapter):
+    """Leaves the handshake to the worker that reads first: whoever says nothing keeps nobody else waiting."""
+
+    def wrap(self, sock: socket.socket) -> tuple[socket.socket, dict[str, str]]:
+        wrapped = self.context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+        return wrapped, {"wsgi.url_scheme": "https"}
+
+
+class _NodesDoor(Server):
+    def error_log(self, *_: object, **__: object) -> None:
+        pass  # whoever knocks and goes is no news
+
+
+def serve_nodes(app: Flask, settings: Settings, address: str) -> Server:
     """The door for balancers on other nodes, whose way here may be listened to: the same, within TLS."""
     pem = str(settings.run_dir / "manager.pem")
-    server = Server((address, settings.manager_port), app, numthreads=NODE_THREADS, timeout=5)
+    server = _NodesDoor((address, settings.manager_port), app, numthreads=NODE_THREADS, timeout=5)
     server.max_request_body_size, server.max_request_header_size = BODY_MAX, 16384
-    server.ssl_adapter = BuiltinSSLAdapter(pem, pem)
+    server.ssl_adapter = _Patient(pem, pem)
     server.prepare()
     threading.Thread(target=server.serve, daemon=True).start()
+    return server
 
 
 def start_log(path: Path) -> None:
@@ -330,7 +344,7 @@ def main() -> int:
     try:
         engine = SwarmEngine(settings) if settings.orchestrator == "swarm" else DockerEngine(settings)
         gateway = engine.gateway()
-        inside = engine.subnet() if settings.preserve_client_ip else ""
+        inside = engine.subnet() if isinstance(engine, DockerEngine) and settings.preserve_client_ip else ""
         controller = Controller(engine, settings, settings.run_dir / "balancer" / "ip.txt", inside=inside)
         controller.adopt(arguments.backends)
         serve(create_app(controller, (settings.run_dir / "token").read_text().strip(), [gateway]), settings, gateway)

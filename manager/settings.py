@@ -29,7 +29,7 @@ class SettingError(ValueError):
 def _number(low: float, high: float, whole: bool = False) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         # Digits only: the text goes on to the shell as it was given, and Python reads more than the shell does.
-        if not re.fullmatch(r"[0-9]{1,12}" if whole else r"[0-9]{1,12}(\.[0-9]{1,9})?", text):
+        if not re.fullmatch(r"0|[1-9][0-9]{0,11}" if whole else r"(0|[1-9][0-9]{0,11})(\.[0-9]{1,9})?", text):
             raise ValueError
         value = int(text) if whole else float(text)
         if not low <= value <= high:
@@ -211,7 +211,7 @@ SETTINGS: Mapping[str, Setting] = {one.name: one.metadata["setting"] for one in 
 # What run.sh does instead of bringing anything up.
 ACTIONS = {
     "status": "say how the running project is, and end: 0 well, 1 it does not run, 3 degraded",
-    "watch": "show it live, until q or Ctrl-C",
+    "watch": "show it live, until Ctrl-C",
     "json": "with --status or --doctor: for programs",
     "doctor": "look this host over: what would stop run.sh, and the mend beside it",
 }
@@ -310,6 +310,8 @@ def assignments(arguments: Sequence[str], environ: Mapping[str, str]) -> dict[st
             f"the number of backends is {backends!r}; allowed: {settings.min} (--min) to {settings.max} (--max)"
         )
     known = {variable(name): merged.get(variable(name), setting.default) for name, setting in SETTINGS.items()}
+    # Words are quoted anew, so that a shell that reads them finds words and nothing to carry out.
+    known |= {variable(name): shlex.join(value) for name, value in vars(settings).items() if isinstance(value, tuple)}
     return known | {
         "ACTION": " ".join(name for name in ACTIONS if parsed[name]),
         "SWARM_INIT": "1" if parsed["swarm_init"] else "",
@@ -320,7 +322,7 @@ def assignments(arguments: Sequence[str], environ: Mapping[str, str]) -> dict[st
 
 
 def stored(environ: Mapping[str, str], image: str, code: str) -> str:
-    """The text of settings.json: what the project was started with, its backends' image, and a digest of the manager."""
+    """The text of settings.json: what the project was started with, the backends' image, and the manager's digest."""
     values = {variable(name): environ.get(variable(name), setting.default) for name, setting in SETTINGS.items()}
     return json.dumps({**values, "backend_image": image, "manager": code}, indent=1)
 

@@ -14,7 +14,7 @@ from scaler import Policy
 from settings import Settings
 
 WEIGHT = 1.0  # what every backend is given; speed is for the balancers to learn
-SECRET = {"env"}  # settings that may hold passwords: shown to nobody
+SECRET = {"env", "command"}  # settings that may hold passwords: shown to nobody
 
 
 def view(fleet: Fleet, settings: Settings, inside: str) -> dict[str, Any]:

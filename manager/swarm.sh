@@ -43,6 +43,9 @@ share_secrets() {
     if [ -n "$balancer" ] && ! { [ -s "$RUN/token" ] && [ -s "$RUN/manager.pem" ]; }; then
         (umask 077 && for secret in token manager.pem; do docker exec "$balancer" cat "/run/secrets/$secret" >"$RUN/$secret"; done)
     fi
+    if ! [ -s "$RUN/token" ] && docker secret inspect "$LB_PROJECT-token" >/dev/null 2>&1; then
+        die "project $LB_PROJECT runs in this Swarm, and no balancer on this node knows its secrets; run this on a node that has one, or bring $RUN/token and $RUN/manager.pem from where the manager was"
+    fi
     [ -s "$RUN/token" ] || (umask 077 && head -c 24 /dev/urandom | od -An -vtx1 | tr -d ' \n' >"$RUN/token")
     if ! [ -s "$RUN/manager.pem" ]; then
         have openssl || need "the manager's certificate" openssl
@@ -104,15 +107,28 @@ pinned_balancer() {
 
 # -- stop.sh ------------------------------------------------------------------------------------------------------------
 
+# Whether the project's tasks here are a Swarm's that this node may not give orders to.
+is_worker() {
+    [ "$(docker info --format '{{.Swarm.LocalNodeState}} {{.Swarm.ControlAvailable}}')" = "active false" ] &&
+        [ -n "$(docker ps -aq --filter "label=lbscaler.project=$LB_PROJECT" --filter label=com.docker.swarm.service.name)" ]
+}
+
 our_services() { docker service ls -q --filter "label=lbscaler.project=$LB_PROJECT" --filter "label=lbscaler.role=$1" 2>/dev/null; }
 
+# A manager on another node is told first, as another manager would tell it: it would make the services again.
 remove_services() {
-    local role service
+    local role service self
+    self=$(docker info --format '{{.Swarm.NodeID}}')
+    docker node update --label-add "lbscaler.manager.$LB_PROJECT=$(($(date +%s) + 86400)) stop.sh" "$self" >>"$LOG"
+    sleep 5
     for role in balancer backend; do
         for service in $(our_services "$role"); do
             [ "$role" = backend ] || [ "$DRAIN" -eq 0 ] || step "Letting connections in hand finish on every node" send_away "$service"
             step "Removing the service $LB_PROJECT-$role" docker service rm "$service"
         done
+    done
+    for service in $(docker node ls -q); do
+        docker node update --label-rm "lbscaler.manager.$LB_PROJECT" "$service" >>"$LOG" 2>&1 || true
     done
     docker secret ls -q --filter "label=lbscaler.project=$LB_PROJECT" 2>/dev/null | xargs -r docker secret rm >>"$LOG"
 }

@@ -3,7 +3,7 @@
 The backends are the tasks of one replicated service. Swarm places, restarts and moves them, and picks who leaves; the
 manager says how many (`resize`) and sees the rest in the list of tasks. A task that Swarm wants gone is listed as
 `leaving` before its process is told, so that the balancers stop dealing to it while it still serves.
-One manager at a time: the one that began last writes its name on the service, and who finds another's ends.
+One manager at a time: each writes a claim on its node, and who finds a newer one than its own ends.
 Every call may take long and may raise EngineError; none touches a service but this project's own.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import secrets
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,7 +21,7 @@ import docker
 import docker.errors
 import docker.utils
 
-from docker_engine import PIDS, SYSCTLS, EngineError, Event, TakenOver, engine_errors, options
+from docker_engine import PIDS, SYSCTLS, EngineError, Event, TakenOver, advice, engine_errors, options
 from fleet import Container
 from settings import Settings
 
@@ -30,6 +29,7 @@ LINGER = 3  # seconds the sample server goes on serving after SIGTERM: news trav
 LOOK, LOOK_COST = 0.2, 0.1  # seconds between looks at the tasks, and the most of the time that looking may take
 TRIES = 5  # of an update that others' updates overtake
 SECOND = 10**9  # in Swarm's nanoseconds
+RUNNING = ("starting", "running")  # starting: it runs, and its own health check has not said yes yet
 ENDED = ("complete", "shutdown", "failed", "rejected", "remove", "orphaned")
 
 log = logging.getLogger("manager")
@@ -46,6 +46,7 @@ def task_template(settings: Settings, image: str, image_user: str) -> dict[str, 
         "Labels": {"lbscaler.project": settings.project, "lbscaler.role": "backend"},
         "CapabilityDrop": wanted["cap_drop"],
         "ReadOnly": wanted["read_only"],
+        "Privileges": {"NoNewPrivileges": True} if wanted["security_opt"] else None,  # from Docker 28 on
         "Sysctls": SYSCTLS,
         "Mounts": [_tmpfs(place) for place in wanted["tmpfs"]] + [_mount(volume) for volume in wanted["volumes"]],
         "StopGracePeriod": round(max(1.0, settings.drain_timeout) * SECOND),
@@ -84,8 +85,9 @@ class SwarmEngine:
         self._name = f"{settings.project}-backend"
         self._labels = {"lbscaler.project": settings.project, "lbscaler.role": "backend"}
         self._alive: set[str] = set()
-        self._me = f"{socket.gethostname()} pid {os.getpid()} {secrets.token_hex(4)}"
-        self._claimed = False
+        self._claim: tuple[int, str] | None = None
+        self._label = f"lbscaler.manager.{settings.project}"
+        self._ends_told: set[str] | None = None
         self._tried = self._refused = ""  # the spec of the last update, and the one that Swarm has gone back from
         with engine_errors():
             self._client = docker.from_env(timeout=30)
@@ -93,11 +95,7 @@ class SwarmEngine:
     def gateway(self) -> str:
         """This node's address among the others, where their balancers find the manager."""
         with engine_errors():
-            return str(self._client.info()["Swarm"]["NodeAddr"])
-
-    def subnet(self) -> str:
-        with engine_errors():
-            return str(self._client.networks.get(self._settings.project).attrs["IPAM"]["Config"][0]["Subnet"])
+            return self._settings.advertise or str(self._client.info()["Swarm"]["NodeAddr"])
 
     def spec(self) -> str:
         """What backends are to be made from, in full, as a text."""
@@ -117,23 +115,54 @@ class SwarmEngine:
     def list(self) -> list[Container]:
         """The tasks that run, and each one that has ended once more, so that its end is seen."""
         with engine_errors():
+            nodes = self._client.api.nodes()
+            self._hold(nodes)
             service = self._service()
             if service is None:
-                self.replicas, self._alive = 0, set()
+                self.replicas, self._alive, self._ends_told = 0, set(), set()
                 return []
-            if not self._claimed:
-                self._change(lambda spec: spec["Labels"].update({"lbscaler.manager": self._me}))
-                self._claimed = True
             self.replicas = service["Spec"]["Mode"]["Replicated"]["Replicas"]
             tasks = self._client.api.tasks(filters={"service": service["ID"]})
-            lost = {node["ID"] for node in self._client.api.nodes() if node["Status"]["State"] == "down"}
-        spec = self._spec_of(service)
+            spec = self._spec_of(service)
+        lost = {node["ID"] for node in nodes if node["Status"]["State"] == "down"}
         # On a node that is down nobody is left to end its tasks, nor to say that they have ended.
         tasks = [t for t in tasks if not (t.get("NodeID") in lost and t["DesiredState"] != "running")]
-        running = [task for task in tasks if task["Status"]["State"] == "running" and _address(task)]
+        running = [task for task in tasks if task["Status"]["State"] in RUNNING and _address(task)]
         ended = [task for task in tasks if task["Status"]["State"] in ENDED and task["ID"] in self._alive]
+        self._tell_ends(tasks)
         self._alive = {task["ID"] for task in running}
         return [self._container(task, spec) for task in (*running, *ended)]
+
+    def _hold(self, nodes: Iterable[Mapping[str, Any]]) -> None:
+        """Claims the fleet at first; from then on sees to it that nobody has claimed it since. A claim is kept on its
+        node, out of reach of the service's own rollbacks."""
+        claims = [_claim(node["Spec"].get("Labels", {}).get(self._label, "")) for node in nodes]
+        newest = max(claims, default=(0, ""))
+        if self._claim is None:
+            mine = (max(int(time.time()), newest[0] + 1), f"{socket.gethostname()}, pid {os.getpid()}")
+            own = self._client.info()["Swarm"]["NodeID"]
+            self._retried(lambda: self._write_claim(own, mine))
+            self._claim = mine
+        elif newest > self._claim:
+            raise TakenOver(f"the manager at {newest[1]} has taken over; this one ends")
+
+    def _write_claim(self, node_id: str, claim: tuple[int, str]) -> None:
+        node = self._client.api.inspect_node(node_id)
+        labels = {**node["Spec"].get("Labels", {}), self._label: f"{claim[0]} {claim[1]}"}
+        self._client.api.update_node(node_id, node["Version"]["Index"], {**node["Spec"], "Labels": labels})
+
+    def _tell_ends(self, tasks: Iterable[Mapping[str, Any]]) -> None:
+        """Once for each task that ended with an error since this manager began: what Swarm says of it, and what may
+        help. Those that never came to run are seen nowhere else."""
+        errors = {t["ID"]: t for t in tasks if t["Status"]["State"] in ENDED and t["Status"].get("Err")}
+        for id_ in sorted(errors.keys() - (errors.keys() if self._ends_told is None else self._ends_told)):
+            why = errors[id_]["Status"]["Err"]
+            mend = advice(why)
+            log.warning("last words of %s: %s", self._name_of(errors[id_]), f"{why} [{mend}]" if mend else why)
+        self._ends_told = (self._ends_told or set()) | errors.keys()
+
+    def _name_of(self, task: Mapping[str, Any]) -> str:
+        return f"{self._name}-{task.get('Slot', 0)}.{task['ID'][:5]}"
 
     def _service(self) -> dict[str, Any] | None:
         try:
@@ -142,26 +171,27 @@ class SwarmEngine:
             return None
         if not self._labels.items() <= found["Spec"]["Labels"].items():
             raise EngineError(f"a service {self._name} is there and not ours; choose another --project")
-        holder = found["Spec"]["Labels"].get("lbscaler.manager", "")
-        if self._claimed and holder != self._me:
-            raise TakenOver(f"the manager at {holder} has taken over; this one ends")
         return found
 
     def _spec_of(self, service: Mapping[str, Any]) -> str:
         """What the service is made from. Where Swarm has gone back from what it was to be made from, that, as far as
         the plan can tell: it is not to be tried again by this manager."""
-        running = str(service["Spec"]["Labels"].get("lbscaler.spec", ""))
-        if running != self._tried and (service.get("UpdateStatus") or {}).get("State", "").startswith("rollback"):
-            self._refused = self._tried
-        return self._refused if self._refused else running
+        labels = service["Spec"]["Labels"]
+        if not self._refused and (service.get("UpdateStatus") or {}).get("State", "").startswith("rollback"):
+            self._refused = self._tried or labels["lbscaler.spec"]
+            log.error("update given up, Swarm goes back: its backends did not stay up")
+            if labels["lbscaler.spec"] == self._refused and labels.get("lbscaler.before"):
+                # The number was changed amid the update, so what Swarm went back to is the same once more.
+                self._change(lambda spec: _make_from(spec, spec["Labels"]["lbscaler.before"]))
+        return self._refused or str(labels["lbscaler.spec"])
 
     def _container(self, task: Mapping[str, Any], spec: str) -> Container:
         status = task["Status"]
         return Container(
             id=task["ID"],
-            name=f"{self._name}-{task['Slot']}.{task['ID'][:5]}",
+            name=self._name_of(task),
             ip=_address(task),
-            status="running" if status["State"] == "running" else "exited",
+            status="running" if status["State"] in RUNNING else "exited",
             exit_code=status.get("ContainerStatus", {}).get("ExitCode"),
             spec=spec,
             node=task.get("NodeID", ""),
@@ -173,11 +203,12 @@ class SwarmEngine:
 
         def edit(service: dict[str, Any]) -> None:
             if service["Labels"].get("lbscaler.spec") != spec and self._refused != spec:
-                service["Labels"]["lbscaler.spec"] = spec
-                service["TaskTemplate"] = json.loads(spec)
+                service["Labels"]["lbscaler.before"] = service["Labels"]["lbscaler.spec"]
+                _make_from(service, spec)
             service["Mode"]["Replicated"]["Replicas"] = count
 
         with engine_errors():
+            self._hold(self._client.api.nodes())
             if self._service() is None:
                 self._create(count, spec)
             else:
@@ -185,14 +216,20 @@ class SwarmEngine:
         self._tried = spec
 
     def _change(self, edit: Callable[[dict[str, Any]], None]) -> None:
-        """Edits the service as it is now; looks again where somebody else's update came between look and update."""
-        for attempt in range(TRIES):
-            service = self._service()
-            if service is None:
-                return
-            edit(service["Spec"])
-            try:
+        """Edits the service as it is now."""
+
+        def change() -> None:
+            if (service := self._service()) is not None:
+                edit(service["Spec"])
                 self._update(service)
+
+        self._retried(change)
+
+    def _retried(self, change: Callable[[], None]) -> None:
+        """Looks and changes again where somebody else's change came between look and change."""
+        for attempt in range(TRIES):
+            try:
+                change()
             except docker.errors.APIError as error:
                 if "out of sequence" not in str(error) or attempt == TRIES - 1:
                     raise
@@ -204,13 +241,12 @@ class SwarmEngine:
         self._client.api.create_service(
             json.loads(spec),
             name=self._name,
-            labels={**self._labels, "lbscaler.spec": spec, "lbscaler.manager": self._me},
+            labels={**self._labels, "lbscaler.spec": spec},
             mode={"Replicated": {"Replicas": count}},
             update_config=UPDATE,
             rollback_config={"Parallelism": 1, "Order": "start-first"},
             endpoint_spec={"Mode": "dnsrr"},  # no virtual address: balancing is ours
         )
-        self._claimed = True
 
     def _update(self, service: Mapping[str, Any]) -> None:
         spec = service["Spec"]
@@ -235,8 +271,7 @@ class SwarmEngine:
     def last_words(self, container_id: str) -> str:
         """What Swarm says of the task's end."""
         with engine_errors():
-            status = self._client.api.inspect_task(container_id)["Status"]
-        return str(status.get("Err") or status.get("Message") or "none")
+            return str(self._client.api.inspect_task(container_id)["Status"].get("Err") or "none")
 
     def events(self) -> Iterator[Event]:
         """A hint whenever a task's state or Swarm's wish for it has changed: Swarm tells of nodes and services, not of
@@ -251,6 +286,17 @@ class SwarmEngine:
                 yield Event("task", "", 0)
             before = now
             time.sleep(max(LOOK, (time.monotonic() - began) / LOOK_COST))
+
+
+def _make_from(service: dict[str, Any], spec: str) -> None:
+    service["Labels"]["lbscaler.spec"] = spec
+    service["TaskTemplate"] = json.loads(spec)
+
+
+def _claim(text: str) -> tuple[int, str]:
+    """A label's claim: when it was made, in seconds since 1970 or later, and by whom; the latest wins."""
+    number, _, who = text.partition(" ")
+    return (int(number), who) if number.isdecimal() else (0, "")
 
 
 def _address(task: Mapping[str, Any]) -> str:

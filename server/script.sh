@@ -3,6 +3,14 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
+if [ "${1:-}" = alive ]; then # draining is alive, too
+    exec 3<>/dev/tcp/127.0.0.1/5000
+    printf 'GET /sync HTTP/1.0\r\n\r\n' >&3
+    read -r -t 2 answer <&3
+    [[ "$answer" == HTTP/* ]]
+    exit
+fi
+
 python3 server.py &
 server=$!
 python3 synchronization_server.py &

@@ -18,7 +18,16 @@ LEVELS = {"debug": "", "info": "INFO", "warning": "WARNING", "error": "ERROR", "
 VALUE = re.compile(r"%[-\d.]*[a-z]")  # in a log call's text
 SHELL_VALUE = re.compile(r"\$\([^)]*\)|\$\{[^}]*\}|\$\w+|\$\*")
 # Of programs that are not ours.
-TOOLS = {"--unix-socket", "--no-install-recommends", "--availability", "--config", "--storage", "--web", "--save"}
+TOOLS = {
+    "--unix-socket",
+    "--no-install-recommends",
+    "--availability",
+    "--config",
+    "--storage",
+    "--web",
+    "--save",
+    "--force",
+}
 PASSED_ON = ("NetfilterError", "TakenOver")  # errors whose words are logged as they are
 
 

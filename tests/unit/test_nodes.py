@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import ssl
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -15,7 +17,9 @@ import pytest
 import requests
 
 import synchronization_client as client
+from fakes import Clock, FakeEngine, controller, settings
 from probe import Health
+from script import create_app, serve_nodes
 from wire import Backend, Manager, View
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # a server ends with a TLS client half-way
@@ -129,3 +133,26 @@ def test_the_next_address_is_tried_when_one_does_not_answer_and_kept_when_it_doe
         with pytest.raises(requests.RequestException):
             manager.sync("")
     assert manager.sync("") == manager.sync("") == {"revision": "r2"}
+
+
+def test_who_says_nothing_at_the_nodes_door_keeps_nobody_waiting(
+    pem: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    monkeypatch.setattr("settings.ROOT", tmp_path)
+    made = settings(orchestrator="swarm", manager_port=port)
+    made.run_dir.mkdir(parents=True)
+    (made.run_dir / "manager.pem").write_text(pem.read_text())
+    silent: list[socket.socket] = []
+    server = serve_nodes(create_app(controller(FakeEngine(), tmp_path, Clock()), "t", ["127.0.0.1"]), made, "127.0.0.1")
+    try:
+        silent += [socket.create_connection(("127.0.0.1", port)) for _ in range(4)]
+        time.sleep(0.2)
+        began = time.monotonic()
+        assert Manager([f"127.0.0.1:{port}"], "t", "b", str(pem)).sync("x") is not None
+        assert time.monotonic() - began < 4  # a handshake in the queue's way takes five seconds each
+    finally:
+        for one in silent:
+            one.close()
+        server.stop()

@@ -390,12 +390,14 @@ def test_the_log_is_told_from_its_end(doors: Doors, tmp_path: Path, monkeypatch:
 
 
 def test_the_status_tells_the_settings_in_force_and_no_secret(tmp_path: Path) -> None:
-    made = controller(FakeEngine(), tmp_path, Clock(), env="PASSWORD=sesame", allow="write,root")
+    made = controller(
+        FakeEngine(), tmp_path, Clock(), env="PASSWORD=sesame", command="db --password sesame", allow="write,root"
+    )
     made.scale(3, None, 7.5)
     app = create_app(made, TOKEN, [])
     status = Client(app, app.response_class).get("/status", environ_base={"REMOTE_ADDR": "127.0.0.1"})
     told = status.get_json()["settings"]
-    assert told.keys() == vars(made.settings).keys() - {"env"}
+    assert told.keys() == vars(made.settings).keys() - {"env", "command"}
     assert [told[name] for name in ("min", "max", "target", "weights")] == [3, 10, 7.5, "adaptive"]
     assert told["allow"] == ["root", "write"]
     assert "sesame" not in status.text

@@ -19,7 +19,7 @@ PORT = "1 to 65535"
 REFUSED: dict[str, tuple[str, list[str]]] = {
     "project": ("a-z 0-9 _ -, 40 at most", ["", "A", "-x", "a.b", "a b", "../x", "a\nb", "a\n", "a" * 41, "é"]),
     "bind": ("an IPv4 address of this host", ["", "localhost", "1.2.3", "1.2.3.256", "::1", "0.0.0.0/0"]),
-    "port": (PORT, ["", "0", "65536", "-1", "80.5", "http", "0x50", "8_0", " 80", "80\n", "+80", "٨٠"]),
+    "port": (PORT, ["", "0", "08000", "65536", "-1", "80.5", "http", "0x50", "8_0", " 80", "80\n", "+80", "٨٠"]),
     "manager_port": (PORT, ["0", "65536", "x"]),
     "min": ("1 to 1000", ["", "0", "1001", "2.5", "two", "nan"]),
     "max": ("1 to 1000", ["0", "1001", "-3"]),
@@ -29,7 +29,7 @@ REFUSED: dict[str, tuple[str, list[str]]] = {
     "interval": ("0.5 to 60 (seconds)", ["", "0.4", "61", "nan", "2s"]),
     "stable_window": ("1 to 3600 (seconds)", ["0.9", "3601", "-inf"]),
     "panic_window": ("1 to 600 (seconds)", ["0.9", "601", "x"]),
-    "drain_timeout": ("0 to 3600 (seconds)", ["", "-1", "3601", "soon"]),
+    "drain_timeout": ("0 to 3600 (seconds)", ["", "08", "010", "-1", "3601", "soon"]),
     "weights": ("adaptive or equal", ["", "fast", "1"]),
     "image": ("an image's name", ["-rm", "a b", "a;b", "$(x)", "/x"]),
     "backend_port": (PORT, ["0", "65536", "x"]),
@@ -224,6 +224,14 @@ def test_what_is_printed_is_safe_for_the_shell(
     words = shlex.split(capsys.readouterr().out)
     assert f"LB_HEALTH={health}" in words
     assert len(words) == len(SETTINGS) + 5
+
+
+def test_words_are_quoted_anew_so_that_a_shell_finds_nothing_to_carry_out() -> None:
+    made = assignments(
+        [], {"LB_BALANCER_CONSTRAINT": "node.labels.a==$(touch${IFS}/tmp/x) b==`c`", "LB_ENV": "A=1  B=2"}
+    )
+    assert made["LB_BALANCER_CONSTRAINT"] == "'node.labels.a==$(touch${IFS}/tmp/x)' 'b==`c`'"
+    assert made["LB_ENV"] == "A=1 B=2"
 
 
 def test_storing_prints_the_file(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

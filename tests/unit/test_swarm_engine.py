@@ -59,6 +59,7 @@ class Api:
         self.service: dict[str, Any] | None = None
         self.listed: list[dict[str, Any]] = []
         self.down: set[str] = set()
+        self.labels: dict[str, dict[str, str]] = {}
         self.races = 0
         self.updates = 0
 
@@ -89,7 +90,16 @@ class Api:
         return self.listed
 
     def nodes(self) -> list[dict[str, Any]]:
-        return [{"ID": n, "Status": {"State": "down" if n in self.down else "ready"}} for n in ("n1", "n2")]
+        return [self.inspect_node(name) for name in ("n1", "n2")]
+
+    def inspect_node(self, name: str) -> dict[str, Any]:
+        spec = {"Role": "manager", "Labels": self.labels.get(name, {"zone": "a"})}
+        state = "down" if name in self.down else "ready"
+        return {"ID": name, "Version": {"Index": 1}, "Spec": spec, "Status": {"State": state}}
+
+    def update_node(self, name: str, version: int, spec: dict[str, Any]) -> None:
+        assert (version, spec["Role"], spec["Labels"]["zone"]) == (1, "manager", "a"), "nothing else is changed"
+        self.labels[name] = spec["Labels"]
 
 
 def task(id_: str, state: str = "running", desired: str = "running", node: str = "n1", slot: int = 1) -> dict[str, Any]:
@@ -103,9 +113,17 @@ def task(id_: str, state: str = "running", desired: str = "running", node: str =
     }
 
 
+class Client:
+    def __init__(self, node: str) -> None:
+        self.api, self._node = Api(), node
+
+    def info(self) -> dict[str, Any]:
+        return {"Swarm": {"NodeID": self._node, "NodeAddr": "198.18.0.1"}}
+
+
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> SwarmEngine:
-    monkeypatch.setattr(swarm_engine.docker, "from_env", lambda timeout: type("Client", (), {"api": Api()})())
+    monkeypatch.setattr(swarm_engine.docker, "from_env", lambda timeout: Client("n1"))
     return SwarmEngine(settings())
 
 
@@ -143,6 +161,7 @@ def test_the_manager_that_began_last_has_the_service_and_the_other_hears_of_it(e
     engine.resize(3, SPEC)
     engine.list()
     another = SwarmEngine(settings())
+    another._client = Client("n2")
     another._client.api = api(engine)
     another.list()
     another.resize(4, SPEC)
@@ -205,3 +224,54 @@ def test_on_a_node_that_is_down_only_what_swarm_still_counts_on_is_listed(engine
     api(engine).listed = [task("a", node="n2"), task("b", desired="shutdown", node="n2"), task("c", desired="shutdown")]
     api(engine).down = {"n2"}
     assert [c.id for c in engine.list()] == ["a", "c"]
+
+
+def test_a_rollback_to_what_was_to_be_left_behind_is_put_right(
+    engine: SwarmEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever changes the number amid an update makes Swarm take the new spec for the one before."""
+    engine.resize(2, SPEC)
+    engine.list()
+    engine.resize(2, OTHER)
+    engine.resize(3, OTHER)
+    service = api(engine).service
+    assert service is not None
+    service["UpdateStatus"] = {"State": "rollback_completed"}
+    engine.list()
+    assert service["Spec"]["TaskTemplate"] == json.loads(SPEC)
+    assert service["Spec"]["Mode"] == {"Replicated": {"Replicas": 3}}
+    assert "update given up, Swarm goes back" in caplog.text
+
+
+def test_a_manager_that_begins_after_a_rollback_does_not_go_on_for_ever(engine: SwarmEngine) -> None:
+    engine.resize(2, SPEC)
+    service = api(engine).service
+    assert service is not None
+    service["UpdateStatus"] = {"State": "rollback_completed"}
+    api(engine).listed = [task("a")]
+    assert [c.spec for c in engine.list()] == [SPEC]
+
+
+def test_each_end_with_an_error_is_told_once_with_what_may_help(
+    engine: SwarmEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(id_: str, why: str) -> dict[str, Any]:
+        made = task(id_, "rejected", slot=4)
+        made["Status"]["Err"] = why
+        return made
+
+    engine.resize(2, SPEC)
+    api(engine).listed = [broken("before", "long ago")]
+    engine.list()
+    api(engine).listed += [broken("xxxxxxx", "No such image: nowhere")]
+    engine.list()
+    engine.list()
+    assert caplog.messages == ["last words of p-backend-4.xxxxx: No such image: nowhere"]
+    api(engine).listed += [broken("yyyyyyy", "mkdir: Read-only file system")]
+    engine.list()
+    assert "--allow write" in caplog.messages[-1]
+
+
+def test_a_claim_is_newer_than_any_clock_before_it() -> None:
+    assert swarm_engine._claim("12 vm, pid 3") < swarm_engine._claim("13 a")
+    assert swarm_engine._claim("") == swarm_engine._claim("x y") == (0, "")

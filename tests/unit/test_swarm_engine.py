@@ -113,6 +113,11 @@ def task(id_: str, state: str = "running", desired: str = "running", node: str =
     }
 
 
+@pytest.fixture(autouse=True)
+def heard(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("WARNING", "manager")
+
+
 class Client:
     def __init__(self, node: str) -> None:
         self.api, self._node = Api(), node

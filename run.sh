@@ -252,6 +252,13 @@ check_kernel() {
     docker run --rm --network none --cap-drop ALL --cap-add NET_ADMIN --cap-add NET_RAW --tmpfs /run "$BALANCER_IMAGE" check
 }
 
+# What a balancer may do, and how its kernel is set; in a Swarm, too.
+BALANCER_RIGHTS=(--cap-drop ALL --cap-add NET_ADMIN --cap-add NET_RAW --read-only
+    --sysctl net.ipv4.ip_forward=1 --sysctl net.netfilter.nf_conntrack_acct=1
+    --sysctl net.ipv4.conf.all.send_redirects=0 --sysctl net.ipv4.conf.default.send_redirects=0
+    --sysctl net.netfilter.nf_conntrack_tcp_timeout_time_wait=10
+    --sysctl net.netfilter.nf_conntrack_tcp_loose=0 --sysctl net.netfilter.nf_conntrack_tcp_be_liberal=1)
+
 launch_balancer() {
     local old
     LB_TOKEN=$(cat "$RUN/token") # by name: what stands on a command line is for all to see
@@ -260,12 +267,8 @@ launch_balancer() {
     [ ${#old[@]} -eq 0 ] || docker rm -f "${old[@]}"
     docker run --detach --name "$LB_PROJECT-balancer" --network "$LB_PROJECT" --publish "$LB_BIND:$LB_PORT:8000" \
         --label "lbscaler.project=$LB_PROJECT" --label lbscaler.role=balancer --label "lbscaler.config=$1" \
-        --restart always --cap-drop ALL --cap-add NET_ADMIN --cap-add NET_RAW --read-only --tmpfs /run \
+        --restart always "${BALANCER_RIGHTS[@]}" --tmpfs /run \
         --security-opt no-new-privileges --memory 512m --pids-limit 256 \
-        --sysctl net.ipv4.ip_forward=1 --sysctl net.netfilter.nf_conntrack_acct=1 \
-        --sysctl net.ipv4.conf.all.send_redirects=0 --sysctl net.ipv4.conf.default.send_redirects=0 \
-        --sysctl net.netfilter.nf_conntrack_tcp_timeout_time_wait=10 \
-        --sysctl net.netfilter.nf_conntrack_tcp_loose=0 --sysctl net.netfilter.nf_conntrack_tcp_be_liberal=1 \
         --env LB_TOKEN --env "LB_BACKEND_PORT=$LB_BACKEND_PORT" \
         --env "LB_INSIDE=${LB_PRESERVE_CLIENT_IP:+$(network_subnet)}" \
         --volume "$PWD/$RUN/balancer:/balancer/run:ro" "$BALANCER_IMAGE"

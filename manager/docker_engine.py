@@ -118,14 +118,14 @@ class DockerEngine:
 
     def gateway(self) -> str:
         """The host's address on the backends' network, where the balancer finds the manager."""
-        with engine_errors():
-            network = self._client.networks.get(self._settings.project)
-            return str(network.attrs["IPAM"]["Config"][0]["Gateway"])
+        return self._network("Gateway")
 
     def subnet(self) -> str:
+        return self._network("Subnet")
+
+    def _network(self, what: str) -> str:
         with engine_errors():
-            network = self._client.networks.get(self._settings.project)
-            return str(network.attrs["IPAM"]["Config"][0]["Subnet"])
+            return str(self._client.networks.get(self._settings.project).attrs["IPAM"]["Config"][0][what])
 
     def list(self) -> list[Container]:
         """All our backends, running or not, in one call."""
@@ -149,16 +149,8 @@ class DockerEngine:
                     pid = self._client.api.inspect_container(backend.id)["State"]["Pid"]
                 except docker.errors.NotFound:
                     continue  # gone since it was listed
-                command = [
-                    "nsenter",
-                    f"--net=/proc/{pid}/ns/net",
-                    "ip",
-                    "route",
-                    "replace",
-                    "default",
-                    "via",
-                    balancer.ip,
-                ]
+                enter = f"nsenter --net=/proc/{pid}/ns/net ip route replace default via"
+                command = [*enter.split(), balancer.ip]
                 done = subprocess.run(command, capture_output=True, text=True, check=False)
                 if done.returncode:
                     raise EngineError(f"route of {backend.name} through the balancer: {done.stderr.strip()}")

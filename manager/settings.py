@@ -48,13 +48,23 @@ def _matching(pattern: str) -> Callable[[str], str]:
     return parse
 
 
+def _choice(*words: str) -> tuple[Callable[[str], str], str]:
+    """One of the words, and how that is told."""
+    return _matching("|".join(words)), f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def _or_none(parse: Callable[[str], Any], none: Any = "") -> Callable[[str], Any]:
+    """Nothing at all is a value, too."""
+    return lambda text: parse(text) if text else none
+
+
 def _address(text: str) -> str:
     return str(ipaddress.IPv4Address(text))
 
 
 def _subnet(text: str) -> str:
     network = ipaddress.IPv4Network(text)
-    if text and not 8 <= network.prefixlen <= 28:
+    if not 8 <= network.prefixlen <= 28:
         raise ValueError
     return str(network)
 
@@ -112,12 +122,7 @@ class Settings:
     min: int = _setting("2", _number(1, 1000, whole=True), "1 to 1000", "fewest backends")
     max: int = _setting("10", _number(1, 1000, whole=True), "1 to 1000", "most backends")
     spares: int = _setting("0", _number(0, 100, whole=True), "0 to 100", "ready backends kept out of rotation")
-    metric: str = _setting(
-        "packets",
-        _matching("packets|connections|concurrency"),
-        "packets, connections or concurrency",
-        "what is counted",
-    )
+    metric: str = _setting("packets", *_choice("packets", "connections", "concurrency"), "what is counted")
     target: float = _setting(
         "100", _number(0.001, 1e9), "a number above 0", "per backend: per second, or open connections for concurrency"
     )
@@ -130,16 +135,13 @@ class Settings:
         "30", _number(0, 3600), "0 to 3600 (seconds)", "longest wait for a leaver's connections"
     )
     weights: str = _setting(
-        "adaptive",
-        _matching("adaptive|equal"),
-        "adaptive or equal",
-        "shares that follow the backends' speed, or 1/n each",
+        "adaptive", *_choice("adaptive", "equal"), "shares that follow the backends' speed, or 1/n each"
     )
-    image: str = _setting("", lambda text: _IMAGE(text) if text else "", "an image's name", "what the backends run")
+    image: str = _setting("", _or_none(_IMAGE), "an image's name", "what the backends run")
     backend_port: int = _setting("8000", _PORT, "1 to 65535", "port the backends listen on")
     health: str = _setting(
         "",
-        lambda text: _matching(r"sync|tcp|http:/\S*")(text or "sync"),
+        _or_none(_matching(r"sync|tcp|http:/\S*"), "sync"),
         "sync, tcp or http:/path",
         "how backends are probed; unless said, sync for the sample server and tcp for another image",
     )
@@ -152,9 +154,7 @@ class Settings:
     memory: str = _setting(
         "256m", _matching(r"[1-9]\d{0,8}[kmg]"), "a size such as 256m or 2g", "memory of each backend"
     )
-    cpus: float = _setting(
-        "", lambda text: _number(0.01, 1000)(text) if text else 0.0, "0.01 to 1000", "processors each backend may use"
-    )
+    cpus: float = _setting("", _or_none(_number(0.01, 1000), 0.0), "0.01 to 1000", "processors each backend may use")
     tmpfs: tuple[str, ...] = _setting(
         "", _words(r"/[^:,\s]+"), "an absolute path", "a place backends may write to, besides /tmp", many=True
     )
@@ -171,22 +171,18 @@ class Settings:
         "write, root, capabilities, privileges, with commas",
         "rules of least privilege to lift for the backends",
     )
-    subnet: str = _setting(
-        "", lambda text: _subnet(text) if text else "", "an IPv4 network such as 198.18.0.0/20", "the backends' network"
-    )
+    subnet: str = _setting("", _or_none(_subnet), "an IPv4 network such as 198.18.0.0/20", "the backends' network")
     preserve_client_ip: str = _setting(
-        "", _matching("|1"), "1, or nothing", "backends see their clients' own addresses"
+        "", _or_none(_matching("1")), "1, or nothing", "backends see their clients' own addresses"
     )
-    record: str = _setting("", _matching("|1"), "1, or nothing", "keep a trace of the load, for replay")
+    record: str = _setting("", _or_none(_matching("1")), "1, or nothing", "keep a trace of the load, for replay")
     orchestrator: str = _setting(
-        "docker", _matching("docker|swarm"), "docker or swarm", "who runs the backends: this host's engine, or a Swarm"
+        "docker", *_choice("docker", "swarm"), "who runs the backends: this host's engine, or a Swarm"
     )
     registry: str = _setting(
-        "", _matching(r"|[\w.-]+(:\d+)?"), "HOST or HOST:PORT", "where a Swarm's nodes get the images from"
+        "", _or_none(_matching(r"[\w.-]+(:\d+)?")), "HOST or HOST:PORT", "where a Swarm's nodes get the images from"
     )
-    advertise: str = _setting(
-        "", lambda text: _address(text) if text else "", "an IPv4 address of this host", "its address among the nodes"
-    )
+    advertise: str = _setting("", _or_none(_address), "an IPv4 address of this host", "its address among the nodes")
     constraint: tuple[str, ...] = _setting(
         "", _words(r"[^=!]+(==|!=).+"), "KEY==VALUE or KEY!=VALUE", "nodes the backends may be on", many=True
     )
@@ -197,7 +193,7 @@ class Settings:
         "", _words(r"[^=!]+(==|!=).+"), "KEY==VALUE or KEY!=VALUE", "nodes that have a balancer", many=True
     )
     locality: str = _setting(
-        "", _matching("|prefer"), "prefer, or nothing", "balancers prefer the backends on their own node"
+        "", _or_none(_matching("prefer")), "prefer, or nothing", "balancers prefer the backends on their own node"
     )
     base_image: str = _setting("debian:trixie-slim", _IMAGE, "an image's name", "what the images are built on")
 

@@ -88,13 +88,9 @@ launch_balancers() {
         --publish "mode=host,published=$LB_PORT,target=8000" \
         --label "lbscaler.project=$LB_PROJECT" --label lbscaler.role=balancer --label "lbscaler.config=$1" \
         --container-label "lbscaler.project=$LB_PROJECT" --container-label lbscaler.role=balancer \
-        "${options[@]}" --cap-drop ALL --cap-add NET_ADMIN --cap-add NET_RAW --read-only --mount type=tmpfs,target=/run \
+        "${options[@]}" "${BALANCER_RIGHTS[@]}" --mount type=tmpfs,target=/run \
         --limit-memory 512m --limit-pids 256 --update-order stop-first --endpoint-mode dnsrr \
         --stop-grace-period "$((${LB_DRAIN_TIMEOUT%.*} + 5))s" \
-        --sysctl net.ipv4.ip_forward=1 --sysctl net.netfilter.nf_conntrack_acct=1 \
-        --sysctl net.ipv4.conf.all.send_redirects=0 --sysctl net.ipv4.conf.default.send_redirects=0 \
-        --sysctl net.netfilter.nf_conntrack_tcp_timeout_time_wait=10 \
-        --sysctl net.netfilter.nf_conntrack_tcp_loose=0 --sysctl net.netfilter.nf_conntrack_tcp_be_liberal=1 \
         --secret "source=$LB_PROJECT-token,target=token" --secret "source=$LB_PROJECT-manager.pem,target=manager.pem" \
         --env "LB_MANAGERS=$(manager_addresses)" --env "LB_NODE={{.Node.ID}}" --env "LB_BACKEND_PORT=$LB_BACKEND_PORT" \
         --env "LB_LEAVE=${LB_DRAIN_TIMEOUT%.*}" "$(pinned_balancer)"

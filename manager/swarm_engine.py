@@ -177,8 +177,12 @@ class SwarmEngine:
         """What the service is made from. Where Swarm has gone back from what it was to be made from, that, as far as
         the plan can tell: it is not to be tried again by this manager."""
         labels = service["Spec"]["Labels"]
-        if not self._refused and (service.get("UpdateStatus") or {}).get("State", "").startswith("rollback"):
-            self._refused = self._tried or labels["lbscaler.spec"]
+        if (
+            self._tried
+            and not self._refused
+            and (service.get("UpdateStatus") or {}).get("State", "").startswith("rollback")
+        ):
+            self._refused = self._tried
             log.error("update given up, Swarm goes back: its backends did not stay up")
             if labels["lbscaler.spec"] == self._refused and labels.get("lbscaler.before"):
                 # The number was changed amid the update, so what Swarm went back to is the same once more.
@@ -205,6 +209,7 @@ class SwarmEngine:
             if service["Labels"].get("lbscaler.spec") != spec and self._refused != spec:
                 service["Labels"]["lbscaler.before"] = service["Labels"]["lbscaler.spec"]
                 _make_from(service, spec)
+                self._tried = spec
             service["Mode"]["Replicated"]["Replicas"] = count
 
         with engine_errors():
@@ -213,7 +218,6 @@ class SwarmEngine:
                 self._create(count, spec)
             else:
                 self._change(edit)
-        self._tried = spec
 
     def _change(self, edit: Callable[[dict[str, Any]], None]) -> None:
         """Edits the service as it is now."""

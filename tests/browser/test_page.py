@@ -165,7 +165,7 @@ def test_others_words_are_shown_as_text(page: Page, stage: Stage) -> None:
     assert f"{stage.name}{MARKUP}" in names
     assert MARKUP in notes
     assert MARKUP in page.inner_text("#sentence")
-    assert MARKUP in (page.text_content("#log") or "")
+    checks.until(page, lambda: MARKUP in (page.text_content("#log") or ""), "the log's line is there")
     assert decision["reason"] in page.inner_text("#changes")
     assert "taken" not in page.title()
     assert page.locator("body script, body img, .hoverlayer a").count() == 0

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from browser.conftest import browser, page  # noqa: F401 - fixtures
 from e2e.conftest import ROOT, Load, System, until
 
 checks = pytest.importorskip("browser.checks", reason="needs the package playwright")
@@ -27,7 +26,7 @@ def url(system: System) -> str:
     return f"http://127.0.0.1:{system.manager_port}"
 
 
-def test_the_page_agrees_with_the_status_of_a_system_under_load(system: System, page: Page) -> None:  # noqa: F811
+def test_the_page_agrees_with_the_status_of_a_system_under_load(system: System, page: Page) -> None:
     load = Load(system.port, seconds=8, per_second=20)
     checks.agrees_with_the_status(page, url(system))
     load.result()
@@ -36,7 +35,7 @@ def test_the_page_agrees_with_the_status_of_a_system_under_load(system: System, 
 
 def test_a_scale_out_is_on_the_page_within_two_seconds_of_its_decision(
     system: System,
-    page: Page,  # noqa: F811
+    page: Page,
 ) -> None:
     page.goto(url(system))
     page.wait_for_selector("#fleet tr")
@@ -50,7 +49,7 @@ def test_a_scale_out_is_on_the_page_within_two_seconds_of_its_decision(
 
 def test_the_demo_loads_the_live_system_and_draws_what_it_saw_and_the_page_saw_it_too(
     system: System,
-    page: Page,  # noqa: F811
+    page: Page,
     tmp_path: Path,
 ) -> None:
     keep = bool(os.environ.get("LBTEST_PICTURES"))

@@ -309,4 +309,6 @@ def test_stop_leaves_nothing_on_any_node(cluster: Cluster, running: System) -> N
               f"no container left on {node.name}", 30)  # fmt: skip
     assert running.node.docker("service", "ls", "-q") == ""
     assert running.node.docker("secret", "ls", "-q") == ""
-    assert running.node.docker("network", "ls", "-q", "--filter", "label=lbscaler.project") == ""
+    network = ("network", "ls", "-q", "--filter", f"label=lbscaler.project={running.project}")
+    until(lambda: not running.node.docker(*network), "no network left")
+    assert "lbscaler.manager" not in running.node.docker("node", "inspect", "self")

@@ -74,6 +74,7 @@ class Driven:
     def scale(self, count: int) -> None:
         self.controller.scale(count, count, None)
         self.turn_until(lambda: len(self.active()) == count == len(self.rows()), f"{count} and no others")
+        until(lambda: len(self.containers()) == count, "they run")
 
     def containers(self) -> list[str]:
         return self.node.docker("ps", "-q", "--no-trunc", "--filter", f"label=lbscaler.project={self.project}").split()
@@ -131,7 +132,7 @@ def test_a_death_is_noticed_with_its_reason_and_made_good(driven: Driven, caplog
         driven.turn_until(lambda: len(driven.active().keys() & before.keys()) < 2, "a death is noticed")
         driven.turn_until(lambda: len(driven.active()) == 2 == len(driven.rows()), "it is made good")
     assert any("its container ended with exit code" in line for line in caplog.messages)
-    assert len(driven.containers()) == 2
+    until(lambda: len(driven.containers()) == 2, "both run")
 
 
 def test_another_manager_takes_over_and_orders_nothing(driven: Driven) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -13,6 +14,12 @@ from bench.simulate import COLUMNS, PACKETS, Site, Times, hear_all, main, measur
 from werkzeug.exceptions import HTTPException
 
 MANAGER = str(Path(__file__).parents[2] / "manager")
+
+
+@pytest.fixture(autouse=True)
+def loud_again() -> Iterator[None]:
+    yield
+    logging.disable(logging.NOTSET)  # the simulation is silent, the tests after it are not
 
 
 def work(call: Callable[[], object]) -> int:

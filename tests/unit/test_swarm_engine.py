@@ -252,9 +252,11 @@ def test_a_manager_that_begins_after_a_rollback_does_not_go_on_for_ever(engine: 
     engine.resize(2, SPEC)
     service = api(engine).service
     assert service is not None
+    service["Spec"]["Labels"]["lbscaler.before"] = OTHER
     service["UpdateStatus"] = {"State": "rollback_completed"}
     api(engine).listed = [task("a")]
     assert [c.spec for c in engine.list()] == [SPEC]
+    assert service["Spec"]["TaskTemplate"] == json.loads(SPEC)
 
 
 def test_each_end_with_an_error_is_told_once_with_what_may_help(

@@ -104,8 +104,9 @@ remove_network() {
     local network
     network=$(docker network ls -q --filter "label=lbscaler.project=$LB_PROJECT" --filter label=lbscaler.role=network)
     [ -n "$network" ] || return 0
-    local strangers
-    strangers=$(docker network inspect "$network" --format '{{range .Containers}}{{.Name}} {{end}}')
+    local strangers=
+    # In a Swarm its own tasks may still be attached, on other nodes, too; there the engine says when it is free.
+    [ "$(docker network inspect "$network" --format '{{.Driver}}')" = overlay ] || strangers=$(docker network inspect "$network" --format '{{range .Containers}}{{.Name}} {{end}}')
     if [ -n "${strangers// /}" ]; then
         say "Keeping the network $LB_PROJECT: ${strangers% } is attached to it"
         return 0

@@ -35,7 +35,7 @@ def docker(*arguments: str) -> str:
     return subprocess.run(["docker", *arguments], capture_output=True, text=True, check=True).stdout.strip()
 
 
-def until(condition: Callable[[], Any], what: str, seconds: float = 30.0) -> Any:
+def until(condition: Callable[[], Any], what: str, seconds: float = 60.0) -> Any:
     """The first true value of `condition`; a generous bound, for a busy machine."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -178,18 +178,22 @@ class Load:
         return answered, others, slowest
 
 
-@pytest.fixture(scope="session")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the files git knows, under a path with a space."""
-    copy = tmp_path_factory.mktemp("e2e") / "a checkout"
+def copy_tree(place: Path) -> Path:
+    """A copy of the files git knows."""
     names = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     for name in names.stdout.splitlines():
         if (ROOT / name).is_file():
-            (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, copy / name)
-    return copy
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, place / name)
+    return place
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy under a path with a space."""
+    return copy_tree(tmp_path_factory.mktemp("e2e") / "a checkout")
 
 
 @pytest.fixture(scope="session")

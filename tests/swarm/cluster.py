@@ -19,6 +19,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+from e2e.conftest import until
+
 T = TypeVar("T")
 _libc = ctypes.CDLL(None, use_errno=True)
 REGISTRY = "198.18.0.254:5005"
@@ -29,15 +31,6 @@ def sh(command: str) -> str:
     done = subprocess.run(["/bin/bash", "-euc", command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
     return done.stdout.strip()
-
-
-def until(condition: Callable[[], Any], what: str, seconds: float = 60.0) -> Any:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if value := condition():
-            return value
-        time.sleep(0.1)
-    raise AssertionError(f"not within {seconds:g} s: {what}")
 
 
 def within(namespace: str, call: Callable[[], T]) -> T:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from swarm.cluster import REGISTRY, Cluster, System, until
+from e2e.conftest import copy_tree, until
+from swarm.cluster import REGISTRY, Cluster, System
 
-ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ("dockerd", "docker", "docker-registry", "nsenter", "ip", "hey", "curl", "openssl")
 
 
@@ -33,17 +33,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in ours:
         if why:
             item.add_marker(pytest.mark.skip(reason=why))
-
-
-def copy_tree(place: Path) -> Path:
-    names = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    for name in names.stdout.splitlines():
-        if (ROOT / name).is_file():
-            (place / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, place / name)
-    return place
 
 
 # The nodes have no way out to install or build anything: that is done here, with this host's engine.

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from swarm.cluster import REGISTRY, Cluster, Load, Node, System, sh, until, within
-from swarm.conftest import copy_tree, image_of
+from e2e.conftest import copy_tree, until
+from swarm.cluster import REGISTRY, Cluster, Load, Node, System, sh, within
+from swarm.conftest import image_of
 
 Figure = Callable[[str], None]
 
@@ -100,10 +101,12 @@ def test_a_balancer_prefers_its_own_node_when_told_to(cluster: Cluster, system: 
     try:
         system.settled(3)
         for node in cluster.nodes:
-            near = node.docker("ps", "-q", "--filter", "label=lbscaler.role=backend")
-            until(
-                lambda node=node, near=near: [who(node) for _ in range(12)].count(near[:12]) >= 7, "most stay near", 20
-            )
+            near = node.docker("ps", "-q", "--filter", "label=lbscaler.role=backend").split()
+
+            def mostly_near(node: Node = node, near: list[str] = near) -> bool:
+                return sum(who(node) in near for _ in range(12)) >= 7
+
+            assert not near or until(mostly_near, f"most of {node.name}'s stay near", 30)
         # and what is far still gets some
         far = sum(who(cluster.nodes[0]) != who(cluster.nodes[0]) for _ in range(30))
         assert far > 0

@@ -18,11 +18,15 @@ import pytest
 
 from controller import Controller
 from docker_engine import DockerEngine, EngineError, TakenOver
+from e2e.conftest import until
 from fakes import settings
 from meter import Report, Sample
-from swarm.cluster import Cluster, Node, until
+from swarm.cluster import Cluster, Node
 from swarm.conftest import image_of
 from swarm_engine import SwarmEngine
+
+# Docker's client leaves the connection it listens on to the collector.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 ENGINES = {"docker": DockerEngine, "swarm": SwarmEngine}
 

@@ -189,7 +189,7 @@ start_manager() {
         UNDO=(bring_back "${UNDO[@]}")
         step "Stopping the manager, to start it with changed settings" end_manager
     fi
-    [ -s "$RUN/token" ] || (umask 077 && head -c 24 /dev/urandom | od -An -vtx1 | tr -d ' \n' >"$RUN/token")
+    make_token
     printf '%s:%s\n' "$(manager_address)" "$LB_MANAGER_PORT" >"$RUN/balancer/hostip.txt"
     ln -sf "../$RUN/balancer/hostip.txt" "../$RUN/balancer/ip.txt" balancer/
     [ "$settings" = "$(cat "$RUN/settings.json" 2>/dev/null)" ] || rm -f "$RUN/balancer/orders.json"
@@ -204,6 +204,8 @@ bring_back() {
     flock -u 9
     env "${unset[@]}" ./run.sh --project "$LB_PROJECT"
 }
+
+make_token() { [ -s "$RUN/token" ] || (umask 077 && head -c 24 /dev/urandom | od -An -vtx1 | tr -d ' \n' >"$RUN/token"); }
 
 # The settings, and what they are carried out by: after an upgrade the manager is another one.
 what_runs() { python3 manager/settings.py --store "$BACKEND_ID" "$(digest manager)"; }
@@ -229,23 +231,16 @@ launch_manager() {
 }
 
 start_balancer() {
-    local config running
+    local config running list=(ps) launch=launch_balancer what="the balancer on $LB_BIND:$LB_PORT"
     config=$(printf '%s\n' "$BALANCER_IMAGE" "$LB_BIND" "$LB_PORT" "$LB_BACKEND_PORT" "$LB_PRESERVE_CLIENT_IP" "$LB_BALANCER_CONSTRAINT" "$(cat "$RUN/token")" \
         "$(if swarm; then echo "$LB_MANAGER_PORT $LB_DRAIN_TIMEOUT"; else cat "$RUN/balancer/hostip.txt"; fi)" | sha256sum | cut -c1-12)
-    if swarm; then
-        running=$(docker service ls -q --filter "label=lbscaler.project=$LB_PROJECT" --filter "label=lbscaler.config=$config")
-    else
-        running=$(docker ps -q --filter "label=lbscaler.project=$LB_PROJECT" --filter "label=lbscaler.config=$config")
-    fi
+    ! swarm || { list=(service ls) launch=launch_balancers what="a balancer on every node, port $LB_PORT"; }
+    running=$(docker "${list[@]}" -q --filter "label=lbscaler.project=$LB_PROJECT" --filter "label=lbscaler.config=$config")
     if [ -n "$running" ]; then
         say "The balancer is up and its settings are unchanged"
         return
     fi
-    if swarm; then
-        step "Starting a balancer on every node, port $LB_PORT" launch_balancers "$config"
-    else
-        step "Starting the balancer on $LB_BIND:$LB_PORT" launch_balancer "$config"
-    fi
+    step "Starting $what" "$launch" "$config"
 }
 
 check_kernel() {

@@ -101,12 +101,11 @@ remove_containers() {
 remove() { docker stop -t 10 "$@" || true; docker rm -f -v "$@"; }
 
 remove_network() {
-    local network
+    local network strangers
     network=$(docker network ls -q --filter "label=lbscaler.project=$LB_PROJECT" --filter label=lbscaler.role=network)
     [ -n "$network" ] || return 0
-    local strangers=
     # In a Swarm its own tasks may still be attached, on other nodes, too; there the engine says when it is free.
-    [ "$(docker network inspect "$network" --format '{{.Driver}}')" = overlay ] || strangers=$(docker network inspect "$network" --format '{{range .Containers}}{{.Name}} {{end}}')
+    strangers=$(docker network inspect "$network" --format '{{if ne .Driver "overlay"}}{{range .Containers}}{{.Name}} {{end}}{{end}}')
     if [ -n "${strangers// /}" ]; then
         say "Keeping the network $LB_PROJECT: ${strangers% } is attached to it"
         return 0

@@ -24,7 +24,7 @@ from typing import Any
 import fleet as fleets
 import scaler
 import show
-from docker_engine import EngineError, Event, TakenOver
+from engine import Engine, EngineError, Event, TakenOver
 from fleet import (
     ACTIVE,
     DRAINING,
@@ -47,7 +47,7 @@ from metrics import Tally
 from patience import STEADY, Patience
 from scaler import Decision, Memory, Policy
 from settings import Settings
-from workers import PAUSE, Engine, Workers
+from workers import PAUSE, Workers
 
 RELIST = 2.0  # seconds between looks at the engine's list when no event asks for one
 
@@ -106,7 +106,7 @@ class Controller:
             self._publish(fleets.observe({}, containers, self._clock(), self._clock()))
             found = fleets.live(self._fleet)
             # Of what they are made that would be gone back to; an engine that keeps a number goes back by itself.
-            others = [backend.spec for backend in found if backend.spec != spec and self._engine.replicas is None]
+            others = [backend.spec for backend in found if backend.spec != spec and not self._by_itself]
             self._patience = Patience(spec, previous=others[0] if others else "")
             running = len(found) if self._engine.replicas is None else self._engine.replicas
             self.desired = wanted or running - self.settings.spares
@@ -145,12 +145,9 @@ class Controller:
         self._note_engine("")
         with self._lock:
             now = self._clock()
-            # What an engine launches by itself it also replaces by itself: it is only waited for, never given up.
-            itself = self._engine.replicas is not None
-            seen = fleets.observe(self._fleet, containers, listed_at, now, STARTING if itself else ACTIVE)
+            seen = fleets.observe(self._fleet, containers, listed_at, now, STARTING if self._by_itself else ACTIVE)
             self._meter.forget_gone(now)
-            judged = bool(self._meter.balancers) and not itself
-            self._publish(fleets.hear(seen, self._meter.healthy, judged, now, self._meter.why))
+            self._publish(self._heard(seen, now))
             self._advance(now)
 
     def _advance(self, now: float) -> None:
@@ -253,8 +250,7 @@ class Controller:
             measured = self._meter.add(report, now)
             spoken_of = {name: self._fleet[name] for ip in report.backends for name in self._at.get(ip, ())}
             self.tally.reported(report, spoken_of)
-            judged = self._engine.replicas is None
-            heard = fleets.hear(spoken_of, self._meter.healthy, judged, now, self._meter.why)
+            heard = self._heard(spoken_of, now)
             if heard != spoken_of:
                 self._publish({**self._fleet, **heard})
             last = self.decisions[-1] if self.decisions else None
@@ -288,7 +284,7 @@ class Controller:
                     self._fleet = {**self._fleet, backend.name: replace(backend, drained_by=said)}
                 else:
                     self._set(backend.to(STOPPED, self._clock(), reason))
-            elif backend.state not in (STOPPED, FAILED) and self._engine.replicas is None:
+            elif backend.state not in (STOPPED, FAILED) and not self._by_itself:
                 self._set(backend.to(FAILED, self._clock(), reason))
         self._wake.set()
 
@@ -298,7 +294,7 @@ class Controller:
             backend = next((b for b in fleets.live(self._fleet) if b.ip == ip), None)
             if backend is None:
                 raise Unknown(ip)
-            if self._engine.replicas is not None:
+            if self._by_itself:
                 raise ValueError("this engine picks by itself who leaves; drain a node of it instead")
             self._set(backend.to(DRAINING, self._clock(), "drained by hand"))
         self._wake.set()
@@ -355,7 +351,17 @@ class Controller:
                 "settings": show.settings_in_force(self.settings, self.policy),
             }
 
+    @property
+    def _by_itself(self) -> bool:
+        """Whether the engine keeps a number of backends by itself: what it launches it also replaces."""
+        return self._engine.replicas is not None
+
     # -- with the lock held --------------------------------------------------------------------------------------
+
+    def _heard(self, fleet: Fleet, now: float) -> Fleet:
+        """In the light of what balancers say. What the engine launched by itself is waited for, never given up."""
+        judged = bool(self._meter.balancers) and not self._by_itself
+        return fleets.hear(fleet, self._meter.healthy, judged, now, self._meter.why)
 
     def _set(self, backend: Backend) -> None:
         self._publish({**self._fleet, backend.name: backend})

@@ -1,4 +1,4 @@
-"""The Docker Engine, through its Unix socket (or DOCKER_HOST): the only place that imports `docker`.
+"""The Docker Engine, through its Unix socket (or DOCKER_HOST): it and its twin swarm_engine alone import `docker`.
 
 Every call may take long and may raise EngineError; none touches a container without this project's labels.
 """
@@ -9,63 +9,16 @@ import json
 import subprocess
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import Any
 
 import docker
 import docker.errors
 import requests
 
+from engine import PIDS, SYSCTLS, Engine, EngineError, Event, NameTaken, TakenOver, advice, options
 from fleet import Container
 from settings import Settings
 
 STOP_GRACE = 10  # seconds between SIGTERM and SIGKILL for a backend that has drained
-PIDS = 128
-STRANGER = "10001:10001"  # who an image runs as that names nobody but root
-# All clients share the balancer's address, so a port comes back within the minute a closed connection stays in
-# TIME_WAIT, and with another client's timestamps a backend takes the new SYN for an old one: at 2,000 connections/s a
-# backend, throughput fell to a third. With few such places the kernel forgets closed connections at once.
-# A stranger may listen on any port: inside its own namespace that takes nothing from anybody.
-SYSCTLS = {"net.ipv4.tcp_max_tw_buckets": "1024", "net.ipv4.ip_unprivileged_port_start": "0"}
-
-# What an image says that cannot live with the rules of least privilege → what that rule's name is.
-COMPLAINTS = (
-    ("read-only file system", "it writes where it may not: give it the place with --tmpfs PATH, or --allow write"),
-    ("permission denied", "it wants to be who its image says, or more: --allow root, then --allow capabilities"),
-    ("operation not permitted", "it wants what only root may: --allow root, then --allow capabilities"),
-    ("must be root", "--allow root"),
-    ("cannot allocate memory", "more memory: --memory"),
-)
-
-
-class EngineError(Exception):
-    """The engine refused, failed or is out of reach; the message is its own."""
-
-
-class NameTaken(EngineError):
-    """A container that is not ours bears the name."""
-
-
-class TakenOver(Exception):
-    """Another manager has the fleet now; this one has nothing more to say. No EngineError: trying again is wrong."""
-
-
-@dataclass(frozen=True)
-class Event:
-    """A hint that something happened: `die` of container `id` with its exit code, `kill` with its signal, or whatever
-    else is worth a look at the list."""
-
-    action: str
-    id: str
-    code: int
-
-
-def advice(words: str, out_of_memory: bool = False) -> str:
-    """Which setting would help a backend that ended with these words; empty when they say nothing of the kind."""
-    if out_of_memory:
-        return "the kernel killed it for its memory: raise --memory"
-    said = words.lower()
-    return next((mend for complaint, mend in COMPLAINTS if complaint in said), "")
 
 
 @contextmanager
@@ -81,28 +34,7 @@ def engine_errors() -> Iterator[None]:
         raise EngineError(f"{type(error).__name__}: {error}") from error
 
 
-def options(settings: Settings, image_user: str) -> dict[str, Any]:
-    """Everything but the image that a backend is created with: least privilege, less what --allow names."""
-    allowed = settings.allow
-    root = image_user.split(":", 1)[0] in ("", "root", "0")
-    stranger = root and "root" not in allowed
-    # runc gives a tmpfs the mode of the directory below it, whatever it is told, but takes an owner.
-    place = "mode=1777" + (",uid={},gid={}".format(*STRANGER.split(":")) if stranger else "")
-    return {
-        "command": list(settings.command) or None,
-        "environment": list(settings.env),
-        "user": STRANGER if stranger else None,
-        "cap_drop": None if "capabilities" in allowed else ["ALL"],
-        "security_opt": None if "privileges" in allowed else ["no-new-privileges"],
-        "read_only": "write" not in allowed,
-        "tmpfs": dict.fromkeys(("/tmp", *settings.tmpfs), place),  # noqa: S108 - inside the container
-        "volumes": [v if v.endswith((":ro", ":rw")) else f"{v}:ro" for v in settings.volume],
-        "mem_limit": settings.memory,
-        "nano_cpus": round(settings.cpus * 1e9) if settings.cpus else None,
-    }
-
-
-class DockerEngine:
+class DockerEngine(Engine):
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._labels = {"lbscaler.project": settings.project, "lbscaler.role": "backend"}
@@ -110,11 +42,6 @@ class DockerEngine:
         self._routed: dict[str, tuple[str, str]] = {}
         with engine_errors():
             self._client = docker.from_env(timeout=30)
-
-    replicas = None  # it does as it is told
-
-    def resize(self, count: int, spec: str) -> None:
-        raise EngineError(f"the engine keeps no number of backends by itself: {count} of {spec}")
 
     def gateway(self) -> str:
         """The host's address on the backends' network, where the balancer finds the manager."""

@@ -29,7 +29,8 @@ from prometheus_client import generate_latest
 
 import metrics
 from controller import Controller, Unknown
-from docker_engine import DockerEngine, EngineError
+from docker_engine import DockerEngine
+from engine import Engine, EngineError
 from meter import Report, Sample
 from settings import SettingError, Settings, read
 from swarm_engine import SwarmEngine
@@ -342,6 +343,7 @@ def main() -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, END)  # before any thread starts, so that sigwait alone takes them
     start_log(settings.run_dir / "manager.log")
     try:
+        engine: Engine
         engine = SwarmEngine(settings) if settings.orchestrator == "swarm" else DockerEngine(settings)
         gateway = engine.gateway()
         inside = engine.subnet() if isinstance(engine, DockerEngine) and settings.preserve_client_ip else ""

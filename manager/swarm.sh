@@ -46,7 +46,7 @@ share_secrets() {
     if ! [ -s "$RUN/token" ] && docker secret inspect "$LB_PROJECT-token" >/dev/null 2>&1; then
         die "project $LB_PROJECT runs in this Swarm, and no balancer on this node knows its secrets; run this on a node that has one, or bring $RUN/token and $RUN/manager.pem from where the manager was"
     fi
-    [ -s "$RUN/token" ] || (umask 077 && head -c 24 /dev/urandom | od -An -vtx1 | tr -d ' \n' >"$RUN/token")
+    make_token
     if ! [ -s "$RUN/manager.pem" ]; then
         have openssl || need "the manager's certificate" openssl
         (umask 077 && openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 3650 \

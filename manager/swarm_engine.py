@@ -21,7 +21,8 @@ import docker
 import docker.errors
 import docker.utils
 
-from docker_engine import PIDS, SYSCTLS, EngineError, Event, TakenOver, advice, engine_errors, options
+from docker_engine import engine_errors
+from engine import PIDS, SYSCTLS, Engine, EngineError, Event, TakenOver, advice, options
 from fleet import Container
 from settings import Settings
 
@@ -31,6 +32,8 @@ TRIES = 5  # of an update that others' updates overtake
 SECOND = 10**9  # in Swarm's nanoseconds
 RUNNING = ("starting", "running")  # starting: it runs, and its own health check has not said yes yet
 ENDED = ("complete", "shutdown", "failed", "rejected", "remove", "orphaned")
+# An update is Swarm's: a new task is up before an old one is told to go, and it goes back where new ones fail.
+UPDATE = {"Parallelism": 1, "Order": "start-first", "FailureAction": "rollback", "Monitor": 5 * SECOND}
 
 log = logging.getLogger("manager")
 
@@ -74,13 +77,9 @@ def _mount(volume: str) -> dict[str, Any]:
     return {"Type": kind, "Source": source, "Target": target, "ReadOnly": mode == "ro"}
 
 
-# An update is Swarm's: a new task is up before an old one is told to go, and it goes back where new ones fail.
-UPDATE = {"Parallelism": 1, "Order": "start-first", "FailureAction": "rollback", "Monitor": 5 * SECOND}
-
-
-class SwarmEngine:
+class SwarmEngine(Engine):
     def __init__(self, settings: Settings) -> None:
-        self.replicas: int | None = 0  # what the service is told to run, as last seen
+        self.replicas = 0  # what the service is told to run, as last seen
         self._settings = settings
         self._name = f"{settings.project}-backend"
         self._labels = {"lbscaler.project": settings.project, "lbscaler.role": "backend"}
@@ -265,12 +264,6 @@ class SwarmEngine:
             rollback_config=spec.get("RollbackConfig"),
             endpoint_spec=spec.get("EndpointSpec"),
         )
-
-    def launch(self, name: str, spec: str) -> Container:
-        raise EngineError(f"{name}: Swarm launches its tasks itself, for {spec}")
-
-    def stop(self, container_id: str) -> None:
-        raise EngineError(f"{container_id}: Swarm stops its tasks itself")
 
     def last_words(self, container_id: str) -> str:
         """What Swarm says of the task's end."""

@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 import queue
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol
 
-from docker_engine import EngineError, Event, NameTaken, TakenOver
+from engine import Engine, EngineError, NameTaken, TakenOver
 from fleet import FAILED, Backend, Container
 
 WORKERS = 8
@@ -19,25 +18,6 @@ RESIZE = "the fleet"  # in place of a backend's name, where a call is on all of 
 PAUSE = 0.5  # seconds between two tries of what failed
 
 log = logging.getLogger("manager")
-
-
-class Engine(Protocol):
-    """What the manager needs of whoever runs the backends. Every call may be slow and may raise EngineError.
-
-    One kind of engine does as it is told, backend by backend: `replicas` is None, `launch` and `stop` are called. The
-    other keeps a number of them by itself, picks who leaves and replaces what fails: `replicas` says how many it was
-    told to keep when last listed, and only `resize` is called.
-    """
-
-    @property
-    def replicas(self) -> int | None: ...
-    def list(self) -> Sequence[Container]: ...
-    def spec(self) -> str: ...
-    def launch(self, name: str, spec: str) -> Container: ...
-    def stop(self, container_id: str) -> None: ...
-    def resize(self, count: int, spec: str) -> None: ...
-    def last_words(self, container_id: str) -> str: ...
-    def events(self) -> Iterator[Event]: ...
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from controller import Controller
-from docker_engine import EngineError, Event, NameTaken
+from engine import Engine, EngineError, Event, NameTaken
 from fleet import Container
 from meter import Report, Sample
 from settings import Settings, read, variable
@@ -33,15 +33,13 @@ class Clock:
         self.now += seconds
 
 
-class FakeEngine:
+class FakeEngine(Engine):
     """Docker in memory, as `controller.Engine` wants it; a new container gets the lowest free address, as Docker's do.
 
     Faults: while `down` is set every call raises it; `refusals` are raised by the next launches, one each, and
     `no_last_words` by last_words; launches and stops wait for `gate`; `strangers` are names of others' containers; what
     is made from a spec in `crashing` ends at once with that exit code.
     """
-
-    replicas: int | None = None
 
     def __init__(self, *running: str) -> None:
         self.containers: dict[str, Container] = {}  # by name

@@ -30,7 +30,7 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "manager"))
 from controller import Controller
-from docker_engine import Event
+from engine import Engine, Event
 from fakes import Clock, settings
 from fleet import Container
 from meter import Report
@@ -45,11 +45,11 @@ COLUMNS = (
 )
 
 
-class Engine:
+class Still(Engine):
     """Keeps its backends for ever, on a node each; `move` has one of them end, and another there in its place."""
 
     def __init__(self, backends: int) -> None:
-        self.replicas: int | None = backends
+        self.replicas = backends
         self.tasks = [self._task(slot) for slot in range(backends)]
 
     def _task(self, slot: int, of: str = "t") -> Container:
@@ -65,15 +65,6 @@ class Engine:
     def spec(self) -> str:
         return "image"
 
-    def resize(self, count: int, spec: str) -> None:
-        raise AssertionError(f"{count}: the load asks for nobody to come or go")
-
-    def launch(self, name: str, spec: str) -> Container:
-        raise AssertionError("it launches by itself")
-
-    def stop(self, container_id: str) -> None:
-        raise AssertionError("it stops by itself")
-
     def last_words(self, container_id: str) -> str:
         return ""
 
@@ -86,7 +77,7 @@ class Site:
 
     def __init__(self, nodes: int, backends: int, rows: int, place: Path) -> None:
         self.nodes, self.rows = nodes, rows
-        self.clock, self.engine = Clock(), Engine(backends)
+        self.clock, self.engine = Clock(), Still(backends)
         asked = replace(settings(orchestrator="swarm"), min=1, max=backends, interval=INTERVAL)
         self.controller = Controller(self.engine, asked, place / "ip.txt", self.clock)
         self.controller.adopt(None)

@@ -11,7 +11,7 @@ from pathlib import Path
 import waitress
 from waitress import wasyncore
 
-from docker_engine import EngineError
+from engine import EngineError
 from fakes import TOKEN, Clock, FakeEngine, controller, eventually
 from meter import Report, Sample
 from script import LIMITS, create_app, listen, start_log

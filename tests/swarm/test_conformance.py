@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 
 from controller import Controller
-from docker_engine import DockerEngine, EngineError, TakenOver
+from docker_engine import DockerEngine
 from e2e.conftest import until
+from engine import EngineError, TakenOver
 from fakes import settings
 from meter import Report, Sample
 from swarm.cluster import Cluster, Node

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from docker_engine import advice, options
+from engine import advice, options
 from fakes import settings
 
 OWN = "mode=1777,uid=10001,gid=10001"

@@ -18,7 +18,7 @@ from bench.replay import read_trace
 import controller as module
 import workers
 from controller import Controller, Unknown
-from docker_engine import EngineError, Event
+from engine import EngineError, Event
 from fakes import Chance, Clock, FakeEngine, controller, eventually, report, sample
 from fleet import DRAIN_GRACE, READY_WITHIN
 from meter import FORGET, Sample

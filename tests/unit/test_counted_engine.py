@@ -13,16 +13,16 @@ import pytest
 
 import fleet as fleets
 from controller import Controller
-from docker_engine import EngineError, Event, TakenOver
+from engine import Engine, EngineError, Event, TakenOver
 from fakes import Clock, controller, eventually, report, sample
 from fleet import ACTIVE, DRAINING, FAILED, LEAVING, STARTING, Backend, Container, Goal, Namer, Resize
 
 
-class Swarm:
+class Swarm(Engine):
     """Keeps `replicas` tasks, the newest of which it lets go first; a task leaves when `finish` says so."""
 
     def __init__(self, count: int = 0) -> None:
-        self.replicas: int | None = count
+        self.replicas = count
         self.made_from = "image-1"
         self.image = "image-1"
         self.tasks: dict[str, Container] = {}
@@ -60,12 +60,6 @@ class Swarm:
         """It ends by itself, and another is there in its place."""
         self.tasks[name] = replace(self.tasks[name], status="exited", exit_code=7)
         self._keep()
-
-    def launch(self, name: str, spec: str) -> Container:
-        raise AssertionError("it launches by itself")
-
-    def stop(self, container_id: str) -> None:
-        raise AssertionError("it stops by itself")
 
     def last_words(self, container_id: str) -> str:
         return "none"

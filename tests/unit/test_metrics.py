@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import metrics
 import probe
 import synchronization_client as client
-from docker_engine import EngineError
+from engine import EngineError
 from exposition import APPLY_SECONDS, FAILED_PASSES, FAILED_PROBES, REPAIRS
 from fakes import TOKEN, Clock, FakeEngine, controller, eventually, report, sample
 from fleet import Backend

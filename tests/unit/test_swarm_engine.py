@@ -9,7 +9,7 @@ import docker.errors
 import pytest
 
 import swarm_engine
-from docker_engine import EngineError, TakenOver
+from engine import EngineError, TakenOver
 from fakes import settings
 from swarm_engine import SwarmEngine, task_template
 

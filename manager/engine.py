@@ -1,0 +1,106 @@
+"""What the engines have in common: what the manager may ask of one, its errors, and what a backend is made from.
+
+Pure, but for what the engines themselves do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from fleet import Container
+from settings import Settings
+
+PIDS = 128
+STRANGER = "10001:10001"  # who an image runs as that names nobody but root
+# All clients share the balancer's address, so a port comes back within the minute a closed connection stays in
+# TIME_WAIT, and with another client's timestamps a backend takes the new SYN for an old one: at 2,000 connections/s a
+# backend, throughput fell to a third. With few such places the kernel forgets closed connections at once.
+# A stranger may listen on any port: inside its own namespace that takes nothing from anybody.
+SYSCTLS = {"net.ipv4.tcp_max_tw_buckets": "1024", "net.ipv4.ip_unprivileged_port_start": "0"}
+
+# What an image says that cannot live with the rules of least privilege → what that rule's name is.
+COMPLAINTS = (
+    ("read-only file system", "it writes where it may not: give it the place with --tmpfs PATH, or --allow write"),
+    ("permission denied", "it wants to be who its image says, or more: --allow root, then --allow capabilities"),
+    ("operation not permitted", "it wants what only root may: --allow root, then --allow capabilities"),
+    ("must be root", "--allow root"),
+    ("cannot allocate memory", "more memory: --memory"),
+)
+
+
+class EngineError(Exception):
+    """The engine refused, failed or is out of reach; the message is its own."""
+
+
+class NameTaken(EngineError):
+    """A container that is not ours bears the name."""
+
+
+class TakenOver(Exception):
+    """Another manager has the fleet now; this one has nothing more to say. No EngineError: trying again is wrong."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """A hint that something happened: `die` of container `id` with its exit code, `kill` with its signal, or whatever
+    else is worth a look at the list."""
+
+    action: str
+    id: str
+    code: int
+
+
+class Engine(Protocol):
+    """What the manager needs of whoever runs the backends. Every call may be slow and may raise EngineError.
+
+    One kind of engine does as it is told, backend by backend: `replicas` is None, `launch` and `stop` are called. The
+    other keeps a number of them by itself, picks who leaves and replaces what fails: `replicas` says how many it was
+    told to keep when last listed, and only `resize` is called.
+    """
+
+    replicas: int | None = None
+
+    def list(self) -> Sequence[Container]: ...
+    def spec(self) -> str: ...
+    def last_words(self, container_id: str) -> str: ...
+    def events(self) -> Iterator[Event]: ...
+
+    def launch(self, name: str, spec: str) -> Container:  # noqa: ARG002 - the twin uses it
+        raise EngineError(f"{name}: this engine launches by itself")
+
+    def stop(self, container_id: str) -> None:
+        raise EngineError(f"{container_id}: this engine stops by itself")
+
+    def resize(self, count: int, spec: str) -> None:  # noqa: ARG002 - the twin uses it
+        raise EngineError(f"{count}: this engine keeps no number of backends by itself")
+
+
+def advice(words: str, out_of_memory: bool = False) -> str:
+    """Which setting would help a backend that ended with these words; empty when they say nothing of the kind."""
+    if out_of_memory:
+        return "the kernel killed it for its memory: raise --memory"
+    said = words.lower()
+    return next((mend for complaint, mend in COMPLAINTS if complaint in said), "")
+
+
+def options(settings: Settings, image_user: str) -> dict[str, Any]:
+    """Everything but the image that a backend is created with: least privilege, less what --allow names."""
+    allowed = settings.allow
+    root = image_user.split(":", 1)[0] in ("", "root", "0")
+    stranger = root and "root" not in allowed
+    # runc gives a tmpfs the mode of the directory below it, whatever it is told, but takes an owner.
+    place = "mode=1777" + (",uid={},gid={}".format(*STRANGER.split(":")) if stranger else "")
+    return {
+        "command": list(settings.command) or None,
+        "environment": list(settings.env),
+        "user": STRANGER if stranger else None,
+        "cap_drop": None if "capabilities" in allowed else ["ALL"],
+        "security_opt": None if "privileges" in allowed else ["no-new-privileges"],
+        "read_only": "write" not in allowed,
+        "tmpfs": dict.fromkeys(("/tmp", *settings.tmpfs), place),  # noqa: S108 - inside the container
+        "volumes": [v if v.endswith((":ro", ":rw")) else f"{v}:ro" for v in settings.volume],
+        "mem_limit": settings.memory,
+        "nano_cpus": round(settings.cpus * 1e9) if settings.cpus else None,
+    }

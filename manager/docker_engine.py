@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 
 import docker
 import docker.errors
@@ -141,9 +141,13 @@ class DockerEngine(Engine):
     def events(self) -> Iterator[Event]:
         """What happens to our containers from now on; ends or raises EngineError when the engine does."""
         with engine_errors():
-            client = docker.from_env(timeout=None)
             wanted = ["die", "kill", "pause", "oom", "disconnect"]
-            for event in client.events(decode=True, filters={"type": ["container", "network"], "event": wanted}):
-                attributes = event["Actor"]["Attributes"]
-                code = attributes.get("exitCode" if event["Action"] == "die" else "signal", "0")
-                yield Event(event["Action"], event["Actor"]["ID"], int(code) if code.isdecimal() else 0)
+            filters = {"type": ["container", "network"], "event": wanted}
+            with (
+                closing(docker.from_env(timeout=None)) as client,
+                closing(client.events(decode=True, filters=filters)) as stream,
+            ):
+                for event in stream:
+                    attributes = event["Actor"]["Attributes"]
+                    code = attributes.get("exitCode" if event["Action"] == "die" else "signal", "0")
+                    yield Event(event["Action"], event["Actor"]["ID"], int(code) if code.isdecimal() else 0)

@@ -234,6 +234,14 @@ class Load:
         return answered, others
 
 
+def lost_in_hand(others: list[str]) -> int:
+    """How many requests a lost node took with it: those it had accepted, and not another kind of failure among them."""
+    assert all("awaiting headers" in line for line in others), others
+    lost = sum(int(number) for line in others for number in re.findall(r"^\[(\d+)\]", line))
+    assert lost <= Load.WORKERS, f"more than the one burst that was under way: {others}"
+    return lost
+
+
 class System:
     """The project on a cluster, run from `tree` on one node."""
 

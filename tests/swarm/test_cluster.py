@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from e2e.conftest import copy_tree, until
-from swarm.cluster import REGISTRY, Cluster, Load, Node, System, sh, within
+from swarm.cluster import REGISTRY, Cluster, Load, Node, System, lost_in_hand, sh, within
 from swarm.conftest import image_of
 
 Figure = Callable[[str], None]
@@ -203,12 +203,12 @@ def test_a_lost_node_leaves_every_rotation_before_swarm_notices_and_comes_back_w
         took = time.monotonic() - began
         noticed = first.try_docker("node", "inspect", "--format", "{{.Status.State}}", third_id)
         answered, others = load.result()
+        lost = lost_in_hand(others)
         figure(
             f"Swarm, a node lost ({how}): out of every rotation after {took:.1f} s, when Swarm still called it "
-            f"{noticed}; {len(others)} kinds of failure among {answered} requests to another node"
+            f"{noticed}; of {answered + lost} requests to another node {lost} were in its hands, and lost"
         )
         assert noticed == "ready"
-        assert others == []
         until(lambda: len({r["ip"] for r in system.active()} - gone) >= 6, "Swarm's replacements are in", 90)
     finally:
         third.mend()
@@ -243,9 +243,12 @@ def test_the_managers_node_is_lost_traffic_goes_on_and_another_node_takes_over(
     first.cut()
     try:
         answered, others = load.result()
-        figure(f"Swarm, the manager's node lost: {len(others)} kinds of failure among {answered} requests to another")
-        assert others == []
-        until(lambda: "Leader" in second.try_docker("node", "ls", "--format", "{{.ManagerStatus}}"), "another leader")
+        lost = lost_in_hand(others)
+        figure(
+            f"Swarm, the manager's node lost: of {answered + lost} requests to another {lost} were in its hands, and lost"
+        )
+        leading = ("node", "ls", "--format", "{{.ManagerStatus}}")
+        until(lambda: "Leader" in second.try_docker(*leading), "another leader")
         elsewhere.up(*System.FAST, "--registry", REGISTRY, "--min", "3", "--max", "9", "--target", "100000")
         elsewhere.settled(3, balancers=2)
         elsewhere.scale(min=4, max=4)
@@ -265,6 +268,7 @@ def test_the_managers_node_is_lost_traffic_goes_on_and_another_node_takes_over(
 
 
 def test_what_a_swarm_needs_and_has_not_is_told_before_anything_is_touched(cluster: Cluster, tree: Path) -> None:
+    until(cluster.whole, "every node is there", 90)
     system = System(cluster, cluster.nodes[0], tree)
     told = system.up("--project", "other", "--port", "8001", "--manager-port", "5001", "--registry", "", status=1)
     assert "the Swarm has 3 nodes, which need a place to get the images from: --registry HOST:PORT" in told

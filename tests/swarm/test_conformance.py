@@ -10,7 +10,6 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,12 @@ import pytest
 from controller import Controller
 from docker_engine import DockerEngine
 from e2e.conftest import until
-from engine import EngineError, TakenOver
+from engine import EngineError
 from fakes import settings
 from meter import Report, Sample
 from swarm.cluster import Cluster, Node
 from swarm.conftest import image_of
 from swarm_engine import SwarmEngine
-
-# Docker's client leaves the connection it listens on to the collector.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 ENGINES = {"docker": DockerEngine, "swarm": SwarmEngine}
 
@@ -173,16 +169,21 @@ def test_other_options_replace_all_and_never_fewer_serve_than_wanted(driven: Dri
 def test_hints_come_without_being_asked_for_twice(driven: Driven) -> None:
     driven.scale(1)
     told: list[str] = []
+    listening = threading.Event()
 
     def listen() -> None:
-        with suppress(EngineError, TakenOver):  # at the end of it all
-            told.extend(event.action for event in driven.engine.events())
+        for event in driven.engine.events():
+            if listening.is_set():
+                told.append(event.action)
+                return
 
-    threading.Thread(target=listen, daemon=True).start()
-    time.sleep(1)  # it is listening
-    told.clear()
+    ear = threading.Thread(target=listen, daemon=True)
+    ear.start()
+    time.sleep(1)  # it has begun
+    listening.set()
     driven.node.docker("kill", driven.containers()[0])
-    until(lambda: told, "a hint", 20)
+    ear.join(20)
+    assert told
 
 
 def test_an_engine_out_of_reach_is_one_clear_error_and_the_fleet_stays(driven: Driven) -> None:

@@ -244,9 +244,7 @@ def test_the_managers_node_is_lost_traffic_goes_on_and_another_node_takes_over(
     try:
         answered, others = load.result()
         lost = lost_in_hand(others)
-        figure(
-            f"Swarm, the manager's node lost: of {answered + lost} requests to another {lost} were in its hands, and lost"
-        )
+        figure(f"Swarm, the manager's node lost: of {answered + lost} requests to another {lost} were lost with it")
         leading = ("node", "ls", "--format", "{{.ManagerStatus}}")
         until(lambda: "Leader" in second.try_docker(*leading), "another leader")
         elsewhere.up(*System.FAST, "--registry", REGISTRY, "--min", "3", "--max", "9", "--target", "100000")

@@ -190,8 +190,8 @@ def clock(host: Host) -> Found:
 
 def disk(host: Host) -> Found:
     """Where the engine keeps images, and where the logs go."""
-    places = {str(ROOT), host.engine.get("DockerRootDir", str(ROOT))}
-    free = {place: shutil.disk_usage(place).free / 2**30 for place in sorted(places)}
+    places = (host.engine.get("DockerRootDir", str(ROOT)), str(ROOT))
+    free = {place: shutil.disk_usage(place).free / 2**30 for place in places}
     found = ", ".join(f"{count:.1f} GiB free for {place}" for place, count in free.items())
     return judged(found, min(free.values()) < 1, "have 1 GiB free to build images in and for logs")
 

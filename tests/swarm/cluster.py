@@ -235,8 +235,9 @@ class Load:
 
 
 def lost_in_hand(others: list[str]) -> int:
-    """How many requests a lost node took with it: those it had accepted, and not another kind of failure among them."""
-    assert all("awaiting headers" in line for line in others), others
+    """How many requests a lost node took with it: those it had accepted, and not another kind of failure among them.
+    They wait in vain, or what the client sends again finds its flow forgotten, and is answered with a RST."""
+    assert all("awaiting headers" in line or "reset by peer" in line for line in others), others
     lost = sum(int(number) for line in others for number in re.findall(r"^\[(\d+)\]", line))
     assert lost <= Load.WORKERS, f"more than the one burst that was under way: {others}"
     return lost

@@ -3,7 +3,7 @@
 # Sourced with the working directory at the repository's root. LOG is the file that steps write to.
 
 ENGINE_DIR=run/engine
-JOB='' TICKER=''  # process groups of the step under way and of what shows that it moves
+TICKER='' # process group of what shows that a step moves
 
 say() { printf '%s\n' "$*"; }
 die() { printf '%s: %s\n' "${0##*/}" "$*" >&2; exit 1; }
@@ -12,17 +12,16 @@ have() { command -v "$1" >/dev/null 2>&1; }
 # step TEXT COMMAND…: says TEXT, runs COMMAND with its output in LOG, says how long it took; shows that long ones move.
 # Where it fails that is the end, but with MAY_FAIL set.
 step() {
-    local text=$1 began=${EPOCHREALTIME/[.,]/} status=0
+    local text=$1 began=${EPOCHREALTIME/[.,]/} status=0 job
     shift
     printf '%s … ' "$text"
     set -m
     "$@" >>"$LOG" 2>&1 </dev/null 9>&- &
-    JOB=$!
+    job=$!
     tick "$text" 9>&- &
     TICKER=$!
     set +m
-    wait "$JOB" || status=$?
-    JOB=
+    wait "$job" || status=$?
     end_step
     [ ! -t 1 ] || printf '\r\033[K%s … ' "$text"
     if [ "$status" -ne 0 ]; then
@@ -48,16 +47,21 @@ tick() {
     done
 }
 
-# end_step: ends what step has under way, with all it started.
+# end_step: ends what step has under way, with all it started. What shows that it moves has nothing to tidy up, and goes
+# at once: a job that ended just as bash was interrupted is waited for until the last of bash's children is gone. A bash
+# that is told within its first millisecond forgets it, so jobs are told twice.
 end_step() {
-    local group
-    for group in "$JOB" "$TICKER"; do
-        if [ -n "$group" ]; then
-            kill -TERM -- "-$group" 2>/dev/null || true
-            wait "$group" 2>/dev/null || true
+    local group groups
+    groups=$(jobs -p)
+    for group in $groups; do
+        if [ "$group" = "$TICKER" ]; then kill -KILL -- "-$group"; else
+            kill -TERM -- "-$group"
+            sleep 0.05
+            kill -TERM -- "-$group"
         fi
-    done
-    JOB='' TICKER=''
+    done 2>/dev/null || true
+    for group in $groups; do wait "$group" 2>/dev/null || true; done
+    TICKER=''
 }
 
 apt_install() {

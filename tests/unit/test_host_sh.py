@@ -36,6 +36,17 @@ def test_a_step_that_fails_shows_the_end_of_its_log_and_where_the_whole_is(tmp_p
     assert "Doing it: failed with status 3" in done.stderr
 
 
+def test_an_interrupt_that_comes_as_a_step_ends_or_begins_ends_it_too(tmp_path: Path) -> None:
+    traps = "trap 'end_step; exit 130' EXIT; trap 'exit 130' INT;"
+    for _ in range(40):  # one in twelve met the wrong moment, and the shell waited for ever
+        assert shell(f"{traps} step 'Doing it' sh -c \"kill -INT $$\"; sleep 1", tmp_path).returncode == 130
+    for _ in range(10):
+        assert (
+            shell(f"{traps} f() {{ sleep 30; sleep 30; }}; kill -INT $$ & step 'Doing it' f", tmp_path).returncode
+            == 130
+        )
+
+
 def test_what_may_not_be_installed_is_named(tmp_path: Path) -> None:
     done = shell("need 'running containers' docker.io iptables; echo never", tmp_path, NO_INSTALL="1")
     line = "missing for running containers: docker.io iptables; install it, or leave --no-install out"

@@ -128,6 +128,13 @@ class Node:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
+    def close(self) -> None:
+        self.mend()
+        self.end()
+        sh(f"grep -F {self.place} /proc/mounts | cut -d' ' -f2 | sort -r | xargs -r -n1 umount -l || true")
+        subprocess.run(["ip", "netns", "del", self.name], check=False)
+        shutil.rmtree(self.place, ignore_errors=True)
+
     def processes(self) -> list[int]:
         """What this node's engine leaves behind when it is killed: its containerd, and what is in its containers."""
         place = self.place / "data" / "containers"
@@ -196,15 +203,10 @@ class Cluster:
 
     def close(self) -> None:
         for node in self.nodes:
-            node.mend()
-            node.end()
+            node.close()
         if self._registry is not None:
             self._registry.terminate()
             self._registry.wait(10)
-        for node in self.nodes:
-            sh(f"grep -F {node.place} /proc/mounts | cut -d' ' -f2 | sort -r | xargs -r -n1 umount -l || true")
-            subprocess.run(["ip", "netns", "del", node.name], check=False)
-            shutil.rmtree(node.place, ignore_errors=True)
         subprocess.run(["ip", "netns", "del", self.fabric], check=False)
 
 

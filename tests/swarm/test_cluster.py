@@ -285,12 +285,11 @@ def test_what_a_swarm_needs_and_has_not_is_told_before_anything_is_touched(clust
 
 def test_one_host_becomes_a_swarm_of_one_when_asked_to_and_needs_no_registry(cluster: Cluster, tree: Path) -> None:
     alone = Node(cluster, 9)
-    cluster.nodes.append(alone)  # ended with the others
-    alone.start_engine()
-    images = " ".join(image_of(tree, folder) for folder in ("balancer", "server"))
-    sh(f"docker save {images} | docker --host unix://{alone.socket} load")
-    system = System(cluster, alone, tree, "alone")
     try:
+        alone.start_engine()
+        images = " ".join(image_of(tree, folder) for folder in ("balancer", "server"))
+        sh(f"docker save {images} | docker --host unix://{alone.socket} load")
+        system = System(cluster, alone, tree, "alone")
         told = system.up("--project", "alone", *System.FAST, status=1)
         assert "this host is in no Swarm; join one as a manager, or make one with --swarm-init" in told
         system.up("2", *System.FAST, "--swarm-init", "--advertise", alone.ip)
@@ -298,8 +297,7 @@ def test_one_host_becomes_a_swarm_of_one_when_asked_to_and_needs_no_registry(clu
         assert len({who(alone) for _ in range(20)}) == 2
         system.down()
     finally:
-        cluster.nodes.remove(alone)
-        alone.end()
+        alone.close()
 
 
 def test_stop_leaves_nothing_on_any_node(cluster: Cluster, running: System) -> None:

@@ -47,6 +47,14 @@ class Rig:
         self.controller = controller(self.engine, place, self.clock, **changes)
         self.controller.adopt(None)
 
+    def fail_to_launch(self, times: int) -> None:
+        """Has the engine refuse so often, with time enough after each refusal for another try."""
+        self.engine.refusals = [EngineError("no space left")] * times
+        while self.engine.refusals:
+            left = len(self.engine.refusals)
+            self.step_until(lambda left=left: len(self.engine.refusals) < left and not self.states())
+            self.clock.pass_by(30)
+
     def step_until(self, condition: Callable[[], object]) -> None:
         """Steps, with the clock standing still, until the workers' results make `condition` true."""
         assert eventually(lambda: (self.controller.step(), condition())[1]), self.states()
@@ -195,11 +203,7 @@ def test_a_backend_that_dies_at_once_again_and_again_backs_off_whoever_lives_bes
 
 def test_backing_off_ends_with_a_backend_that_lives(rig: Callable[..., Rig]) -> None:
     r = rig(min=1, max=2)
-    r.engine.refusals = [EngineError("no space left")] * 3
-    while r.engine.refusals:
-        left = len(r.engine.refusals)
-        r.step_until(lambda left=left: len(r.engine.refusals) < left and not r.states())
-        r.clock.pass_by(30)
+    r.fail_to_launch(3)
     r.step_until(r.view)
     r.all_well()
     r.clock.pass_by(STEADY)
@@ -247,11 +251,7 @@ def test_a_death_soon_after_a_slow_launch_is_a_launch_in_vain(rig: Callable[...,
 
 def test_a_launch_that_failed_a_thousand_times_is_still_retried(rig: Callable[..., Rig]) -> None:
     r = rig(min=30, max=30)
-    r.engine.refusals = [EngineError("no space left")] * 1110
-    while r.engine.refusals:
-        left = len(r.engine.refusals)
-        r.step_until(lambda left=left: len(r.engine.refusals) < left and not r.states())
-        r.clock.pass_by(30)
+    r.fail_to_launch(1110)
     r.step_until(lambda: len(r.view()) == 30)
 
 

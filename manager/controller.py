@@ -1,13 +1,14 @@
-"""The one loop that carries plans out, and the state that HTTP handlers read and nudge but never wait for Docker on.
+"""The one loop that carries plans out, and the state that HTTP handlers read and change without waiting for the engine.
 
-`step` is the loop's body: take in what the workers finished, list the containers, let the pure modules decide, hand
+`step` is the loop's body: take in what the workers finished, list the containers, let the pure modules decide, give
 the slow work to workers. A list always begins after the last result was taken in, so an old list can never bring a
-removed container back. Everything else takes the lock for as long as a plan and a small file take; a report's decision
-orders its work at once (`_advance`), without waiting for the next list.
+removed container back. Everything else takes the lock for as long as a plan and a small file take. A report's decision
+begins its work at once (`_advance`), without waiting for the next list.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -17,14 +18,15 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import fleet as fleets
+import path_check
 import scaler
 import show
-from engine import Engine, EngineError, Event, TakenOver
+from engine import BalancerState, Engine, EngineError, Event, TakenOver
 from fleet import (
     ACTIVE,
     DRAINING,
@@ -42,14 +44,17 @@ from fleet import (
     Step,
 )
 from history import History, Point
+from launch_backoff import STABLE, LaunchBackoff
 from meter import Meter, Report
 from metrics import Tally
-from patience import STEADY, Patience
+from path_check import PathCheck
 from scaler import Decision, Memory, Policy
 from settings import Settings
-from workers import PAUSE, Workers
+from workers import BALANCER, PAUSE, Workers
 
-RELIST = 2.0  # seconds between looks at the engine's list when no event asks for one
+RELIST = 2.0  # seconds between two lists of the engine's when no event asks for one
+SUSPENDED = 2.0  # seconds by which a wait of the loop has to be late to show that the process was stopped meanwhile
+SIGKILL, SIGTERM = 9, 15
 
 log = logging.getLogger("manager")
 
@@ -63,7 +68,14 @@ class Unknown(LookupError):
 
 class Controller:
     def __init__(
-        self, engine: Engine, settings: Settings, ip_file: Path, clock: Clock = time.monotonic, inside: str = ""
+        self,
+        engine: Engine,
+        settings: Settings,
+        ip_file: Path,
+        clock: Clock = time.monotonic,
+        *,
+        inside: str = "",
+        check_source: str = "",
     ) -> None:
         self.settings = settings
         self.policy = Policy(
@@ -80,7 +92,9 @@ class Controller:
         self._history = History()
         self._epoch = time.time() - clock()  # what the clock counts from, for showing dates only
         self._engine, self._ip_file, self._clock, self._inside = engine, ip_file, clock, inside
+        self._check_source = check_source
         self._orders_file = ip_file.with_name("orders.json")
+        self._refused_file = ip_file.with_name("refused_update.json")
         self._recall_orders()
         self._fleet: Fleet = {}
         self._at: dict[str, list[str]] = {}  # address → names of the backends that have, or had, it
@@ -88,12 +102,18 @@ class Controller:
         self._meter = Meter()
         self._memory = Memory(started=clock())
         self._lock = threading.Condition()
-        self._revision, self._view = "", show.view({}, settings, inside)
+        self._revision, self._view = "", show.view({}, settings, inside, check_source)
         self._wake = threading.Event()
         self._stopping = False
         self._workers = Workers(engine, done=self._wake.set)
         self._namer = fleets.Namer(f"{settings.project}-backend-")
-        self._patience = Patience()
+        self._backoff = LaunchBackoff()
+        self._balancer_backoff = LaunchBackoff()
+        self._balancer_repaired_at = float("-inf")
+        self._balancer_state = BalancerState.RUNNING
+        self.path = PathCheck()
+        self._panic: list[str] = []
+        self._failed_name = ""  # the backend that the backoff's newest reason is about
         self.desired = self.policy.min
         self._chance = random.Random()  # noqa: S311 - jitter
 
@@ -101,19 +121,29 @@ class Controller:
 
     def adopt(self, wanted: int | None) -> None:
         """Takes over what runs; aims at `wanted` backends, or at as many as there are. Raises EngineError."""
+        serving = _lines(self._ip_file)
+        refused = self._recall_refused()
+        if self._by_itself and refused:
+            self._engine.refused = refused["spec"]
         spec, containers = self._engine.spec(), self._engine.list()
         with self._lock:
-            self._publish(fleets.observe({}, containers, self._clock(), self._clock()))
+            now = self._clock()
+            self._publish(fleets.observe({}, containers, now, now, serving))
             found = fleets.live(self._fleet)
             # Of what they are made that would be gone back to; an engine that keeps a number goes back by itself.
             others = [backend.spec for backend in found if backend.spec != spec and not self._by_itself]
-            self._patience = Patience(spec, previous=others[0] if others else "")
+            self._backoff = LaunchBackoff(spec, previous=others[0] if others else "")
+            if refused and refused["spec"] == _digest(spec):
+                self._backoff.given_up, self._backoff.refused = refused["why"], spec
+                if others:
+                    self._backoff.spec, self._backoff.previous = others[0], ""
             running = len(found) if self._engine.replicas is None else self._engine.replicas
             self.desired = wanted or running - self.settings.spares
             self._clamp()
 
     def run(self) -> None:
-        threading.Thread(target=self._watch_events, name="events", daemon=True).start()
+        for body in (self._watch_events, self._check_path_regularly):
+            threading.Thread(target=body, daemon=True).start()
         while not self._stopping:
             try:
                 self.step()
@@ -122,8 +152,18 @@ class Controller:
                 self.close()
             except Exception:
                 log.exception("this pass failed; trying again")
+            began = self._clock()
             self._wake.wait(RELIST)
             self._wake.clear()
+            late = self._clock() - began - RELIST
+            if late > SUSPENDED:
+                self.resume(late)
+
+    def resume(self, seconds: float) -> None:
+        """This process was stopped for so long: what it has not seen meanwhile counts for and against nobody."""
+        log.warning("this process was stopped for %.0f s; nothing that was not seen meanwhile counts", seconds)
+        with self._lock:
+            self._fleet = fleets.skip(self._fleet, seconds)
 
     def close(self) -> None:
         """Ends the loop and every long poll; the backends stay."""
@@ -145,47 +185,83 @@ class Controller:
         self._note_engine("")
         with self._lock:
             now = self._clock()
-            seen = fleets.observe(self._fleet, containers, listed_at, now, STARTING if self._by_itself else ACTIVE)
-            self._meter.forget_gone(now)
-            self._publish(self._heard(seen, now))
+            seen = fleets.observe(self._fleet, containers, listed_at, now)
+            if self._engine.balancers is not None:
+                self._meter.keep(self._engine.balancers, listed_at)
+                self.tally.keep(self._engine.balancers)
+            self._publish(self._judged(seen, now))
+            if self._engine.refused and not self._backoff.given_up:
+                self._backoff.given_up = "the engine went back by itself: its backends did not stay up"
+                self._remember_refused(self._engine.refused)
             self._advance(now)
+            self._keep_balancer(now)
 
     def _advance(self, now: float) -> None:
         """Begins every step of the plan; with the lock held."""
         if self.engine_trouble:
             return
+        goal = Goal(self.desired, self.settings.spares, self._backoff.spec, self._engine.replicas)
         for backend in self._fleet.values():
-            if backend.state == ACTIVE and backend.ready:
-                self._patience.lives(backend.spec, backend.since, now)
-        goal = Goal(self.desired, self.settings.spares, self._patience.spec, self._engine.replicas)
+            if backend.serves:
+                self._backoff.mark_stable(backend.spec, backend.since, now)
+        self._backoff.settle(fleets.is_complete(self._fleet, goal), now)
         for step in fleets.plan(self._fleet, goal, self._namer, self.settings.drain_timeout, now):
             self._begin(step, now)
 
+    def _keep_balancer(self, now: float) -> None:
+        """Has the balancer repaired where the engine's list shows that it does not run as it should."""
+        state = self._engine.balancer
+        if state != self._balancer_state:
+            level = logging.INFO if state is BalancerState.RUNNING else logging.WARNING
+            log.log(level, "balancer: %s", state.value)
+            self._balancer_state = state
+        self._balancer_backoff.settle(state is BalancerState.RUNNING, now)
+        if state is not BalancerState.RUNNING:
+            self._repair_balancer(now)
+
+    def _repair_balancer(self, now: float) -> None:
+        if BALANCER in self._workers.busy or self._balancer_backoff.wait(now):
+            return
+        if now - self._balancer_repaired_at < STABLE:  # the one before did not last
+            self._balancer_backoff.failed("", "it did not stay up", now, self._chance.random())
+            if self._balancer_backoff.wait(now):
+                return
+        self._balancer_repaired_at = now
+        self._workers.repair_balancer()
+
     def _begin(self, step: Step, now: float) -> None:
         if isinstance(step, Drain):
-            self._set(self._fleet[step.name].to(DRAINING, now, step.reason))
+            backend = self._fleet[step.name]
+            self._set(backend.to(DRAINING, now, step.reason))
+            if step.unhealthy:
+                self._launch_failed(backend, step.reason, now, served=now - backend.since >= STABLE)
         elif isinstance(step, Admit):
             spare = self._fleet[step.name]
             self._set(spare.to(ACTIVE if spare.ready else STARTING, now))
         elif isinstance(step, Resize):
-            self._workers.resize(step.count, self._patience.spec)
-        elif step.name in self._workers.busy or (isinstance(step, Launch) and self._patience.wait(now)):
+            self._workers.resize(step.count, self._backoff.spec)
+        elif step.name in self._workers.busy or (isinstance(step, Launch) and self._backoff.wait(now)):
             return
         elif isinstance(step, Launch):
-            spec = self._patience.spec
+            spec = self._backoff.spec
             self._set(Backend(step.name, SPARE if step.spare else STARTING, now, spec=spec, launched=now))
             self._workers.launch(step.name, spec)
         else:
             backend = self._fleet[step.name]
             if backend.state not in (STOPPED, FAILED):
-                self._set(backend.to(STOPPED, now, "drain timeout, and no balancer's word"))
+                self._set(backend.to(STOPPED, now, "drain timeout, and no balancer reported the end"))
             self._workers.stop(backend)
 
     def _take_in_results(self) -> None:
         now, after = self._clock(), dict(self._fleet)
         for result in self._workers.results():
+            if result.name == BALANCER:
+                self._balancer_repaired(result.why, now)
+                continue
             if result.name_taken:
-                self._namer.taken.add(result.name)
+                self._namer.take(result.name)
+            if result.last_log_line and result.name == self._failed_name:
+                self._backoff.why = f"{self._backoff.why}; last log line: {result.last_log_line}"
             backend = after.get(result.name)
             if backend is None or result.still_there:
                 continue
@@ -194,20 +270,26 @@ class Controller:
                 after[result.name] = replace(backend, id=found.id, ip=found.ip, since=now, launched=now)
             else:
                 del after[result.name]
-                if not backend.id:  # it never came to be
-                    self._disappointed(backend, result.why, now)
+                if not backend.id:  # its container was never created
+                    self._launch_failed(backend, result.why, now)
         self._publish(after)
 
-    def _disappointed(self, backend: Backend, why: str, now: float) -> None:
+    def _balancer_repaired(self, problem: str, now: float) -> None:
+        if problem:
+            log.error("the balancer cannot be started: %s", problem)
+            self._balancer_backoff.failed("", problem, now, self._chance.random())
+
+    def _launch_failed(self, backend: Backend, why: str, now: float, served: bool = False) -> None:
         self.tally.launch_failed()
-        before = self._patience.given_up
-        self._patience.failed(backend.spec, why, now, self._chance.random())
-        if self._patience.given_up and not before:
-            log.error("update given up, going back: its backends never got ready: %s", why)
-        elif self._patience.failures > 1:
-            log.warning(
-                "%d launches in vain, next in %.1f s: %s", self._patience.failures, self._patience.wait(now), why
-            )
+        given_up_before = self._backoff.given_up
+        self._backoff.failed(backend.spec, why, now, self._chance.random(), served)
+        self._failed_name = backend.name
+        if self._backoff.given_up and not given_up_before:
+            log.error("update given up, going back: its backends failed: %s", why)
+            self._remember_refused(_digest(self._backoff.refused))
+        elif self._backoff.failures > 1:
+            wait = self._backoff.wait(now)
+            log.warning("%d backends failed in a row, next launch in %.1f s: %s", self._backoff.failures, wait, why)
 
     def _watch_events(self) -> None:
         """Events are hints that save waiting for the next list; while they are cut off, the list still comes."""
@@ -216,7 +298,7 @@ class Controller:
                 for event in self._engine.events():
                     self._hint(event)
             except (EngineError, TakenOver):
-                pass  # the loop's own list meets the same and tells it
+                pass  # the loop's own list meets the same error and logs it
             self._wake.set()
             time.sleep(PAUSE)
 
@@ -227,9 +309,11 @@ class Controller:
             if backend is not None:
                 if event.action == "die":
                     self._set(fleets.ended(backend, event.code, now))
+                elif event.action == "kill" and event.code == SIGKILL:
+                    self._set(replace(backend, external=True))  # `docker kill`, not the kernel for want of memory
                 elif backend.state in (SPARE, STARTING, ACTIVE) and event.action == "pause":
-                    self._set(backend.to(FAILED, now, fleets.PAUSED))
-                elif backend.state in (SPARE, STARTING, ACTIVE) and event.code == 15:
+                    self._set(replace(backend, external=True).to(FAILED, now, fleets.PAUSED))
+                elif backend.state in (SPARE, STARTING, ACTIVE) and event.code == SIGTERM:
                     self._set(backend.to(DRAINING, now, "somebody else is stopping its container"))
         self._wake.set()
 
@@ -248,11 +332,12 @@ class Controller:
             for warning in set(report.warnings) - set(self._meter.warnings(report.balancer)):
                 log.warning("balancer %s: %s", report.balancer, warning)
             measured = self._meter.add(report, now)
-            spoken_of = {name: self._fleet[name] for ip in report.backends for name in self._at.get(ip, ())}
-            self.tally.reported(report, spoken_of)
-            heard = self._heard(spoken_of, now)
-            if heard != spoken_of:
-                self._publish({**self._fleet, **heard})
+            self._note_panic()
+            reported = {name: self._fleet[name] for ip in report.backends for name in self._at.get(ip, ())}
+            self.tally.reported(report, reported)
+            judged = self._judged(reported, now)
+            if judged != reported:
+                self._publish({**self._fleet, **judged})
             last = self.decisions[-1] if self.decisions else None
             # One decision an interval, however many balancers report: the limits to growth are per decision.
             soon = last is not None and now - last.at < 0.75 * self.settings.interval
@@ -270,22 +355,23 @@ class Controller:
         return decision
 
     def stop(self, ip: str, reason: str, balancer: str = "") -> None:
-        """A balancer says this backend has drained or is dead. Raises Unknown; doing it twice is fine.
+        """A balancer reports that this draining backend is done. Raises Unknown; doing it twice is fine.
 
-        One that drains is stopped when every balancer that reports has said so (or one that gives no name has).
+        It is stopped when every balancer that reports has said so (or one that gives no name has). One that does not
+        drain is drained: no report of one balancer stops a backend that others may still send connections to.
         """
         with self._lock:
             backend = next((b for b in self._fleet.values() if b.ip == ip and b.running), None)
             if backend is None:
                 raise Unknown(ip)
             if backend.state == DRAINING:
-                said = backend.drained_by | {balancer}
-                if balancer and not said >= self._meter.balancers.keys():
-                    self._fleet = {**self._fleet, backend.name: replace(backend, drained_by=said)}
+                done = backend.drained_by | {balancer}
+                if balancer and not done >= self._meter.balancers.keys():
+                    self._fleet = {**self._fleet, backend.name: replace(backend, drained_by=done)}
                 else:
                     self._set(backend.to(STOPPED, self._clock(), reason))
             elif backend.state not in (STOPPED, FAILED) and not self._by_itself:
-                self._set(backend.to(FAILED, self._clock(), reason))
+                self._set(backend.to(DRAINING, self._clock(), reason))
         self._wake.set()
 
     def drain(self, ip: str) -> None:
@@ -295,7 +381,7 @@ class Controller:
             if backend is None:
                 raise Unknown(ip)
             if self._by_itself:
-                raise ValueError("this engine picks by itself who leaves; drain a node of it instead")
+                raise ValueError("this engine picks the backends to stop by itself; drain a node of it instead")
             self._set(backend.to(DRAINING, self._clock(), "drained by hand"))
         self._wake.set()
 
@@ -344,7 +430,14 @@ class Controller:
                 "paused": self.paused,
                 "revision": self._revision,
                 "engine": self.engine_trouble or "ok",
-                "launches": show.launches(self._fleet, self._patience, now),
+                "launches": show.launches(self._fleet, self._backoff, now),
+                "balancer": self._balancer_status(),
+                "rotation_panic": self._meter.panic,
+                "data_path": {
+                    "working": self.path.working,
+                    "problem": self.path.problem,
+                    "findings": [asdict(finding) for finding in self._meter.findings],
+                },
                 "backends": show.backends(self._fleet, self._meter),
                 "balancers": show.balancers(self._meter, now),
                 "last_decision": vars(decision) if decision else None,
@@ -358,10 +451,58 @@ class Controller:
 
     # -- with the lock held --------------------------------------------------------------------------------------
 
-    def _heard(self, fleet: Fleet, now: float) -> Fleet:
-        """In the light of what balancers say. What the engine launched by itself is waited for, never given up."""
+    def _judged(self, fleet: Fleet, now: float) -> Fleet:
+        """In the light of the balancers' reports. What the engine launched by itself is waited for, never given up."""
         judged = bool(self._meter.balancers) and not self._by_itself
-        return fleets.hear(fleet, self._meter.healthy, judged, now, self._meter.why)
+        return fleets.apply_health(fleet, self._meter.verdict, judged, self.settings.ready_timeout, now)
+
+    def _note_panic(self) -> None:
+        """Logs once when balancers begin, and once when they cease, to keep unhealthy backends in rotation."""
+        panic = self._meter.panic
+        if panic and not self._panic:
+            log.warning("fewer than half of the backends are healthy: all stay in rotation (panic)")
+        elif self._panic and not panic:
+            log.info("at least half of the backends are healthy again: the others leave rotation")
+        self._panic = panic
+
+    def _balancer_status(self) -> dict[str, str]:
+        """For /status: `running`; `starting` while it is being repaired; `failed` with the problem after a failure."""
+        problem = self._balancer_backoff.why
+        if self._balancer_state is BalancerState.RUNNING:
+            return {"state": "running", "problem": ""}
+        return {"state": "failed" if problem else "starting", "problem": problem}
+
+    # -- the test of the data path ---------------------------------------------------------------------------------
+
+    def _check_path_regularly(self) -> None:
+        while not self._stopping:
+            time.sleep(path_check.PERIOD)
+            try:
+                self.check_path()
+            except Exception:
+                log.exception("the test of the data path failed; trying again")
+
+    def check_path(self) -> None:
+        """One connection through each balancer, while there is a healthy backend to accept it."""
+        with self._lock:
+            healthy = any(backend.serves for backend in self._fleet.values())
+            targets = self._engine.check_targets if healthy and self._balancer_state is BalancerState.RUNNING else ()
+        errors = {f"{target[0]}:{target[1]}": path_check.connect(target, self._check_source) for target in targets}
+        failed = {target: error for target, error in errors.items() if error}
+        with self._lock:
+            before = self.path.problem
+            if failed:
+                target, error = next(iter(failed.items()))
+                self.path.failed(target, error, self._meter.findings)
+            elif errors:
+                self.path.passed()
+            if self.path.problem and not before:
+                log.error("%s", self.path.problem)
+            elif before and not self.path.problem:
+                log.info("connections through the balancer work again")
+            kinds = {finding.kind for finding in self._meter.findings}
+            if self.path.problem and kinds & path_check.REPAIRABLE:
+                self._repair_balancer(self._clock())
 
     def _set(self, backend: Backend) -> None:
         self._publish({**self._fleet, backend.name: backend})
@@ -377,23 +518,19 @@ class Controller:
             self._at.setdefault(backend.ip, []).append(backend.name)
         for name in sorted(changed, key=fleets.by_number):
             was, is_ = before.get(name), after.get(name)
-            _tell_change(was, is_, now)
+            _log_change(was, is_, now)
             self.tally.changed(was, is_, now)
-            if (
-                was
-                and is_
-                and was.state != FAILED == is_.state
-                and (was.state in (SPARE, STARTING) or now - is_.launched < STEADY)
-            ):
-                self._disappointed(is_, is_.reason, now)
-        view = show.view(after, self.settings, self._inside)
+            if was and is_ and was.state != FAILED == is_.state and not is_.external:
+                served = was.state == ACTIVE and now - was.since >= STABLE
+                self._launch_failed(is_, is_.reason, now, served)
+        view = show.view(after, self.settings, self._inside, self._check_source)
         if (revision := show.revision(view)) != self._revision:
             self._revision, self._view = revision, view
             self._lock.notify_all()
             try:
                 _write(self._ip_file, "".join(f"{b['ip']}\n" for b in view["backends"] if b["state"] == ACTIVE))
             except OSError as error:
-                log.error("a balancer that starts now would find old rules: %s", error)
+                log.error("ip.txt cannot be written, so a balancer that starts now begins with old rules: %s", error)
 
     def _tell(self, decision: Decision) -> None:
         """One line for a decision that changes something, or holds for another reason than the one before it."""
@@ -428,7 +565,7 @@ class Controller:
         try:
             _write(self._orders_file, json.dumps(orders))
         except OSError as error:
-            log.error("the operator's orders would not outlive this manager: %s", error)
+            log.error("the operator's settings cannot be saved, so they end with this manager: %s", error)
 
     def _recall_orders(self) -> None:
         with suppress(OSError, ValueError, KeyError, TypeError):  # none, or none that can be read: the settings stand
@@ -436,14 +573,28 @@ class Controller:
             limits = {name: orders[name] for name in ("min", "max", "target")}
             self.policy, self.paused = replace(self.policy, **limits), bool(orders["paused"])
 
+    def _remember_refused(self, digest: str) -> None:
+        """Keeps which update was given up, so that a restarted manager does not try it again."""
+        refused = {"spec": digest, "why": self._backoff.given_up}
+        try:
+            _write(self._refused_file, json.dumps(refused))
+        except OSError as error:
+            log.error("a restarted manager would try the refused update again: %s", error)
+
+    def _recall_refused(self) -> dict[str, str]:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            refused = json.loads(self._refused_file.read_text())
+            return {"spec": str(refused["spec"]), "why": str(refused["why"])}
+        return {}
+
     def _clamp(self) -> None:
         self.desired = max(self.policy.min, min(self.policy.max, self.desired))
 
     def _note_engine(self, trouble: str) -> None:
         if trouble and not self.engine_trouble:
-            log.error("engine out of reach, the fleet stays as it is: %s", trouble)
+            log.error("engine unreachable, the fleet stays as it is: %s", trouble)
         elif self.engine_trouble and not trouble:
-            log.info("engine in reach again")
+            log.info("engine reachable again")
         self.engine_trouble = trouble
 
 
@@ -452,7 +603,7 @@ def _kinds(decision: Decision) -> tuple[str, ...]:
     return (decision.verdict, *(clamp.split(" ")[0] for clamp in decision.clamps))
 
 
-def _tell_change(before: Backend | None, after: Backend | None, now: float) -> None:
+def _log_change(before: Backend | None, after: Backend | None, now: float) -> None:
     if before is not None and after is None:
         log.info("backend %s %s removed", before.name, before.ip or "-")
     elif after is not None and (before is None or before.state != after.state):
@@ -460,6 +611,17 @@ def _tell_change(before: Backend | None, after: Backend | None, now: float) -> N
         why = f": {after.reason}" if after.reason else ""
         level = logging.WARNING if after.state == FAILED else logging.INFO
         log.log(level, "backend %s %s %s%s", after.name, after.ip or "-", came, why)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _lines(path: Path) -> set[str]:
+    """The lines of a file; none where it is not there."""
+    with suppress(OSError):
+        return set(path.read_text().split())
+    return set()
 
 
 def _write(path: Path, text: str) -> None:

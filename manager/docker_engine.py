@@ -5,20 +5,41 @@ Every call may take long and may raise EngineError; none touches a container wit
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
+from typing import Any
 
 import docker
 import docker.errors
 import requests
 
-from engine import PIDS, SYSCTLS, Engine, EngineError, Event, NameTaken, TakenOver, advice, options
+from engine import (
+    BALANCER_CAPABILITIES,
+    BALANCER_MEMORY,
+    BALANCER_PIDS,
+    BALANCER_SYSCTLS,
+    PIDS,
+    SYSCTLS,
+    BalancerOptions,
+    BalancerState,
+    Engine,
+    EngineError,
+    Event,
+    NameTaken,
+    TakenOver,
+    advice,
+    options,
+)
 from fleet import Container
 from settings import Settings
 
 STOP_GRACE = 10  # seconds between SIGTERM and SIGKILL for a backend that has drained
+SERVICE_PORT = 8000  # the balancer's, inside its container
+
+Row = Mapping[str, Any]  # a container in the engine's list
 
 
 @contextmanager
@@ -35,11 +56,12 @@ def engine_errors() -> Iterator[None]:
 
 
 class DockerEngine(Engine):
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+    def __init__(self, settings: Settings, balancer: BalancerOptions) -> None:
+        self._settings, self._balancer_options = settings, balancer
         self._labels = {"lbscaler.project": settings.project, "lbscaler.role": "backend"}
         self._filter = {"label": [f"{key}={value}" for key, value in self._labels.items()]}
         self._routed: dict[str, tuple[str, str]] = {}
+        self._digest = ""
         with engine_errors():
             self._client = docker.from_env(timeout=30)
 
@@ -55,18 +77,98 @@ class DockerEngine(Engine):
             return str(self._client.networks.get(self._settings.project).attrs["IPAM"]["Config"][0][what])
 
     def list(self) -> list[Container]:
-        """All our backends, running or not, in one call."""
-        ours = {"label": f"lbscaler.project={self._settings.project}"}
-        by_role: dict[str, list[Container]] = {"backend": [], "balancer": []}
+        """All our backends, running or not, in one call, which shows the balancer, too."""
         with engine_errors():
-            for row in self._client.api.containers(all=True, filters=ours):
-                by_role.setdefault(row["Labels"].get("lbscaler.role", ""), []).append(self._container(row))
+            rows = self._rows()
+            balancers = [row for row in rows if _role(row) == "balancer"]
+            backends = [self._container(row) for row in rows if _role(row) == "backend"]
+            self._note_balancers(balancers)
             if self._settings.preserve_client_ip:
-                self._route_through(by_role["balancer"], by_role["backend"])
-        return by_role["backend"]
+                self._route_through([self._container(row) for row in balancers], backends)
+        return backends
+
+    def _rows(self) -> Iterable[Row]:
+        ours = {"label": f"lbscaler.project={self._settings.project}"}
+        rows: Iterable[Row] = self._client.api.containers(all=True, filters=ours)
+        return rows
+
+    def _note_balancers(self, rows: Iterable[Row]) -> None:
+        running = [row for row in rows if row["State"] == "running" and self._container(row).ip]
+        current = [row for row in running if row["Labels"].get("lbscaler.config") == self._balancer_digest()]
+        if current:
+            self.balancer = BalancerState.RUNNING
+        elif running:
+            self.balancer = BalancerState.OUTDATED
+        else:
+            self.balancer = BalancerState.STOPPED if list(rows) else BalancerState.MISSING
+        # A container reports by its host name, which is its short id.
+        self.balancers = frozenset(row["Id"][:12] for row in running)
+        self.check_targets = [(self._container(row).ip, SERVICE_PORT) for row in current]
+
+    def _balancer_spec(self) -> dict[str, Any]:
+        """What the balancer is created from: least privilege, and the settings that concern it."""
+        settings, given = self._settings, self._balancer_options
+        return {
+            "image": given.image,
+            "ports": {f"{SERVICE_PORT}/tcp": (settings.bind, settings.port)},
+            "environment": {
+                "LB_TOKEN": given.token,
+                "LB_BACKEND_PORT": str(settings.backend_port),
+                "LB_INSIDE": self.subnet() if settings.preserve_client_ip else "",
+            },
+            "volumes": [f"{settings.run_dir / 'balancer'}:/balancer/run:ro"],
+            "restart_policy": {"Name": "always"},
+            "cap_drop": ["ALL"],
+            "cap_add": BALANCER_CAPABILITIES,
+            "security_opt": ["no-new-privileges"],
+            "read_only": True,
+            "tmpfs": {"/run": ""},
+            "sysctls": BALANCER_SYSCTLS,
+            "mem_limit": BALANCER_MEMORY,
+            "pids_limit": BALANCER_PIDS,
+        }
+
+    def _balancer_digest(self) -> str:
+        if not self._digest:
+            made_from = {**self._balancer_spec(), "manager": self._balancer_options.manager}
+            self._digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
+        return self._digest
+
+    def repair_balancer(self) -> None:
+        """Replaces whatever balancer there is by one that runs as the settings want it; a paused one goes on."""
+        with engine_errors():
+            for row in self._rows():
+                if _role(row) != "balancer":
+                    continue
+                if row["State"] == "paused" and row["Labels"].get("lbscaler.config") == self._balancer_digest():
+                    self._client.api.unpause(row["Id"])
+                    return
+                with suppress(docker.errors.NotFound):
+                    self._client.api.remove_container(row["Id"], v=True, force=True)
+            labels = {**self._labels, "lbscaler.role": "balancer", "lbscaler.config": self._balancer_digest()}
+            container = self._client.containers.create(
+                name=f"{self._settings.project}-balancer",
+                network=self._settings.project,
+                labels=labels,
+                **self._balancer_spec(),
+            )
+            self._start(container)
+
+    def _start(self, container: Any) -> None:
+        """Starts a new container, and removes it where it does not start."""
+        try:
+            container.start()
+            container.reload()
+        except Exception:
+            with suppress(docker.errors.APIError, requests.RequestException):
+                container.remove(force=True, v=True)
+            raise
 
     def _route_through(self, balancers: Iterable[Container], backends: Iterable[Container]) -> None:
         """Points the backends' default route at the balancer, from outside: they keep no capability to do it."""
+        backends = list(backends)
+        listed = {backend.id for backend in backends}
+        self._routed = {id_: route for id_, route in self._routed.items() if id_ in listed}
         for balancer in balancers:
             for backend in backends:
                 wanted = (backend.id, balancer.ip)
@@ -76,6 +178,8 @@ class DockerEngine(Engine):
                     pid = self._client.api.inspect_container(backend.id)["State"]["Pid"]
                 except docker.errors.NotFound:
                     continue  # gone since it was listed
+                if not pid:
+                    continue  # it has ended since it was listed
                 enter = f"nsenter --net=/proc/{pid}/ns/net ip route replace default via"
                 command = [*enter.split(), balancer.ip]
                 done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -83,11 +187,10 @@ class DockerEngine(Engine):
                     raise EngineError(f"route of {backend.name} through the balancer: {done.stderr.strip()}")
                 self._routed[backend.id] = wanted
 
-    def _container(self, row: dict[str, object]) -> Container:
-        networks = row["NetworkSettings"]["Networks"]  # type: ignore[index]
-        ip = networks.get(self._settings.project, {}).get("IPAddress", "")
-        name = str(row["Names"][0]).lstrip("/")  # type: ignore[index]
-        spec = row["Labels"].get("lbscaler.spec") or row["ImageID"]  # type: ignore[attr-defined]
+    def _container(self, row: Row) -> Container:
+        ip = row["NetworkSettings"]["Networks"].get(self._settings.project, {}).get("IPAddress", "")
+        name = str(row["Names"][0]).lstrip("/")
+        spec = row["Labels"].get("lbscaler.spec") or row["ImageID"]
         return Container(str(row["Id"]), name, ip, str(row["State"]), spec=str(spec))
 
     def spec(self) -> str:
@@ -98,7 +201,7 @@ class DockerEngine(Engine):
         return json.dumps({"image": image["Id"], **options(self._settings, str(image["Config"].get("User") or ""))})
 
     def launch(self, name: str, spec: str) -> Container:
-        """Creates and starts a backend from `spec`. Raises NameTaken when a stranger bears the name."""
+        """Creates and starts a backend from `spec`. Raises NameTaken when a foreign container has the name."""
         labels = {**self._labels, "lbscaler.spec": spec}
         with engine_errors():
             container = self._client.containers.create(
@@ -111,13 +214,7 @@ class DockerEngine(Engine):
                 healthcheck={"test": ["NONE"]},  # the balancer probes; this engine would do nothing with the result
                 **json.loads(spec),
             )
-            try:
-                container.start()
-                container.reload()
-            except Exception:
-                with suppress(docker.errors.APIError, requests.RequestException):
-                    container.remove(force=True, v=True)
-                raise
+            self._start(container)
         networks = container.attrs["NetworkSettings"]["Networks"]
         ip = networks[self._settings.project]["IPAddress"]
         return Container(container.id, name, ip, container.status, spec=spec)
@@ -129,7 +226,7 @@ class DockerEngine(Engine):
             container.stop(timeout=STOP_GRACE)
             container.remove(force=True, v=True)
 
-    def last_words(self, container_id: str) -> str:
+    def last_log_line(self, container_id: str) -> str:
         """The last line of its log, and which setting might help."""
         with engine_errors():
             container = self._client.containers.get(container_id)
@@ -151,3 +248,7 @@ class DockerEngine(Engine):
                     attributes = event["Actor"]["Attributes"]
                     code = attributes.get("exitCode" if event["Action"] == "die" else "signal", "0")
                     yield Event(event["Action"], event["Actor"]["ID"], int(code) if code.isdecimal() else 0)
+
+
+def _role(row: Row) -> str:
+    return str(row["Labels"].get("lbscaler.role", ""))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, Protocol
 
 from fleet import Container
@@ -30,16 +31,56 @@ COMPLAINTS = (
 )
 
 
+# The balancer's kernel settings. Conntrack counts packets, so that a refused SYN can be retried elsewhere. It keeps
+# open connections as long as kube-proxy does and closed ones for 10 s, makes no entry for a connection that it has not
+# seen begin, and lets packets outside the window pass, for the kernel would answer them with a reset. The balancer's
+# own connections have local ports of their own, so that they need not be tracked.
+BALANCER_SYSCTLS = {
+    "net.ipv4.ip_forward": "1",
+    "net.ipv4.ip_local_port_range": "60000 65535",
+    "net.ipv4.conf.all.send_redirects": "0",
+    "net.ipv4.conf.default.send_redirects": "0",
+    "net.netfilter.nf_conntrack_acct": "1",
+    "net.netfilter.nf_conntrack_tcp_timeout_established": "86400",
+    "net.netfilter.nf_conntrack_tcp_timeout_time_wait": "10",
+    "net.netfilter.nf_conntrack_tcp_loose": "0",
+    "net.netfilter.nf_conntrack_tcp_be_liberal": "1",
+}
+BALANCER_CAPABILITIES = ["NET_ADMIN", "NET_RAW"]
+BALANCER_MEMORY = 512 << 20  # bytes
+BALANCER_PIDS = 256
+
+
 class EngineError(Exception):
-    """The engine refused, failed or is out of reach; the message is its own."""
+    """The engine refused, failed or is unreachable; the message is its own."""
 
 
 class NameTaken(EngineError):
-    """A container that is not ours bears the name."""
+    """A container that is not ours has the name."""
 
 
 class TakenOver(Exception):
-    """Another manager has the fleet now; this one has nothing more to say. No EngineError: trying again is wrong."""
+    """Another manager has the fleet now, so this one ends. No EngineError: trying again is wrong."""
+
+
+class BalancerState(StrEnum):
+    """What the engine's list shows of the balancer, or of the service that runs one on each node."""
+
+    RUNNING = "running"
+    STOPPED = "stopped"
+    MISSING = "missing"
+    OUTDATED = "made from other settings"
+
+
+@dataclass(frozen=True)
+class BalancerOptions:
+    """What the settings do not hold of what a balancer is made from. `secrets` are names of a Swarm's secrets: the
+    token's and the certificate's."""
+
+    image: str
+    token: str
+    manager: str = ""  # ADDRESS:PORT, or several with commas, where the balancers find the manager
+    secrets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,13 +99,21 @@ class Engine(Protocol):
     One kind of engine does as it is told, backend by backend: `replicas` is None, `launch` and `stop` are called. The
     other keeps a number of them by itself, picks who leaves and replaces what fails: `replicas` says how many it was
     told to keep when last listed, and only `resize` is called.
+
+    As of the last list: `balancer` is the balancer's state, `balancers` are the names by which the running ones report
+    (None: the engine cannot tell), and `check_targets` are the addresses at which they serve.
     """
 
     replicas: int | None = None
+    balancer: BalancerState = BalancerState.RUNNING
+    balancers: frozenset[str] | None = None
+    check_targets: Sequence[tuple[str, int]] = ()
+    refused: str = ""  # for an engine that keeps a number: the digest of the update's spec that it has gone back from
 
     def list(self) -> Sequence[Container]: ...
     def spec(self) -> str: ...
-    def last_words(self, container_id: str) -> str: ...
+    def last_log_line(self, container_id: str) -> str: ...
+    def repair_balancer(self) -> None: ...
     def events(self) -> Iterator[Event]: ...
 
     def launch(self, name: str, spec: str) -> Container:  # noqa: ARG002 - the twin uses it

@@ -1,25 +1,25 @@
 """Absolute counters from any number of balancers in, rates out. Pure: time is an argument.
 
-A counter that went down was restarted, so its new value is what came since. A balancer that misses reports is unknown
-load, never zero; one silent for FORGET seconds is taken to be gone for good.
+A counter that went down was restarted, so its new value is what came since. Rates are measured by the sender's clock
+where the report has it, so a report that waited on its way changes none. A balancer that misses reports keeps its last
+known load, and that load counts as incomplete, until the engine says that the balancer is gone.
 
-A report costs its own rows, whoever else reports: what all say of an address is kept as sums, which a balancer's old
-rows leave when its new ones enter.
+A report costs its own rows, however many balancers report: what all of them report of an address is kept as sums. A
+balancer's old rows are taken out of them when its new ones come.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from fleet import Backend
+from fleet import Backend, Verdict
 from scaler import Load
 
-MISSED = 1.5  # intervals without a report until a balancer's last one no longer counts
-FORGET = 20.0  # seconds
-FINEST = 2.0**-24  # of a rate or a share: sums of its multiples are exact, and so back at zero when all have left them
+MISSED = 1.5  # intervals without a report until a balancer counts as silent
+FINEST = 2.0**-24  # of a rate or a share: sums of its multiples are exact, and so back at zero without any balancer
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +32,17 @@ class Sample:
     active: int
     healthy: bool | None
     share: float | None = None  # of the balancer's new connections
-    id: str = ""  # the container's, where told: the address may have had another backend before
+    id: str = ""  # the container's, where reported: the address may have had another backend before
     why: str = ""  # what the last probe met
+    cause: str = ""  # where it is unhealthy, the kind of cause
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something wrong with the data path: `kind` is one of the balancer's fixed words, `detail` for people."""
+
+    kind: str
+    detail: str = ""
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,9 @@ class Report:
     interval: float
     backends: Mapping[str, Sample]  # by address
     warnings: tuple[str, ...] = ()  # what the balancer wants the operator to know
+    uptime: float | None = None  # seconds on the balancer's own clock
+    panic: bool = False  # fewer than half of its backends are healthy, so it keeps them all in rotation
+    findings: tuple[Finding, ...] = ()
 
 
 class _Rates(NamedTuple):
@@ -67,11 +79,11 @@ class _Balancer:
 
 
 @dataclass
-class _Said:
-    """What the balancers' newest reports say of one address, all together."""
+class _Sums:
+    """What the balancers' newest reports say of one address, summed."""
 
     balancers: int = 0
-    shares: int = 0  # how many of them tell a share
+    shares: int = 0  # how many of them report a share
     share: float = 0.0
     connections: int = 0
     packets: int = 0
@@ -82,7 +94,7 @@ class _Said:
     verdicts: Counter[tuple[str, bool | None, str]] = field(default_factory=Counter)  # (id, healthy, why) → balancers
 
     def add(self, sample: Sample, rates: _Rates, sign: int) -> None:
-        """Takes one balancer's word in, or, with a `sign` of -1, back out."""
+        """Adds one balancer's row, or, with a `sign` of -1, takes it out again."""
         self.balancers += sign
         if sample.share is not None:
             self.shares += sign
@@ -105,10 +117,10 @@ TOTALS = ("connections", "packets", "bytes", "active", "connections_rate", "pack
 @dataclass
 class Meter:
     balancers: dict[str, _Balancer] = field(default_factory=dict)
-    _said: defaultdict[str, _Said] = field(default_factory=lambda: defaultdict(_Said))  # by address
+    _sums: defaultdict[str, _Sums] = field(default_factory=lambda: defaultdict(_Sums))  # by address
 
     def add(self, report: Report, now: float) -> bool:
-        """Takes a report in; False when it brings news of health but came too soon to measure a rate by."""
+        """Takes a report in; False if it came too soon after the one before to measure a rate."""
         entry = self.balancers.get(report.balancer)
         if entry is None:
             self.balancers[report.balancer] = entry = _Balancer(report, now, report, now)
@@ -116,7 +128,7 @@ class Meter:
             return False
         self._count(entry, -1)
         entry.report, entry.at = report, now
-        elapsed = now - entry.base_at
+        elapsed = _elapsed(entry, report, now)
         measured = elapsed >= report.interval / 2
         if measured:
             old = entry.base.backends
@@ -128,51 +140,66 @@ class Meter:
 
     def _count(self, entry: _Balancer, sign: int) -> None:
         for ip, sample in entry.report.backends.items():
-            said = self._said[ip]
-            said.add(sample, (entry.rates or {}).get(ip, NO_RATES), sign)
-            if not said.balancers:
-                del self._said[ip]  # and with it what rounding has left in its sums
+            sums = self._sums[ip]
+            sums.add(sample, (entry.rates or {}).get(ip, NO_RATES), sign)
+            if not sums.balancers:
+                del self._sums[ip]
 
     def warnings(self, balancer: str) -> tuple[str, ...]:
         """What that balancer warned of in its newest report."""
         return self.balancers[balancer].report.warnings if balancer in self.balancers else ()
 
-    def forget_gone(self, now: float) -> None:
-        for name in [name for name, entry in self.balancers.items() if now - entry.at > FORGET]:
+    def keep(self, balancers: Collection[str], listed_at: float) -> None:
+        """Forgets every balancer that the engine's list, begun at `listed_at`, does not have."""
+        gone = [name for name, entry in self.balancers.items() if name not in balancers and entry.at < listed_at]
+        for name in gone:
             self._count(self.balancers.pop(name), -1)
 
     def load(self, metric: str, now: float) -> Load | None:
-        """The fleet's load by `metric` (packets, connections or concurrency); None while nobody could measure any."""
-        self.forget_gone(now)
+        """The fleet's load by `metric` (packets, connections or concurrency); None while nobody could measure any. A
+        silent balancer's last known load is part of it, and the balancer's name is in `missing`."""
         silent = {name for name, entry in self.balancers.items() if now - entry.at > MISSED * entry.report.interval}
-        measured = [e.load for name, e in self.balancers.items() if e.rates is not None and name not in silent]
-        if not measured:
+        measured = [entry.load for entry in self.balancers.values() if entry.rates is not None]
+        if not measured or silent == self.balancers.keys():
             return None
         return Load(sum(getattr(load, metric) for load in measured), ", ".join(sorted(silent)))
 
+    @property
+    def panic(self) -> list[str]:
+        """The balancers that keep unhealthy backends in rotation because fewer than half are healthy."""
+        return sorted(name for name, entry in self.balancers.items() if entry.report.panic)
+
+    @property
+    def findings(self) -> list[Finding]:
+        """What the balancers find wrong with the data path, each once."""
+        found = (finding for entry in self.balancers.values() for finding in entry.report.findings)
+        return list(dict.fromkeys(found))
+
     def backend(self, ip: str) -> dict[str, float]:
         """One backend's counters and rates, summed over the balancers."""
-        said = self._said.get(ip, _Said())
-        return {name: float(getattr(said, name)) for name in TOTALS}
+        sums = self._sums.get(ip, _Sums())
+        return {name: float(getattr(sums, name)) for name in TOTALS}
 
     def share(self, backend: Backend) -> float:
-        """Its part of all new connections, on average over the balancers that say."""
-        said = self._said.get(backend.ip)
-        return said.share / said.shares if said and said.shares else 0.0
+        """Its part of all new connections, on average over the balancers that report one."""
+        sums = self._sums.get(backend.ip)
+        return sums.share / sums.shares if sums and sums.shares else 0.0
 
-    def healthy(self, backend: Backend) -> bool | None:
-        """Whether any balancer finds it well; None while none has an opinion."""
-        opinions = [healthy for healthy, _ in self._verdicts(backend) if healthy is not None]
-        return any(opinions) if opinions else None
-
-    def why(self, backend: Backend) -> str:
-        """What the last probe that found it ill met; empty where it is well, or nobody says."""
-        return next((why for healthy, why in self._verdicts(backend) if not healthy), "")
-
-    def _verdicts(self, backend: Backend) -> list[tuple[bool | None, str]]:
-        said = self._said.get(backend.ip)
+    def verdict(self, backend: Backend) -> Verdict:
+        """Healthy where any balancer finds it healthy; `why` is empty then."""
+        sums = self._sums.get(backend.ip)
         ours = ("", backend.short_id)
-        return [(healthy, why) for id_, healthy, why in said.verdicts if id_ in ours] if said else []
+        opinions = [opinion for opinion in (sums.verdicts if sums else ()) if opinion[0] in ours]
+        if any(healthy for _, healthy, _ in opinions):
+            return Verdict(True)
+        why = next((why for _, healthy, why in opinions if healthy is False), "")
+        return Verdict(False if any(healthy is False for _, healthy, _ in opinions) else None, why)
+
+
+def _elapsed(entry: _Balancer, report: Report, now: float) -> float:
+    """Seconds since the report that rates are measured from; by our own clock where the sender's began anew."""
+    before, after = entry.base.uptime, report.uptime
+    return after - before if before is not None and after is not None and after >= before else now - entry.base_at
 
 
 def _rates(now: Sample, before: Sample | None, elapsed: float) -> _Rates:

@@ -6,7 +6,7 @@ states, kinds of reason; never a number or a sentence. A backend's own counters 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -88,6 +88,12 @@ class Tally(Collector):
                 counted[name] += new - old if new >= old else new
             heard[report.balancer] = sample
 
+    def keep(self, balancers: Collection[str]) -> None:
+        """Forgets the samples of balancers that are gone."""
+        for samples in self._heard.values():
+            for gone in samples.keys() - balancers:
+                del samples[gone]
+
     def decided(self, decision: Decision) -> None:
         self._decisions.labels(decision.verdict, reason(decision)).inc()
 
@@ -141,6 +147,14 @@ def gauges(status: Mapping[str, Any]) -> Iterable[Metric]:
     yield _one("launch_backoff_seconds", "Time until the next launch, after failed ones.", launches["retry_in"])
     yield _one("update_given_up", "1 once an update has gone back by itself.", bool(launches["update_given_up"]))
     yield _one("balancers", "Balancers that report.", len(ages))
+    running = status["balancer"]["state"] == "running"
+    yield _one("balancer_running", "1 while the balancer runs as the settings want it.", running)
+    panic = bool(status["rotation_panic"])
+    yield _one("rotation_panic", "1 while fewer than half of the backends are healthy and all stay in rotation.", panic)
+    yield _one("failed_launches", "Backends that failed in a row.", launches["failed"])
+    working = status["data_path"]["working"]
+    if working is not None:
+        yield _one("data_path_working", "1 while connections through the balancer reach a backend.", working)
     yield _each("balancer_last_seen_seconds", "Time since a balancer's newest report.", "balancer", ages)
 
 

@@ -17,6 +17,10 @@ CREATE, STOP, OK = "CREATE_SERVER", "STOP_SERVER", "OK"
 TOLERANCE = 0.1  # HPA's default: a ratio this little under 1 is no reason to shrink
 
 
+# Without a decision for so many panic windows, what was remembered says nothing of the time in between.
+GAP = 2.0
+
+
 @dataclass(frozen=True)
 class Policy:
     """Windows in seconds; `target` in units of the metric per backend."""
@@ -124,8 +128,10 @@ def _shrink_limit(policy: Policy, memory: Memory, load: Load, panic: bool, capac
 
 def _remember(policy: Policy, memory: Memory, load: Load, now: float) -> Memory:
     since = now - policy.stable_window
+    last = memory.rates[-1][0] if memory.rates else now
     return replace(
         memory,
+        started=now if now - last > GAP * policy.panic_window else memory.started,
         rates=(*(pair for pair in memory.rates if pair[0] > since), (now, load.rate)),
         recommended=tuple(pair for pair in memory.recommended if pair[0] > since),
     )

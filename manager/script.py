@@ -30,8 +30,8 @@ from prometheus_client import generate_latest
 import metrics
 from controller import Controller, Unknown
 from docker_engine import DockerEngine
-from engine import Engine, EngineError
-from meter import Report, Sample
+from engine import BalancerOptions, EngineError
+from meter import Finding, Report, Sample
 from settings import SettingError, Settings, read
 from swarm_engine import SwarmEngine
 
@@ -186,13 +186,27 @@ def parse_report(body: dict[str, Any]) -> Report:
         share = _number(row["share"], "share", 0, 1) if "share" in row else None
         id_ = _text(row, "id") if "id" in row else ""
         why = _text(row, "why") if "why" in row else ""
-        backends[_text(row, "ip")] = Sample(connections, packets, size, active, healthy, share, id_, why)
+        cause = _text(row, "cause") if "cause" in row else ""
+        backends[_text(row, "ip")] = Sample(connections, packets, size, active, healthy, share, id_, why, cause)
     interval = _number(body.get("interval"), "interval", 0.1, 3600)
     warnings = body.get("warnings", [])
     if not isinstance(warnings, list) or len(warnings) > 10:
         _refuse(400, "warnings has to be a list of at most 10 texts")
     words = tuple(_text({"warning": warning}, "warning") for warning in warnings)
-    return Report(_text(body, "balancer"), _text(body, "revision"), interval, backends, words)
+    uptime = _number(body["uptime"], "uptime", 0, 1e12) if "uptime" in body else None
+    panic = body.get("panic", False)
+    if not isinstance(panic, bool):
+        _refuse(400, "panic has to be true or false")
+    return Report(
+        _text(body, "balancer"), _text(body, "revision"), interval, backends, words, uptime, panic, _findings(body)
+    )
+
+
+def _findings(body: dict[str, Any]) -> tuple[Finding, ...]:
+    rows = body.get("findings", [])
+    if not isinstance(rows, list) or len(rows) > 20 or not all(isinstance(row, dict) for row in rows):
+        _refuse(400, "findings has to be a list of at most 20 objects")
+    return tuple(Finding(_text(row, "kind"), _text(row, "detail") if row.get("detail") else "") for row in rows)
 
 
 def tail(path: Path, lines: int) -> str:
@@ -331,6 +345,17 @@ def start_log(path: Path) -> None:
     log.setLevel(logging.INFO)
 
 
+def make_engine(settings: Settings, token: str) -> DockerEngine | SwarmEngine:
+    """The engine that the settings name, with what run.sh tells in variables of its own. Raises EngineError."""
+    image = os.environ.get("LB_BALANCER_IMAGE", "")
+    if not image:
+        raise EngineError("LB_BALANCER_IMAGE is not set: it names the balancer's image, and run.sh sets it")
+    if settings.orchestrator == "docker":
+        return DockerEngine(settings, BalancerOptions(image, token))
+    secrets = (os.environ["LB_TOKEN_SECRET"], os.environ["LB_CERTIFICATE_SECRET"])
+    return SwarmEngine(settings, BalancerOptions(image, token, secrets=secrets))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="The manager; run.sh starts it with its settings in LB_ variables.")
     parser.add_argument("--backends", type=int, help="how many to begin with; without it, as many as run")
@@ -343,13 +368,14 @@ def main() -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, END)  # before any thread starts, so that sigwait alone takes them
     start_log(settings.run_dir / "manager.log")
     try:
-        engine: Engine
-        engine = SwarmEngine(settings) if settings.orchestrator == "swarm" else DockerEngine(settings)
+        token = (settings.run_dir / "token").read_text().strip()
+        engine = make_engine(settings, token)
         gateway = engine.gateway()
         inside = engine.subnet() if isinstance(engine, DockerEngine) and settings.preserve_client_ip else ""
-        controller = Controller(engine, settings, settings.run_dir / "balancer" / "ip.txt", inside=inside)
+        ip_file = settings.run_dir / "balancer" / "ip.txt"
+        controller = Controller(engine, settings, ip_file, inside=inside, check_source=gateway)
         controller.adopt(arguments.backends)
-        serve(create_app(controller, (settings.run_dir / "token").read_text().strip(), [gateway]), settings, gateway)
+        serve(create_app(controller, token, [gateway]), settings, gateway)
     except (EngineError, OSError) as error:
         log.error("cannot start: %s", error)
         print(f"manager: cannot start: {error}", file=sys.stderr)

@@ -134,6 +134,9 @@ class Settings:
     drain_timeout: float = _setting(
         "30", _number(0, 3600), "0 to 3600 (seconds)", "longest wait for a leaver's connections"
     )
+    ready_timeout: float = _setting(
+        "60", _number(1, 3600), "1 to 3600 (seconds)", "longest time a launched backend may take to get ready"
+    )
     weights: str = _setting(
         "adaptive", *_choice("adaptive", "equal"), "shares that follow the backends' speed, or 1/n each"
     )

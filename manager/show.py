@@ -8,8 +8,8 @@ from typing import Any
 
 import fleet as fleets
 from fleet import DRAINING, STOPPED, Backend, Fleet
+from launch_backoff import LaunchBackoff
 from meter import Meter
-from patience import Patience
 from scaler import Policy
 from settings import Settings
 
@@ -17,7 +17,7 @@ WEIGHT = 1.0  # what every backend is given; speed is for the balancers to learn
 SECRET = {"env", "command"}  # settings that may hold passwords: shown to nobody
 
 
-def view(fleet: Fleet, settings: Settings, inside: str) -> dict[str, Any]:
+def view(fleet: Fleet, settings: Settings, inside: str, check_source: str) -> dict[str, Any]:
     """The body of GET /sync, but for the revision. One whose container is being stopped still shows as draining."""
     return {
         "service": {
@@ -28,6 +28,7 @@ def view(fleet: Fleet, settings: Settings, inside: str) -> dict[str, Any]:
             "weights": settings.weights,
             "inside": inside,
             "locality": settings.locality,
+            "check_source": check_source,
         },
         "backends": [
             {
@@ -54,6 +55,7 @@ def backends(fleet: Fleet, meter: Meter) -> list[dict[str, Any]]:
 
 
 def _backend(backend: Backend, meter: Meter) -> dict[str, Any]:
+    verdict = meter.verdict(backend)
     return {
         "name": backend.name,
         "ip": backend.ip,
@@ -63,8 +65,8 @@ def _backend(backend: Backend, meter: Meter) -> dict[str, Any]:
         "weight": WEIGHT,
         "share": round(meter.share(backend), 4),
         **{name: round(value, 2) for name, value in meter.backend(backend.ip).items()},
-        "healthy": meter.healthy(backend),
-        "why": meter.why(backend),
+        "healthy": verdict.healthy,
+        "why": verdict.why,
     }
 
 
@@ -85,11 +87,15 @@ def settings_in_force(settings: Settings, policy: Policy) -> dict[str, Any]:
     }
 
 
-def launches(fleet: Fleet, patience: Patience, now: float) -> dict[str, Any]:
+def launches(fleet: Fleet, backoff: LaunchBackoff, now: float) -> dict[str, Any]:
+    live = fleets.live(fleet)
+    replaced = sum(backend.spec == backoff.spec for backend in live)
     return {
-        "failed": patience.failures,
-        "retry_in": round(patience.wait(now), 1),
-        "why": patience.why,
-        "updating": any(backend.spec != patience.spec for backend in fleets.live(fleet)),
-        "update_given_up": patience.given_up,
+        "failed": backoff.failures,
+        "retry_in": round(backoff.wait(now), 1),
+        "why": backoff.why,
+        "updating": replaced < len(live),
+        "replaced": replaced,
+        "to_replace": len(live) - replaced,
+        "update_given_up": backoff.given_up,
     }

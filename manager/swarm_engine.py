@@ -1,28 +1,32 @@
 """Docker Swarm as the engine: the twin of docker_engine for many hosts.
 
-The backends are the tasks of one replicated service. Swarm places, restarts and moves them, and picks who leaves; the
-manager says how many (`resize`) and sees the rest in the list of tasks. A task that Swarm wants gone is listed as
-`leaving` before its process is told, so that the balancers stop dealing to it while it still serves.
-One manager at a time: each writes a claim on its node, and who finds a newer one than its own ends.
+The backends are the tasks of one replicated service. Swarm places, restarts and moves them, and picks those to stop;
+the manager says how many (`resize`) and sees the rest in the list of tasks. A task that Swarm wants gone is listed as
+`leaving` before its process gets a signal, so that the balancers send it no more connections while it still serves.
+One manager at a time: each writes a claim on its node, and a manager that finds a newer claim than its own ends.
 Every call may take long and may raise EngineError; none touches a service but this project's own.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import docker
 import docker.errors
 import docker.utils
 
+import swarm_balancer
 from docker_engine import engine_errors
-from engine import PIDS, SYSCTLS, Engine, EngineError, Event, TakenOver, advice, options
+from engine import PIDS, SYSCTLS, BalancerOptions, Engine, EngineError, Event, TakenOver, advice, options
 from fleet import Container
 from settings import Settings
 
@@ -78,16 +82,18 @@ def _mount(volume: str) -> dict[str, Any]:
 
 
 class SwarmEngine(Engine):
-    def __init__(self, settings: Settings) -> None:
-        self.replicas = 0  # what the service is told to run, as last seen
-        self._settings = settings
+    def __init__(self, settings: Settings, balancer: BalancerOptions) -> None:
+        self.replicas = 0  # what the service is to run, as last seen
+        self._settings, self._given = settings, balancer
         self._name = f"{settings.project}-backend"
+        self._balancer_name = f"{settings.project}-balancer"
+        self._wanted_spec = ""
         self._labels = {"lbscaler.project": settings.project, "lbscaler.role": "backend"}
         self._alive: set[str] = set()
         self._claim: tuple[int, str] | None = None
         self._label = f"lbscaler.manager.{settings.project}"
-        self._ends_told: set[str] | None = None
-        self._tried = self._refused = ""  # the spec of the last update, and the one that Swarm has gone back from
+        self._ends_logged: set[str] | None = None
+        self._tried = ""  # the spec of the last update
         with engine_errors():
             self._client = docker.from_env(timeout=30)
 
@@ -101,7 +107,8 @@ class SwarmEngine(Engine):
         with engine_errors():
             image = self._client.api.inspect_image(self._settings.image)
         user = str(image["Config"].get("User") or "")
-        return json.dumps(task_template(self._settings, self._pinned(image), user), sort_keys=True)
+        self._wanted_spec = json.dumps(task_template(self._settings, self._pinned(image), user), sort_keys=True)
+        return self._wanted_spec
 
     def _pinned(self, image: Mapping[str, Any]) -> str:
         """The image by digest, for a tag may come to mean another; by its id where there is no registry, and then only
@@ -116,21 +123,60 @@ class SwarmEngine(Engine):
         with engine_errors():
             nodes = self._client.api.nodes()
             self._hold(nodes)
+            lost = {node["ID"] for node in nodes if node["Status"]["State"] == "down"}
+            self._note_balancers(nodes, lost)
             service = self._service()
             if service is None:
-                self.replicas, self._alive, self._ends_told = 0, set(), set()
+                self.replicas, self._alive, self._ends_logged = 0, set(), set()
                 return []
             self.replicas = service["Spec"]["Mode"]["Replicated"]["Replicas"]
             tasks = self._client.api.tasks(filters={"service": service["ID"]})
             spec = self._spec_of(service)
-        lost = {node["ID"] for node in nodes if node["Status"]["State"] == "down"}
-        # On a node that is down nobody is left to end its tasks, nor to say that they have ended.
+        # On a node that is down nothing ends its tasks or reports that they have ended.
         tasks = [t for t in tasks if not (t.get("NodeID") in lost and t["DesiredState"] != "running")]
         running = [task for task in tasks if task["Status"]["State"] in RUNNING and _address(task)]
         ended = [task for task in tasks if task["Status"]["State"] in ENDED and task["ID"] in self._alive]
-        self._tell_ends(tasks)
+        self._log_ends(tasks)
         self._alive = {task["ID"] for task in running}
         return [self._container(task, spec) for task in (*running, *ended)]
+
+    def _note_balancers(self, nodes: Iterable[Mapping[str, Any]], lost: Iterable[str]) -> None:
+        """What the list shows of the service of balancers and of its tasks."""
+        service = self._named(self._balancer_name, "balancer")
+        self.balancer = swarm_balancer.state(service, self._balancer_spec)
+        tasks = self._client.api.tasks(filters={"service": service["ID"]}) if service else []
+        running = swarm_balancer.running(tasks, lost)
+        self.balancers = frozenset(swarm_balancer.report_name(task) for task in running)
+        addresses = {node["ID"]: str(node["Status"].get("Addr", "")) for node in nodes}
+        serving = [task["NodeID"] for task in running if task["DesiredState"] == "running"]
+        known = [node for node in serving if addresses.get(node, "") not in swarm_balancer.NO_ADDRESS]
+        self.check_targets = [(addresses[node], self._settings.port) for node in known]
+
+    @cached_property
+    def _balancer_spec(self) -> dict[str, Any]:
+        nodes = self._client.api.nodes()
+        where = swarm_balancer.manager_addresses(nodes, self.gateway(), self._settings.manager_port)
+        secrets = {secret["Spec"]["Name"]: secret["ID"] for secret in self._client.api.secrets()}
+        missing = [name for name in self._given.secrets if name not in secrets]
+        if missing:
+            raise EngineError(f"this Swarm has no secret {', '.join(missing)}; ./run.sh makes it")
+        ids = [secrets[name] for name in self._given.secrets]
+        return swarm_balancer.service_spec(self._settings, replace(self._given, manager=where), ids)
+
+    def repair_balancer(self) -> None:
+        """Creates the service of balancers, or has Swarm update it, one node at a time."""
+        wanted = self._balancer_spec
+
+        def update() -> None:
+            service = self._named(self._balancer_name, "balancer")
+            if service is None:
+                self._client.api.create_service(**wanted)
+            else:
+                self._client.api.update_service(service["ID"], service["Version"]["Index"], **wanted)
+
+        with engine_errors():
+            self._hold(self._client.api.nodes())
+            self._retried(update)
 
     def _hold(self, nodes: Iterable[Mapping[str, Any]]) -> None:
         """Claims the fleet at first; from then on sees to it that nobody has claimed it since. A claim is kept on its
@@ -150,43 +196,50 @@ class SwarmEngine(Engine):
         labels = {**node["Spec"].get("Labels", {}), self._label: f"{claim[0]} {claim[1]}"}
         self._client.api.update_node(node_id, node["Version"]["Index"], {**node["Spec"], "Labels": labels})
 
-    def _tell_ends(self, tasks: Iterable[Mapping[str, Any]]) -> None:
-        """Once for each task that ended with an error since this manager began: what Swarm says of it, and what may
-        help. Those that never came to run are seen nowhere else."""
+    def _log_ends(self, tasks: Iterable[Mapping[str, Any]]) -> None:
+        """Once for each task that ended with an error since this manager began: Swarm's error, and what may help.
+        Tasks that never ran are seen nowhere else."""
         errors = {t["ID"]: t for t in tasks if t["Status"]["State"] in ENDED and t["Status"].get("Err")}
-        for id_ in sorted(errors.keys() - (errors.keys() if self._ends_told is None else self._ends_told)):
+        logged = errors.keys() if self._ends_logged is None else self._ends_logged
+        for id_ in sorted(errors.keys() - logged):
             why = errors[id_]["Status"]["Err"]
-            mend = advice(why)
-            log.warning("last words of %s: %s", self._name_of(errors[id_]), f"{why} [{mend}]" if mend else why)
-        self._ends_told = (self._ends_told or set()) | errors.keys()
+            hint = advice(why)
+            log.warning("last log line of %s: %s", self._name_of(errors[id_]), f"{why} [{hint}]" if hint else why)
+        self._ends_logged = set(errors)  # what Swarm no longer lists need not be remembered
 
     def _name_of(self, task: Mapping[str, Any]) -> str:
         return f"{self._name}-{task.get('Slot', 0)}.{task['ID'][:5]}"
 
     def _service(self) -> dict[str, Any] | None:
+        return self._named(self._name, "backend")
+
+    def _named(self, name: str, role: str) -> dict[str, Any] | None:
+        """Our service of that name; None where there is none."""
         try:
-            found: dict[str, Any] = self._client.api.inspect_service(self._name)
+            found: dict[str, Any] = self._client.api.inspect_service(name)
         except docker.errors.NotFound:
             return None
-        if not self._labels.items() <= found["Spec"]["Labels"].items():
-            raise EngineError(f"a service {self._name} is there and not ours; choose another --project")
+        ours = {**self._labels, "lbscaler.role": role}
+        if not ours.items() <= found["Spec"]["Labels"].items():
+            raise EngineError(f"a service {name} exists and is not ours; choose another --project")
         return found
 
     def _spec_of(self, service: Mapping[str, Any]) -> str:
         """What the service is made from. Where Swarm has gone back from what it was to be made from, that, as far as
         the plan can tell: it is not to be tried again by this manager."""
         labels = service["Spec"]["Labels"]
-        if (
-            self._tried
-            and not self._refused
-            and (service.get("UpdateStatus") or {}).get("State", "").startswith("rollback")
-        ):
-            self._refused = self._tried
+        status = service.get("UpdateStatus") or {}
+        if self._tried and not self.refused and status.get("State", "").startswith("rollback"):
+            self.refused = _digest(self._tried)
             log.error("update given up, Swarm goes back: its backends did not stay up")
-            if labels["lbscaler.spec"] == self._refused and labels.get("lbscaler.before"):
+            if labels["lbscaler.spec"] == self._tried and labels.get("lbscaler.before"):
                 # The number was changed amid the update, so what Swarm went back to is the same once more.
                 self._change(lambda spec: _make_from(spec, spec["Labels"]["lbscaler.before"]))
-        return self._refused or str(labels["lbscaler.spec"])
+        # The plan compares with this. An update that was refused counts as done, so that it is not tried again.
+        return self._wanted_spec if self._is_refused(self._wanted_spec) else str(labels["lbscaler.spec"])
+
+    def _is_refused(self, spec: str) -> bool:
+        return bool(self.refused) and _digest(spec) == self.refused
 
     def _container(self, task: Mapping[str, Any], spec: str) -> Container:
         status = task["Status"]
@@ -205,7 +258,7 @@ class SwarmEngine(Engine):
         """Has the service run so many tasks made from `spec`, and makes it where it is not there."""
 
         def edit(service: dict[str, Any]) -> None:
-            if service["Labels"].get("lbscaler.spec") != spec and self._refused != spec:
+            if service["Labels"].get("lbscaler.spec") != spec and not self._is_refused(spec):
                 service["Labels"]["lbscaler.before"] = service["Labels"]["lbscaler.spec"]
                 _make_from(service, spec)
                 self._tried = spec
@@ -265,7 +318,7 @@ class SwarmEngine(Engine):
             endpoint_spec=spec.get("EndpointSpec"),
         )
 
-    def last_words(self, container_id: str) -> str:
+    def last_log_line(self, container_id: str) -> str:
         """What Swarm says of the task's end."""
         with engine_errors():
             return str(self._client.api.inspect_task(container_id)["Status"].get("Err") or "none")
@@ -278,7 +331,9 @@ class SwarmEngine(Engine):
             began = time.monotonic()
             with engine_errors():
                 tasks = self._client.api.tasks(filters={"service": self._name}) if self._service() else []
-            now = {(task["ID"], task["DesiredState"], task["Status"]["State"]) for task in tasks}
+                balancer = self._named(self._balancer_name, "balancer")
+            states = {(task["ID"], task["DesiredState"], task["Status"]["State"]) for task in tasks}
+            now = (states, balancer["Version"]["Index"] if balancer else None)
             if now != before:
                 yield Event("task", "", 0)
             before = now
@@ -288,6 +343,10 @@ class SwarmEngine(Engine):
 def _make_from(service: dict[str, Any], spec: str) -> None:
     service["Labels"]["lbscaler.spec"] = spec
     service["TaskTemplate"] = json.loads(spec)
+
+
+def _digest(spec: str) -> str:
+    return hashlib.sha256(spec.encode()).hexdigest()
 
 
 def _claim(text: str) -> tuple[int, str]:

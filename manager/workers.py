@@ -1,4 +1,4 @@
-"""The engine's slow calls, each on a thread of a small pool. They change nothing; they report what came of them."""
+"""The engine's slow calls, each on a thread of a small pool. They change no state of ours but report their results."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from fleet import FAILED, Backend, Container
 
 WORKERS = 8
 RESIZE = "the fleet"  # in place of a backend's name, where a call is on all of them
+BALANCER = "the balancer"  # the same, where a call is on the balancer
 PAUSE = 0.5  # seconds between two tries of what failed
 
 log = logging.getLogger("manager")
@@ -23,13 +24,14 @@ log = logging.getLogger("manager")
 @dataclass(frozen=True)
 class Result:
     """A call on the backend `name` has ended: with a container, with none (it is gone, or never came to be, and `why`
-    says why), or with one that is `still_there` and has to be stopped again."""
+    says why), or with one that is `still_there` and has to be stopped again. `last_log_line` is a failed backend's."""
 
     name: str
     container: Container | None = None
     still_there: bool = False
     why: str = ""
     name_taken: bool = False
+    last_log_line: str = ""
 
 
 class Workers:
@@ -52,6 +54,9 @@ class Workers:
     def resize(self, count: int, spec: str) -> None:
         if RESIZE not in self.busy:
             self._begin(self._launching, RESIZE, lambda: self._resize(count, spec))
+
+    def repair_balancer(self) -> None:
+        self._begin(self._launching, BALANCER, self._repair_balancer)
 
     def results(self) -> Iterator[Result]:
         """What has ended since the last time; taking it in frees the backend for the next call."""
@@ -87,14 +92,23 @@ class Workers:
             time.sleep(PAUSE)
         return Result(RESIZE)
 
+    def _repair_balancer(self) -> Result:
+        try:
+            self._engine.repair_balancer()
+        except (EngineError, TakenOver) as error:
+            return Result(BALANCER, why=str(error))
+        return Result(BALANCER)
+
     def _stop(self, backend: Backend) -> Result:
+        line = ""
         try:
             if backend.state == FAILED:
                 with suppress(EngineError):  # some engines keep no logs
-                    log.warning("last words of %s: %s", backend.name, self._engine.last_words(backend.id) or "none")
+                    line = self._engine.last_log_line(backend.id)
+                    log.warning("last log line of %s: %s", backend.name, line or "none")
             self._engine.stop(backend.id)
         except EngineError as error:
             log.error("stop of %s failed, will try again: %s", backend.name, error)
             time.sleep(PAUSE)
             return Result(backend.name, still_there=True)
-        return Result(backend.name)
+        return Result(backend.name, last_log_line=line)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from controller import Controller
-from engine import Engine, EngineError, Event, NameTaken
+from engine import BalancerState, Engine, EngineError, Event, NameTaken
 from fleet import Container
 from meter import Report, Sample
 from settings import Settings, read, variable
@@ -36,9 +36,9 @@ class Clock:
 class FakeEngine(Engine):
     """Docker in memory, as `controller.Engine` wants it; a new container gets the lowest free address, as Docker's do.
 
-    Faults: while `down` is set every call raises it; `refusals` are raised by the next launches, one each, and
-    `no_last_words` by last_words; launches and stops wait for `gate`; `strangers` are names of others' containers; what
-    is made from a spec in `crashing` ends at once with that exit code.
+    Faults: while `down` is set every call raises it; `refusals` are raised by the next launches, one each, `no_logs` by
+    last_log_line, and `balancer_error` by repair_balancer; launches and stops wait for `gate`; `foreign` are names of
+    others' containers; what is made from a spec in `crashing` ends at once with that exit code.
     """
 
     def __init__(self, *running: str) -> None:
@@ -48,8 +48,9 @@ class FakeEngine(Engine):
         self.lists = 0  # looks at the list so far
         self.down = ""
         self.refusals: list[EngineError] = []
-        self.no_last_words = ""
-        self.strangers: set[str] = set()
+        self.no_logs = ""
+        self.balancer_error = ""
+        self.foreign: set[str] = set()
         self.image = "image-1"  # the spec of what runs and of what is to be launched
         self.crashing: dict[str, int] = {}
         self.gate = threading.Event()
@@ -71,7 +72,7 @@ class FakeEngine(Engine):
 
     def launch(self, name: str, spec: str) -> Container:
         self._begin("launch", name)
-        if name in self.strangers:
+        if name in self.foreign:
             raise NameTaken(f"the name {name} is already in use")
         if self.refusals:
             raise self.refusals.pop(0)
@@ -88,11 +89,17 @@ class FakeEngine(Engine):
         with self._lock:
             self.containers.pop(name, None)
 
-    def last_words(self, container_id: str) -> str:
+    def last_log_line(self, container_id: str) -> str:
         self._answer()
-        if self.no_last_words:
-            raise EngineError(self.no_last_words)
+        if self.no_logs:
+            raise EngineError(self.no_logs)
         return "goodbye"
+
+    def repair_balancer(self) -> None:
+        self._begin("repair", "balancer")
+        if self.balancer_error:
+            raise EngineError(self.balancer_error)
+        self.balancer = BalancerState.RUNNING
 
     def events(self) -> Iterator[Event]:
         while (event := self._events.get()) is not None:
@@ -144,7 +151,11 @@ class Chance:
 
 
 def controller(engine: FakeEngine, place: Path, clock: Clock, inside: str = "", **changes: object) -> Controller:
-    made = Controller(engine, settings(**changes), place / "ip.txt", clock, inside)
+    """A controller whose predecessor had all that runs in rotation, unless the place holds another ip.txt."""
+    ip_file = place / "ip.txt"
+    if not ip_file.exists() and isinstance(engine, FakeEngine):
+        ip_file.write_text("".join(f"{container.ip}\n" for container in engine.containers.values()))
+    made = Controller(engine, settings(**changes), ip_file, clock, inside=inside)
     made._chance = Chance()  # type: ignore[assignment]
     return made
 

@@ -18,11 +18,11 @@ from bench.replay import read_trace
 import controller as module
 import workers
 from controller import Controller, Unknown
-from engine import EngineError, Event
+from engine import BalancerState, EngineError, Event
 from fakes import Chance, Clock, FakeEngine, controller, eventually, report, sample
-from fleet import DRAIN_GRACE, READY_WITHIN
-from meter import FORGET, Sample
-from patience import GIVE_UP, STEADY
+from fleet import DRAIN_GRACE
+from launch_backoff import GIVE_UP, SETTLED, STABLE
+from meter import Finding, Sample
 from scaler import CREATE, OK, Decision
 
 
@@ -179,7 +179,7 @@ def test_a_failed_launch_backs_off_longer_each_time_says_why_and_is_retried(
         r.clock.pass_by(pause / 2)
     r.step_until(r.view)
     assert r.calls("launch") == [1] * 4
-    assert "3 launches in vain, next in 2.0 s: no space left" in caplog.text
+    assert "3 backends failed in a row, next launch in 2.0 s: no space left" in caplog.text
 
 
 @pytest.mark.parametrize("beside", [0, 2])
@@ -191,8 +191,9 @@ def test_a_backend_that_dies_at_once_again_and_again_backs_off_whoever_lives_bes
     r.engine.crashing = {"image-1": 3}
     for attempt, pause in enumerate((0.5, 1.0, 2.0, 4.0), 1):
         r.step_until(lambda: len(r.states()) == beside and r.launches()["failed"])
-        said = [r.launches()[key] for key in ("failed", "retry_in", "why")]
-        assert said == [attempt, pause, "its container ended with exit code 3"]
+        said = [r.launches()[key] for key in ("failed", "retry_in")]
+        assert said == [attempt, pause]
+        assert r.launches()["why"] == "its container ended with exit code 3; last log line: goodbye"
         r.clock.pass_by(pause - 0.1)
         r.controller.step()
         assert len(r.calls("launch")) == attempt, "before its time"
@@ -201,15 +202,16 @@ def test_a_backend_that_dies_at_once_again_and_again_backs_off_whoever_lives_bes
     r.step_until(lambda: len(r.view()) == beside + 1)
 
 
-def test_backing_off_ends_with_a_backend_that_lives(rig: Callable[..., Rig]) -> None:
+def test_failures_are_forgotten_once_the_fleet_is_at_its_size_for_a_minute(rig: Callable[..., Rig]) -> None:
     r = rig(min=1, max=2)
     r.fail_to_launch(3)
     r.step_until(r.view)
     r.all_well()
-    r.clock.pass_by(STEADY)
     r.controller.step()
-    assert r.launches()["failed"] == 3, "it has not lived for long"
-    r.clock.pass_by(0.1)
+    r.clock.pass_by(SETTLED - 0.1)
+    r.controller.step()
+    assert r.launches()["failed"] == 3, "not for long enough"
+    r.clock.pass_by(0.2)
     r.controller.step()
     assert [r.launches()[key] for key in ("failed", "retry_in", "why")] == [0, 0, ""]
     r.engine.refusals = [EngineError("no space left")]
@@ -227,11 +229,37 @@ def test_launches_in_vain_do_not_go_on_in_step_with_those_of_others(
     assert r.launches()["retry_in"] == 0.7
 
 
-def test_a_death_after_a_long_life_is_made_good_at_once(rig: Callable[..., Rig]) -> None:
+def test_first_death_of_a_serving_backend_is_replaced_at_once_and_reported(rig: Callable[..., Rig]) -> None:
     r = rig(2)
-    r.clock.pass_by(STEADY)
+    r.clock.pass_by(STABLE)
     r.engine.die("p-backend-2", 1)
     r.step_until(lambda: sorted(r.engine.containers) == ["p-backend-1", "p-backend-3"])
+    assert (r.launches()["failed"], r.launches()["retry_in"]) == (1, 0)
+    r.step_until(lambda: r.launches()["why"] == "its container ended with exit code 1; last log line: goodbye")
+
+
+def test_backends_that_serve_and_are_killed_again_and_again_back_off(rig: Callable[..., Rig]) -> None:
+    """As with a memory limit that is too low: each serves for 25 s."""
+    r = rig(1, min=1)
+    for failures, expected in enumerate((0, 1, 2, 4, 8), 1):
+        r.step_until(r.view)
+        r.all_well()
+        for _ in range(25):
+            r.clock.pass_by(1)
+            r.controller.step()
+        r.engine.die(next(iter(r.engine.containers)), 137)
+        r.step_until(lambda failures=failures: r.launches()["failed"] == failures)
+        assert r.launches()["retry_in"] == expected
+        r.clock.pass_by(expected)
+
+
+def test_backend_that_somebody_kills_counts_as_no_failure(looping: Callable[..., Rig]) -> None:
+    r = looping(2)
+    r.clock.pass_by(STABLE)
+    r.engine.tell(Event("kill", r.id(2), 9))
+    assert eventually(lambda: r.controller._fleet["p-backend-2"].external)
+    r.engine.die("p-backend-2", 137)
+    assert eventually(lambda: sorted(r.engine.containers) == ["p-backend-1", "p-backend-3"])
     assert r.launches()["failed"] == 0
 
 
@@ -239,7 +267,7 @@ def test_a_death_soon_after_a_slow_launch_is_a_launch_in_vain(rig: Callable[...,
     r = rig(min=1)
     r.engine.gate.clear()
     r.controller.step()
-    r.clock.pass_by(STEADY + 1)
+    r.clock.pass_by(STABLE + 1)
     r.engine.gate.set()
     r.step_until(r.view)
     r.all_well()
@@ -255,9 +283,12 @@ def test_a_launch_that_failed_a_thousand_times_is_still_retried(rig: Callable[..
     r.step_until(lambda: len(r.view()) == 30)
 
 
+READY_TIMEOUT = 60.0
+
+
 def test_a_name_that_a_stranger_bears_is_skipped_from_then_on(rig: Callable[..., Rig]) -> None:
     r = rig()
-    r.engine.strangers = {"p-backend-1"}
+    r.engine.foreign = {"p-backend-1"}
     r.step_until(lambda: 1 not in r.states() and len(r.view()) == 1)
     r.clock.pass_by(30)
     r.step_until(lambda: len(r.view()) == 2)
@@ -293,7 +324,7 @@ def test_a_dead_backend_is_told_of_replaced_and_removed(
     assert (
         "backend p-backend-2 198.18.0.3 active→failed after 60.0 s: its container ended with exit code 3" in caplog.text
     )
-    assert "last words of p-backend-2: goodbye" in caplog.text
+    assert "last log line of p-backend-2: goodbye" in caplog.text
 
 
 def test_a_backend_that_somebody_stops_leaves_rotation_at_once(looping: Callable[..., Rig]) -> None:
@@ -339,29 +370,79 @@ def test_events_are_listened_for_again_after_the_stream_broke(looping: Callable[
     assert r.controller.wait_for_view(before, 3) is not None
 
 
-def test_a_sick_backend_is_failed_replaced_and_removed(rig: Callable[..., Rig]) -> None:
+def make_unhealthy(r: Rig, *numbers: int, seconds: float, why: str = "refused") -> None:
+    """Reports every second, over `seconds`, that those backends are unhealthy and all others healthy."""
+    rows = r.controller.status()["backends"]
+    addresses = {row["ip"] for row in rows if int(row["name"].rpartition("-")[2]) in numbers}
+    for _ in range(int(seconds)):
+        r.clock.pass_by(1)
+        view = r.view()
+        r.hear(**{f"_{ip.rpartition('.')[2]}": sample(healthy=ip not in addresses, why=why) for ip in view})
+        r.controller.step()
+
+
+def test_unhealthy_backend_drains_once_its_substitute_is_ready(
+    rig: Callable[..., Rig], caplog: pytest.LogCaptureFixture
+) -> None:
     r = rig(2)
-    r.clock.pass_by(60)
-    r.controller.stop("198.18.0.2", "ill for 10 s: refused")
-    assert (r.states()[1], r.reason(1)) == ("failed", "ill for 10 s: refused")
-    assert r.view() == {"198.18.0.3": "active"}
+    make_unhealthy(r, 1, seconds=10)
+    assert (r.states(), r.calls("launch")) == ({1: "active", 2: "active"}, []), "not for long enough"
+    r.engine.gate.clear()
+    make_unhealthy(r, 1, seconds=2)
+    assert eventually(lambda: r.calls("launch") == [3])
+    assert r.states() == {1: "active", 2: "active", 3: "starting"}, "kept until there is a substitute"
+    r.engine.gate.set()
+    r.step_until(lambda: len(r.view()) == 3)
+    make_unhealthy(r, 1, seconds=1)
+    assert r.states() == {1: "draining", 2: "active", 3: "active"}
+    assert r.reason(1).endswith("s: refused")
+    assert r.launches()["failed"] == 1, "a failure of what it was made from"
+    r.controller.stop("198.18.0.2", "drained in 1.0 s")
     r.step_until(lambda: sorted(r.engine.containers) == ["p-backend-2", "p-backend-3"])
+
+
+def test_four_unhealthy_of_five_are_replaced_one_at_a_time(rig: Callable[..., Rig]) -> None:
+    r = rig(5, min=5)
+    unhealthy = (1, 2, 3, 4)
+    make_unhealthy(r, *unhealthy, seconds=11)
+    for step in range(400):
+        make_unhealthy(r, *unhealthy, seconds=1)
+        states = r.states()
+        active = [n for n, state in states.items() if state == "active"]
+        assert len(active) >= 5, f"{states} in step {step}: the unhealthy ones left before their substitutes were ready"
+        assert sum(state == "starting" for state in states.values()) <= 1, f"{states}: more than one at a time"
+        if not set(active) & set(unhealthy):
+            break
+        time.sleep(0.002)
+    assert len(active) == 5
+
+
+def test_unhealthy_backends_stay_while_no_substitute_gets_ready(rig: Callable[..., Rig]) -> None:
+    r = rig(3, min=3)
+    for _ in range(200):
+        r.clock.pass_by(1)
+        r.hear(**{f"_{ip.rpartition('.')[2]}": sample(healthy=False) for ip in r.view()})
+        r.controller.step()
+        assert [r.states()[n] for n in (1, 2, 3)] == ["active"] * 3
+        time.sleep(0.001)
+    assert r.launches()["failed"] >= 1
+    assert r.launches()["why"].startswith("not ready within 60 s")
+
+
+def test_report_that_an_active_backend_is_done_drains_it(rig: Callable[..., Rig]) -> None:
+    r = rig(2)
+    r.controller.stop("198.18.0.2", "drained")
+    assert r.states()[1] == "draining"
+    r.controller.stop("198.18.0.2", "drained")
+    assert r.states()[1] == "stopped"
     with pytest.raises(Unknown):
-        r.controller.stop("198.18.0.99", "ill")
+        r.controller.stop("198.18.0.99", "drained")
 
 
-def test_a_second_word_on_a_failed_backend_changes_nothing(rig: Callable[..., Rig]) -> None:
+def test_failed_backend_without_logs_is_removed_all_the_same(rig: Callable[..., Rig]) -> None:
     r = rig(2)
-    for reason in ("ill for 10 s", "ill for 11 s"):
-        r.controller.stop("198.18.0.2", reason)
-    assert (r.states()[1], r.reason(1)) == ("failed", "ill for 10 s")
-    assert r.launches()["failed"] == 1
-
-
-def test_a_failed_backend_without_last_words_is_removed_all_the_same(rig: Callable[..., Rig]) -> None:
-    r = rig(2)
-    r.engine.no_last_words = "configured logging driver does not support reading"
-    r.controller.stop("198.18.0.2", "ill")
+    r.engine.no_logs = "configured logging driver does not support reading"
+    r.engine.die("p-backend-1", 3)
     assert eventually(lambda: (r.controller.step(), "p-backend-1" not in r.engine.containers)[1], within=0.5)
 
 
@@ -381,7 +462,8 @@ def test_without_a_balancer_nobody_is_blamed_for_not_being_ready(rig: Callable[.
     r.hear(_2=sample(), _3=sample())
     r.controller.drain("198.18.0.3")
     r.step_until(lambda: "198.18.0.4" in r.view())
-    r.clock.pass_by(FORGET + READY_WITHIN + 1)
+    r.engine.balancers = frozenset()
+    r.clock.pass_by(READY_TIMEOUT + 1)
     r.controller.step()
     assert r.states()[3] == "starting"
 
@@ -428,7 +510,7 @@ def test_without_a_balancers_word_a_drain_ends_after_its_timeout_and_a_grace(rig
     r.engine.gate.clear()
     r.clock.pass_by(0.5)
     r.controller.step()
-    assert (r.states()[3], r.reason(3)) == ("stopped", "drain timeout, and no balancer's word")
+    assert (r.states()[3], r.reason(3)) == ("stopped", "drain timeout, and no balancer reported the end")
     r.engine.gate.set()
     r.step_until(lambda: sorted(r.engine.containers) == ["p-backend-1", "p-backend-2"])
 
@@ -480,25 +562,18 @@ def test_a_balancer_that_gives_no_name_speaks_for_all(rig: Callable[..., Rig]) -
     assert r.states()[3] == "stopped"
 
 
-def test_a_drain_waits_no_longer_for_a_balancer_that_is_forgotten(rig: Callable[..., Rig]) -> None:
+def test_drain_waits_no_longer_for_a_balancer_that_the_engine_does_not_list(rig: Callable[..., Rig]) -> None:
     r = rig(3, drain_timeout=300)
     for name in ("a", "b"):
         r.controller.report(report(name))
     r.controller.drain("198.18.0.4")
-    for seconds, state in ((FORGET, "draining"), (0.1, "stopped")):
-        r.clock.pass_by(seconds)
+    for listed, state in (({"a", "b"}, "draining"), ({"a"}, "stopped")):
+        r.engine.balancers = frozenset(listed)
+        r.clock.pass_by(30)
         r.controller.report(report("a"))
         r.controller.step()
         r.controller.stop("198.18.0.4", "drained", "a")
         assert r.states()[3] == state
-
-
-def test_one_balancers_word_is_enough_for_the_ill(rig: Callable[..., Rig]) -> None:
-    r = rig(2)
-    for name in ("a", "b"):
-        r.controller.report(report(name))
-    r.controller.stop("198.18.0.2", "ill", "a")
-    assert r.states()[1] == "failed"
 
 
 # -- spares -----------------------------------------------------------------------------------------------------------
@@ -584,9 +659,8 @@ def test_an_update_whose_backends_never_get_ready_goes_back_by_itself(
         if r.launches()["update_given_up"] and r.specs() == ["image-1"] * 2:
             break
         time.sleep(0.001)
-    assert r.launches()["update_given_up"] == (
-        "its container ended with exit code 3" if crash else f"not ready within {READY_WITHIN:g} s"
-    )
+    given_up = r.launches()["update_given_up"]
+    assert given_up.startswith("its container ended with exit code 3" if crash else "not ready within 60 s")
     r.step_until(lambda: r.states() == {1: "active", 2: "active"})
     assert r.specs() == ["image-1"] * 2, "the old ones never left"
     assert len(r.calls("launch")) == GIVE_UP
@@ -594,7 +668,7 @@ def test_an_update_whose_backends_never_get_ready_goes_back_by_itself(
     r.engine.refusals = [EngineError("no space left")]
     r.controller.drain("198.18.0.2")
     r.step_until(lambda: r.launches()["failed"])  # of the old, for which nothing is given up
-    assert caplog.text.count("update given up, going back: its backends never got ready: ") == 1
+    assert caplog.text.count("update given up, going back: its backends failed: ") == 1
 
 
 def test_a_manager_that_takes_over_amid_an_update_keeps_the_old_until_a_new_one_is_found_healthy(
@@ -611,6 +685,211 @@ def test_a_manager_that_takes_over_amid_an_update_keeps_the_old_until_a_new_one_
     r.all_well()
     r.controller.step()
     assert (r.view()[new.ip], sorted(r.states().values())[:3]) == ("active", ["active", "active", "draining"])
+
+
+def refuse_update(r: Rig) -> None:
+    """Steps until the update to what crashes is given up, and all of the old serve."""
+    r.engine.crashing = {"image-2": 3}
+    for _ in range(400):
+        r.controller.step()
+        r.all_well(but="image-2")
+        r.clock.pass_by(0.1)
+        if r.launches()["update_given_up"] and r.specs() == ["image-1"] * 2:
+            return
+        time.sleep(0.001)
+    raise AssertionError(r.launches())
+
+
+def test_restarted_manager_does_not_try_a_refused_update_again(rig: Callable[..., Rig], tmp_path: Path) -> None:
+    r = rig(2, image="image-2")
+    refuse_update(r)
+    launched = len(r.calls("launch"))
+    again = controller(r.engine, tmp_path, r.clock)
+    again.adopt(None)
+    for _ in range(3):
+        again.step()
+    assert len(r.calls("launch")) == launched
+    launches = again.status()["launches"]
+    assert (launches["update_given_up"], launches["updating"]) == (r.launches()["update_given_up"], False)
+
+
+def test_another_update_is_tried_after_one_was_refused(rig: Callable[..., Rig], tmp_path: Path) -> None:
+    r = rig(2, image="image-2")
+    refuse_update(r)
+    r.engine.image = "image-3"
+    again = controller(r.engine, tmp_path, r.clock)
+    again.adopt(None)
+    assert again.status()["launches"]["update_given_up"] == ""
+    assert eventually(lambda: (again.step(), "image-3" in r.specs())[1])
+
+
+def test_status_counts_what_an_update_has_replaced(rig: Callable[..., Rig]) -> None:
+    r = rig(3, image="image-2", min=3)
+    assert [r.launches()[key] for key in ("updating", "replaced", "to_replace")] == [True, 0, 3]
+    r.step_until(lambda: len(r.view()) == 4)
+    assert [r.launches()[key] for key in ("updating", "replaced", "to_replace")] == [True, 1, 3]
+
+
+# -- the balancer -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", [BalancerState.MISSING, BalancerState.STOPPED, BalancerState.OUTDATED])
+def test_balancer_that_does_not_run_as_it_should_is_repaired(rig: Callable[..., Rig], state: BalancerState) -> None:
+    r = rig(2)
+    r.engine.balancer = state
+    r.controller.step()
+    assert r.controller.status()["balancer"] == {"state": "starting", "problem": ""}
+    r.step_until(lambda: r.engine.calls == [("repair", "balancer")])
+    r.step_until(lambda: r.controller.status()["balancer"] == {"state": "running", "problem": ""})
+    r.controller.step()
+    assert r.engine.calls == [("repair", "balancer")], "once"
+
+
+def test_balancer_that_cannot_be_started_is_tried_again_with_growing_waits(
+    rig: Callable[..., Rig], caplog: pytest.LogCaptureFixture
+) -> None:
+    r = rig(2)
+    r.engine.balancer, r.engine.balancer_error = BalancerState.MISSING, "port is already allocated"
+    for attempt in range(1, 4):
+        r.step_until(lambda attempt=attempt: len(r.engine.calls) == attempt)
+        r.step_until(lambda: r.controller.status()["balancer"]["state"] == "failed")
+        assert r.controller.status()["balancer"]["problem"] == "port is already allocated"
+        r.controller.step()
+        assert len(r.engine.calls) == attempt, "before its time"
+        r.clock.pass_by(30)
+    assert "the balancer cannot be started: port is already allocated" in caplog.text
+    r.engine.balancer_error = ""
+    r.step_until(lambda: r.controller.status()["balancer"]["state"] == "running")
+
+
+def test_balancer_that_ends_at_once_again_and_again_backs_off(rig: Callable[..., Rig]) -> None:
+    r = rig(2)
+    for _ in range(100):
+        r.engine.balancer = BalancerState.STOPPED
+        r.controller.step()
+        time.sleep(0.002)
+        r.clock.pass_by(0.1)
+    assert len(r.engine.calls) <= 5
+
+
+# -- the test of the data path ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def connections(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the next connections through the balancer meet, and from which address each was made."""
+    answers: dict[str, Any] = {"error": "", "made": []}
+
+    def connect(target: tuple[str, int], source: str) -> str:
+        answers["made"].append((target, source))
+        return str(answers["error"])
+
+    monkeypatch.setattr(module.path_check, "connect", connect)
+    return answers
+
+
+def checked_rig(rig: Callable[..., Rig], **changes: object) -> Rig:
+    r = rig(2, **changes)
+    r.engine.check_targets = [("198.18.0.100", 8000)]
+    r.all_well()
+    return r
+
+
+def test_two_failed_connections_in_a_row_are_reported_once_with_what_was_found(
+    rig: Callable[..., Rig], connections: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    r = checked_rig(rig)
+    found = (Finding("foreign_rule", "filter FORWARD -j DROP"),)
+    r.controller.report(replace(report(_2=sample(), _3=sample()), findings=found))
+    r.controller.check_path()
+    assert r.controller.status()["data_path"]["working"] is True
+    connections["error"] = "timed out"
+    r.controller.check_path()
+    assert r.controller.status()["data_path"]["problem"] == "", "one may be chance"
+    for _ in range(3):
+        r.controller.check_path()
+    problem = (
+        "connections through the balancer at 198.18.0.100:8000 fail: timed out; "
+        "found: a foreign rule stands in the way: filter FORWARD -j DROP"
+    )
+    told = r.controller.status()["data_path"]
+    assert (told["working"], told["problem"]) == (False, problem)
+    assert told["findings"] == [{"kind": "foreign_rule", "detail": "filter FORWARD -j DROP"}]
+    assert caplog.messages.count(problem) == 1
+    connections["error"] = ""
+    r.controller.check_path()
+    assert r.controller.status()["data_path"]["working"] is True
+    assert "connections through the balancer work again" in caplog.messages
+
+
+def test_path_is_not_checked_without_a_healthy_backend_or_a_running_balancer(
+    rig: Callable[..., Rig], connections: dict[str, Any]
+) -> None:
+    r = checked_rig(rig)
+    r.hear(_2=sample(healthy=False), _3=sample(healthy=False))
+    r.controller.check_path()
+    assert connections["made"] == []
+    r.all_well()
+    r.engine.gate.clear()
+    r.engine.balancer = BalancerState.MISSING
+    r.controller.step()
+    r.controller.check_path()
+    assert connections["made"] == []
+
+
+def test_balancer_is_replaced_where_its_ip_forwarding_is_off(
+    rig: Callable[..., Rig], connections: dict[str, Any]
+) -> None:
+    r = checked_rig(rig)
+    connections["error"] = "timed out"
+    r.controller.report(replace(report(_2=sample(), _3=sample()), findings=(Finding("ip_forward_off"),)))
+    for _ in range(2):
+        assert r.engine.calls == []
+        r.controller.check_path()
+    assert eventually(lambda: r.engine.calls == [("repair", "balancer")])
+
+
+# -- a process that was stopped ---------------------------------------------------------------------------------------
+
+
+def test_time_in_which_the_process_was_stopped_counts_against_nobody(rig: Callable[..., Rig]) -> None:
+    r = rig(2, min=3)
+    r.step_until(lambda: len(r.view()) == 3)
+    r.hear(_2=sample(healthy=False), _3=sample(), _4=sample(healthy=False))
+    r.clock.pass_by(100)
+    r.controller.resume(100)
+    r.hear(_2=sample(healthy=False), _3=sample(), _4=sample(healthy=False))
+    r.controller.step()
+    assert r.states() == {1: "active", 2: "active", 3: "starting"}, "neither replaced nor given up"
+    assert r.calls("launch") == [3]
+
+
+def test_loop_notices_that_the_process_was_stopped(
+    looping: Callable[..., Rig], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "RELIST", 0.05)
+    r = looping(2)
+    assert eventually(lambda: r.engine.lists > 2)
+    r.clock.pass_by(8)
+    assert eventually(lambda: "this process was stopped for 8 s" in caplog.text)
+
+
+# -- panic ------------------------------------------------------------------------------------------------------------
+
+
+def test_panic_of_a_balancer_is_logged_once_and_shown(
+    rig: Callable[..., Rig], caplog: pytest.LogCaptureFixture
+) -> None:
+    r = rig(2)
+    for _ in range(2):
+        r.controller.report(replace(report("b1"), panic=True))
+    assert r.controller.status()["rotation_panic"] == ["b1"]
+    r.controller.report(report("b1"))
+    assert r.controller.status()["rotation_panic"] == []
+    assert [m.split(":")[0] for m in caplog.messages if "half" in m] == [
+        "fewer than half of the backends are healthy",
+        "at least half of the backends are healthy again",
+    ]
 
 
 # -- the engine out of reach ------------------------------------------------------------------------------------------
@@ -630,12 +909,12 @@ def test_an_engine_out_of_reach_changes_nothing_and_is_told_once(
     assert r.launches()["failed"] == 0, "what the engine cannot do is no backend's fault"
     assert (r.states(), r.view(), r.revision(), r.ip_file.read_text(), r.controller.desired - 1) == before
     assert r.engine.calls == []
-    line = "engine out of reach, the fleet stays as it is: connection refused"
+    line = "engine unreachable, the fleet stays as it is: connection refused"
     assert [record.getMessage() for record in caplog.records].count(line) == 1
     r.engine.down = ""
     r.step_until(lambda: len(r.view()) == 4)
     assert r.controller.status()["engine"] == "ok"
-    assert "engine in reach again" in caplog.text
+    assert "engine reachable again" in caplog.text
 
 
 def test_nothing_is_adopted_from_an_engine_out_of_reach(tmp_path: Path) -> None:
@@ -805,6 +1084,49 @@ def test_orders_that_cannot_be_read_leave_the_settings_standing(tmp_path: Path, 
     assert (made.policy.min, made.policy.max, made.policy.target, made.paused) == (2, 10, 100, False)
 
 
+def test_restarted_manager_takes_no_starting_backend_for_active(rig: Callable[..., Rig], tmp_path: Path) -> None:
+    r = rig(1, min=2, ready_timeout=120)
+    r.step_until(lambda: len(r.view()) == 2)
+    r.hear(_2=sample(), _3=sample(healthy=False))
+    again = controller(r.engine, tmp_path, r.clock, min=2, ready_timeout=120)
+    again.adopt(None)
+    states = {b["name"][-1]: b["state"] for b in again.status()["backends"]}
+    assert states == {"1": "active", "2": "starting"}
+
+
+@pytest.mark.parametrize(("waited", "state"), [(90, "starting"), (121, "failed")])
+def test_backend_may_take_as_long_as_the_ready_timeout(rig: Callable[..., Rig], waited: float, state: str) -> None:
+    r = rig(min=1, ready_timeout=120)
+    r.step_until(r.view)
+    r.hear(_2=sample(healthy=False))
+    r.clock.pass_by(waited)
+    r.hear(_2=sample(healthy=False))
+    assert r.states() == {1: state}
+
+
+def test_silent_balancer_keeps_the_fleet_from_shrinking_until_the_engine_does_not_list_it(
+    rig: Callable[..., Rig],
+) -> None:
+    r = rig(3, min=1, stable_window=6, interval=2)
+    r.engine.balancers = frozenset({"b1", "b2"})
+
+    def beat(*names: str, times: int = 1) -> None:
+        for _ in range(times):
+            r.clock.pass_by(2)
+            r.controller.step()
+            for name in names:
+                r.controller.report(report(name, _2=sample(int(r.clock.now * rates[name]))))
+
+    rates = {"b1": 200, "b2": 90}
+    beat("b1", "b2", times=10)
+    assert r.controller.desired == 3
+    beat("b2", times=60)
+    assert r.controller.desired == 3, "b1 is silent: its load is not zero"
+    r.engine.balancers = frozenset({"b2"})
+    beat("b2", times=10)
+    assert r.controller.desired == 1
+
+
 # -- adopting, and what balancers are told ----------------------------------------------------------------------------
 
 
@@ -847,7 +1169,7 @@ def test_the_view_tells_what_serves_and_how(rig: Callable[..., Rig]) -> None:
         "revision": r.revision(),
         "service": {
             **{"port": 80, "health": "http:/ok", "interval": 3, "drain_timeout": 4},
-            **{"weights": "equal", "inside": "i", "locality": ""},
+            **{"weights": "equal", "inside": "i", "locality": "", "check_source": ""},
         },
         "backends": [{"id": r.id(1)[:12], "ip": "198.18.0.2", "state": "active", "weight": 1.0}],
     }
@@ -873,7 +1195,7 @@ def test_a_place_that_cannot_be_written_to_keeps_nobody_from_the_news(
     r.controller.drain("198.18.0.3")
     assert r.controller.wait_for_view(before, 0) is not None
     assert r.ip_file.read_text() == "198.18.0.2\n198.18.0.3\n"
-    assert "a balancer that starts now would find old rules: disk full" in caplog.text
+    assert "ip.txt cannot be written, so a balancer that starts now begins with old rules: disk full" in caplog.text
 
 
 def test_the_revision_moves_only_when_a_balancer_has_something_to_learn(rig: Callable[..., Rig]) -> None:

@@ -16,7 +16,7 @@ from fleet import (
     DRAIN_GRACE,
     DRAINING,
     FAILED,
-    READY_WITHIN,
+    REPLACE_AFTER,
     SPARE,
     STARTING,
     STOPPED,
@@ -29,10 +29,12 @@ from fleet import (
     Namer,
     Step,
     Stop,
+    Verdict,
 )
-from patience import GIVE_UP, Patience
+from launch_backoff import GIVE_UP, LaunchBackoff
 
 LISTED, NOW = 90.0, 100.0
+READY_TIMEOUT = 60.0
 IP = "198.18.0.2"
 
 
@@ -44,7 +46,9 @@ def container(status: str = "running", name: str = "p-1", **changes: object) -> 
     return Container(**{"id": f"id-{name}", "name": name, "ip": IP, "status": status, **changes})  # type: ignore[arg-type]
 
 
-ADOPTED = backend(ACTIVE, since=NOW, reason="adopted", launched=NOW)
+SERVING = "198.18.0.77"  # in rotation when the manager before this one ended
+ADOPTED = backend(STARTING, since=NOW, reason="adopted", launched=NOW)
+ADOPTED_ACTIVE = replace(ADOPTED, state=ACTIVE, ip=SERVING)
 LEFT_OVER = backend(STOPPED, since=NOW, reason="left over", running=False, launched=NOW)
 PLACEHOLDER = backend(STARTING, id="", ip="")
 CRASHED = "its container ended with exit code 3"
@@ -59,9 +63,11 @@ def failed(reason: str) -> Backend:
 
 
 OBSERVED: dict[str, tuple[Backend | None, Container | None, Backend | None]] = {
-    "a running stray is adopted": (None, container(), ADOPTED),
+    "a running container of ours is adopted as starting": (None, container(), ADOPTED),
+    "as active if the manager before had it in rotation": (None, container(ip=SERVING), ADOPTED_ACTIVE),
     "a paused one too": (None, container("paused"), ADOPTED),
     "adopted with its spec": (None, container(spec="old"), replace(ADOPTED, spec="old")),
+    "renamed by somebody": (backend(), container(name="another-name", id="id-p-1"), backend()),
     "an ended stray is to be removed": (None, container("exited"), LEFT_OVER),
     "a stray never started is to be removed": (None, container("created"), LEFT_OVER),
     "own launch, not yet listed": (PLACEHOLDER, None, PLACEHOLDER),
@@ -95,7 +101,7 @@ def test_the_engines_list_is_the_truth_about_containers(
     known: Backend | None, listed: Container | None, expected: Backend | None
 ) -> None:
     before = {"p-1": known} if known else {}
-    after = fleets.observe(before, [listed] if listed else [], LISTED, NOW)
+    after = fleets.observe(before, [listed] if listed else [], LISTED, NOW, {SERVING})
     assert after == ({"p-1": expected} if expected else {})
 
 
@@ -126,16 +132,20 @@ def test_balancers_see_a_backend_until_its_container_has_ended_or_it_failed(stat
     assert not backend(state, running=False).in_view
 
 
-LATE = 5.0 + READY_WITHIN
+LATE = 5.0 + READY_TIMEOUT
 
 
 FIT = backend(SPARE, ready=True)
 
 
-HEARD = {
+def judge(fleet: fleets.Fleet, healthy: bool | None, now: float, judged: bool = True) -> fleets.Fleet:
+    return fleets.apply_health(fleet, lambda _: Verdict(healthy, "a why"), judged, READY_TIMEOUT, now)
+
+
+JUDGED = {
     "a spare not yet": (backend(SPARE), False, True, 10, SPARE),
     "a spare never ready": (backend(SPARE), False, True, LATE + 1, FAILED),
-    "a ready spare fallen ill is the balancers' affair": (FIT, False, True, LATE + 1, SPARE),
+    "a ready spare that is unhealthy now stays a spare": (FIT, False, True, LATE + 1, SPARE),
     "ready": (backend(STARTING), True, True, 10, ACTIVE),
     "not yet": (backend(STARTING), False, True, 10, STARTING),
     "in time still": (backend(STARTING), None, True, LATE, STARTING),
@@ -152,18 +162,20 @@ HEARD = {
 }
 
 
-@pytest.mark.parametrize(("known", "healthy", "probed", "now", "state"), HEARD.values(), ids=HEARD)
+@pytest.mark.parametrize(("known", "healthy", "probed", "now", "state"), JUDGED.values(), ids=JUDGED)
 def test_balancers_say_who_has_become_ready_and_who_never_does(
     known: Backend, healthy: bool | None, probed: bool, now: float, state: str
 ) -> None:
-    after = fleets.hear({"p-1": known}, lambda _: healthy, probed, now)["p-1"]
+    after = judge({"p-1": known}, healthy, now, probed)["p-1"]
     fit = replace(known, ready=known.ready or state == ACTIVE != known.state)
+    if known.state == ACTIVE and healthy is False:
+        fit = replace(fit, unhealthy_since=now, unhealthy_why="a why")
     assert after == (fit if state == known.state else fit.to(state, now, after.reason))
-    assert after.reason == ("not ready within 60 s" if state == FAILED != known.state else "")
+    assert after.reason == ("not ready within 60 s: a why" if state == FAILED != known.state else "")
 
 
 def test_a_spare_found_healthy_is_ready_and_stays_out_of_rotation() -> None:
-    after = fleets.hear({"p-1": backend(SPARE)}, lambda _: True, True, 10)
+    after = judge({"p-1": backend(SPARE)}, True, 10)
     assert after == {"p-1": FIT}
     assert fleets.live(after) == []
 
@@ -177,6 +189,15 @@ def drains(*numbers: int, to: int) -> list[Step]:
 
 
 OVERDUE = 5.0 + 30 + DRAIN_GRACE
+LONG = REPLACE_AFTER + 0.1
+
+
+def unhealthy(count: int, *numbers: int, since: float) -> dict[str, Backend]:
+    """So many active backends, of which those with these numbers are unhealthy since then."""
+    fleet = fleet_of(*[ACTIVE] * count)
+    for n in numbers:
+        fleet[f"p-{n}"] = replace(fleet[f"p-{n}"], unhealthy_since=since, unhealthy_why="a why")
+    return fleet
 
 
 PLANS: dict[str, tuple[dict[str, Backend], int, float, list[Step]]] = {
@@ -190,6 +211,45 @@ PLANS: dict[str, tuple[dict[str, Backend], int, float, list[Step]]] = {
     "who has drained is stopped": (fleet_of(STOPPED, ACTIVE), 1, 10, [Stop("p-1")]),
     "nothing there to stop yet": (fleet_of(STOPPED, FAILED, DRAINING, STARTING, id="", ip=""), 1, 1e9, []),
     "the youngest first, by number": (fleet_of(*[ACTIVE] * 11), 9, 10, drains(11, 10, to=9)),
+    "the unhealthy before those not yet ready": (
+        {**fleet_of(ACTIVE, STARTING, ACTIVE), "p-1": backend(name="p-1", unhealthy_since=8.0)},
+        2,
+        10,
+        drains(1, to=2),
+    ),
+    "the unhealthy before the youngest": (
+        {**fleet_of(*[ACTIVE] * 4), "p-2": backend(name="p-2", unhealthy_since=8.0)},
+        2,
+        10,
+        drains(2, 4, to=2),
+    ),
+    "unhealthy, but not for long enough": (unhealthy(2, 1, since=0.0), 2, REPLACE_AFTER, []),
+    "unhealthy for too long: a substitute first": (unhealthy(2, 1, since=0.0), 2, LONG, [Launch("p-3")]),
+    "the substitute is not ready yet": (
+        {**unhealthy(2, 1, since=0.0), "p-3": backend(STARTING, "p-3")},
+        2,
+        LONG,
+        [],
+    ),
+    "the substitute is ready": (
+        {**unhealthy(2, 1, since=0.0), "p-3": backend(ACTIVE, "p-3")},
+        2,
+        LONG,
+        [Drain("p-1", "unhealthy for 10 s: a why", unhealthy=True)],
+    ),
+    "one in ten at a time": (
+        unhealthy(30, *range(1, 9), since=0.0),
+        30,
+        LONG,
+        [Launch(f"p-{n}") for n in (31, 32, 33)],
+    ),
+    "at least one at a time": (unhealthy(3, 1, 2, 3, since=0.0), 3, LONG, [Launch("p-4")]),
+    "scale-in while one is replaced": (
+        {**unhealthy(2, 1, since=0.0), "p-3": backend(ACTIVE, "p-3")},
+        1,
+        LONG,
+        [Drain("p-1", "unhealthy for 10 s: a why", unhealthy=True), *drains(3, to=1)],
+    ),
     "those not yet ready before all": (fleet_of(STARTING, ACTIVE, STARTING, ACTIVE), 1, 10, drains(3, 1, 4, to=1)),
     "draining in time": (fleet_of(ACTIVE, DRAINING), 1, OVERDUE, []),
     "draining overdue": (fleet_of(ACTIVE, DRAINING), 1, OVERDUE + 0.1, [Stop("p-2")]),
@@ -326,7 +386,8 @@ class World:
         self.extra = spares + (old != new)
         self.bounds = [min(running, desired), max(running, desired) + self.extra + (old != new)]
         self.fleet: fleets.Fleet = {}
-        self.patience = Patience(new, previous=old if old != new else "")
+        self.in_ip_file = {one.ip for one in self.containers.values()}
+        self.backoff = LaunchBackoff(new, previous=old if old != new else "")
         self.now, self.acts, self.launched, self.warm_up = NOW, 0, running, 0
 
     def live_until_done(self, crashes: Callable[[int], bool]) -> None:
@@ -341,27 +402,28 @@ class World:
                     self.crash()
                     break
             quiet = quiet + 1 if self.acts == before else 0
-            if quiet > READY_WITHIN + 1:
+            if quiet > READY_TIMEOUT + 1:
                 return
         raise AssertionError(f"never done: {self.fleet}, {self.containers}")
 
     def crash(self) -> None:
         others = [c.spec for c in self.containers.values() if c.spec != self.new]
         self.bounds[1] += self.extra
-        self.fleet, self.patience = {}, Patience(self.new, previous=others[0] if others else "")
+        self.fleet, self.backoff = {}, LaunchBackoff(self.new, previous=others[0] if others else "")
 
     def manage(self) -> Iterator[None]:
         """One pass of the manager, with a pause after each of its acts."""
-        seen = fleets.observe(self.fleet, self.containers.values(), self.now, self.now)
-        self.fleet = fleets.hear(seen, self.healthy, True, self.now)
+        seen = fleets.observe(self.fleet, self.containers.values(), self.now, self.now, self.in_ip_file)
+        self.fleet = fleets.apply_health(seen, self.verdict, True, READY_TIMEOUT, self.now)
+        self.in_ip_file = {b.ip for b in self.fleet.values() if b.state == ACTIVE}
         for one in self.fleet.values():
             if one.state == FAILED and seen[one.name].state != FAILED:
-                self.patience.failed(one.spec, one.reason, self.now, 0.5)
+                self.backoff.failed(one.spec, one.reason, self.now, 0.5)
             if one.state == ACTIVE and one.ready:
-                self.patience.lives(one.spec, one.since, self.now)
-        goal = Goal(self.desired, self.spares, self.patience.spec)
+                self.backoff.mark_stable(one.spec, one.since, self.now)
+        goal = Goal(self.desired, self.spares, self.backoff.spec)
         for step in fleets.plan(self.fleet, goal, Namer("p-"), 30, self.now):
-            if not (isinstance(step, Launch) and self.patience.wait(self.now)):
+            if not (isinstance(step, Launch) and self.backoff.wait(self.now)):
                 yield from {Launch: self.launch, Admit: self.admit, Drain: self.drain, Stop: self.stop}[type(step)](
                     step
                 )
@@ -369,12 +431,12 @@ class World:
             self.put(leaver.to(STOPPED, self.now, "drained"))
             yield
 
-    def healthy(self, one: Backend) -> bool:
-        return one.in_view and one.spec != "bad" and self.now - one.since >= self.warm_up
+    def verdict(self, one: Backend) -> Verdict:
+        return Verdict(one.in_view and one.spec != "bad" and self.now - one.since >= self.warm_up)
 
     def launch(self, step: Launch) -> Iterator[None]:
         assert step.name not in self.containers, f"{step.name} doubled"
-        spec = self.patience.spec
+        spec = self.backoff.spec
         self.put(Backend(step.name, SPARE if step.spare else STARTING, self.now, spec=spec))
         yield
         self.launched += 1
@@ -486,6 +548,6 @@ def test_an_update_that_is_never_ready_goes_back_and_ends_with_all_of_the_old(sp
     world = World(3, 3, spares, "old", "bad")
     world.live_until_done(lambda _: False)
     world.check_the_end("old")
-    assert (world.patience.spec, world.patience.given_up) == ("old", "not ready within 60 s")
+    assert (world.backoff.spec, world.backoff.given_up) == ("old", "not ready within 60 s")
     assert world.launched - 3 == GIVE_UP * (1 + spares) + spares, "so many tries, and no more"
     assert {f"p-{n}" for n in (1, 2, 3)} <= world.containers.keys(), "the old ones never left"

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import strategies as st
 
 from fakes import report, sample
-from fleet import ACTIVE, Backend
-from meter import FORGET, MISSED, Meter, Sample
+from fleet import ACTIVE, Backend, Verdict
+from meter import MISSED, Finding, Meter, Sample
 from scaler import Load
 
 TWO = Backend("p-1", ACTIVE, 0, id="a" * 64, ip="198.18.0.2")
@@ -56,7 +56,7 @@ def test_a_backend_new_in_a_report_counts_from_zero_and_one_that_left_counts_no_
 def test_a_report_that_comes_too_soon_brings_health_but_no_rate() -> None:
     meter = metered((100, report(_2=sample(1000))), (102, report(_2=sample(1200))))
     assert meter.add(report(_2=sample(1290, healthy=False)), 102.9) is False
-    assert meter.healthy(TWO) is False
+    assert meter.verdict(TWO).healthy is False
     assert meter.load("packets", 102.9) == Load(100), "the rate before"
     assert meter.backend("198.18.0.2")["packets"] == 1290
     assert meter.add(report(_2=sample(1500)), 104) is True
@@ -83,36 +83,85 @@ def test_several_balancers_add_up() -> None:
     assert set(meter.backend("198.18.0.9").values()) == {0.0}
 
 
-def test_a_silent_balancer_is_missing_load_and_not_zero() -> None:
+def test_silent_balancer_keeps_its_last_known_load_and_is_named_as_missing() -> None:
     meter = metered((100, report("a", _2=sample(0))), (102, report("a", _2=sample(200))))
     for at, packets in ((102, 0), (104, 100), (106, 200), (108, 300), (110, 400)):
         meter.add(report("b", _2=sample(packets)), at)
     assert meter.load("packets", 102 + MISSED * 2) == Load(150), "late is not silent"
-    assert meter.load("packets", 102 + MISSED * 2 + 0.1) == Load(50, "a"), "a lower bound, and said to be one"
+    assert meter.load("packets", 102 + MISSED * 2 + 0.1) == Load(150, "a")
+    for at in range(112, 202, 2):
+        meter.add(report("b", _2=sample(400 + 50 * (at - 110))), at)
+    assert meter.load("packets", 200) == Load(150, "a"), "however long the engine lists it"
 
 
-def test_all_the_silent_are_named_and_where_nobody_speaks_there_is_no_load() -> None:
+def test_all_silent_balancers_are_named_and_without_any_report_there_is_no_load() -> None:
     meter = metered(*((at, report(name, _2=sample(at))) for at in (100, 102) for name in ("b", "a")))
     assert meter.load("packets", 110) is None
     for at in (110, 112):
         meter.add(report("c", _2=sample(at)), at)
-    assert meter.load("packets", 112) == Load(1, "a, b")
+    assert meter.load("packets", 112) == Load(3, "a, b")
 
 
-def test_a_balancer_silent_for_long_is_forgotten() -> None:
+def test_balancer_that_the_engine_no_longer_lists_is_forgotten() -> None:
     meter = metered((100, report("a", _2=sample(0))), (102, report("a", _2=sample(200))))
-    meter.load("packets", 102 + FORGET)
+    meter.keep({"a"}, 103)
     assert meter.balancers.keys() == {"a"}
-    assert meter.load("packets", 102 + FORGET + 0.1) is None
+    meter.keep({"b"}, 103)
     assert meter.balancers == {}
-    assert meter.healthy(TWO) is None
+    assert meter.load("packets", 103) is None
+    assert meter.verdict(TWO) == Verdict()
 
 
-def test_the_traffic_of_a_replaced_balancer_is_not_counted_twice() -> None:
+def test_balancer_that_reported_after_the_list_began_is_kept() -> None:
+    meter = metered((100, report("a", _2=sample(0))), (102, report("a", _2=sample(200))))
+    meter.keep(set(), 101)
+    assert meter.balancers.keys() == {"a"}
+
+
+@pytest.mark.parametrize("interval", [0.5, 2.0, 30.0, 60.0])
+def test_rate_is_measured_at_any_interval(interval: float) -> None:
+    meter = Meter()
+    for n in range(4):
+        now = 100 + n * interval
+        meter.keep({"b1"}, now)
+        meter.add(replace(report(_2=sample(int(100 * n * interval))), interval=interval), now)
+        assert meter.load("packets", now + interval) == (Load(100) if n else None)
+
+
+def test_report_that_waited_on_its_way_changes_no_rate() -> None:
+    """As after the manager's process was stopped: a report of long ago is read together with a new one."""
+    meter = Meter()
+    for at, uptime, packets in ((100, 50, 0), (102, 52, 200), (110, 54, 400), (110.1, 60, 1000)):
+        meter.add(replace(report(_2=sample(packets)), uptime=float(uptime)), at)
+        load = meter.load("packets", at)
+        assert load is None or load.rate == 100
+
+
+def test_rate_is_measured_by_our_clock_after_the_senders_began_anew() -> None:
+    meter = Meter()
+    for at, uptime, packets in ((100, 500, 0), (102, 1, 200), (104, 3, 500)):
+        meter.add(replace(report(_2=sample(packets)), uptime=float(uptime)), at)
+    assert meter.load("packets", 104) == Load(150)
+
+
+def test_panic_and_findings_are_those_of_the_newest_reports() -> None:
+    found = Finding("ip_forward_off")
+    meter = metered(
+        (100, replace(report("b"), panic=True, findings=(found, Finding("foreign_rule", "-j DROP")))),
+        (100, replace(report("a"), findings=(found,))),
+    )
+    assert meter.panic == ["b"]
+    assert meter.findings == [found, Finding("foreign_rule", "-j DROP")]
+    meter.add(report("b"), 101)
+    assert (meter.panic, meter.findings) == ([], [found])
+
+
+def test_traffic_of_a_replaced_balancer_is_counted_until_the_engine_no_longer_lists_it() -> None:
     meter = metered((100, report("old", _2=sample(0))), (102, report("old", _2=sample(200))))
     for at, packets in ((106, 0), (108, 200), (110, 400)):
+        meter.keep({"new"}, at)
         meter.add(report("new", _2=sample(packets)), at)
-    assert meter.load("packets", 110) == Load(100, "old")
+    assert meter.load("packets", 110) == Load(100)
 
 
 @pytest.mark.parametrize(
@@ -128,13 +177,13 @@ def test_the_traffic_of_a_replaced_balancer_is_not_counted_twice() -> None:
 )
 def test_a_backend_is_healthy_when_any_balancer_finds_it_so(opinions: list, healthy: bool | None) -> None:
     meter = metered(*((100, report(f"b{n}", _2=sample(healthy=opinion))) for n, opinion in enumerate(opinions)))
-    assert meter.healthy(TWO) is healthy
-    assert meter.healthy(replace(TWO, ip="198.18.0.3")) is None
+    assert meter.verdict(TWO).healthy is healthy
+    assert meter.verdict(replace(TWO, ip="198.18.0.3")) == Verdict()
 
 
 @pytest.mark.parametrize(("told", "healthy"), [("", True), ("a" * 12, True), ("b" * 12, None)])
 def test_health_is_the_backends_own_and_not_of_who_had_its_address(told: str, healthy: bool | None) -> None:
-    assert metered((100, report(_2=sample(healthy=True, id=told)))).healthy(TWO) is healthy
+    assert metered((100, report(_2=sample(healthy=True, id=told)))).verdict(TWO).healthy is healthy
 
 
 def test_a_share_is_the_mean_over_the_balancers_that_tell_one() -> None:
@@ -169,7 +218,8 @@ def test_what_all_say_of_a_backend_is_what_adding_up_their_newest_reports_would_
     meter, now = Meter(), 100.0
     for balancer, pause, rows in reports:
         now += pause
-        meter.forget_gone(now)
+        if pause == 15.0:
+            meter.keep("ab", now)
         meter.add(report(balancer, **rows), now)
     newest = [entry.report.backends.get(TWO.ip) for entry in meter.balancers.values()]
     rows = [row for row in newest if row is not None]
@@ -180,8 +230,9 @@ def test_what_all_say_of_a_backend_is_what_adding_up_their_newest_reports_would_
     shares = [row.share for row in rows if row.share is not None]
     assert meter.share(TWO) == pytest.approx(sum(shares) / len(shares) if shares else 0, abs=1e-6)
     opinions = [row.healthy for row in ours if row.healthy is not None]
-    assert meter.healthy(TWO) is (any(opinions) if opinions else None)
-    assert meter.why(TWO) in ({row.why for row in ours if not row.healthy} or {""})
+    assert meter.verdict(TWO).healthy is (any(opinions) if opinions else None)
+    reasons = {row.why for row in ours if row.healthy is False}
+    assert meter.verdict(TWO).why in ({""} if any(opinions) or not opinions else reasons)
 
 
 def test_rates_add_up_and_leave_again_without_a_rest_of_rounding() -> None:
@@ -199,8 +250,8 @@ def test_rates_add_up_and_leave_again_without_a_rest_of_rounding() -> None:
 def test_a_balancer_that_is_gone_takes_all_it_said_with_it() -> None:
     meter = metered(*((at, report("a", _2=sample(at, share=0.5, active=3))) for at in (100, 102)))
     meter.add(report("b", _2=sample(7, healthy=False, why="timeout")), 115)
-    meter.forget_gone(125)
+    meter.keep("b", 125)
     assert meter.backend(TWO.ip) == {**dict.fromkeys(meter.backend(TWO.ip), 0.0), "packets": 7, "bytes": 700}
-    assert (meter.share(TWO), meter.healthy(TWO), meter.why(TWO)) == (0, False, "timeout")
-    meter.forget_gone(200)
-    assert not meter._said, "nothing is kept of an address that nobody speaks of"
+    assert (meter.share(TWO), meter.verdict(TWO)) == (0, Verdict(False, "timeout"))
+    meter.keep("", 200)
+    assert not meter._sums, "nothing is kept of an address that nobody reports"

@@ -102,9 +102,9 @@ def test_what_changes_anything_needs_the_very_token_even_on_loopback(doors: Door
 
 def test_a_balancer_with_the_token_may_report_and_stop(doors: Doors) -> None:
     assert doors.tcp("POST", "/pkts_info", REPORT, remote="198.18.0.9").status_code == 200
-    stop = {"ip": "198.18.0.2", "reason": "ill"}
+    stop = {"ip": "198.18.0.2", "reason": "drained"}
     assert doors.tcp("POST", "/stop", stop, remote="198.18.0.9").status_code == 204
-    assert doors.controller.status()["backends"][0]["state"] == "failed"
+    assert doors.controller.status()["backends"][0]["state"] == "draining"
 
 
 @pytest.mark.parametrize(("path", "body"), OPERATORS.items())
@@ -287,7 +287,11 @@ def test_the_status_has_the_shape_of_the_contract(doors: Doors) -> None:
     assert [first[k] for k in ("share", "connections", "packets", "bytes", "active")] == [0.25, 8, 340, 400, 2]
     assert (first["healthy"], second["healthy"], second["packets"]) == (True, None, 0)
     assert status["last_decision"]["verdict"] == "OK"
-    assert status["launches"] == {"failed": 0, "retry_in": 0, "why": "", "updating": False, "update_given_up": ""}
+    counts = {"failed": 0, "retry_in": 0, "replaced": 2, "to_replace": 0}
+    assert status["launches"] == {**counts, "why": "", "updating": False, "update_given_up": ""}
+    assert status["balancer"] == {"state": "running", "problem": ""}
+    assert status["data_path"] == {"working": None, "problem": "", "findings": []}
+    assert status["rotation_panic"] == []
 
 
 def test_before_the_first_report_the_status_has_no_numbers_rather_than_zeros(doors: Doors) -> None:

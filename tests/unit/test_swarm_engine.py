@@ -9,11 +9,12 @@ import docker.errors
 import pytest
 
 import swarm_engine
-from engine import EngineError, TakenOver
+from engine import BalancerOptions, BalancerState, EngineError, TakenOver
 from fakes import settings
 from swarm_engine import SwarmEngine, task_template
 
 SECOND = 10**9
+SECRETS = ("p-token", "p-certificate-1")
 
 
 def test_a_task_has_least_privilege_the_drain_timeout_for_grace_and_what_was_asked_for() -> None:
@@ -57,6 +58,8 @@ class Api:
 
     def __init__(self) -> None:
         self.service: dict[str, Any] | None = None
+        self.balancer: dict[str, Any] | None = None
+        self.balancer_tasks: list[dict[str, Any]] = []
         self.listed: list[dict[str, Any]] = []
         self.down: set[str] = set()
         self.labels: dict[str, dict[str, str]] = {}
@@ -64,16 +67,27 @@ class Api:
         self.updates = 0
 
     def inspect_service(self, name: str) -> dict[str, Any]:
-        if self.service is None:
+        found = self.balancer if name == "p-balancer" else self.service
+        if found is None:
             raise docker.errors.NotFound(name)
-        return json.loads(json.dumps(self.service))  # type: ignore[no-any-return]
+        return json.loads(json.dumps(found))  # type: ignore[no-any-return]
 
-    def create_service(self, template: dict[str, Any], **words: Any) -> None:
+    def create_service(self, task_template: dict[str, Any], **words: Any) -> None:
+        spec = {"Name": words["name"], "Labels": words["labels"], "Mode": words["mode"], "TaskTemplate": task_template}
+        if words["name"] == "p-balancer":
+            self.balancer = {"ID": "b", "Version": {"Index": 1}, "Spec": spec}
+            return
         assert words["endpoint_spec"] == {"Mode": "dnsrr"}
-        spec = {"Name": words["name"], "Labels": words["labels"], "Mode": words["mode"], "TaskTemplate": template}
         self.service = {"ID": "s", "Version": {"Index": 1}, "Spec": spec}
 
-    def update_service(self, _id: str, version: int, **words: Any) -> None:
+    def update_service(self, id_: str, version: int, **words: Any) -> None:
+        if id_ == "b":
+            assert self.balancer is not None
+            self.balancer["Spec"]["Labels"] = words["labels"]
+            self.balancer["Spec"]["TaskTemplate"] = words["task_template"]
+            self.balancer["Version"]["Index"] += 1
+            assert words["update_config"]["Parallelism"] == 1
+            return
         assert self.service is not None
         if self.races:
             self.races -= 1
@@ -86,8 +100,10 @@ class Api:
         self.service["Version"]["Index"] += 1
 
     def tasks(self, filters: dict[str, str]) -> list[dict[str, Any]]:
-        assert filters == {"service": "s"}
-        return self.listed
+        return {"s": self.listed, "b": self.balancer_tasks}[filters["service"]]
+
+    def secrets(self) -> list[dict[str, Any]]:
+        return [{"ID": f"id of {name}", "Spec": {"Name": name}} for name in SECRETS]
 
     def nodes(self) -> list[dict[str, Any]]:
         return [self.inspect_node(name) for name in ("n1", "n2")]
@@ -95,7 +111,8 @@ class Api:
     def inspect_node(self, name: str) -> dict[str, Any]:
         spec = {"Role": "manager", "Labels": self.labels.get(name, {"zone": "a"})}
         state = "down" if name in self.down else "ready"
-        return {"ID": name, "Version": {"Index": 1}, "Spec": spec, "Status": {"State": state}}
+        address = {"n1": "198.18.0.1", "n2": "198.18.0.2"}[name]
+        return {"ID": name, "Version": {"Index": 1}, "Spec": spec, "Status": {"State": state, "Addr": address}}
 
     def update_node(self, name: str, version: int, spec: dict[str, Any]) -> None:
         assert (version, spec["Role"], spec["Labels"]["zone"]) == (1, "manager", "a"), "nothing else is changed"
@@ -129,7 +146,11 @@ class Client:
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> SwarmEngine:
     monkeypatch.setattr(swarm_engine.docker, "from_env", lambda timeout: Client("n1"))
-    return SwarmEngine(settings())
+    return made_with()
+
+
+def made_with(**changes: object) -> SwarmEngine:
+    return SwarmEngine(settings(**changes), BalancerOptions("balancer-image", "the token", secrets=SECRETS))
 
 
 def api(engine: SwarmEngine) -> Api:
@@ -165,7 +186,7 @@ def test_a_race_that_is_lost_is_run_again_and_given_up_in_the_end(engine: SwarmE
 def test_the_manager_that_began_last_has_the_service_and_the_other_hears_of_it(engine: SwarmEngine) -> None:
     engine.resize(3, SPEC)
     engine.list()
-    another = SwarmEngine(settings())
+    another = made_with()
     another._client = Client("n2")
     another._client.api = api(engine)
     another.list()
@@ -188,10 +209,17 @@ def test_a_service_that_is_not_ours_is_left_alone(engine: SwarmEngine) -> None:
     assert stranger["Spec"]["Mode"] == {"Replicated": {"Replicas": 3}}
 
 
-def test_another_spec_is_an_update_and_one_that_swarm_took_back_is_not_tried_again(engine: SwarmEngine) -> None:
+def wants(engine: SwarmEngine, spec: str) -> None:
+    """As after `spec()` with such an image."""
+    engine._wanted_spec = spec
+
+
+def test_update_that_swarm_rolled_back_is_not_tried_again(engine: SwarmEngine) -> None:
+    wants(engine, SPEC)
     engine.resize(2, SPEC)
     api(engine).listed = [task("t1")]
     assert [c.spec for c in engine.list()] == [SPEC]
+    wants(engine, OTHER)
     engine.resize(2, OTHER)
     service = api(engine).service
     assert service is not None
@@ -204,6 +232,85 @@ def test_another_spec_is_an_update_and_one_that_swarm_took_back_is_not_tried_aga
     engine.resize(4, OTHER)
     assert service["Spec"]["TaskTemplate"] == json.loads(SPEC)
     assert service["Spec"]["Mode"] == {"Replicated": {"Replicas": 4}}
+
+    restarted = made_with()  # the manager keeps `refused` in a file
+    restarted._client.api, restarted.refused = api(engine), engine.refused
+    wants(restarted, OTHER)
+    assert [c.spec for c in restarted.list()] == [OTHER]
+    restarted.resize(3, OTHER)
+    assert service["Spec"]["TaskTemplate"] == json.loads(SPEC)
+
+
+# -- the balancers ----------------------------------------------------------------------------------------------------
+
+
+def balancer_task(container: str, node: str = "n1", state: str = "running", desired: str = "running") -> dict[str, Any]:
+    status = {"State": state, "ContainerStatus": {"ContainerID": container * 64}}
+    return {"ID": container, "NodeID": node, "DesiredState": desired, "Status": status}
+
+
+def test_missing_service_of_balancers_is_created(engine: SwarmEngine) -> None:
+    engine.list()
+    assert (engine.balancer, engine.balancers) == (BalancerState.MISSING, frozenset())
+    engine.repair_balancer()
+    engine.list()
+    assert engine.balancer is BalancerState.RUNNING
+    made = api(engine).balancer
+    assert made is not None
+    container = made["Spec"]["TaskTemplate"]["ContainerSpec"]
+    assert container["CapabilityDrop"] == ["ALL"]
+    assert container["ReadOnly"]
+    assert "LB_MANAGERS=198.18.0.1:5000,198.18.0.2:5000" in container["Env"]
+    secrets = [(secret["SecretID"], secret["File"]["Name"]) for secret in container["Secrets"]]
+    assert secrets == [("id of p-token", "token"), ("id of p-certificate-1", "certificate.pem")]
+    assert "the token" not in json.dumps(made), "the token is a secret, and not for `docker service inspect`"
+
+
+def test_balancers_made_from_other_settings_are_updated_and_not_removed(engine: SwarmEngine) -> None:
+    engine.list()
+    engine.repair_balancer()
+    other = made_with(port=9000)
+    other._client.api = api(engine)
+    other.list()
+    assert other.balancer is BalancerState.OUTDATED
+    other.repair_balancer()
+    other.list()
+    assert other.balancer is BalancerState.RUNNING
+    made = api(engine).balancer
+    assert made is not None
+    assert made["Version"]["Index"] == 2, "updated in place, which Swarm does one node at a time"
+
+
+def test_foreign_service_with_the_balancers_name_is_left_alone(engine: SwarmEngine) -> None:
+    foreign = {"ID": "b", "Version": {"Index": 1}, "Spec": {"Labels": {}}}
+    api(engine).balancer = foreign
+    for call in (engine.list, engine.repair_balancer):
+        with pytest.raises(EngineError, match="not ours"):
+            call()
+    assert foreign["Version"] == {"Index": 1}
+
+
+def test_a_balancer_counts_until_its_node_is_down(engine: SwarmEngine) -> None:
+    engine.list()
+    engine.repair_balancer()
+    api(engine).balancer_tasks = [
+        balancer_task("a"),
+        balancer_task("b", node="n2"),
+        balancer_task("c", state="failed"),
+        balancer_task("d", desired="shutdown"),
+    ]
+    engine.list()
+    assert engine.balancers == {"a" * 12, "b" * 12, "d" * 12}
+    assert list(engine.check_targets) == [("198.18.0.1", 8000), ("198.18.0.2", 8000)]
+    api(engine).down = {"n2"}
+    engine.list()
+    assert engine.balancers == {"a" * 12, "d" * 12}
+
+
+def test_missing_secret_is_named(engine: SwarmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Api, "secrets", lambda _: [])
+    with pytest.raises(EngineError, match=r"no secret p-token, p-certificate-1; ./run.sh makes it"):
+        engine.list()
 
 
 def test_a_task_is_listed_while_it_runs_and_once_more_when_it_has_ended(engine: SwarmEngine) -> None:
@@ -237,6 +344,7 @@ def test_a_rollback_to_what_was_to_be_left_behind_is_put_right(
     """Whoever changes the number amid an update makes Swarm take the new spec for the one before."""
     engine.resize(2, SPEC)
     engine.list()
+    wants(engine, OTHER)
     engine.resize(2, OTHER)
     engine.resize(3, OTHER)
     service = api(engine).service
@@ -273,7 +381,7 @@ def test_each_end_with_an_error_is_told_once_with_what_may_help(
     api(engine).listed += [broken("xxxxxxx", "No such image: nowhere")]
     engine.list()
     engine.list()
-    assert caplog.messages == ["last words of p-backend-4.xxxxx: No such image: nowhere"]
+    assert caplog.messages == ["last log line of p-backend-4.xxxxx: No such image: nowhere"]
     api(engine).listed += [broken("yyyyyyy", "mkdir: Read-only file system")]
     engine.list()
     assert "--allow write" in caplog.messages[-1]

@@ -1,0 +1,65 @@
+"""The manager's own test of the data path: a connection through the balancer's address, every few seconds.
+
+Probes go from the balancer to the backends, so they do not notice a firewall rule, a switched-off IP forwarding or a
+redirection that stops the clients. This check takes the clients' way. `connect` does the I/O; `PathCheck` is pure.
+"""
+
+from __future__ import annotations
+
+import itertools
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from meter import Finding
+
+PERIOD = 5.0  # seconds between checks
+TIMEOUT = 3.0  # seconds: one lost SYN is sent again after one second, and that is no failure
+FAILURES = 2  # checks in a row that have to fail
+# Source ports that no other program of this host uses by default (Linux gives out 32768 to 60999). The balancer knows
+# our connections by them, and counts them as no load.
+SOURCE_PORTS = range(61000, 61064)
+
+_ports = itertools.cycle(SOURCE_PORTS)
+_SENTENCES = {
+    "ip_forward_off": "IP forwarding is off in the balancer's namespace",
+    "forward_policy_drop": "the policy of the balancer's FORWARD chain is DROP",
+    "foreign_rule": "a foreign rule stands in the way",
+}
+REPAIRABLE = frozenset({"ip_forward_off"})  # what a new balancer container puts right
+
+
+@dataclass
+class PathCheck:
+    """`problem` is a sentence while the path is broken, else empty. `working` is None before the first check."""
+
+    failures: int = 0
+    problem: str = ""
+    working: bool | None = None
+
+    def passed(self) -> None:
+        self.failures, self.problem, self.working = 0, "", True
+
+    def failed(self, target: str, error: str, findings: Sequence[Finding]) -> None:
+        self.failures += 1
+        if self.failures < FAILURES:
+            return
+        found = [_sentence(finding) for finding in findings]
+        where = "; ".join(found) or "nothing wrong in the balancer's namespace: look at the host's firewall and routes"
+        self.problem = f"connections through the balancer at {target} fail: {error}; found: {where}"
+        self.working = False
+
+
+def _sentence(finding: Finding) -> str:
+    sentence = _SENTENCES.get(finding.kind, finding.kind)
+    return f"{sentence}: {finding.detail}" if finding.detail else sentence
+
+
+def connect(target: tuple[str, int], source: str) -> str:
+    """Opens and closes one connection; why it failed, or nothing. A backend has accepted it, for the balancer itself
+    accepts none on this port."""
+    try:
+        with socket.create_connection(target, TIMEOUT, source_address=(source, next(_ports))):
+            return ""
+    except OSError as error:
+        return error.strerror or str(error)

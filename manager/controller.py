@@ -497,7 +497,8 @@ class Controller:
             elif errors:
                 self.path.passed()
             if self.path.problem and not before:
-                log.error("%s", self.path.problem)
+                found = (self.path.target, self.path.error, self.path.found)
+                log.error("connections through the balancer at %s fail: %s; found: %s", *found)
             elif before and not self.path.problem:
                 log.info("connections through the balancer work again")
             kinds = {finding.kind for finding in self._meter.findings}

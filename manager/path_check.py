@@ -31,22 +31,31 @@ REPAIRABLE = frozenset({"ip_forward_off"})  # what a new balancer container puts
 
 @dataclass
 class PathCheck:
-    """`problem` is a sentence while the path is broken, else empty. `working` is None before the first check."""
+    """`working` is None before the first check. While it is False, `target`, `error` and `found` say what is wrong."""
 
     failures: int = 0
-    problem: str = ""
     working: bool | None = None
+    target: str = ""
+    error: str = ""
+    found: str = ""
+
+    @property
+    def problem(self) -> str:
+        """One sentence while the path is broken, else empty."""
+        if self.working is not False:
+            return ""
+        return f"connections through the balancer at {self.target} fail: {self.error}; found: {self.found}"
 
     def passed(self) -> None:
-        self.failures, self.problem, self.working = 0, "", True
+        self.failures, self.working = 0, True
 
     def failed(self, target: str, error: str, findings: Sequence[Finding]) -> None:
         self.failures += 1
         if self.failures < FAILURES:
             return
-        found = [_sentence(finding) for finding in findings]
-        where = "; ".join(found) or "nothing wrong in the balancer's namespace: look at the host's firewall and routes"
-        self.problem = f"connections through the balancer at {target} fail: {error}; found: {where}"
+        sentences = [_sentence(finding) for finding in findings]
+        nothing = "nothing wrong in the balancer's namespace: look at the host's firewall and routes"
+        self.target, self.error, self.found = target, error, "; ".join(sentences) or nothing
         self.working = False
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
 import socket
@@ -46,9 +47,12 @@ def until(condition: Callable[[], Any], what: str, seconds: float = 60.0) -> Any
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody has, below those that outgoing connections get: one of these could take it meanwhile."""
+    while True:
+        port = random.randrange(20000, 32000)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return port
 
 
 class System:
@@ -162,6 +166,9 @@ class Load:
         for _ in range(self.LANES):
             self._lanes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
             time.sleep(workers / per_second)
+
+    def running(self) -> bool:
+        return any(lane.poll() is None for lane in self._lanes)
 
     def result(self) -> tuple[int, int, float]:
         """(answers with status 200, all other outcomes, slowest answer in seconds)."""

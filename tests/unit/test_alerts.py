@@ -47,6 +47,7 @@ def test_each_alert_has_a_case_that_fires_it_and_one_that_does_not(alert: str) -
 def test_the_alerts_ask_for_nothing_that_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Netfilter, "conntrack_use", lambda self: (1, 2))
     manager = controller(FakeEngine(), tmp_path, Clock())
+    manager.path.passed()
     balancer = Balancer(Netfilter("nft"), Manager("127.0.0.1:1", "token", "b1"), "b1")
     balancer._prober._loop.close()  # nobody is probed
     told = (generate_latest(registry(manager.tally, manager.status)) + exposition(balancer.gauges())).decode()

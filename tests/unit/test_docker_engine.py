@@ -1,0 +1,192 @@
+"""The Docker engine over an API in memory: what its list shows of the balancer, and how the balancer is repaired."""
+
+from __future__ import annotations
+
+import subprocess
+from typing import Any
+
+import docker.errors
+import pytest
+
+import docker_engine
+from docker_engine import DockerEngine
+from engine import BalancerOptions, BalancerState, EngineError, NameTaken
+from fakes import settings
+
+
+class Docker:
+    """Docker's client and API, as far as the engine calls them. Containers by id."""
+
+    def __init__(self) -> None:
+        self.api = self.networks = self.containers_of = self
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.calls: list[tuple[str, str]] = []
+        self.pids: dict[str, int] = {}
+        self.start_error: Exception | None = None
+        self.attrs = {"IPAM": {"Config": [{"Gateway": "198.18.0.1", "Subnet": "198.18.0.0/20"}]}}
+
+    def get(self, _name: str) -> Docker:
+        return self
+
+    def add(self, id_: str, role: str, state: str = "running", ip: str = "198.18.0.9", **labels: str) -> None:
+        self.rows[id_] = {
+            "Id": id_,
+            "Names": [f"/{id_}"],
+            "ImageID": "image",
+            "State": state,
+            "Labels": {"lbscaler.project": "p", "lbscaler.role": role, **labels},
+            "NetworkSettings": {"Networks": {"p": {"IPAddress": ip}}},
+        }
+
+    def inspect_container(self, id_: str) -> dict[str, Any]:
+        return {"State": {"Pid": self.pids[id_]}}
+
+    def remove_container(self, id_: str, **_: object) -> None:
+        self.calls.append(("remove", id_))
+        del self.rows[id_]
+
+    def unpause(self, id_: str) -> None:
+        self.calls.append(("unpause", id_))
+        self.rows[id_]["State"] = "running"
+
+    @property
+    def containers(self) -> Any:
+        return Containers(self)
+
+
+class Containers:
+    """`client.containers.create` and, called, `api.containers`."""
+
+    def __init__(self, client: Docker) -> None:
+        self._client = client
+
+    def __call__(self, **_: object) -> list[dict[str, Any]]:
+        return list(self._client.rows.values())
+
+    def create(self, name: str, labels: dict[str, str], **options: Any) -> Created:
+        if any(row["Names"] == [f"/{name}"] for row in self._client.rows.values()):
+            error = docker.errors.APIError("Conflict", explanation=f"The container name {name} is already in use")
+            error.response = type("Response", (), {"status_code": 409, "url": "/create", "reason": "Conflict"})()
+            raise error
+        self._client.calls.append(("create", name))
+        return Created(self._client, name, labels, options)
+
+
+class Created:
+    def __init__(self, client: Docker, name: str, labels: dict[str, str], options: dict[str, Any]) -> None:
+        self._client, self.name, self.labels, self.options = client, name, labels, options
+
+    def start(self) -> None:
+        if self._client.start_error:
+            raise self._client.start_error
+        self._client.add(self.name, **{"role": "balancer", **self.labels})
+
+    def reload(self) -> None:
+        pass
+
+    def remove(self, **_: object) -> None:
+        self._client.calls.append(("remove", self.name))
+
+
+def made(client: Docker, monkeypatch: pytest.MonkeyPatch, **changes: object) -> DockerEngine:
+    monkeypatch.setattr(docker_engine.docker, "from_env", lambda timeout: client)
+    return DockerEngine(settings(**changes), BalancerOptions("balancer-image", "the token"))
+
+
+@pytest.fixture
+def client() -> Docker:
+    return Docker()
+
+
+@pytest.fixture
+def engine(client: Docker, monkeypatch: pytest.MonkeyPatch) -> DockerEngine:
+    return made(client, monkeypatch)
+
+
+def test_missing_balancer_is_created_and_then_runs(engine: DockerEngine, client: Docker) -> None:
+    engine.list()
+    assert (engine.balancer, engine.check_targets) == (BalancerState.MISSING, [])
+    engine.repair_balancer()
+    engine.list()
+    assert client.calls == [("create", "p-balancer")]
+    assert (engine.balancer, engine.balancers) == (BalancerState.RUNNING, {"p-balancer"})
+    assert engine.check_targets == [("198.18.0.9", 8000)]
+
+
+@pytest.mark.parametrize("state", ["exited", "restarting", "created", "dead"])
+def test_stopped_balancer_is_replaced(engine: DockerEngine, client: Docker, state: str) -> None:
+    engine.repair_balancer()
+    client.rows["p-balancer"]["State"] = state
+    engine.list()
+    assert (engine.balancer, engine.balancers) == (BalancerState.STOPPED, frozenset())
+    engine.repair_balancer()
+    engine.list()
+    assert client.calls[1:] == [("remove", "p-balancer"), ("create", "p-balancer")]
+    assert engine.balancer is BalancerState.RUNNING
+
+
+def test_paused_balancer_goes_on(engine: DockerEngine, client: Docker) -> None:
+    engine.repair_balancer()
+    client.rows["p-balancer"]["State"] = "paused"
+    engine.list()
+    assert engine.balancer is BalancerState.STOPPED
+    engine.repair_balancer()
+    assert client.calls[1:] == [("unpause", "p-balancer")]
+
+
+def test_balancer_without_an_address_is_replaced(engine: DockerEngine, client: Docker) -> None:
+    engine.repair_balancer()
+    client.rows["p-balancer"]["NetworkSettings"]["Networks"] = {}
+    engine.list()
+    assert engine.balancer is BalancerState.STOPPED
+
+
+def test_balancer_made_from_other_settings_is_outdated(
+    engine: DockerEngine, client: Docker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.repair_balancer()
+    other = made(client, monkeypatch, port=9000)
+    other.list()
+    assert other.balancer is BalancerState.OUTDATED
+    other.repair_balancer()
+    other.list()
+    assert other.balancer is BalancerState.RUNNING
+
+
+def test_balancer_that_does_not_start_is_removed_again(engine: DockerEngine, client: Docker) -> None:
+    client.start_error = docker.errors.APIError("no", explanation="port is already allocated")
+    with pytest.raises(EngineError, match="port is already allocated"):
+        engine.repair_balancer()
+    assert client.calls == [("create", "p-balancer"), ("remove", "p-balancer")]
+
+
+def test_foreign_container_with_the_balancers_name_is_left_alone(engine: DockerEngine, client: Docker) -> None:
+    client.add("p-balancer", "something else")
+    with pytest.raises(NameTaken):
+        engine.repair_balancer()
+    assert client.calls == []
+
+
+def test_backend_that_ended_between_list_and_inspection_costs_the_others_nothing(
+    client: Docker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Docker shows process id 0 then, and `nsenter` into 0 fails."""
+    entered: list[str] = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        entered.append(command[1])
+        return subprocess.CompletedProcess(command, 1 if "/0/" in command[1] else 0, "", "no such process")
+
+    monkeypatch.setattr(docker_engine.subprocess, "run", run)
+    engine = made(client, monkeypatch, preserve_client_ip="1")
+    client.add("balancer", "balancer")
+    for number in (1, 2):
+        client.add(f"backend{number}", "backend", ip=f"198.18.0.{number}")
+    client.pids = {"backend1": 0, "backend2": 22}
+    assert [container.id for container in engine.list()] == ["backend1", "backend2"]
+    assert entered == ["--net=/proc/22/ns/net"]
+    engine.list()
+    assert entered == ["--net=/proc/22/ns/net"], "once"
+    del client.rows["backend2"]
+    engine.list()
+    assert engine._routed == {}, "what is gone is forgotten"

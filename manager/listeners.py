@@ -63,6 +63,8 @@ def bind_tcp(address: str, port: int) -> socket.socket:
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.setsockopt(socket.IPPROTO_IP, IP_FREEBIND, 1)
+    # Linux hands it down to connections. Headers and body are sent one after the other; the body is not to wait.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return _listen(listener, (address, port))
 
 
@@ -233,6 +235,7 @@ class _Server(WSGIServer):
         super().do_handle(*args)
 
     def wrap_socket_and_handle(self, client_socket: Any, address: Any) -> None:
+        client_socket.getpeername()  # raises where the caller has gone: gevent would leave that socket open
         with closing(self.wrap_socket(client_socket, **self.ssl_args)) as secured:
             with self.may_be_cut_off(), gevent.Timeout(self.limits.request):
                 secured.do_handshake()

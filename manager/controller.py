@@ -66,6 +66,10 @@ class Unknown(LookupError):
     """No backend of ours has this address."""
 
 
+class Closing(Exception):
+    """The manager ends: whoever waits for a change has to ask the next one."""
+
+
 class Controller:
     def __init__(
         self,
@@ -102,6 +106,7 @@ class Controller:
         self._meter = Meter()
         self._memory = Memory(started=clock())
         self._lock = threading.Condition()
+        self._subscribers: list[Callable[[], None]] = []
         self._revision, self._view = "", show.view({}, settings, inside, check_source)
         self._wake = threading.Event()
         self._stopping = False
@@ -169,7 +174,7 @@ class Controller:
         """Ends the loop and every long poll; the backends stay."""
         with self._lock:
             self._stopping = True
-            self._lock.notify_all()
+            self._notify()
         self._wake.set()
 
     def step(self) -> None:
@@ -320,10 +325,20 @@ class Controller:
     # -- what HTTP handlers call -------------------------------------------------------------------------------------
 
     def wait_for_view(self, have: str, timeout: float) -> dict[str, Any] | None:
-        """The view as soon as its revision is another than `have`; None after `timeout` seconds, or when closing."""
+        """The view as soon as its revision is another than `have`; None after `timeout` seconds, at once with 0.
+
+        Raises Closing as soon as the manager ends. Blocks the thread; who must not asks with 0, and again when notified
+        (`subscribe`).
+        """
         with self._lock:
             changed = self._lock.wait_for(lambda: self._revision != have or self._stopping, timeout)
-            return {"revision": self._revision, **self._view} if changed and not self._stopping else None
+            if self._stopping:
+                raise Closing
+            return {"revision": self._revision, **self._view} if changed else None
+
+    def subscribe(self, callback: Callable[[], None]) -> None:
+        """Has `callback` called when the view changes or the manager ends; from any thread, and it must not block."""
+        self._subscribers.append(callback)
 
     def report(self, report: Report) -> Decision | None:
         """Takes a balancer's report in and decides; the decision before where it is too soon for one, None at first."""
@@ -505,6 +520,11 @@ class Controller:
             if self.path.problem and kinds & path_check.REPAIRABLE:
                 self._repair_balancer(self._clock())
 
+    def _notify(self) -> None:
+        self._lock.notify_all()
+        for callback in self._subscribers:
+            callback()
+
     def _set(self, backend: Backend) -> None:
         self._publish({**self._fleet, backend.name: backend})
 
@@ -527,7 +547,7 @@ class Controller:
         view = show.view(after, self.settings, self._inside, self._check_source)
         if (revision := show.revision(view)) != self._revision:
             self._revision, self._view = revision, view
-            self._lock.notify_all()
+            self._notify()
             try:
                 _write(self._ip_file, "".join(f"{b['ip']}\n" for b in view["backends"] if b["state"] == ACTIVE))
             except OSError as error:

@@ -1,8 +1,9 @@
-"""The manager: a Flask application over the controller, served by waitress on three doors.
+"""The manager: a Flask application over the controller, served on three listeners.
 
-127.0.0.1 and the backends' network's gateway (TCP), and run/<project>/manager.sock (mode 0600) for the operator. Reads
-are free on loopback; whatever comes from elsewhere or changes anything bears the token; what only the operator may do
-goes through the socket alone. Every refusal is one line of text: what was wrong and what is allowed.
+127.0.0.1 and the backends' network's gateway (TCP; in a Swarm this node's address, within TLS), and
+run/<project>/manager.sock (mode 0600) for the operator. Reads are free on loopback; whatever comes from elsewhere or
+changes anything bears the token; what only the operator may do goes through the socket alone. Every refusal is one line
+of text: what was wrong and what is allowed.
 """
 
 from __future__ import annotations
@@ -13,37 +14,32 @@ import logging
 import logging.handlers
 import os
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Callable, Iterable
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
 
-import waitress
-from cheroot.ssl.builtin import BuiltinSSLAdapter
-from cheroot.wsgi import Server
 from flask import Flask, Response, abort, g, jsonify, request
 from prometheus_client import generate_latest
 
 import metrics
-from controller import Controller, Unknown
+from controller import Closing, Controller, Unknown
 from docker_engine import DockerEngine
 from engine import BalancerOptions, EngineError
+from listeners import BODY_MAX, Listeners, bind_tcp, bind_unix, raise_file_limit, tls_context
 from meter import Finding, Report, Sample
 from settings import SettingError, Settings, read
 from swarm_engine import SwarmEngine
 
 OPERATOR = "lbscaler.operator"  # in the WSGI environment of requests through the Unix socket
-LONGEST_WAIT = 60.0  # seconds a long poll may hold a thread
-BODY_MAX = 1 << 20  # bytes
+LONGEST_WAIT = 60.0  # seconds a long poll may hold a connection
 COUNTERS = ("connections", "packets", "bytes", "active")
 END = (signal.SIGTERM, signal.SIGINT)
-LIMITS = {"max_request_body_size": BODY_MAX, "max_request_header_size": 16384, "ident": None}
-THREADS = 32  # each long poll holds one
-NODE_THREADS = 128  # the same, where every node has a balancer
-TAIL = 1 << 18  # bytes of a log that are looked at for its last lines
+END_POLL = 0.2  # seconds between checks whether a signal asks the manager to end
+TAIL = 1 << 18  # bytes at the end of a log in which its last lines are searched
 PAGE = Path(__file__).with_name("page")
 TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
 # No byte of the page comes from elsewhere or goes there; plotly writes style elements.
@@ -54,12 +50,19 @@ POLICY = (
 
 log = logging.getLogger("manager")
 
+View = dict[str, Any]
+WaitForView = Callable[[str, float], View | None]
 
-def create_app(controller: Controller, token: str, hosts: Iterable[str]) -> Flask:  # noqa: PLR0915 - a list of routes
-    """The routes. `hosts` are the names and addresses a Host header may bear (else: DNS rebinding)."""
+
+def create_app(  # noqa: PLR0915 - a list of routes
+    controller: Controller, token: str, hosts: Iterable[str], wait_for_view: WaitForView | None = None
+) -> Flask:
+    """The routes. `hosts` are the names and addresses a Host header may bear (else: DNS rebinding). `wait_for_view` is
+    how a long poll waits: by default as Controller.wait_for_view does, which blocks the thread."""
     app = Flask(__name__)
     app.config["MAX_CONTENT_LENGTH"] = BODY_MAX
     allowed_hosts = {"127.0.0.1", "localhost", *hosts}
+    wait_for_view = wait_for_view or controller.wait_for_view
     told = metrics.registry(controller.tally, controller.status)
 
     @app.before_request
@@ -83,8 +86,11 @@ def create_app(controller: Controller, token: str, hosts: Iterable[str]) -> Flas
     def sync() -> Response | tuple[str, int]:
         wait = _number(request.args.get("wait", "0"), "wait", 0, LONGEST_WAIT)
         if not g.get("trusted"):
-            wait = 0  # a long poll holds a thread: not for everybody on this host, or any page they visit
-        view = controller.wait_for_view(request.args.get("have", ""), wait)
+            wait = 0  # a long poll holds a connection: not for everybody on this host, or any page they visit
+        try:
+            view = wait_for_view(request.args.get("have", ""), wait)
+        except Closing:
+            _refuse(503, "this manager ends; ask again in a few seconds")
         return jsonify(view) if view is not None else ("", 204)
 
     @app.post("/pkts_info")
@@ -154,8 +160,7 @@ def create_app(controller: Controller, token: str, hosts: Iterable[str]) -> Flas
 
     @app.get("/plotly.js")
     def plotly() -> Response:
-        installed = resources.files("plotly") / "package_data" / "plotly.min.js"
-        return _part("plotly.js", installed.read_bytes(), max_age=86400)
+        return _part("plotly.js", _plotly(), max_age=86400)
 
     @app.after_request
     def confine(answer: Response) -> Response:
@@ -220,6 +225,11 @@ def tail(path: Path, lines: int) -> str:
         return ""
     whole = read_.partition(b"\n")[2] if start else read_
     return b"".join(whole.splitlines(keepends=True)[-lines:]).decode(errors="replace")
+
+
+@cache  # 4 MB that every answer has in common, however many callers take it slowly
+def _plotly() -> bytes:
+    return (resources.files("plotly") / "package_data" / "plotly.min.js").read_bytes()
 
 
 def _part(name: str, content: bytes, max_age: int = 0) -> Response:
@@ -288,54 +298,26 @@ def as_operator(app: Flask) -> Callable[..., Any]:
     return operated
 
 
-def listen(address: str, port: int) -> socket.socket:
-    """A listening socket, bound even before the address is up: Docker's bridge may come after a restarted manager."""
-    door = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    door.setsockopt(socket.IPPROTO_IP, 15, 1)  # IP_FREEBIND, which Python has no name for before 3.13
-    door.bind((address, port))
-    return door
+def serve(controller: Controller, settings: Settings, token: str, gateway: str) -> Listeners:
+    """Serves all three listeners. Raises OSError where one cannot be opened."""
+    listeners = Listeners()
+    controller.subscribe(listeners.notify)
+    app = create_app(controller, token, [gateway], waits_in(listeners, controller))
+    tls = tls_context(settings.run_dir / "manager.pem") if settings.orchestrator == "swarm" else None
+    listeners.add(bind_tcp("127.0.0.1", settings.manager_port), app)
+    listeners.add(bind_tcp(gateway, settings.manager_port), app, tls)
+    listeners.add(bind_unix(settings.run_dir / "manager.sock"), as_operator(app))
+    listeners.start()
+    return listeners
 
 
-def serve(app: Flask, settings: Settings, gateway: str) -> None:
-    """Serves all three doors until the main thread is told to end."""
-    doors = [listen("127.0.0.1", settings.manager_port)]
-    if settings.orchestrator == "swarm":
-        serve_nodes(app, settings, gateway)
-    else:
-        doors.append(listen(gateway, settings.manager_port))
-    unix = settings.run_dir / "manager.sock"
-    unix.unlink(missing_ok=True)
-    servers = [
-        waitress.create_server(app, sockets=doors, threads=THREADS, **LIMITS),
-        waitress.create_server(as_operator(app), unix_socket=str(unix), unix_socket_perms="600", **LIMITS),
-    ]
-    for server in servers:
-        threading.Thread(target=server.run, daemon=True).start()
+def waits_in(listeners: Listeners, controller: Controller) -> WaitForView:
+    """Waits for a view without blocking the thread that all listeners share."""
 
+    def wait_for_view(have: str, seconds: float) -> View | None:
+        return listeners.wait_for(lambda: controller.wait_for_view(have, 0), seconds)
 
-class _Patient(BuiltinSSLAdapter):
-    """Leaves the handshake to the worker that reads first: whoever says nothing keeps nobody else waiting."""
-
-    def wrap(self, sock: socket.socket) -> tuple[socket.socket, dict[str, str]]:
-        wrapped = self.context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
-        return wrapped, {"wsgi.url_scheme": "https"}
-
-
-class _NodesDoor(Server):
-    def error_log(self, *_: object, **__: object) -> None:
-        pass  # whoever knocks and goes is no news
-
-
-def serve_nodes(app: Flask, settings: Settings, address: str) -> Server:
-    """The door for balancers on other nodes, whose way here may be listened to: the same, within TLS."""
-    pem = str(settings.run_dir / "manager.pem")
-    server = _NodesDoor((address, settings.manager_port), app, numthreads=NODE_THREADS, timeout=5)
-    server.max_request_body_size, server.max_request_header_size = BODY_MAX, 16384
-    server.ssl_adapter = _Patient(pem, pem)
-    server.prepare()
-    threading.Thread(target=server.serve, daemon=True).start()
-    return server
+    return wait_for_view
 
 
 def start_log(path: Path) -> None:
@@ -356,6 +338,16 @@ def make_engine(settings: Settings, token: str) -> DockerEngine | SwarmEngine:
     return SwarmEngine(settings, BalancerOptions(image, token, secrets=secrets))
 
 
+def wait_for_end(loop: threading.Thread) -> None:
+    """Returns when SIGTERM or SIGINT, which have to be blocked, is pending, or when `loop` has ended by itself.
+
+    Asks for pending signals because `signal.sigtimedwait` returns an arbitrary signal when SIGCONT interrupts it after
+    its timeout.
+    """
+    while loop.is_alive() and not signal.sigpending() & set(END):
+        loop.join(END_POLL)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="The manager; run.sh starts it with its settings in LB_ variables.")
     parser.add_argument("--backends", type=int, help="how many to begin with; without it, as many as run")
@@ -365,7 +357,8 @@ def main() -> int:
     except SettingError as error:
         print(f"manager: {error}", file=sys.stderr)
         return 2
-    signal.pthread_sigmask(signal.SIG_BLOCK, END)  # before any thread starts, so that sigwait alone takes them
+    signal.pthread_sigmask(signal.SIG_BLOCK, END)  # before any thread starts, so that none of them takes a signal
+    raise_file_limit()
     start_log(settings.run_dir / "manager.log")
     try:
         token = (settings.run_dir / "token").read_text().strip()
@@ -375,7 +368,7 @@ def main() -> int:
         ip_file = settings.run_dir / "balancer" / "ip.txt"
         controller = Controller(engine, settings, ip_file, inside=inside, check_source=gateway)
         controller.adopt(arguments.backends)
-        serve(create_app(controller, token, [gateway]), settings, gateway)
+        listeners = serve(controller, settings, token, gateway)
     except (EngineError, OSError) as error:
         log.error("cannot start: %s", error)
         print(f"manager: cannot start: {error}", file=sys.stderr)
@@ -383,10 +376,10 @@ def main() -> int:
     log.info("manager started, pid %d, at 127.0.0.1 and %s, port %d", os.getpid(), gateway, settings.manager_port)
     loop = threading.Thread(target=controller.run, name="controller", daemon=True)
     loop.start()
-    while loop.is_alive() and signal.sigtimedwait(END, 1) is None:
-        pass  # it ends by itself where another manager has taken over
-    controller.close()
+    wait_for_end(loop)
+    controller.close()  # ends all long polls; those that still come are refused
     loop.join(10)
+    listeners.stop()
     log.info("manager ended")
     return 0
 
@@ -394,4 +387,4 @@ def main() -> int:
 if __name__ == "__main__":
     ended = main()
     logging.shutdown()
-    os._exit(ended)  # the doors' threads hold nothing worth waiting for
+    os._exit(ended)  # no other thread holds anything worth waiting for

@@ -1,20 +1,18 @@
-"""The manager as a browser meets it, without an engine: the real application over a fake one, served by waitress."""
+"""The manager as a browser meets it, without an engine: the real application over a fake one."""
 
 from __future__ import annotations
 
 import itertools
 import logging
 import math
-import threading
+import socket
 from pathlib import Path
-
-import waitress
-from waitress import wasyncore
 
 from engine import EngineError
 from fakes import TOKEN, Clock, FakeEngine, controller, eventually
+from listeners import Listeners, bind_tcp
 from meter import Report, Sample
-from script import LIMITS, create_app, listen, start_log
+from script import create_app, start_log
 
 
 class StuckEngine(FakeEngine):
@@ -45,10 +43,10 @@ class Stage:
         start_log(self.log)
         self._handler = logging.getLogger().handlers[-1]
         self._counted: dict[str, tuple[float, float]] = {}
-        door = listen("127.0.0.1", 0)
-        self.port = door.getsockname()[1]
+        listener = bind_tcp("127.0.0.1", 0)
+        self.port = listener.getsockname()[1]
         self.base_url = f"http://127.0.0.1:{self.port}"
-        self._begin(door)
+        self._serve(listener)
 
     def hear(self, *rates: float, seconds: float = 2.0, balancer: str = "b1") -> None:
         """Reports, one after each `seconds`, of that many packets a second over all that serve."""
@@ -85,32 +83,22 @@ class Stage:
     # -- the server goes and comes back --------------------------------------------------------------------------------
 
     def go_away(self) -> None:
-        """Ends the server and every connection to it, when the answers in hand are made."""
-        self._server.task_dispatcher.shutdown()
-        self._server.trigger.pull_trigger(self._close_all)  # on the thread that these belong to
-        self._thread.join(10)
-        assert not self._thread.is_alive()
-
-    def _close_all(self) -> None:
-        for channel in list(self._server.active_channels.values()):
-            channel.handle_close()
-        wasyncore.close_all(self._server._map)
+        """Ends the server and every connection to it, when what it answers is answered."""
+        self._listeners.stop()
 
     def come_back(self) -> None:
-        self._begin(listen("127.0.0.1", self.port))
+        self._serve(bind_tcp("127.0.0.1", self.port))
 
     def close(self) -> None:
         self.controller.close()
-        if self._thread.is_alive():
-            self.go_away()
+        self.go_away()
         logging.getLogger().removeHandler(self._handler)
         self._handler.close()
 
-    def _begin(self, door: object) -> None:
-        app = create_app(self.controller, TOKEN, [])
-        self._server = waitress.create_server(app, sockets=[door], threads=8, **LIMITS)
-        self._thread = threading.Thread(target=self._server.run, daemon=True)
-        self._thread.start()
+    def _serve(self, listener: socket.socket) -> None:
+        self._listeners = Listeners()
+        self._listeners.add(listener, create_app(self.controller, TOKEN, []))
+        self._listeners.start()
 
 
 HOUR = 4200.0  # seconds of a_busy_hour

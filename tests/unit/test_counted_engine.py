@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import fleet as fleets
-from controller import Controller
+from controller import Closing, Controller
 from engine import Engine, EngineError, Event, TakenOver
 from fakes import Clock, controller, eventually, report, sample
 from fleet import ACTIVE, DRAINING, FAILED, LEAVING, STARTING, Backend, Container, Goal, Namer, Resize
@@ -235,5 +235,6 @@ def test_a_manager_ends_where_another_has_taken_over(rig: Rig, caplog: pytest.Lo
     loop.start()
     loop.join(5)
     assert not loop.is_alive()
-    assert rig.controller.wait_for_view("x", 0) is None  # no balancer hears anything from it any more
+    with pytest.raises(Closing):  # it gives no balancer a view any more
+        rig.controller.wait_for_view("x", 0)
     assert "has taken over" in caplog.text

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import shutil
-import socket
 import ssl
-import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -17,9 +14,8 @@ import pytest
 import requests
 
 import synchronization_client as client
-from fakes import Clock, FakeEngine, controller, settings
+from certificates import make_certificate
 from probe import Health
-from script import create_app, serve_nodes
 from wire import Backend, Manager, View
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # a server ends with a TLS client half-way
@@ -68,27 +64,9 @@ class Quiet(HTTPServer):
 
 
 def certificate(place: Path, name: str) -> Path:
-    """As manager/swarm.sh makes it: certificate and key in one file."""
     if not shutil.which("openssl"):
         pytest.skip("needs openssl")
-    place.mkdir()
-    pem, key = place / "manager.pem", place / "key.pem"
-    command = [
-        "openssl",
-        "req",
-        "-x509",
-        "-newkey",
-        "ec",
-        "-pkeyopt",
-        "ec_paramgen_curve:prime256v1",
-        "-nodes",
-        "-days",
-        "2",
-    ]
-    command += ["-subj", f"/CN={name}", "-addext", f"subjectAltName=DNS:{name}", "-keyout", str(key), "-out", str(pem)]
-    subprocess.run(command, check=True, capture_output=True)
-    pem.write_text(pem.read_text() + key.read_text())
-    return pem
+    return make_certificate(place, name)
 
 
 def serve(pem: Path) -> Iterator[str]:
@@ -133,26 +111,3 @@ def test_the_next_address_is_tried_when_one_does_not_answer_and_kept_when_it_doe
         with pytest.raises(requests.RequestException):
             manager.sync("")
     assert manager.sync("") == manager.sync("") == {"revision": "r2"}
-
-
-def test_who_says_nothing_at_the_nodes_door_keeps_nobody_waiting(
-    pem: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    monkeypatch.setattr("settings.ROOT", tmp_path)
-    made = settings(orchestrator="swarm", manager_port=port)
-    made.run_dir.mkdir(parents=True)
-    (made.run_dir / "manager.pem").write_text(pem.read_text())
-    silent: list[socket.socket] = []
-    server = serve_nodes(create_app(controller(FakeEngine(), tmp_path, Clock()), "t", ["127.0.0.1"]), made, "127.0.0.1")
-    try:
-        silent += [socket.create_connection(("127.0.0.1", port)) for _ in range(4)]
-        time.sleep(0.2)
-        began = time.monotonic()
-        assert Manager([f"127.0.0.1:{port}"], "t", "b", str(pem)).sync("x") is not None
-        assert time.monotonic() - began < 4  # a handshake in the queue's way takes five seconds each
-    finally:
-        for one in silent:
-            one.close()
-        server.stop()

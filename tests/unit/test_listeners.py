@@ -1,0 +1,696 @@
+"""The manager's listeners with real sockets: silent, slow, greedy and broken callers, many long polls, and the end."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+import shutil
+import signal
+import socket
+import ssl
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import listeners as module
+from certificates import make_certificate
+from fakes import TOKEN, Clock, FakeEngine, controller, eventually
+from listeners import BODY_MAX, HEADERS_MAX, Limits, Listeners, bind_tcp, bind_unix, connections_each, tls_context
+from script import as_operator, create_app, waits_in
+
+BEARER = f"Authorization: Bearer {TOKEN}\r\n"
+REPORT = {"balancer": "b1", "revision": "r", "interval": 2, "backends": []}
+QUICK = Limits(request=0.3, answer=0.3)
+LONG = Limits(request=60, answer=60)
+
+
+def request(method: str, path: str, body: bytes = b"", headers: str = BEARER, version: str = "1.1") -> bytes:
+    length = f"Content-Length: {len(body)}\r\n" if body else ""
+    return f"{method} {path} HTTP/{version}\r\nHost: localhost\r\n{headers}{length}\r\n".encode() + body
+
+
+STATUS = request("GET", "/status", headers="Connection: close\r\n")
+A_REPORT = request("POST", "/pkts_info", json.dumps(REPORT).encode(), f"{BEARER}Connection: close\r\n")
+
+
+class Site:
+    """A manager over a fake engine, on a TCP listener, one within TLS, and the operator's; and its callers."""
+
+    def __init__(self, place: Path, limits: Limits | None = None) -> None:
+        self.controller = controller(FakeEngine("p-backend-1", "p-backend-2"), place, Clock())
+        self.controller.adopt(None)
+        self.listeners = Listeners(limits)
+        self.controller.subscribe(self.listeners.notify)
+        app = create_app(self.controller, TOKEN, [], waits_in(self.listeners, self.controller))
+        tcp, secured, self.unix = bind_tcp("127.0.0.1", 0), bind_tcp("127.0.0.1", 0), place / "manager.sock"
+        self.tcp, self.tls = tcp.getsockname()[1], secured.getsockname()[1]
+        self.pem = certificate(place)
+        self.listeners.add(tcp, app)
+        self.listeners.add(secured, app, tls_context(self.pem))
+        self.listeners.add(bind_unix(self.unix), as_operator(app))
+        self.listeners.start()
+        self._sockets = ExitStack()
+
+    def close(self) -> None:
+        self._sockets.close()
+        self.controller.close()
+        self.listeners.stop()
+
+    def connect(self, port: int = 0) -> socket.socket:
+        """A caller that has said nothing; also not within TLS."""
+        return self._sockets.enter_context(socket.create_connection(("127.0.0.1", port or self.tcp), 20))
+
+    def connect_tls(self) -> socket.socket:
+        context = ssl.create_default_context(cafile=str(self.pem))
+        wrapped = context.wrap_socket(self.connect(self.tls), server_hostname="lbscaler-manager")
+        return self._sockets.enter_context(wrapped)
+
+    def connect_unix(self) -> socket.socket:
+        caller = self._sockets.enter_context(socket.socket(socket.AF_UNIX))
+        caller.settimeout(20)
+        caller.connect(str(self.unix))
+        return caller
+
+    def ask(self, sent: bytes = STATUS, connect: Callable[[], socket.socket] | None = None) -> tuple[int, bytes]:
+        """(status, body) of what is answered until the connection ends; the status is 0 where it just ends."""
+        with (connect or self.connect)() as caller:
+            caller.sendall(sent)
+            return parsed(until_end(caller))
+
+    def long_poll(self, connect: Callable[[], socket.socket] | None = None) -> socket.socket:
+        caller = (connect or self.connect)()
+        revision = self.controller.status()["revision"]
+        caller.sendall(request("GET", f"/sync?have={revision}&wait=60", headers=f"{BEARER}Connection: close\r\n"))
+        return caller
+
+
+def certificate(place: Path) -> Path:
+    if not shutil.which("openssl"):
+        pytest.skip("needs openssl")
+    return make_certificate(place)
+
+
+def until_end(caller: socket.socket) -> bytes:
+    """All that comes until the connection ends, by a reset too."""
+    received = b""
+    with suppress(ConnectionResetError):
+        while piece := caller.recv(1 << 16):
+            received += piece
+    return received
+
+
+def parsed(answer: bytes) -> tuple[int, bytes]:
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return int(head.split()[1]) if head else 0, body
+
+
+def seconds(call: Callable[[], object]) -> float:
+    began = time.monotonic()
+    call()
+    return time.monotonic() - began
+
+
+@pytest.fixture
+def begin(tmp_path: Path) -> Iterator[Callable[..., Site]]:
+    with ExitStack() as sites:
+
+        def begin(limits: Limits | None = None) -> Site:
+            site = Site(tmp_path, limits)
+            sites.callback(site.close)
+            return site
+
+        yield begin
+
+
+@pytest.fixture
+def silent_logs(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> Callable[[], None]:
+    """Asserts that nothing was logged or printed."""
+    caplog.set_level(logging.WARNING)
+
+    def nothing() -> None:
+        assert (caplog.text, *capfd.readouterr()) == ("", "", "")
+
+    return nothing
+
+
+# -- many callers -----------------------------------------------------------------------------------------------------
+
+POLLS, SILENT, NEEDED_FILES = 1000, 2000, 12_000
+
+
+@pytest.fixture
+def many_files() -> Iterator[None]:
+    """Both ends of all connections are in this process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < NEEDED_FILES:
+        pytest.skip(f"needs {NEEDED_FILES} open files, the hard limit is {hard}")
+    module.raise_file_limit()
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def memory() -> int:
+    """MB of this process."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() >> 20
+
+
+def test_reports_and_status_are_fast_beside_a_thousand_long_polls_and_silent_callers(
+    begin: Callable[..., Site], many_files: None, figure: Callable[[str], None]
+) -> None:
+    site, before, threads = begin(), memory(), threading.active_count()
+    polls = [site.long_poll() for _ in range(POLLS // 2)]
+    polls += [site.long_poll(site.connect_tls) for _ in range(POLLS // 2)]
+    silent = [site.connect(port) for _ in range(SILENT) for port in (site.tcp, site.tls)]
+    worst = {"GET /status": 0.0, "POST /pkts_info": 0.0}
+    for _ in range(10):
+        for connect in (site.connect, site.connect_tls):
+            for name, sent in (("GET /status", STATUS), ("POST /pkts_info", A_REPORT)):
+                began = time.monotonic()
+                assert site.ask(sent, connect)[0] == 200
+                worst[name] = max(worst[name], time.monotonic() - began)
+    assert threading.active_count() == threads, "no thread for a connection"
+    for caller in (silent[0], silent[-1]):
+        caller.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            caller.recv(1)  # it is still connected
+    held = memory() - before
+    site.controller.drain("198.18.0.2")
+    at_change = seconds(lambda: site.ask(A_REPORT))
+    answers = [parsed(until_end(poll)) for poll in polls]
+    assert all(status == 200 and b"draining" in body for status, body in answers)
+    figure(
+        f"{POLLS} long polls, {len(silent)} silent callers: worst answer of "
+        + ", ".join(f"{name} {took:.3f} s" for name, took in worst.items())
+        + f"; of a report when all polls are answered {at_change:.2f} s; {held} MB for both ends"
+    )
+    assert max(*worst.values(), at_change) < 1
+
+
+def test_more_silent_callers_than_a_listener_takes_stop_nobody(begin: Callable[..., Site]) -> None:
+    site = begin(Limits(connections=40, request=60))
+    first = site.connect()
+    for _ in range(100):
+        site.connect()
+    assert seconds(site.ask) < 5
+    assert until_end(first) == b"", "who has taken longest is cut off"
+
+
+def test_more_silent_callers_than_the_tls_listener_takes_stop_nobody(begin: Callable[..., Site]) -> None:
+    site = begin(Limits(connections=40, request=60))
+    for _ in range(100):
+        site.connect(site.tls)
+    assert seconds(lambda: site.ask(connect=site.connect_tls)) < 5
+
+
+def test_a_long_poll_is_not_cut_off_for_silent_callers(begin: Callable[..., Site]) -> None:
+    site = begin(Limits(connections=40, request=60))
+    poll = site.long_poll()
+    for _ in range(100):
+        site.connect()
+    assert site.ask()[0] == 200
+    site.controller.drain("198.18.0.2")
+    assert parsed(until_end(poll))[0] == 200
+
+
+def test_long_polls_that_fill_one_listener_do_not_stop_another(begin: Callable[..., Site]) -> None:
+    site = begin(Limits(connections=16))
+    for _ in range(50):
+        site.long_poll()
+    for connect in (site.connect_tls, site.connect_unix):
+        assert seconds(lambda connect=connect: site.ask(connect=connect)) < 1
+
+
+# -- slow callers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"GET /status HT",
+        b"GET /status HTTP/1.1\r\nHost: localhost\r\n",
+        b"POST /stop HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{",
+        b"POST /stop HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{",
+    ],
+)
+def test_who_does_not_send_a_whole_request_in_time_is_cut_off(
+    begin: Callable[..., Site], silent_logs: Callable[[], None], sent: bytes
+) -> None:
+    site = begin(QUICK)
+    for connect in (site.connect, site.connect_tls, site.connect_unix):
+        caller = connect()
+        caller.sendall(sent)
+        assert 0.2 < seconds(lambda caller=caller: until_end(caller)) < 3
+    silent_logs()
+
+
+@pytest.mark.parametrize(
+    "begun", [b"", b"GET /status HTTP/1.1\r\nX: ", b"POST /stop HTTP/1.1\r\nContent-Length: 9999\r\n\r\n"]
+)
+def test_who_sends_single_bytes_is_cut_off(begin: Callable[..., Site], begun: bytes) -> None:
+    caller, deadline = begin(QUICK).connect(), time.monotonic() + 3
+    caller.sendall(begun)
+    caller.settimeout(0.05)
+    with pytest.raises(OSError):
+        while time.monotonic() < deadline:
+            caller.sendall(b"a")
+            with suppress(TimeoutError):
+                assert caller.recv(1) == b""
+    assert time.monotonic() < deadline
+
+
+def test_a_connection_is_kept_for_the_next_request_and_ends_when_none_comes(begin: Callable[..., Site]) -> None:
+    caller = begin(QUICK).connect()
+    for _ in range(3):
+        caller.sendall(request("GET", "/decisions", headers=""))
+        received = b""
+        while not received.endswith(b"\r\n\r\n[]\n"):
+            received += caller.recv(1 << 16)
+        time.sleep(0.15)
+    assert seconds(lambda: until_end(caller)) < 3
+
+
+def test_an_answer_on_a_kept_connection_does_not_wait_for_an_acknowledgement(begin: Callable[..., Site]) -> None:
+    caller, began = begin().connect(), time.monotonic()
+    for _ in range(30):
+        caller.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)  # acknowledges after 40 ms
+        caller.sendall(request("GET", "/decisions", headers=""))
+        received = b""
+        while not received.endswith(b"\r\n\r\n[]\n"):
+            received += caller.recv(1 << 16)
+    assert time.monotonic() - began < 0.6
+
+
+def test_who_makes_no_tls_handshake_is_cut_off(begin: Callable[..., Site], silent_logs: Callable[[], None]) -> None:
+    site = begin(QUICK)
+    caller = site.connect(site.tls)
+    assert 0.2 < seconds(lambda: until_end(caller)) < 3
+    for sent in (STATUS, b"\x16\x03\x01\xff\xff", b"\x16\x03\x01\x00\x05\x01\x00\x00\x01\x00"):
+        caller = site.connect(site.tls)
+        caller.sendall(sent)
+        assert b"200" not in until_end(caller)
+    reset(site.connect(site.tls))
+    assert site.ask(connect=site.connect_tls)[0] == 200
+    silent_logs()
+
+
+@pytest.mark.parametrize(("path", "times"), [("/plotly.js", 1), ("/page.js", 2000)])
+def test_who_does_not_take_the_answers_is_cut_off(
+    begin: Callable[..., Site], silent_logs: Callable[[], None], path: str, times: int
+) -> None:
+    site = begin(QUICK)
+    whole = len(site.ask(request("GET", path, headers="Connection: close\r\n"))[1]) * times
+    for connect in (site.connect, site.connect_tls):
+        caller = connect()
+        caller.settimeout(1)
+        with suppress(TimeoutError):
+            caller.sendall(request("GET", path) * times)
+        time.sleep(1)
+        assert 0 < len(until_end(caller)) < whole
+    silent_logs()
+
+
+def test_who_takes_no_headers_is_cut_off_too() -> None:
+    def long_headers(environ: Any, start_response: Any) -> list[bytes]:
+        start_response("200 OK", [("X", "x" * 20_000_000)])
+        return [b"x"]
+
+    with serving(long_headers, QUICK) as port:
+        before = open_files()
+        with socket.create_connection(("127.0.0.1", port), 5) as caller:
+            assert eventually(lambda: open_files() == before + 2), "accepted"
+            caller.sendall(STATUS)
+            assert eventually(lambda: open_files() == before + 1), "closed, though most is not taken"
+            assert until_end(caller).endswith(b"xxx"), "no second answer within the first"
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@contextmanager
+def serving(application: Any, limits: Limits | None = None) -> Iterator[int]:
+    """A listener alone; its port."""
+    made, listener = Listeners(limits), bind_tcp("127.0.0.1", 0)
+    port = listener.getsockname()[1]
+    made.add(listener, application)
+    made.start()
+    yield port
+    made.stop()
+
+
+def test_who_takes_no_answers_is_cut_off_at_the_limit_and_costs_little(begin: Callable[..., Site]) -> None:
+    site = begin(Limits(connections=30, request=60, answer=60))
+    site.ask(request("GET", "/plotly.js", headers="Connection: close\r\n"))
+    before = memory()
+    for _ in range(60):
+        site.connect().sendall(request("GET", "/plotly.js"))
+    assert seconds(site.ask) < 5
+    assert memory() - before < 50, "all have one copy in common"
+
+
+# -- greedy callers ---------------------------------------------------------------------------------------------------
+
+
+# Sends the first argument, and then the second again and again, both hexadecimal; reads whatever comes.
+ENDLESS = """
+import contextlib, socket, sys, threading
+caller = socket.create_connection(("127.0.0.1", int(sys.argv[1])))
+def read():
+    with contextlib.suppress(OSError):
+        while caller.recv(1 << 16):
+            pass
+threading.Thread(target=read, daemon=True).start()
+with contextlib.suppress(OSError):
+    caller.sendall(bytes.fromhex(sys.argv[2]))
+    print("begun", flush=True)
+    while True:
+        caller.sendall(bytes.fromhex(sys.argv[3]))
+"""
+
+
+CHUNKED = b"POST /stop HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("begun", "piece"),
+    [
+        (b"", b"HEAD /nowhere HTTP/1.1\r\n\r\n" * 500),
+        (CHUNKED + b"0\r\n", b"a: b\r\n" * 1000),
+        (CHUNKED, (b"1;" + b"x" * 8000 + b"\r\na\r\n") * 6),
+        (b"POST /stop HTTP/1.1\r\nContent-Length: 99999999999\r\n\r\n", b"x" * 10_000),
+    ],
+    ids=["requests", "trailers", "chunk extensions", "a body too long"],
+)
+def test_who_sends_without_end_does_not_hold_up_others(begin: Callable[..., Site], begun: bytes, piece: bytes) -> None:
+    site = begin(LONG)
+    argv = [sys.executable, "-c", ENDLESS, str(site.tcp), begun.hex(), piece.hex()]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as sender:
+        try:
+            assert sender.stdout is not None
+            assert sender.stdout.readline() == "begun\n"
+            time.sleep(0.2)
+            assert max(seconds(lambda: site.ask(A_REPORT)) for _ in range(5)) < 2
+        finally:
+            sender.kill()
+
+
+def test_bodies_that_are_being_read_have_a_limit_and_the_oldest_is_cut_off(
+    begin: Callable[..., Site], silent_logs: Callable[[], None]
+) -> None:
+    site = begin(Limits(request=60, bodies=BODY_MAX))
+    half = request("POST", "/pkts_info", b" " * BODY_MAX)[: BODY_MAX // 2]
+    callers = [site.connect() for _ in range(4)]
+    for caller in callers:
+        caller.sendall(half)
+        time.sleep(0.1)
+    whole = request(
+        "POST", "/pkts_info", json.dumps(REPORT).encode().ljust(BODY_MAX - 10), f"{BEARER}Connection: close\r\n"
+    )
+    assert site.ask(whole)[0] == 200
+    assert [until_end(caller) for caller in callers[:3]] == [b""] * 3
+    assert site.ask()[0] == 200
+    silent_logs()
+
+
+@pytest.mark.parametrize("length", [BODY_MAX + 1, 3 * BODY_MAX, 10**30])
+def test_a_body_that_is_too_long_is_refused_and_the_answer_arrives(begin: Callable[..., Site], length: int) -> None:
+    site = begin()
+    sent = f"POST /stop HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n".encode()
+    caller = site.connect()
+    caller.sendall(sent + b" " * min(length, 3 * BODY_MAX))
+    assert parsed(until_end(caller)) == (413, b"Request Entity Too Large\n")
+
+
+def test_a_chunked_body_is_read_and_one_that_is_too_long_is_refused(begin: Callable[..., Site]) -> None:
+    site, headers = begin(), f"{BEARER}Transfer-Encoding: chunked\r\nConnection: close\r\n"
+    body = json.dumps(REPORT).encode()
+    chunks = b"%x\r\n%b\r\n%x;a=b\r\n%b\r\n0\r\nTrailer: x\r\n\r\n" % (10, body[:10], len(body) - 10, body[10:])
+    head = request("POST", "/pkts_info", headers=headers)
+    assert site.ask(head + chunks)[0] == 200
+    too_long = b"10000\r\n" + b" " * 65536 + b"\r\n"
+    assert site.ask(head + too_long * 17) == (413, b"Request Entity Too Large\n")
+
+
+# -- broken callers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"\r\n\r\n", 400),
+        (b"\x00\xff\x16\r\n\r\n", 400),
+        (b"GET /\r\n\r\n", 400),  # HTTP/0.9
+        (b"POST /stop\r\n\r\n", 400),
+        (b"GET / HTTP/2.0\r\n\r\n", 400),
+        (b"GET / HTTP/x.y\r\n\r\n", 400),
+        (b"GET / FTP/1.1\r\n\r\n", 400),
+        (b"GET / a HTTP/1.1\r\n\r\n", 400),
+        (b"GET /" + b"x" * 9000 + b" HTTP/1.1\r\n\r\n", 414),
+        (b"GET / HTTP/1.1\r\nX: " + b"x" * HEADERS_MAX + b"\r\n\r\n", 431),
+        (b"GET / HTTP/1.1\r\n" + b"X: x\r\n" * 5000 + b"\r\n", 431),
+        (b"GET / HTTP/1.1\r\n" + b"X: x\r\n" * 101 + b"\r\n", 400),
+        (b"GET / HTTP/1.1\r\nConnection: close\r\nno header\r\n\r\n", 200),
+        (b"GET / HTTP/1.1\r\nConnection: close\r\n\xff: \xff\r\n x\r\n: x\r\n\r\n", 200),
+        (b"POST /stop HTTP/1.1\r\nContent-Length: x\r\n\r\n", 400),
+        (b"POST /stop HTTP/1.1\r\nContent-Length: -1\r\n\r\n", 400),
+        (b"POST /stop HTTP/1.1\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n", 400),
+        (b"HEAD / HTTP/1.1\r\nContent-Length: 4\r\n\r\nabcd", 400),
+        (b"POST /stop HTTP/1.1\r\nTransfer-Encoding: gzip, chunked\r\n\r\n", 501),
+        (CHUNKED + b"\r\n\r\n", 400),
+        (CHUNKED + b"zz\r\n\r\n", 400),
+        (CHUNKED + b"-1\r\n\r\n", 400),
+        (CHUNKED + b"f" * 17 + b"\r\n\r\n", 400),
+        (CHUNKED + b"3\r\nabcd\r\n\r\n", 400),
+        (CHUNKED + b"0\r\n\xff: x\r\n\r\n", 400),
+        (CHUNKED + b"3;" + b"x" * 9000, 400),
+        (b"GET /status HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: close\r\n\r\n", 200),
+        (b"GET http://localhost/status HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", 404),
+        (b"GET /%00%ff?\xff HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", 404),
+    ],
+)
+def test_a_broken_request_is_refused_and_not_logged(
+    begin: Callable[..., Site], silent_logs: Callable[[], None], sent: bytes, status: int
+) -> None:
+    site = begin(QUICK)
+    got, body = site.ask(sent)
+    assert got == status
+    assert status < 400 or len(body.splitlines()) == 1
+    assert site.ask()[0] == 200
+    silent_logs()
+
+
+def reset(caller: socket.socket) -> None:
+    caller.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    caller.close()
+
+
+def test_a_caller_that_resets_is_no_log_line(begin: Callable[..., Site], silent_logs: Callable[[], None]) -> None:
+    site = begin(QUICK)
+    polling = [site.long_poll() for _ in range(3)]
+    for sent in (b"", b"GET /sta", request("POST", "/stop", b"x" * 50)[:-9], STATUS, request("GET", "/plotly.js")):
+        for connect in (site.connect, site.connect_tls):
+            caller = connect()
+            caller.sendall(sent)
+            time.sleep(0.02)
+            reset(caller)
+    for poll in polling:
+        reset(poll)
+    site.controller.drain("198.18.0.2")
+    assert site.ask()[0] == 200
+    time.sleep(0.5)
+    silent_logs()
+
+
+def test_a_request_that_ends_within_its_headers_is_not_served(begin: Callable[..., Site]) -> None:
+    site = begin()
+    caller = site.connect()
+    caller.sendall(request("POST", "/stop", headers=BEARER)[:-2])
+    caller.shutdown(socket.SHUT_WR)
+    assert until_end(caller) == b""
+
+
+def test_an_error_of_the_application_itself_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    def failing(environ: Any, start_response: Any) -> Any:
+        raise KeyError("a mistake")
+
+    with serving(failing) as port, socket.create_connection(("127.0.0.1", port), 5) as caller:
+        caller.sendall(STATUS)
+        assert parsed(until_end(caller))[0] == 500
+    assert "a connection failed" in caplog.text
+    assert "a mistake" in caplog.text
+
+
+# -- good callers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_a_caller_of_either_version_is_answered_and_its_connection_closed_on_request(
+    begin: Callable[..., Site], version: str
+) -> None:
+    site = begin()
+    headers = "Connection: close, TE\r\n" if version == "1.1" else ""
+    for connect in (site.connect, site.connect_tls, site.connect_unix):
+        began = time.monotonic()
+        status, body = site.ask(request("GET", "/status", headers=headers, version=version), connect)
+        assert (status, json.loads(body)["project"]) == (200, "p")
+        assert time.monotonic() - began < 3
+
+
+def test_expect_100_continue_is_answered_before_the_body_is_sent(begin: Callable[..., Site]) -> None:
+    caller, body = begin().connect(), json.dumps(REPORT).encode()
+    sent = request("POST", "/pkts_info", body, f"{BEARER}Expect: 100-continue\r\nConnection: close\r\n")
+    caller.sendall(sent[: -len(body)])
+    assert caller.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+    caller.sendall(body)
+    assert parsed(until_end(caller))[0] == 200
+
+
+def test_only_the_unix_socket_makes_an_operator(begin: Callable[..., Site]) -> None:
+    site, pause = begin(), request("POST", "/pause", headers=f"{BEARER}Lbscaler.operator: 1\r\nConnection: close\r\n")
+    assert site.ask(pause)[0] == site.ask(pause, site.connect_tls)[0] == 403
+    assert site.ask(pause, site.connect_unix)[0] == 200
+
+
+def test_the_unix_socket_never_has_wider_rights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[int] = []
+
+    class Watched(socket.socket):
+        def bind(self, address: Any) -> None:
+            super().bind(address)
+            modes.append(stat.S_IMODE(Path(address).stat().st_mode))
+
+    monkeypatch.setattr(module.socket, "socket", Watched)
+    before = os.umask(0)
+    try:
+        bind_unix(tmp_path / "manager.sock").close()
+        bind_unix(tmp_path / "manager.sock").close()  # over the one that is left
+    finally:
+        os.umask(before)
+    assert modes == [0o600, 0o600]
+
+
+def test_a_listener_is_bound_before_its_address_is_up() -> None:
+    bind_tcp("198.18.99.1", 0).close()
+    with pytest.raises(OSError, match="in use"), bind_tcp("127.0.0.1", 0) as taken:
+        bind_tcp("127.0.0.1", taken.getsockname()[1])
+
+
+def test_tls_before_1_2_and_a_file_without_a_key_are_refused(begin: Callable[..., Site], tmp_path: Path) -> None:
+    site = begin()
+    context = ssl.create_default_context(cafile=str(site.pem))
+    with pytest.warns(DeprecationWarning):
+        context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_1
+    context.set_ciphers("ALL:@SECLEVEL=0")
+    with pytest.raises(OSError):
+        context.wrap_socket(site.connect(site.tls), server_hostname="lbscaler-manager").close()
+    (tmp_path / "empty.pem").write_text("")
+    with pytest.raises(OSError, match="PEM"):
+        tls_context(tmp_path / "empty.pem")
+
+
+@pytest.mark.parametrize(
+    ("files", "listeners", "connections"), [(20_000, 3, 4096), (4096, 3, 1194), (1024, 3, 170), (256, 3, 16)]
+)
+def test_connections_leave_files_for_everything_else(files: int, listeners: int, connections: int) -> None:
+    assert connections_each(4096, files, listeners) == connections
+
+
+def test_the_limit_of_files_is_raised_as_far_as_it_may() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 1024), hard))
+    try:
+        limit = module.raise_file_limit()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (limit, hard)
+        assert limit == module.FILES_WANTED if hard == resource.RLIM_INFINITY else min(hard, module.FILES_WANTED)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+# -- the end ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_ending_manager_refuses_long_polls_once_and_then_closes(begin: Callable[..., Site]) -> None:
+    site = begin()
+    refused = (503, b"this manager ends; ask again in a few seconds\n")
+    waiting = [site.long_poll(), site.long_poll(site.connect_tls)]
+    time.sleep(0.2)
+    site.controller.close()
+    assert [parsed(until_end(poll)) for poll in waiting] == [refused, refused]
+    assert parsed(until_end(site.long_poll())) == refused
+    idle = site.connect()
+    assert seconds(site.listeners.stop) < 3
+    assert until_end(idle) == b""
+    with pytest.raises(ConnectionRefusedError):
+        site.connect()
+    site.listeners.notify()  # comes too late and does no harm
+
+
+def test_listeners_that_cannot_start_say_why(tmp_path: Path) -> None:
+    made, closed = Listeners(), bind_tcp("127.0.0.1", 0)
+    closed.close()
+    made.add(closed, lambda *_: [])
+    with pytest.raises(OSError):
+        made.start()
+    made.stop()
+
+
+WAITING = """
+import signal, sys, threading, time
+sys.path.insert(0, {path!r})
+import script
+signal.pthread_sigmask(signal.SIG_BLOCK, script.END)
+loop = threading.Thread(target=time.sleep, args=({lasts},), daemon=True)
+loop.start()
+print("waiting", flush=True)
+script.wait_for_end(loop)
+print("ended", flush=True)
+"""
+
+
+def waiting_process(lasts: float) -> subprocess.Popen[str]:
+    """A process that waits as the manager does, beside a loop that ends after so many seconds."""
+    code = WAITING.format(path=str(Path(module.__file__).parent), lasts=lasts)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "waiting\n"
+    return process
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_and_continued_manager_goes_on_until_it_is_asked_to_end(end: signal.Signals) -> None:
+    with waiting_process(60) as process:
+        time.sleep(0.3)
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(2)
+        process.send_signal(signal.SIGCONT)
+        time.sleep(0.5)
+        assert process.poll() is None, "only a signal of the two ends it"
+        process.send_signal(end)
+        assert process.communicate(timeout=5)[0] == "ended\n"
+
+
+def test_a_manager_whose_loop_has_ended_ends() -> None:
+    with waiting_process(0.5) as process:
+        assert process.communicate(timeout=5)[0] == "ended\n"
+
+
+def test_a_long_poll_lasts_longer_than_a_request_may_and_ends_with_a_notify(begin: Callable[..., Site]) -> None:
+    site = begin(QUICK)
+    poll = site.long_poll()
+    time.sleep(4 * QUICK.request)
+    began = time.monotonic()
+    site.controller.drain("198.18.0.2")
+    assert parsed(until_end(poll))[0] == 200
+    assert time.monotonic() - began < 1

@@ -1,6 +1,6 @@
 """An HTTP server that idle, slow and hostile clients cannot fill up: gevent's pywsgi with deadlines and limits.
 
-- An idle connection costs a few kilobytes and no thread. It is closed after IDLE_TIMEOUT.
+- An idle connection costs some 16 KB and no thread. It is closed after `idle_timeout`.
 - A request has to arrive completely, header and body, within REQUEST_TIMEOUT of its first byte.
 - Above `max_connections`, a connection's request carries `environ[FULL] = True`, so that the application can refuse it.
   RESERVE more of them are accepted for that; any beyond are closed unanswered.
@@ -18,7 +18,6 @@ from typing import Any
 import gevent
 from gevent.pywsgi import WSGIHandler, WSGIServer
 
-IDLE_TIMEOUT = 120.0  # seconds between two requests
 REQUEST_TIMEOUT = 10.0  # seconds from a request's first byte to its last
 FULL_IDLE_TIMEOUT = 1.0  # seconds that a connection above the limit has to begin its request
 RESERVE = 256  # connections above the limit that are refused with an answer
@@ -70,7 +69,7 @@ class Handler(WSGIHandler):
     def _request_begins(self) -> bool:
         """Waits for the first byte of a request. False when the connection has ended or was idle for too long."""
         try:
-            with gevent.Timeout(FULL_IDLE_TIMEOUT if self.above_limit else IDLE_TIMEOUT):
+            with gevent.Timeout(FULL_IDLE_TIMEOUT if self.above_limit else self.server.idle_timeout):
                 return bool(self.rfile.peek(1))
         except (gevent.Timeout, OSError):
             return False
@@ -93,14 +92,20 @@ class Handler(WSGIHandler):
 
 
 class LimitedServer(WSGIServer):
-    """`connections` are open now; `busy` of them have a request that is being read or answered."""
+    """`connections` are open now; `busy` of them have a request that is being read or answered.
+
+    `idle_timeout` are the seconds that a connection has to begin its first or next request.
+    """
 
     handler_class = Handler
     backlog = 4096  # the kernel reduces it to net.core.somaxconn
     max_accept = 20  # new connections before those that are open get their turn, however many wait
 
-    def __init__(self, listener: tuple[str, int], application: Callable[..., Any], max_connections: int) -> None:
+    def __init__(
+        self, listener: tuple[str, int], application: Callable[..., Any], max_connections: int, idle_timeout: float
+    ) -> None:
         super().__init__(listener, application, log=None)
+        self.idle_timeout = idle_timeout
         self.max_connections = max_connections
         self.connections = 0
         self.busy = 0

@@ -34,6 +34,7 @@ LINGER = float(os.environ.get("LINGER", "1"))  # seconds
 FINISH = 60.0  # seconds for the requests in progress
 MAX_REQUESTS = int(os.environ.get("MAX_REQUESTS", "512"))  # in progress: received and not completely answered
 MAX_CONNECTIONS = int(os.environ.get("MAX_CONNECTIONS", "8000"))  # fewer where the limit of open files is lower
+IDLE_TIMEOUT = 120.0  # seconds between two requests on one connection
 READY_AGAIN = 0.8  # of either limit: below it, a backend that was saturated is ready again
 RETRY_AFTER = 1  # seconds
 COMPUTE_SLICE = 0.01  # seconds
@@ -125,7 +126,7 @@ class Backend:
         self.in_progress = 0
         self._saturated = False
         self._turns = Turns()
-        self.server = LimitedServer(("0.0.0.0", PORT), self, max_connections)
+        self.server = LimitedServer(("0.0.0.0", PORT), self, max_connections, IDLE_TIMEOUT)
 
     def __call__(self, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
         if environ["PATH_INFO"] == "/ready":

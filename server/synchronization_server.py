@@ -22,7 +22,8 @@ from limited_server import LimitedServer, raise_file_limit
 PORT, WORKLOAD_PORT = 5000, 8000
 TIMEOUT = 0.8  # seconds; the balancer's own for the whole probe is 1 s
 GIVE_UP = 10.0  # seconds; after them the next check begins on a new connection
-MAX_CONNECTIONS = 256
+MAX_CONNECTIONS = 2000
+IDLE_TIMEOUT = 5.0  # seconds; every probe has a connection of its own
 
 app = Flask(__name__)
 draining = Event()
@@ -112,7 +113,7 @@ def sync() -> tuple[str, int]:
 def main() -> None:
     gevent.signal_handler(signal.SIGTERM, draining.set)
     raise_file_limit()
-    LimitedServer(("0.0.0.0", PORT), app, MAX_CONNECTIONS).serve_forever()
+    LimitedServer(("0.0.0.0", PORT), app, MAX_CONNECTIONS, IDLE_TIMEOUT).serve_forever()
 
 
 if __name__ == "__main__":

@@ -443,7 +443,7 @@ def test_a_workload_that_hangs_is_no_answer_within_the_balancers_time() -> None:
     ],
 )
 def test_a_client_that_sends_too_slowly_or_nothing_is_disconnected(begun: bytes, answer: bytes) -> None:
-    changed = "limited_server.REQUEST_TIMEOUT = 0.6; limited_server.IDLE_TIMEOUT = 0.6"
+    changed = "limited_server.REQUEST_TIMEOUT = 0.6; server.IDLE_TIMEOUT = 0.6"
     with backend(changed) as program, program.connect() as slow:
         slow.sendall(begun)
         for _ in range(3):  # a byte now and then does not lengthen the time
@@ -456,7 +456,7 @@ def test_a_client_that_sends_too_slowly_or_nothing_is_disconnected(begun: bytes,
 
 
 def test_the_deadlines_do_not_cut_an_answer_that_takes_long() -> None:
-    with backend("limited_server.REQUEST_TIMEOUT = 0.5; limited_server.IDLE_TIMEOUT = 0.5") as program:
+    with backend("limited_server.REQUEST_TIMEOUT = 0.5; server.IDLE_TIMEOUT = 0.5") as program:
         answer = program.get("/?seconds=1.5")
         assert answer.text.startswith("." * 15 + "\n")
         assert "primes" in answer.text

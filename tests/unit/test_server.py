@@ -268,6 +268,10 @@ def many(count: int, program: Program, request: bytes = b"") -> Iterator[list[so
         yield connections
 
 
+def has_data(connection: socket.socket) -> bool:
+    return bool(select.select([connection], [], [], 0)[0])
+
+
 def everything(connection: socket.socket) -> bytes:
     """All that comes until the other side closes."""
     data = b""
@@ -384,12 +388,12 @@ def test_above_its_connections_it_refuses_at_once_and_is_ready_again_afterwards(
 
 def test_connections_far_above_the_limit_are_closed_and_open_files_do_not_run_out() -> None:
     changed = "server.MAX_CONNECTIONS = 10; limited_server.RESERVE = 5; limited_server.FULL_IDLE_TIMEOUT = 60"
-    with backend(changed) as program, many(15, program), many(5, program) as closed:
-        assert [everything(connection) for connection in closed] == [b""] * 5
-
-
-def has_data(connection: socket.socket) -> bool:
-    return bool(select.select([connection], [], [], 0)[0])
+    with backend(changed) as program, many(25, program) as connections:
+        until(lambda: sum(map(has_data, connections)) >= 10)  # the end of a connection is something to read, too
+        time.sleep(0.2)
+        closed = [connection for connection in connections if has_data(connection)]
+        assert {everything(connection) for connection in closed} == {b""}
+        assert len(closed) in (10, 11)  # the connection that found it listening may have counted for a moment
 
 
 def test_a_busy_backend_answers_every_readiness_check_in_time() -> None:
@@ -404,7 +408,7 @@ def test_a_busy_backend_answers_every_readiness_check_in_time() -> None:
 
 
 def test_refused_clients_that_come_back_at_once_leave_time_for_the_others() -> None:
-    """200 clients ask again and again, 10 of them at most are let in: those still get a good part of the time."""
+    """400 clients ask again and again, 100 of them at most are let in: those still get a good part of the time."""
     answers: Counter[bytes] = Counter()
     stop = time.monotonic() + 3
 
@@ -414,8 +418,8 @@ def test_refused_clients_that_come_back_at_once_leave_time_for_the_others() -> N
                 connection.sendall(b"GET /?limit=100000 HTTP/1.1\r\nConnection: close\r\n\r\n")
                 answers[connection.recv(4096)[9:12]] += 1
 
-    with backend("server.MAX_REQUESTS = 10") as program:
-        gevent.joinall([gevent.spawn(client, program.port) for _ in range(200)], timeout=15, raise_error=True)
+    with backend("server.MAX_REQUESTS = 100") as program:
+        gevent.joinall([gevent.spawn(client, program.port) for _ in range(400)], timeout=15, raise_error=True)
     assert answers[b"200"] > 0.1 * answers[b"503"] > 0
 
 

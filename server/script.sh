@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-if [ "${1:-}" = alive ]; then # draining is alive, too
+if [ "${1:-}" = alive ]; then # with any status: a draining or busy backend need not be replaced
     exec 3<>/dev/tcp/127.0.0.1/5000
     printf 'GET /sync HTTP/1.0\r\n\r\n' >&3
     read -r -t 2 answer <&3
@@ -27,6 +27,6 @@ done
 status=0
 kill -TERM "$server" 2>/dev/null || true
 while kill -0 "$server" 2>/dev/null; do wait "$server" || status=$?; done
-# It answers "draining" to the last, has nothing in hand, and takes SIGTERM for news rather than an order.
+# It answers "draining" until the end and does not exit on SIGTERM. It has no requests that need to be finished.
 kill -KILL "$sync" 2>/dev/null || true
 [ -n "$stopping" ] || exit $((status ? status : 1))

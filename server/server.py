@@ -1,32 +1,46 @@
 """The sample workload on port 8000: counts primes and says which backend did it.
 
-It ends well: on SIGTERM it goes on answering for LINGER seconds, because balancers still deal it new connections until
-the news reaches them; then it closes its door, finishes the requests in hand and exits with status 0.
+Under too much load it refuses early instead of answering everybody late: with MAX_REQUESTS requests in progress, or
+more than MAX_CONNECTIONS connections, a request is answered at once with 503, `Retry-After` and `Connection: close`, so
+that its client comes back through the balancer. `GET /ready` says 200, or 503 while that is so. It neither counts as a
+request in progress nor waits for one.
+
+It stops in order: on SIGTERM it goes on answering for LINGER seconds, because balancers still send it new connections
+until they know; then it closes its listener, finishes the requests in progress and exits with status 0.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import socket
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
+from functools import cache
+from typing import Any
 
+import gevent
 from flask import Flask, Response, request
-from waitress.channel import HTTPChannel
-from waitress.server import TcpWSGIServer, create_server
-from waitress.task import WSGITask
+from gevent.event import Event
+from gevent.lock import Semaphore
+
+from limited_server import FULL, LimitedServer, StartResponse, raise_file_limit
 
 PORT = 8000
 LIMIT_DEFAULT, LIMIT_MAX = 2_000, 1_000_000  # numbers sieved
 SECONDS_MAX = 60.0
 LINGER = float(os.environ.get("LINGER", "1"))  # seconds
-FINISH = 60.0  # seconds for the requests in hand
+FINISH = 60.0  # seconds for the requests in progress
+MAX_REQUESTS = int(os.environ.get("MAX_REQUESTS", "512"))  # in progress: received and not completely answered
+MAX_CONNECTIONS = int(os.environ.get("MAX_CONNECTIONS", "8000"))  # fewer where the limit of open files is lower
+IDLE_TIMEOUT = 120.0  # seconds between two requests on one connection
+READY_AGAIN = 0.8  # of either limit: below it, a backend that was saturated is ready again
+RETRY_AFTER = 1  # seconds
+COMPUTE_SLICE = 0.01  # seconds
 
 app = Flask(__name__)
-draining = threading.Event()
+draining = Event()
 
 
 def count_primes(limit: int) -> int:
@@ -41,6 +55,7 @@ def count_primes(limit: int) -> int:
     return sum(sieve)
 
 
+@cache  # a lookup stops all other requests meanwhile
 def own_address() -> str:
     try:
         return socket.gethostbyname(socket.gethostname())
@@ -68,48 +83,103 @@ def index() -> Response | tuple[str, int]:
 def slowly(line: str, seconds: float) -> Iterator[str]:
     for _ in range(int(seconds * 10)):
         yield "."
-        time.sleep(0.1)
+        gevent.sleep(0.1)
     yield "\n" + line
 
 
-class LettingGo(WSGITask):
-    """Answers `Connection: close` while draining, so that a kept-alive client comes back through the balancer.
+class Turns:
+    """Lets one request compute at a time, and the event loop read and answer others in between.
 
-    The application may not set that header itself (PEP 3333), hence here.
+    Computing and the event loop share one thread. The loop gets a pass after each slice of computing, so that readiness
+    checks are answered. A slice lasts as long as that pass did, so that refusing many requests does not use up the time
+    for the others.
     """
 
-    def build_response_header(self) -> bytes:
-        if draining.is_set():
-            self.request.headers["CONNECTION"] = "close"
-        header: bytes = super().build_response_header()
-        return header
+    def __init__(self) -> None:
+        self._turn = Semaphore()
+        self._slice_ends = 0.0  # time.monotonic()
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        with self._turn:
+            if time.monotonic() >= self._slice_ends:
+                self._let_the_loop_run()
+            yield
+
+    def _let_the_loop_run(self) -> None:
+        began = time.monotonic()
+        gevent.idle(priority=2)  # the highest: the wait ends after one pass, even when more has come in
+        resumed = time.monotonic()
+        self._slice_ends = resumed + max(COMPUTE_SLICE, resumed - began)
 
 
-def finish(server: TcpWSGIServer) -> None:
-    """Closes the door after LINGER, waits for the requests in hand (FINISH at most) and ends the process."""
-    time.sleep(LINGER)
-    server.accepting = False
-    server.socket.shutdown(socket.SHUT_RDWR)
+def refusal(start_response: StartResponse, headers: list[tuple[str, str]]) -> Iterable[bytes]:
+    headers = [("Content-Type", "text/plain"), ("Retry-After", str(RETRY_AFTER)), *headers]
+    start_response("503 Service Unavailable", headers)
+    return [b"saturated: try again later\n"]
+
+
+class Backend:
+    """The WSGI application around the workload: readiness, refusals, and `Connection: close` while draining."""
+
+    def __init__(self, max_connections: int) -> None:
+        self.in_progress = 0
+        self._saturated = False
+        self._turns = Turns()
+        self.server = LimitedServer(("0.0.0.0", PORT), self, max_connections, IDLE_TIMEOUT)
+
+    def __call__(self, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
+        if environ["PATH_INFO"] == "/ready":
+            return self._readiness(start_response)
+        if environ[FULL] or self.in_progress >= MAX_REQUESTS:
+            return refusal(start_response, [("Connection", "close")])
+        return self._work(environ, start_response)
+
+    def _work(self, environ: dict[str, Any], start_response: StartResponse) -> Iterator[bytes]:
+        def start(status: str, headers: list[tuple[str, str]], *error: Any) -> Any:
+            if draining.is_set():  # a client with a kept connection shall come back through the balancer
+                headers = [*headers, ("Connection", "close")]
+            return start_response(status, headers, *error)
+
+        self.in_progress += 1
+        try:
+            with self._turns.one():
+                answer: Any = app(environ, start)
+            with closing(answer):
+                yield from answer
+        finally:
+            self.in_progress -= 1
+
+    def _readiness(self, start_response: StartResponse) -> Iterable[bytes]:
+        if self.is_saturated():
+            return refusal(start_response, [])
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        return [b"ready\n"]
+
+    def is_saturated(self) -> bool:
+        """True from the time that a limit is reached until both numbers are well below it."""
+        share = READY_AGAIN if self._saturated else 1.0
+        too_many_requests = self.in_progress >= share * MAX_REQUESTS
+        too_many_connections = self.server.connections > share * self.server.max_connections
+        self._saturated = too_many_requests or too_many_connections
+        return self._saturated
+
+
+def finish(server: LimitedServer) -> None:
+    """Closes the listener after LINGER and waits for the requests in progress, FINISH at most."""
+    gevent.sleep(LINGER)
+    server.close()
     deadline = time.monotonic() + FINISH
-    while time.monotonic() < deadline and any(
-        channel.requests or channel.total_outbufs_len for channel in list(server.active_channels.values())
-    ):
-        time.sleep(0.02)
-    os._exit(0)
+    while server.busy and time.monotonic() < deadline:
+        gevent.sleep(0.02)
 
 
 def main() -> None:
-    HTTPChannel.task_class = LettingGo
-    logging.getLogger("waitress.queue").setLevel(logging.ERROR)
-    server = create_server(app, host="0.0.0.0", port=PORT, threads=8, ident=None)
-
-    def on_term(_signal: int, _frame: object) -> None:
-        if not draining.is_set():
-            draining.set()
-            threading.Thread(target=finish, args=(server,), daemon=True).start()
-
-    signal.signal(signal.SIGTERM, on_term)
-    server.run()
+    gevent.signal_handler(signal.SIGTERM, draining.set)
+    server = Backend(min(MAX_CONNECTIONS, raise_file_limit())).server
+    server.start()
+    draining.wait()
+    finish(server)
 
 
 if __name__ == "__main__":

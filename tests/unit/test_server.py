@@ -1,24 +1,40 @@
-"""The sample backend: its work, its manners, and the end of its life."""
+"""The sample backend: its work, its limits, what it reports to the balancer, and how it stops."""
 
 from __future__ import annotations
 
 import contextlib
 import re
+import resource
+import select
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import gevent
+import gevent.socket
 import pytest
 import requests
+from gevent.event import Event
 
 import server
 import synchronization_server
+from synchronization_server import Readiness, Workload
 
 FOLDER = Path(server.__file__).parent
+REQUEST = b"GET /?limit=10 HTTP/1.1\r\nHost: backend\r\n\r\n"
+
+
+@pytest.fixture(autouse=True)
+def fresh_address() -> Iterator[None]:
+    server.own_address.cache_clear()
+    yield
+    server.own_address.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -61,11 +77,11 @@ def test_a_request_is_answered_in_bounds_and_nonsense_is_refused_in_one_line(
     assert answer.text.count("\n") == (2 if query == "?seconds=0.1" else 1)
 
 
-def test_the_line_names_the_backend_its_address_and_the_visitor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_line_names_the_backend_its_address_and_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "gethostname", lambda: "lbscaler-backend-1")
     monkeypatch.setattr(socket, "gethostbyname", {"lbscaler-backend-1": "198.18.0.2"}.__getitem__)
-    visitor = server.app.test_client()
-    answer = visitor.get("/?limit=10", environ_base={"REMOTE_ADDR": "203.0.113.9"})
+    client = server.app.test_client()
+    answer = client.get("/?limit=10", environ_base={"REMOTE_ADDR": "203.0.113.9"})
     assert answer.text == "lbscaler-backend-1 at 198.18.0.2: 4 primes up to 10, for 203.0.113.9\n"
 
 
@@ -77,81 +93,423 @@ def test_a_backend_whose_name_has_no_address_says_so(monkeypatch: pytest.MonkeyP
     assert " at no address: " in server.app.test_client().get("/").text
 
 
+def test_the_image_has_every_program_file() -> None:
+    files = {path.name for path in FOLDER.glob("*.py")} | {"script.sh"}
+    copied = re.findall(r"^COPY (.+) /server/$", (FOLDER / "Dockerfile").read_text(), re.MULTILINE)
+    let_in = re.findall(r"^!(.+)$", (FOLDER / ".dockerignore").read_text(), re.MULTILINE)
+    assert (set(copied[0].split()), set(let_in)) == (files, files)
+
+
+# -- what /sync says --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def workload(answers: list[bytes], delay: float = 0.0, kept: bool = True) -> Iterator[int]:
+    """A workload's port. It gives one of `answers` to each request, `delay` seconds late, and closes unless `kept`."""
+    left = iter(answers)
+
+    def serve(listener: socket.socket) -> None:
+        with contextlib.suppress(OSError, StopIteration):
+            while True:
+                connection, _ = listener.accept()
+                with connection:
+                    while connection.recv(4096):
+                        time.sleep(delay)
+                        connection.sendall(next(left))
+                        if not kept:
+                            break
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, args=(listener,), daemon=True)
+        thread.start()
+        yield listener.getsockname()[1]
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+@contextlib.contextmanager
+def asking(port: int) -> Iterator[Workload]:
+    asked = Workload(port)
+    try:
+        yield asked
+    finally:
+        asked._client.close()
+
+
+def http(status: int) -> bytes:
+    return f"HTTP/1.1 {status} Some reason\r\nContent-Length: 2\r\n\r\nok".encode()
+
+
 @pytest.mark.parametrize(
-    ("listening", "draining", "status", "word"),
+    ("answer", "status", "text"),
     [
-        (True, False, 200, "ready\n"),
-        (False, False, 503, "starting\n"),
-        (True, True, 503, "draining\n"),
-        (False, True, 503, "draining\n"),
+        (http(200), 200, "ready\n"),
+        (http(503), 503, "saturated\n"),
+        (http(404), 502, "the workload answers no HTTP\n"),
+        (b"220 mail\r\n", 502, "the workload answers no HTTP\n"),
     ],
 )
-def test_sync_says_ready_only_while_the_workload_listens_and_nobody_ends_it(
-    monkeypatch: pytest.MonkeyPatch, listening: bool, draining: bool, status: int, word: str
+def test_sync_passes_on_what_the_workload_says_of_itself(
+    monkeypatch: pytest.MonkeyPatch, answer: bytes, status: int, text: str
 ) -> None:
-    with socket.socket() as door:
-        door.bind(("127.0.0.1", 0))
-        if listening:
-            door.listen()
-        check = synchronization_server.workload_accepts
-        monkeypatch.setattr(synchronization_server, "workload_accepts", lambda: check(door.getsockname()[1]))
-        if draining:
-            synchronization_server.draining.set()
-        try:
-            answer = synchronization_server.app.test_client().get("/sync")
-        finally:
-            synchronization_server.draining.clear()
-    assert (answer.status_code, answer.text) == (status, word)
+    with workload([answer]) as port, asking(port) as asked:
+        monkeypatch.setattr(synchronization_server, "workload", asked)
+        sync = synchronization_server.app.test_client().get("/sync")
+    assert (sync.status_code, sync.text) == (status, text)
+
+
+def test_sync_says_starting_while_nothing_listens_on_the_workloads_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(synchronization_server, "workload", Workload(free_port()))
+    sync = synchronization_server.app.test_client().get("/sync")
+    assert (sync.status_code, sync.text) == (503, "starting\n")
+
+
+def test_sync_says_draining_whatever_the_workload_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    draining = Event()
+    draining.set()
+    monkeypatch.setattr(synchronization_server, "draining", draining)
+    with workload([http(200)]) as port, asking(port) as asked:
+        monkeypatch.setattr(synchronization_server, "workload", asked)
+        sync = synchronization_server.app.test_client().get("/sync")
+    assert (sync.status_code, sync.text) == (503, "draining\n")
+
+
+def test_a_check_that_is_late_is_no_answer_and_the_next_call_gets_its_result() -> None:
+    with workload([http(200)], delay=synchronization_server.TIMEOUT + 0.4) as port, asking(port) as asked:
+        assert [asked.readiness(), asked.readiness()] == [Readiness.NO_ANSWER, Readiness.READY]
+
+
+def test_a_kept_connection_that_the_workload_closed_is_replaced_by_a_new_one() -> None:
+    with workload([http(200)] * 3, kept=False) as port, asking(port) as asked:
+        results = []
+        for _ in range(3):
+            results.append(asked.readiness())
+            gevent.sleep(0.05)
+        assert results == [Readiness.READY] * 3
 
 
 # -- the whole process -----------------------------------------------------------------------------------------------
 
 
 def free_port() -> int:
-    with socket.socket() as door:
-        door.bind(("127.0.0.1", 0))
-        return int(door.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def accepts(port: int) -> bool:
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=0.5):
+            return True
+    except OSError:
+        return False
+
+
+class Program:
+    """One of the two programs as a process of its own, on a port of its own, once it listens."""
+
+    def __init__(self, code: str, module: str) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        code = f"import limited_server, {module}; {module}.PORT = {self.port}; {code}; {module}.main()"
+        command = [sys.executable, "-c", code]
+        self.process = subprocess.Popen(command, cwd=FOLDER, stderr=subprocess.PIPE, text=True)
+        self.log: str | None = None
+        until(lambda: accepts(self.port) or self.process.poll() is not None)
+
+    def get(self, path: str = "/", timeout: float = 10) -> requests.Response:
+        return requests.get(self.url + path, timeout=timeout)
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=10)
+
+    def end(self) -> str:
+        """Ends it if it has not ended. What it wrote to standard error."""
+        if self.log is None:
+            self.process.kill()
+            self.log = self.process.communicate()[1]
+        return self.log
 
 
 @contextlib.contextmanager
-def backend(linger: float) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """server.py as a process, on a port of its own, once it answers."""
-    port = free_port()
-    code = f"import server; server.PORT, server.LINGER = {port}, {linger}; server.main()"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=FOLDER, stderr=subprocess.PIPE, text=True)
+def backend(code: str = "pass") -> Iterator[Program]:
+    """server.py. `code` changes its settings."""
+    program = Program(code, "server")
     try:
-        deadline = time.monotonic() + 10
-        while not synchronization_server.workload_accepts(port):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        yield process, port
+        yield program
     finally:
-        process.kill()
-        process.communicate()
+        program.end()
 
 
-def test_after_sigterm_the_request_in_hand_is_finished_while_the_door_is_closed() -> None:
-    with backend(linger=0.1) as (process, port):
-        url = f"http://127.0.0.1:{port}/?seconds=1"
-        with requests.get(url, stream=True, timeout=10) as answer:
+@contextlib.contextmanager
+def sync_server(workload_port: int) -> Iterator[Program]:
+    module = "synchronization_server"
+    program = Program(f"{module}.workload = {module}.Workload({workload_port})", module)
+    try:
+        yield program
+    finally:
+        program.end()
+
+
+@contextlib.contextmanager
+def many(count: int, program: Program, request: bytes = b"") -> Iterator[list[socket.socket]]:
+    """That many connections, on each of which `request` was sent."""
+    with contextlib.ExitStack() as stack:
+        connections = []
+        for _ in range(count):
+            connections.append(stack.enter_context(program.connect()))
+            connections[-1].sendall(request)
+        yield connections
+
+
+def has_data(connection: socket.socket) -> bool:
+    return bool(select.select([connection], [], [], 0)[0])
+
+
+def everything(connection: socket.socket) -> bytes:
+    """All that comes until the other side closes."""
+    data = b""
+    with contextlib.suppress(ConnectionResetError):
+        while more := connection.recv(65536):
+            data += more
+    return data
+
+
+def test_after_sigterm_the_request_in_progress_is_finished_while_the_listener_is_closed() -> None:
+    with backend("server.LINGER = 0.1") as program:
+        with requests.get(f"{program.url}/?seconds=1", stream=True, timeout=10) as answer:
             body = answer.iter_content(None)
             first = next(body)
-            process.send_signal(signal.SIGTERM)
-            process.send_signal(signal.SIGTERM)  # told twice, it ends once
+            program.process.send_signal(signal.SIGTERM)
+            program.process.send_signal(signal.SIGTERM)  # the second changes nothing
             time.sleep(0.3)
             with pytest.raises(ConnectionRefusedError):
-                socket.create_connection(("127.0.0.1", port), timeout=5)
+                program.connect()
             text = (first + b"".join(body)).decode()
         assert re.fullmatch(r"\.{10}\n\S+ at .+: 303 primes up to 2000, for 127.0.0.1\n", text)
-        assert process.wait(5) == 0
+        assert program.process.wait(5) == 0
 
 
-def test_while_it_lingers_it_still_answers_new_and_kept_connections_and_lets_them_go() -> None:
-    with backend(linger=2.0) as (process, port), requests.Session() as kept:
-        url = f"http://127.0.0.1:{port}/?limit=10"
+def test_while_it_lingers_it_answers_new_and_kept_connections_and_closes_them() -> None:
+    with backend("server.LINGER = 2.0") as program, requests.Session() as kept:
+        url = f"{program.url}/?limit=10"
         assert kept.get(url, timeout=5).headers.get("Connection", "keep-alive") == "keep-alive"
-        process.send_signal(signal.SIGTERM)
+        program.process.send_signal(signal.SIGTERM)
         time.sleep(0.2)
         for answer in (kept.get(url, timeout=5), requests.get(url, timeout=5)):
             assert (answer.status_code, answer.headers.get("Connection")) == (200, "close")
+
+
+def test_a_request_that_never_ends_does_not_keep_a_stopping_backend() -> None:
+    with backend("server.LINGER = 0.1; server.FINISH = 0.5") as program, many(1, program, b"GET / HT"):
+        program.process.send_signal(signal.SIGTERM)
+        assert program.process.wait(5) == 0
+
+
+def test_sync_says_draining_at_once_after_sigterm() -> None:
+    with backend() as program, sync_server(program.port) as sync:
+        assert (sync.get("/sync").status_code, sync.get("/sync").text) == (200, "ready\n")
+        sync.process.send_signal(signal.SIGTERM)
+        until(lambda: sync.get("/sync").text == "draining\n", seconds=2)
+        assert sync.get("/sync").status_code == 503
+
+
+def test_five_thousand_idle_connections_leave_it_ready_and_answering() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 6000:
+        pytest.skip(f"needs 6000 open files, the hard limit is {hard}")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    try:
+        # The limit that the process begins with is a common one; it has to raise it itself.
+        low = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (1024, {hard}))"
+        with backend(low) as program, sync_server(program.port) as sync, many(5000, program, REQUEST) as idle:
+            assert idle[-1].recv(4096).startswith(b"HTTP/1.1 200 OK\r\n")
+            assert program.get("/?limit=10", timeout=5).status_code == 200
+            assert sync.get("/sync", timeout=5).text == "ready\n"
+            assert resident_memory(program) < 200e6  # bytes; a backend's container has 256 MiB
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def resident_memory(program: Program) -> float:
+    """Bytes."""
+    status = Path(f"/proc/{program.process.pid}/status").read_text()
+    return int(re.findall(r"VmRSS:\s+(\d+) kB", status)[0]) * 1024
+
+
+def test_with_too_many_requests_in_progress_it_refuses_at_once_and_is_ready_again_afterwards() -> None:
+    with (
+        backend("server.MAX_REQUESTS = 10") as program,
+        sync_server(program.port) as sync,
+        many(10, program, b"GET /?seconds=2 HTTP/1.1\r\nHost: backend\r\n\r\n") as slow,
+    ):
+        until(lambda: sync.get("/sync").text == "saturated\n", seconds=2)
+        began = time.monotonic()
+        refused = program.get("/?limit=10")
+        assert time.monotonic() - began < 0.5
+        assert (refused.status_code, refused.headers["Retry-After"], refused.headers["Connection"]) == (
+            503,
+            "1",
+            "close",
+        )
+        assert sync.get("/sync").status_code == 503
+        assert all(connection.recv(4096).startswith(b"HTTP/1.1 200 OK\r\n") for connection in slow)
+        until(lambda: sync.get("/sync").text == "ready\n")
+        assert program.get("/?limit=10").status_code == 200
+
+
+def test_a_saturated_backend_is_ready_again_only_well_below_its_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "MAX_REQUESTS", 10)
+    tested = server.Backend(max_connections=100)
+    states = []
+    for requests_now, connections in [(9, 0), (10, 0), (8, 0), (7, 0), (9, 0), (0, 100), (0, 101), (0, 81), (0, 80)]:
+        tested.in_progress, tested.server.connections = requests_now, connections
+        states.append(tested.is_saturated())
+    assert states == [False, True, True, False, False, False, True, True, False]
+
+
+def test_above_its_connections_it_refuses_at_once_and_is_ready_again_afterwards() -> None:
+    with backend("server.MAX_CONNECTIONS = 10") as program, sync_server(program.port) as sync:
+        with many(10, program) as idle:
+            until(lambda: sync.get("/sync").text == "saturated\n", seconds=2)  # its own is the eleventh
+            refused = program.get("/?limit=10")
+            assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
+            idle[0].sendall(REQUEST)  # those that were there before are served
+            assert idle[0].recv(4096).startswith(b"HTTP/1.1 200 OK\r\n")
+        until(lambda: sync.get("/sync").text == "ready\n", seconds=3)
+        assert program.get("/?limit=10").status_code == 200
+
+
+def test_connections_far_above_the_limit_are_closed_and_open_files_do_not_run_out() -> None:
+    changed = "server.MAX_CONNECTIONS = 10; limited_server.RESERVE = 5; limited_server.FULL_IDLE_TIMEOUT = 60"
+    with backend(changed) as program, many(25, program) as connections:
+        until(lambda: sum(map(has_data, connections)) >= 10)  # the end of a connection is something to read, too
+        time.sleep(0.2)
+        closed = [connection for connection in connections if has_data(connection)]
+        assert {everything(connection) for connection in closed} == {b""}
+        assert len(closed) in (10, 11)  # the connection that found it listening may have counted for a moment
+
+
+def test_a_busy_backend_answers_every_readiness_check_in_time() -> None:
+    request = b"GET /?limit=1000000 HTTP/1.1\r\nHost: backend\r\n\r\n"
+    with backend() as program, sync_server(program.port) as sync, many(200, program, request) as clients:
+        checks = []
+        while not all(map(has_data, clients)):
+            checks.append(sync.get("/sync").text)
+            time.sleep(0.02)
+        assert set(checks) == {"ready\n"}
+        assert len(checks) > 5  # it was busy for a while
+
+
+def test_refused_clients_that_come_back_at_once_leave_time_for_the_others() -> None:
+    """400 clients ask again and again, 100 of them at most are let in: those still get a good part of the time."""
+    answers: Counter[bytes] = Counter()
+    stop = time.monotonic() + 3
+
+    def client(port: int) -> None:
+        while time.monotonic() < stop:
+            with gevent.socket.create_connection(("127.0.0.1", port)) as connection:
+                connection.sendall(b"GET /?limit=100000 HTTP/1.1\r\nConnection: close\r\n\r\n")
+                answers[connection.recv(4096)[9:12]] += 1
+
+    with backend("server.MAX_REQUESTS = 100") as program:
+        gevent.joinall([gevent.spawn(client, program.port) for _ in range(400)], timeout=15, raise_error=True)
+    assert answers[b"200"] > 0.1 * answers[b"503"] > 0
+
+
+def test_a_workload_that_hangs_is_no_answer_within_the_balancers_time() -> None:
+    with backend() as program, sync_server(program.port) as sync:
+        assert sync.get("/sync").status_code == 200
+        program.process.send_signal(signal.SIGSTOP)
+        for _ in range(2):
+            began = time.monotonic()
+            answer = sync.get("/sync")
+            assert (answer.status_code, answer.text) == (504, "the workload does not answer\n")
+            assert 0.7 < time.monotonic() - began < 1.0
+        program.process.send_signal(signal.SIGCONT)
+        until(lambda: sync.get("/sync").status_code == 200)
+
+
+@pytest.mark.parametrize(
+    ("begun", "answer"),
+    [
+        (b"", b""),
+        (b"GET / HT", b"HTTP/1.1 408 Request Timeout\r\n"),
+        (b"GET / HTTP/1.1\r\nHost: backend\r\n", b"HTTP/1.1 408 Request Timeout\r\n"),
+        (b"POST / HTTP/1.1\r\nContent-Length: 1000\r\n\r\n", b"HTTP/1.1 408 Request Timeout\r\n"),
+        (b"GET / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n", b"HTTP/1.1 408 Request Timeout\r\n"),
+    ],
+)
+def test_a_client_that_sends_too_slowly_or_nothing_is_disconnected(begun: bytes, answer: bytes) -> None:
+    changed = "limited_server.REQUEST_TIMEOUT = 0.6; server.IDLE_TIMEOUT = 0.6"
+    with backend(changed) as program, program.connect() as slow:
+        slow.sendall(begun)
+        for _ in range(3):  # a byte now and then does not lengthen the time
+            time.sleep(0.15)
+            slow.sendall(b"1" if begun else b"")
+        began = time.monotonic()
+        received = everything(slow)
+        assert time.monotonic() - began < 3
+        assert received[: received.find(b"\n") + 1] == answer
+
+
+def test_the_deadlines_do_not_cut_an_answer_that_takes_long() -> None:
+    with backend("limited_server.REQUEST_TIMEOUT = 0.5; server.IDLE_TIMEOUT = 0.5") as program:
+        answer = program.get("/?seconds=1.5")
+        assert answer.text.startswith("." * 15 + "\n")
+        assert "primes" in answer.text
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",  # the beginning of TLS
+        b"GET / HTTP/x.y\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET / HTTP/1.1\r\nno colon here\r\n\r\n",
+        b"GET / HTTP/1.1\r\n: no name\r\n\r\n",
+        b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 200 + b"\r\n",
+        b"GET / HTTP/1.1\r\nX: " + b"y" * 70_000 + b"\r\n\r\n",
+        b"GET /" + b"y" * 70_000 + b" HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nContent-Length: many\r\n\r\n",
+        b"GET / HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"GET /%s%d\xff HTTP/1.1\r\n\r\n",
+        b"POST / HTTP/1.1\r\nContent-Length: 5\r\n\r\nab",  # and then it ends
+        b"GET / HTTP/1.1\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n",
+    ],
+    ids=lambda sent: repr(sent[:60]),
+)
+def test_nonsense_gets_an_answer_and_no_line_in_the_log(sent: bytes) -> None:
+    with backend("server.LINGER = 0") as program:
+        with program.connect() as client:
+            client.sendall(sent)
+            client.shutdown(socket.SHUT_WR)
+            answer = everything(client)
+        assert re.match(rb"HTTP/1\.1 (200|400|404|414) ", answer)
+        assert program.get("/?limit=10").status_code == 200
+        program.process.send_signal(signal.SIGTERM)
+        program.process.wait(10)
+        assert program.end() == ""
+
+
+def test_a_body_is_read_and_thrown_away_and_its_connection_is_kept() -> None:
+    with backend() as program, requests.Session() as kept:
+        assert kept.post(program.url, data=b"x" * 1_000_000, timeout=10).status_code == 405
+        assert kept.get(f"{program.url}/?limit=10", data=iter([b"a chunk", b"another"]), timeout=10).status_code == 200
+        assert "Connection" not in kept.get(f"{program.url}/?limit=10", timeout=10).headers
+
+
+def test_requests_on_one_connection_do_not_wait_for_acknowledgements() -> None:
+    with backend() as program, requests.Session() as kept:
+        kept.get(program.url, timeout=5)
+        began = time.monotonic()
+        for _ in range(25):
+            kept.get(program.url, timeout=5)
+        assert time.monotonic() - began < 0.5  # a delayed acknowledgement takes 0.04 s

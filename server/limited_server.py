@@ -48,7 +48,7 @@ class Handler(WSGIHandler):
         super().__init__(*args)
         self.socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)  # header and body are sent one after the other
         self.rfile = self.socket.makefile("rb", READ_BUFFER)
-        self.above_limit = self.server.is_full(allowed=1)  # this connection is counted already
+        self.above_limit = self.server.connections > self.server.max_connections
 
     def handle_one_request(self) -> tuple[str, bytes] | bool | None:
         """What pywsgi wants to hear: True to go on, None to close, or (status, the whole answer) and close."""
@@ -109,10 +109,6 @@ class LimitedServer(WSGIServer):
         self.max_connections = max_connections
         self.connections = 0
         self.busy = 0
-
-    def is_full(self, allowed: int = 0) -> bool:
-        """Whether there are as many connections as may be, not counting `allowed` of them."""
-        return self.connections - allowed >= self.max_connections
 
     def do_handle(self, *args: Any) -> None:
         """Called with each accepted socket and its address."""

@@ -368,7 +368,7 @@ def test_a_saturated_backend_is_ready_again_only_well_below_its_limits(monkeypat
     monkeypatch.setattr(server, "MAX_REQUESTS", 10)
     tested = server.Backend(max_connections=100)
     states = []
-    for requests_now, connections in [(9, 0), (10, 0), (8, 0), (7, 0), (9, 0), (0, 100), (0, 101), (0, 81), (0, 80)]:
+    for requests_now, connections in [(9, 0), (10, 0), (8, 0), (7, 0), (9, 0), (0, 99), (0, 100), (0, 80), (0, 79)]:
         tested.in_progress, tested.server.connections = requests_now, connections
         states.append(tested.is_saturated())
     assert states == [False, True, True, False, False, False, True, True, False]
@@ -376,8 +376,9 @@ def test_a_saturated_backend_is_ready_again_only_well_below_its_limits(monkeypat
 
 def test_above_its_connections_it_refuses_at_once_and_is_ready_again_afterwards() -> None:
     with backend("server.MAX_CONNECTIONS = 10") as program, sync_server(program.port) as sync:
-        with many(10, program) as idle:
-            until(lambda: sync.get("/sync").text == "saturated\n", seconds=2)  # its own is the eleventh
+        assert sync.get("/sync").text == "ready\n"
+        with many(9, program) as idle:
+            until(lambda: sync.get("/sync").text == "saturated\n", seconds=2)  # its own connection is the tenth
             refused = program.get("/?limit=10")
             assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
             idle[0].sendall(REQUEST)  # those that were there before are served

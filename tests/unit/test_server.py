@@ -460,6 +460,19 @@ def test_a_client_that_sends_too_slowly_or_nothing_is_disconnected(begun: bytes,
         assert received[: received.find(b"\n") + 1] == answer
 
 
+def test_a_client_that_reads_no_answers_does_not_stay_a_request_in_progress() -> None:
+    with backend("server.LINGER = 0; server.MAX_REQUESTS = 1; limited_server.SEND_TIMEOUT = 0.5") as program:
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", program.port))
+            client.sendall(REQUEST * 1000)
+            time.sleep(1.5)
+            assert program.get("/?limit=10").status_code == 200
+        program.process.send_signal(signal.SIGTERM)
+        program.process.wait(10)
+        assert program.end() == ""
+
+
 def test_the_deadlines_do_not_cut_an_answer_that_takes_long() -> None:
     with backend("limited_server.REQUEST_TIMEOUT = 0.5; server.IDLE_TIMEOUT = 0.5") as program:
         answer = program.get("/?seconds=1.5")

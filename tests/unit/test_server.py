@@ -387,6 +387,12 @@ def test_above_its_connections_it_refuses_at_once_and_is_ready_again_afterwards(
         assert program.get("/?limit=10").status_code == 200
 
 
+def test_a_silent_connection_above_the_limit_is_closed_after_a_second() -> None:
+    with backend("server.MAX_CONNECTIONS = 5") as program, many(7, program) as connections:
+        assert everything(connections[-1]) == b""  # waits for ten seconds at most
+        assert not has_data(connections[0])
+
+
 def test_connections_far_above_the_limit_are_closed_and_open_files_do_not_run_out() -> None:
     changed = "server.MAX_CONNECTIONS = 10; limited_server.RESERVE = 5; limited_server.FULL_IDLE_TIMEOUT = 60"
     with backend(changed) as program, many(25, program) as connections:

@@ -2,6 +2,7 @@
 
 - An idle connection costs some 16 KB and no thread. It is closed after `idle_timeout`.
 - A request has to arrive completely, header and body, within REQUEST_TIMEOUT of its first byte.
+- A client that does not read its answers is disconnected after SEND_TIMEOUT.
 - Above `max_connections`, a connection's request carries `environ[FULL] = True`, so that the application can refuse it.
   RESERVE more of them are accepted for that; any beyond are closed unanswered.
 - A malformed request is answered with 400 and is not logged: callers must not be able to fill the log.
@@ -12,16 +13,18 @@ from __future__ import annotations
 import resource
 from collections.abc import Callable
 from http.client import HTTPException
-from socket import IPPROTO_TCP, TCP_NODELAY
+from socket import IPPROTO_TCP, SO_SNDBUF, SOL_SOCKET, TCP_NODELAY
 from typing import Any
 
 import gevent
 from gevent.pywsgi import WSGIHandler, WSGIServer
 
 REQUEST_TIMEOUT = 10.0  # seconds from a request's first byte to its last
+SEND_TIMEOUT = 20.0  # seconds without room for more of an answer, as the client does not read
 FULL_IDLE_TIMEOUT = 1.0  # seconds that a connection above the limit has to begin its request
 RESERVE = 256  # connections above the limit that are refused with an answer
 OTHER_FILES = 64  # files that the process needs beside its connections
+SEND_BUFFER = 16_384  # bytes in the kernel for answers that a client does not read
 READ_BUFFER = 1024  # bytes; pywsgi's own 8 KiB would be most of what an idle connection costs
 BODY_CHUNK = 65_536  # bytes
 
@@ -44,11 +47,14 @@ def raise_file_limit() -> int:
 class Handler(WSGIHandler):
     """The requests of one connection, each with its deadlines."""
 
+    ignored_socket_errors = (*WSGIHandler.ignored_socket_errors, "timed out")  # not logged: SEND_TIMEOUT
+
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)  # header and body are sent one after the other
+        self.socket.setsockopt(SOL_SOCKET, SO_SNDBUF, SEND_BUFFER)
         self.rfile = self.socket.makefile("rb", READ_BUFFER)
-        self.above_limit = self.server.is_full(allowed=1)  # this connection is counted already
+        self.above_limit = self.server.connections > self.server.max_connections
 
     def handle_one_request(self) -> tuple[str, bytes] | bool | None:
         """What pywsgi wants to hear: True to go on, None to close, or (status, the whole answer) and close."""
@@ -68,11 +74,13 @@ class Handler(WSGIHandler):
 
     def _request_begins(self) -> bool:
         """Waits for the first byte of a request. False when the connection has ended or was idle for too long."""
+        self.socket.settimeout(FULL_IDLE_TIMEOUT if self.above_limit else self.server.idle_timeout)
         try:
-            with gevent.Timeout(FULL_IDLE_TIMEOUT if self.above_limit else self.server.idle_timeout):
-                return bool(self.rfile.peek(1))
-        except (gevent.Timeout, OSError):
+            return bool(self.rfile.peek(1))
+        except OSError:  # a timeout, too
             return False
+        finally:
+            self.socket.settimeout(SEND_TIMEOUT)
 
     def read_request(self, raw_requestline: str) -> bool:
         """Reads the header. False makes pywsgi answer 400; an exception would be logged with a traceback."""
@@ -109,10 +117,6 @@ class LimitedServer(WSGIServer):
         self.max_connections = max_connections
         self.connections = 0
         self.busy = 0
-
-    def is_full(self, allowed: int = 0) -> bool:
-        """Whether there are as many connections as may be, not counting `allowed` of them."""
-        return self.connections - allowed >= self.max_connections
 
     def do_handle(self, *args: Any) -> None:
         """Called with each accepted socket and its address."""

@@ -160,7 +160,7 @@ class Backend:
         """True from the time that a limit is reached until both numbers are well below it."""
         share = READY_AGAIN if self._saturated else 1.0
         too_many_requests = self.in_progress >= share * MAX_REQUESTS
-        too_many_connections = self.server.connections > share * self.server.max_connections
+        too_many_connections = self.server.connections >= share * self.server.max_connections
         self._saturated = too_many_requests or too_many_connections
         return self._saturated
 

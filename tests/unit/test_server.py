@@ -368,7 +368,7 @@ def test_a_saturated_backend_is_ready_again_only_well_below_its_limits(monkeypat
     monkeypatch.setattr(server, "MAX_REQUESTS", 10)
     tested = server.Backend(max_connections=100)
     states = []
-    for requests_now, connections in [(9, 0), (10, 0), (8, 0), (7, 0), (9, 0), (0, 100), (0, 101), (0, 81), (0, 80)]:
+    for requests_now, connections in [(9, 0), (10, 0), (8, 0), (7, 0), (9, 0), (0, 99), (0, 100), (0, 80), (0, 79)]:
         tested.in_progress, tested.server.connections = requests_now, connections
         states.append(tested.is_saturated())
     assert states == [False, True, True, False, False, False, True, True, False]
@@ -376,14 +376,21 @@ def test_a_saturated_backend_is_ready_again_only_well_below_its_limits(monkeypat
 
 def test_above_its_connections_it_refuses_at_once_and_is_ready_again_afterwards() -> None:
     with backend("server.MAX_CONNECTIONS = 10") as program, sync_server(program.port) as sync:
-        with many(10, program) as idle:
-            until(lambda: sync.get("/sync").text == "saturated\n", seconds=2)  # its own is the eleventh
+        assert sync.get("/sync").text == "ready\n"
+        with many(9, program) as idle:
+            until(lambda: sync.get("/sync").text == "saturated\n", seconds=2)  # its own connection is the tenth
             refused = program.get("/?limit=10")
             assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
             idle[0].sendall(REQUEST)  # those that were there before are served
             assert idle[0].recv(4096).startswith(b"HTTP/1.1 200 OK\r\n")
         until(lambda: sync.get("/sync").text == "ready\n", seconds=3)
         assert program.get("/?limit=10").status_code == 200
+
+
+def test_a_silent_connection_above_the_limit_is_closed_after_a_second() -> None:
+    with backend("server.MAX_CONNECTIONS = 5") as program, many(7, program) as connections:
+        assert everything(connections[-1]) == b""  # waits for ten seconds at most
+        assert not has_data(connections[0])
 
 
 def test_connections_far_above_the_limit_are_closed_and_open_files_do_not_run_out() -> None:
@@ -457,6 +464,19 @@ def test_a_client_that_sends_too_slowly_or_nothing_is_disconnected(begun: bytes,
         received = everything(slow)
         assert time.monotonic() - began < 3
         assert received[: received.find(b"\n") + 1] == answer
+
+
+def test_a_client_that_reads_no_answers_does_not_stay_a_request_in_progress() -> None:
+    with backend("server.LINGER = 0; server.MAX_REQUESTS = 1; limited_server.SEND_TIMEOUT = 0.5") as program:
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", program.port))
+            client.sendall(REQUEST * 1000)
+            time.sleep(1.5)
+            assert program.get("/?limit=10").status_code == 200
+        program.process.send_signal(signal.SIGTERM)
+        program.process.wait(10)
+        assert program.end() == ""
 
 
 def test_the_deadlines_do_not_cut_an_answer_that_takes_long() -> None:

@@ -392,6 +392,12 @@ class _Connection(WSGIHandler):
         while self.rfile.read1(PIECE):
             pass
 
+    def finalize_headers(self) -> None:
+        # pywsgi says so only to HTTP/1.0. A client that is not told keeps the connection, and its next request is lost.
+        if self.close_connection and self.request_version == "HTTP/1.1":
+            self.response_headers.append((b"Connection", b"close"))
+        super().finalize_headers()
+
     def process_result(self) -> None:
         self.environ["wsgi.input"] = io.BytesIO()  # the body is not held until the caller takes the answer
         with self.server.may_be_cut_off(), gevent.Timeout(self.server.limits.answer):

@@ -27,6 +27,7 @@ from certificates import make_certificate
 from fakes import TOKEN, Clock, FakeEngine, controller, eventually
 from listeners import BODY_MAX, HEADERS_MAX, Limits, Listeners, bind_tcp, bind_unix, connections_each, tls_context
 from script import as_operator, create_app, waits_in
+from wire import Manager
 
 BEARER = f"Authorization: Bearer {TOKEN}\r\n"
 REPORT = {"balancer": "b1", "revision": "r", "interval": 2, "backends": []}
@@ -546,6 +547,17 @@ def test_a_caller_of_either_version_is_answered_and_its_connection_closed_on_req
         status, body = site.ask(request("GET", "/status", headers=headers, version=version), connect)
         assert (status, json.loads(body)["project"]) == (200, "p")
         assert time.monotonic() - began < 3
+
+
+def test_a_client_that_asks_for_the_end_is_told_of_it_and_keeps_no_connection(begin: Callable[..., Site]) -> None:
+    site = begin()
+    manager = Manager([f"127.0.0.1:{site.tls}"], TOKEN, "b", str(site.pem))  # as a balancer has it
+    for _ in range(300):
+        assert manager.report(REPORT)["desired"] == 2
+    for version in ("1.0", "1.1"):
+        caller = site.connect()
+        caller.sendall(request("GET", "/status", headers="Connection: close\r\n", version=version))
+        assert until_end(caller).partition(b"\r\n\r\n")[0].lower().count(b"\r\nconnection: close") == 1
 
 
 def test_expect_100_continue_is_answered_before_the_body_is_sent(begin: Callable[..., Site]) -> None:

@@ -137,6 +137,10 @@ class Listeners:
         if self._failure is not None:
             raise self._failure
 
+    def is_alive(self) -> bool:
+        """Whether the listeners are served: from `start` to `stop`, unless the hub fails."""
+        return self._thread.is_alive()
+
     def stop(self, timeout: float = 1.0) -> None:
         """Closes all listeners; requests that the application has get `timeout` seconds to end, then they are cut."""
         with self._lock:

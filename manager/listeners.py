@@ -137,6 +137,10 @@ class Listeners:
         if self._failure is not None:
             raise self._failure
 
+    def is_alive(self) -> bool:
+        """Whether the listeners are served: from `start` to `stop`, unless the hub fails."""
+        return self._thread.is_alive()
+
     def stop(self, timeout: float = 1.0) -> None:
         """Closes all listeners; requests that the application has get `timeout` seconds to end, then they are cut."""
         with self._lock:
@@ -391,6 +395,12 @@ class _Connection(WSGIHandler):
         self.socket.shutdown(socket.SHUT_WR)
         while self.rfile.read1(PIECE):
             pass
+
+    def finalize_headers(self) -> None:
+        # pywsgi says so only to HTTP/1.0. A client that is not told keeps the connection, and its next request is lost.
+        if self.close_connection and self.request_version == "HTTP/1.1":
+            self.response_headers.append((b"Connection", b"close"))
+        super().finalize_headers()
 
     def process_result(self) -> None:
         self.environ["wsgi.input"] = io.BytesIO()  # the body is not held until the caller takes the answer

@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable
 from functools import cache
 from importlib import resources
@@ -39,6 +40,7 @@ LONGEST_WAIT = 60.0  # seconds a long poll may hold a connection
 COUNTERS = ("connections", "packets", "bytes", "active")
 END = (signal.SIGTERM, signal.SIGINT)
 END_POLL = 0.2  # seconds between checks whether a signal asks the manager to end
+LISTENERS_FAILED = 3  # exit status; the supervisor starts the manager again
 TAIL = 1 << 18  # bytes at the end of a log in which its last lines are searched
 PAGE = Path(__file__).with_name("page")
 TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
@@ -338,14 +340,14 @@ def make_engine(settings: Settings, token: str) -> DockerEngine | SwarmEngine:
     return SwarmEngine(settings, BalancerOptions(image, token, secrets=secrets))
 
 
-def wait_for_end(loop: threading.Thread) -> None:
-    """Returns when SIGTERM or SIGINT, which have to be blocked, is pending, or when `loop` has ended by itself.
+def wait_for_end(*alive: Callable[[], bool]) -> None:
+    """Returns when SIGTERM or SIGINT, which have to be blocked, is pending, or when one of `alive` is False.
 
     Asks for pending signals because `signal.sigtimedwait` returns an arbitrary signal when SIGCONT interrupts it after
     its timeout.
     """
-    while loop.is_alive() and not signal.sigpending() & set(END):
-        loop.join(END_POLL)
+    while all(is_alive() for is_alive in alive) and not signal.sigpending() & set(END):
+        time.sleep(END_POLL)
 
 
 def main() -> int:
@@ -376,12 +378,15 @@ def main() -> int:
     log.info("manager started, pid %d, at 127.0.0.1 and %s, port %d", os.getpid(), gateway, settings.manager_port)
     loop = threading.Thread(target=controller.run, name="controller", daemon=True)
     loop.start()
-    wait_for_end(loop)
+    wait_for_end(loop.is_alive, listeners.is_alive)
+    failed = not listeners.is_alive()
+    if failed:
+        log.error("the listeners have failed; this manager ends")
     controller.close()  # ends all long polls; those that still come are refused
     loop.join(10)
     listeners.stop()
     log.info("manager ended")
-    return 0
+    return LISTENERS_FAILED if failed else 0
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What balancers on other nodes cost their manager besides the rows of their reports: bytes, time and threads.
+"""What balancers on other nodes cost their manager besides the rows of their reports: bytes and time.
 
     python tests/bench/traffic.py
 
-The manager's own door for nodes, within TLS, and the balancer's own calls, through a relay on loopback that counts
+The manager's own listener for nodes, within TLS, and the balancer's own calls, through a relay on loopback that counts
 bytes (TCP's and IP's headers not among them). Needs openssl.
 """
 
@@ -19,18 +19,19 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "balancer"))
 from simulate import Site, answer
 
 import wire
+from certificates import make_certificate
 from fakes import TOKEN
-from script import NODE_THREADS, create_app, serve_nodes
+from listeners import Listeners, bind_tcp, raise_file_limit, tls_context
+from script import create_app, waits_in
 from wire import Manager
 
-CALLS, POLL = 300, 4.0
+CALLS, POLL, POLLS = 300, 4.0, 500
 # What a balancer in a process of its own calls, so that the manager's time is told apart from its.
 CLIENT = """
 import sys, wire
@@ -69,22 +70,6 @@ class Relay:
         return "{up} bytes up, {down} down".format(**self.passed)
 
 
-def certificate(place: Path) -> str:
-    """Made as swarm.sh makes it."""
-    name = ("-subj", "/CN=lbscaler-manager", "-addext", "subjectAltName=DNS:lbscaler-manager")
-    curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-    files = ("-keyout", place / "key.pem", "-out", place / "manager.pem")
-    subprocess.run(["openssl", "req", "-x509", *curve, *name, *files], check=True, capture_output=True)
-    with (place / "manager.pem").open("a") as pem:
-        pem.write((place / "key.pem").read_text())
-    return str(place / "manager.pem")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as door:
-        return int(door.getsockname()[1])
-
-
 def of_a_report(address: str, pem: str, report: dict[str, Any]) -> float:
     """Milliseconds of this process's time for each report that another sends."""
     environment = {**os.environ, "PYTHONPATH": str(Path(wire.__file__).parent)}
@@ -94,45 +79,61 @@ def of_a_report(address: str, pem: str, report: dict[str, Any]) -> float:
     return 1000 * (time.process_time() - began) / CALLS
 
 
-def under(polls: int, site: Site, connect: Callable[[], Manager], report: dict[str, Any]) -> float:
+class Waiting:
+    """Waits for a view as the manager does, and counts who waits."""
+
+    def __init__(self, listeners: Listeners, site: Site) -> None:
+        self._wait, self.count = waits_in(listeners, site.controller), 0
+
+    def __call__(self, have: str, seconds: float) -> dict[str, Any] | None:
+        self.count += 1
+        try:
+            return self._wait(have, seconds)
+        finally:
+            self.count -= 1
+
+
+def under(polls: int, waiting: Waiting, revision: str, connect: Callable[[], Manager], report: dict[str, Any]) -> float:
     """Seconds a report takes while so many long polls wait."""
-    revision = site.controller.status()["revision"]
-    waiting = [threading.Thread(target=lambda: connect().sync(revision)) for _ in range(polls)]
-    for thread in waiting:
+    balancers = [threading.Thread(target=lambda: connect().sync(revision)) for _ in range(polls)]
+    for thread in balancers:
         thread.start()
-    while len(site.controller._lock._waiters) < polls:  # type: ignore[attr-defined]
+    while waiting.count < polls:
         time.sleep(0.01)
     began = time.monotonic()
     connect().report(report)
     took = time.monotonic() - began
-    for thread in waiting:
+    for thread in balancers:
         thread.join()
     return took
 
 
 def main() -> int:
     logging.disable()
+    raise_file_limit()
     wire.LONG_POLL = POLL
     with tempfile.TemporaryDirectory() as directory:
-        place, port = Path(directory), free_port()
-        pem, site = certificate(place), Site(1, 30, 30, place)
-        app, settings = create_app(site.controller, TOKEN, []), SimpleNamespace(run_dir=place, manager_port=port)
-        serve_nodes(app, settings, "127.0.0.1")
+        place = Path(directory)
+        pem, site, listeners = make_certificate(place), Site(1, 30, 30, place), Listeners()
+        waiting, listener = Waiting(listeners, site), bind_tcp("127.0.0.1", 0)
+        port = listener.getsockname()[1]
+        listeners.add(listener, create_app(site.controller, TOKEN, [], waiting), tls_context(pem))
+        listeners.start()
         address = f"127.0.0.1:{port}"
         relay = Relay(port)
-        relayed = Manager([f"127.0.0.1:{relay.port}"], TOKEN, "b", pem)
+        relayed = Manager([f"127.0.0.1:{relay.port}"], TOKEN, "b", str(pem))
         empty, view = {**site.message(0, 1), "backends": []}, site.controller.wait_for_view("", 0)
+        revision = view["revision"]
         print("report without rows:", relay.count(lambda: relayed.report(empty)))
         print(f"view of {len(answer(view))} bytes:", relay.count(lambda: relayed.sync("")))
-        print("poll without news:", relay.count(lambda: relayed.sync(view["revision"])))
-        print(f"manager's time for a report without rows: {of_a_report(address, pem, empty):.2f} ms")
-        for polls in (NODE_THREADS - 1, NODE_THREADS):
-            took = under(polls, site, lambda: Manager([address], TOKEN, "b", pem), empty)
-            print(f"a report while {polls} polls of {POLL:g} s wait: {took:.2f} s")
+        print("poll without a change:", relay.count(lambda: relayed.sync(revision)))
+        print(f"manager's time for a report without rows: {of_a_report(address, str(pem), empty):.2f} ms")
+        took = under(POLLS, waiting, revision, lambda: Manager([address], TOKEN, "b", str(pem)), empty)
+        print(f"a report while {POLLS} polls of {POLL:g} s wait: {took:.2f} s")
     return 0
 
 
 if __name__ == "__main__":
     ended = main()
     sys.stdout.flush()
-    os._exit(ended)  # the door's threads wait for calls for ever
+    os._exit(ended)  # the relay's threads wait for calls for ever

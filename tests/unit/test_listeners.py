@@ -27,6 +27,7 @@ from certificates import make_certificate
 from fakes import TOKEN, Clock, FakeEngine, controller, eventually
 from listeners import BODY_MAX, HEADERS_MAX, Limits, Listeners, bind_tcp, bind_unix, connections_each, tls_context
 from script import as_operator, create_app, waits_in
+from wire import Manager
 
 BEARER = f"Authorization: Bearer {TOKEN}\r\n"
 REPORT = {"balancer": "b1", "revision": "r", "interval": 2, "backends": []}
@@ -548,6 +549,17 @@ def test_a_caller_of_either_version_is_answered_and_its_connection_closed_on_req
         assert time.monotonic() - began < 3
 
 
+def test_a_client_that_asks_for_the_end_is_told_of_it_and_keeps_no_connection(begin: Callable[..., Site]) -> None:
+    site = begin()
+    manager = Manager([f"127.0.0.1:{site.tls}"], TOKEN, "b", str(site.pem))  # as a balancer has it
+    for _ in range(300):
+        assert manager.report(REPORT)["desired"] == 2
+    for version in ("1.0", "1.1"):
+        caller = site.connect()
+        caller.sendall(request("GET", "/status", headers="Connection: close\r\n", version=version))
+        assert until_end(caller).partition(b"\r\n\r\n")[0].lower().count(b"\r\nconnection: close") == 1
+
+
 def test_expect_100_continue_is_answered_before_the_body_is_sent(begin: Callable[..., Site]) -> None:
     caller, body = begin().connect(), json.dumps(REPORT).encode()
     sent = request("POST", "/pkts_info", body, f"{BEARER}Expect: 100-continue\r\nConnection: close\r\n")
@@ -646,44 +658,94 @@ def test_listeners_that_cannot_start_say_why(tmp_path: Path) -> None:
     made.stop()
 
 
-WAITING = """
-import signal, sys, threading, time
-sys.path.insert(0, {path!r})
-import script
-signal.pthread_sigmask(signal.SIG_BLOCK, script.END)
-loop = threading.Thread(target=time.sleep, args=({lasts},), daemon=True)
-loop.start()
-print("waiting", flush=True)
-script.wait_for_end(loop)
-print("ended", flush=True)
+MANAGER = """
+import sys
+from pathlib import Path
+import settings
+settings.ROOT = Path(sys.argv.pop(1))
+import fakes, script
+class Engine(fakes.FakeEngine):
+    def __init__(self, _):
+        super().__init__("p-backend-1", "p-backend-2")
+    def gateway(self):
+        return "127.0.0.2"
+script.DockerEngine = script.SwarmEngine = Engine
+if sys.argv[1:] == ["fail"]:
+    sys.argv.pop(1)
+    script.Listeners.is_alive = lambda self: False
+sys.exit(script.main())
 """
 
 
-def waiting_process(lasts: float) -> subprocess.Popen[str]:
-    """A process that waits as the manager does, beside a loop that ends after so many seconds."""
-    code = WAITING.format(path=str(Path(module.__file__).parent), lasts=lasts)
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "waiting\n"
-    return process
+class ManagerProcess:
+    """The manager in a process of its own, as it is started, over a fake engine."""
+
+    def __init__(self, place: Path, orchestrator: str = "docker", *arguments: str) -> None:
+        self.run_dir = place / "run" / "p"
+        (self.run_dir / "balancer").mkdir(parents=True, exist_ok=True)
+        (self.run_dir / "token").write_text(TOKEN)
+        with bind_tcp("127.0.0.1", 0) as free:
+            self.port = free.getsockname()[1]
+        chosen = {"LB_PROJECT": "p", "LB_MANAGER_PORT": str(self.port), "LB_ORCHESTRATOR": orchestrator}
+        path = os.pathsep.join(str(Path(__file__).parents[2] / name) for name in ("manager", "tests"))
+        argv = [sys.executable, "-c", MANAGER, str(place), *arguments]
+        self.process = subprocess.Popen(argv, env={**os.environ, **chosen, "PYTHONPATH": path})
+
+    def log(self) -> str:
+        log = self.run_dir / "manager.log"
+        return log.read_text() if log.exists() else ""
+
+    def status(self, address: str = "127.0.0.1") -> int:
+        with socket.create_connection((address, self.port), 5) as caller:
+            caller.sendall(request("GET", "/status", headers=f"{BEARER}Connection: close\r\n"))
+            return parsed(until_end(caller))[0]
+
+
+@pytest.fixture
+def manager(tmp_path: Path) -> Iterator[Callable[..., ManagerProcess]]:
+    with ExitStack() as started:
+
+        def start(*arguments: str) -> ManagerProcess:
+            made = ManagerProcess(tmp_path, *arguments)
+            started.callback(made.process.wait)
+            started.callback(made.process.kill)
+            assert eventually(lambda: "manager started" in made.log(), within=20)
+            return made
+
+        yield start
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_and_continued_manager_goes_on_until_it_is_asked_to_end(end: signal.Signals) -> None:
-    with waiting_process(60) as process:
-        time.sleep(0.3)
-        process.send_signal(signal.SIGSTOP)
-        time.sleep(2)
-        process.send_signal(signal.SIGCONT)
-        time.sleep(0.5)
-        assert process.poll() is None, "only a signal of the two ends it"
-        process.send_signal(end)
-        assert process.communicate(timeout=5)[0] == "ended\n"
+def test_a_stopped_and_continued_manager_goes_on_until_it_is_asked_to_end(
+    manager: Callable[..., ManagerProcess], end: signal.Signals
+) -> None:
+    made = manager()
+    made.process.send_signal(signal.SIGSTOP)
+    time.sleep(2)
+    made.process.send_signal(signal.SIGCONT)
+    time.sleep(0.5)
+    assert made.process.poll() is None, "only a signal of the two ends it"
+    assert made.status() == made.status("127.0.0.2") == 200
+    made.process.send_signal(end)
+    assert made.process.wait(10) == 0
+    assert "manager ended" in made.log()
 
 
-def test_a_manager_whose_loop_has_ended_ends() -> None:
-    with waiting_process(0.5) as process:
-        assert process.communicate(timeout=5)[0] == "ended\n"
+def test_a_manager_whose_listeners_fail_ends_for_its_supervisor_to_start_another(
+    manager: Callable[..., ManagerProcess],
+) -> None:
+    made = manager("docker", "fail")
+    assert made.process.wait(10) == 3
+    assert "the listeners have failed; this manager ends" in made.log()
+
+
+def test_in_a_swarm_the_nodes_listener_is_within_tls(manager: Callable[..., ManagerProcess], tmp_path: Path) -> None:
+    (tmp_path / "run" / "p").mkdir(parents=True)
+    pem = certificate(tmp_path / "run" / "p")
+    made = manager("swarm")
+    assert Manager([f"127.0.0.2:{made.port}"], TOKEN, "b", str(pem)).sync("") is not None
+    assert made.status() == 200
+    assert made.status("127.0.0.2") == 0
 
 
 def test_a_long_poll_lasts_longer_than_a_request_may_and_ends_with_a_notify(begin: Callable[..., Site]) -> None:

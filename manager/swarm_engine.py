@@ -155,9 +155,11 @@ class SwarmEngine(Engine):
         help. Those that never came to run are seen nowhere else."""
         errors = {t["ID"]: t for t in tasks if t["Status"]["State"] in ENDED and t["Status"].get("Err")}
         for id_ in sorted(errors.keys() - (errors.keys() if self._ends_told is None else self._ends_told)):
-            why = errors[id_]["Status"]["Err"]
-            mend = advice(why)
-            log.warning("last words of %s: %s", self._name_of(errors[id_]), f"{why} [{mend}]" if mend else why)
+            status = errors[id_]["Status"]
+            # A task that never ran has no exit code; what is reported of it is an error all the same.
+            exit_code = status.get("ContainerStatus", {}).get("ExitCode") or 1
+            why, hint = status["Err"], advice(status["Err"], exit_code)
+            log.warning("last log line of %s: %s", self._name_of(errors[id_]), f"{why} [{hint}]" if hint else why)
         self._ends_told = (self._ends_told or set()) | errors.keys()
 
     def _name_of(self, task: Mapping[str, Any]) -> str:
@@ -265,7 +267,7 @@ class SwarmEngine(Engine):
             endpoint_spec=spec.get("EndpointSpec"),
         )
 
-    def last_words(self, container_id: str) -> str:
+    def last_log_line(self, container_id: str) -> str:
         """What Swarm says of the task's end."""
         with engine_errors():
             return str(self._client.api.inspect_task(container_id)["Status"].get("Err") or "none")

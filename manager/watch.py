@@ -43,7 +43,7 @@ class NoAnswer(Exception):
 
 
 def plain(text: str, style: str = "") -> Text:
-    """Never markup, on one line and without control characters: a container's last words may hold any."""
+    """Never markup, on one line and without control characters: a container's last log line may hold any."""
     return Text("".join(letter if letter.isprintable() else " " for letter in text), style=style)
 
 

@@ -91,7 +91,8 @@ class Workers:
         try:
             if backend.state == FAILED:
                 with suppress(EngineError):  # some engines keep no logs
-                    log.warning("last words of %s: %s", backend.name, self._engine.last_words(backend.id) or "none")
+                    line = self._engine.last_log_line(backend.id) or "none"
+                    log.warning("last log line of %s: %s", backend.name, line)
             self._engine.stop(backend.id)
         except EngineError as error:
             log.error("stop of %s failed, will try again: %s", backend.name, error)

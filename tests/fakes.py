@@ -37,7 +37,7 @@ class FakeEngine(Engine):
     """Docker in memory, as `controller.Engine` wants it; a new container gets the lowest free address, as Docker's do.
 
     Faults: while `down` is set every call raises it; `refusals` are raised by the next launches, one each, and
-    `no_last_words` by last_words; launches and stops wait for `gate`; `strangers` are names of others' containers; what
+    `no_log` by last_log_line; launches and stops wait for `gate`; `strangers` are names of others' containers; what
     is made from a spec in `crashing` ends at once with that exit code.
     """
 
@@ -48,7 +48,7 @@ class FakeEngine(Engine):
         self.lists = 0  # looks at the list so far
         self.down = ""
         self.refusals: list[EngineError] = []
-        self.no_last_words = ""
+        self.no_log = ""
         self.strangers: set[str] = set()
         self.image = "image-1"  # the spec of what runs and of what is to be launched
         self.crashing: dict[str, int] = {}
@@ -88,10 +88,10 @@ class FakeEngine(Engine):
         with self._lock:
             self.containers.pop(name, None)
 
-    def last_words(self, container_id: str) -> str:
+    def last_log_line(self, container_id: str) -> str:
         self._answer()
-        if self.no_last_words:
-            raise EngineError(self.no_last_words)
+        if self.no_log:
+            raise EngineError(self.no_log)
         return "goodbye"
 
     def events(self) -> Iterator[Event]:

@@ -65,7 +65,7 @@ class Still(Engine):
     def spec(self) -> str:
         return "image"
 
-    def last_words(self, container_id: str) -> str:
+    def last_log_line(self, container_id: str) -> str:
         return ""
 
     def events(self) -> Iterator[Event]:

@@ -293,7 +293,7 @@ def test_a_dead_backend_is_told_of_replaced_and_removed(
     assert (
         "backend p-backend-2 198.18.0.3 active→failed after 60.0 s: its container ended with exit code 3" in caplog.text
     )
-    assert "last words of p-backend-2: goodbye" in caplog.text
+    assert "last log line of p-backend-2: goodbye" in caplog.text
 
 
 def test_a_backend_that_somebody_stops_leaves_rotation_at_once(looping: Callable[..., Rig]) -> None:
@@ -358,9 +358,9 @@ def test_a_second_word_on_a_failed_backend_changes_nothing(rig: Callable[..., Ri
     assert r.launches()["failed"] == 1
 
 
-def test_a_failed_backend_without_last_words_is_removed_all_the_same(rig: Callable[..., Rig]) -> None:
+def test_a_failed_backend_without_a_log_is_removed_all_the_same(rig: Callable[..., Rig]) -> None:
     r = rig(2)
-    r.engine.no_last_words = "configured logging driver does not support reading"
+    r.engine.no_log = "configured logging driver does not support reading"
     r.controller.stop("198.18.0.2", "ill")
     assert eventually(lambda: (r.controller.step(), "p-backend-1" not in r.engine.containers)[1], within=0.5)
 

@@ -61,7 +61,7 @@ class Swarm(Engine):
         self.tasks[name] = replace(self.tasks[name], status="exited", exit_code=7)
         self._keep()
 
-    def last_words(self, container_id: str) -> str:
+    def last_log_line(self, container_id: str) -> str:
         return "none"
 
     def events(self) -> Iterator[Event]:

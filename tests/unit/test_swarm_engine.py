@@ -273,7 +273,7 @@ def test_each_end_with_an_error_is_told_once_with_what_may_help(
     api(engine).listed += [broken("xxxxxxx", "No such image: nowhere")]
     engine.list()
     engine.list()
-    assert caplog.messages == ["last words of p-backend-4.xxxxx: No such image: nowhere"]
+    assert caplog.messages == ["last log line of p-backend-4.xxxxx: No such image: nowhere"]
     api(engine).listed += [broken("yyyyyyy", "mkdir: Read-only file system")]
     engine.list()
     assert "--allow write" in caplog.messages[-1]

@@ -271,8 +271,12 @@ make_token() {
         mv "$RUN/token.new" "$RUN/token")
 }
 
-# The settings, the images and the manager's own code: after an upgrade the manager is another one.
-settings_snapshot() { python3 manager/settings.py --print "$BACKEND_ID" "$BALANCER_IMAGE" "$(digest manager)"; }
+# The settings, the images, the manager's own code and certificate: after an upgrade the manager is another one.
+settings_snapshot() {
+    local code
+    code=$(digest manager)
+    python3 manager/settings.py --print "$BACKEND_ID" "$BALANCER_IMAGE" "$code${LB_CERTIFICATE_SECRET:+ $LB_CERTIFICATE_SECRET}"
+}
 
 launch_manager() {
     local began=$SECONDS settings first=(--project "$LB_PROJECT" ${BACKENDS:+--backends "$BACKENDS"})

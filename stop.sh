@@ -132,7 +132,7 @@ remove_when_free() {
 
 # Processes, containers and networks of this project, whoever started them meanwhile.
 check_nothing_is_left() {
-    local program pids left=() network
+    local program pids left=() network names
     for program in "$SUPERVISOR" "$MANAGER"; do
         mapfile -t pids < <(our_processes "$program")
         left+=("${pids[@]/#/process }")
@@ -145,8 +145,9 @@ check_nothing_is_left() {
         network=$(docker network ls --filter "label=lbscaler.project=$LB_PROJECT" --format 'network {{.Name}}')
         [ -z "$network" ] || [ -n "$NETWORK_KEPT" ] || left+=("$network")
     fi
-    [ ${#left[@]} -eq 0 ] ||
-        die "project $LB_PROJECT is not down, left: $(printf '%s, ' "${left[@]}")run ./stop.sh again"
+    [ ${#left[@]} -gt 0 ] || return 0
+    names=$(printf '%s, ' "${left[@]}")
+    die "project $LB_PROJECT is not down, left: ${names%, }; run ./stop.sh again"
 }
 
 our_images() { docker image ls -q --filter label=lbscaler.image | sort -u; }

@@ -8,6 +8,7 @@ import pty
 import shutil
 import signal
 import subprocess
+import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from fakes_host import System, until
+from fakes_host import ROOT, System, until
 
 FIRST_ANSWER = "Waiting for the first answer"
 
@@ -253,7 +254,7 @@ def test_what_is_left_is_named_and_no_success(system: System) -> None:
     system.up("--image", "good")
     (system.state / "left").write_text("container p-backend-7\n")
     output = system.down(status=1)
-    assert "project p is not down, left: container p-backend-7, run ./stop.sh again" in output
+    assert "project p is not down, left: container p-backend-7; run ./stop.sh again" in output
     assert "Project p is down" not in output
     (system.state / "left").unlink()
     system.down()
@@ -271,3 +272,10 @@ def test_the_status_of_what_does_not_run_is_json(system: System) -> None:
     system.down()
     stopped = json.loads(system.script("run.sh", "--status", "--json", status=1))
     assert (stopped["state"], "no manager of project p answers" in stopped["problem"]) == ("down", True)
+
+
+def test_the_manager_refuses_another_project_than_its_settings_name() -> None:
+    command = [sys.executable, str(ROOT / "manager" / "script.py"), "--project", "q"]
+    environment = {**os.environ, "LB_PROJECT": "p"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
+    assert (done.returncode, done.stderr) == (2, "manager: --project is q, LB_PROJECT is p\n")

@@ -8,6 +8,8 @@ cd "$(dirname "$0")"
 # shellcheck source=manager/swarm.sh
 . manager/swarm.sh
 
+open_streams
+NETWORK_TRIES=30
 UNDO=()  # commands that undo what this run began, latest first
 
 main() {
@@ -15,6 +17,8 @@ main() {
     trap 'roll_back $?' EXIT
     trap 'exit 130' INT
     trap 'exit 143' TERM
+    trap 'nobody_reads; exit 129' HUP
+    trap : PIPE # see say
     case " $* " in *" --no-install "*) NO_INSTALL=1 ;; esac
     have python3 || { mkdir -p run && need "reading the settings" python3 python3-venv; }
     read_settings "$@"
@@ -22,7 +26,7 @@ main() {
     case "$ACTION" in
         *doctor*) view python3 manager/doctor.py ;;
         ?*)
-            [ -x .venv/bin/python ] || die "project $LB_PROJECT does not run here; ./run.sh starts it"
+            [ -x .venv/bin/python ] || does_not_run
             view .venv/bin/python manager/watch.py
             ;;
     esac
@@ -41,16 +45,18 @@ main() {
     check_host
     build_images
     ! swarm || publish_images
-    [ -n "$(ours balancer)" ] || step "Checking that this kernel has what the rules need" check_kernel
+    [ -n "$(ours balancer)" ] || check_kernel
     make_venv
     make_network
-    swarm || spare_the_host
+    swarm || skip_host_tracking
     ! swarm || share_secrets
     start_manager
-    start_balancer
     wait_until_it_serves
+    # Before the start counts as a success: without its settings, the next run.sh would take this project for another.
+    printf '%s\n' "$SNAPSHOT" | python3 manager/settings.py --store "$RUN/settings.json" || exit 1
     UNDO=()
-    (umask 077 && what_runs >"$RUN/settings.json.new" && mv "$RUN/settings.json.new" "$RUN/settings.json")
+    rm -f "$RUN/balancer/orders.before"
+    ! swarm || remove_old_secrets
     summary
     exec 9>&-
     [ -z "$FOLLOW" ] || exec tail -n 20 -F "$RUN/manager.log"
@@ -69,6 +75,15 @@ read_settings() {
     set +a
 }
 
+does_not_run() {
+    local problem="it does not run here; ./run.sh starts it"
+    if [[ " $ACTION " == *" json "* ]]; then
+        printf '{"project": "%s", "state": "down", "problem": "%s"}\n' "$LB_PROJECT" "$problem"
+        exit 1
+    fi
+    die "project $LB_PROJECT does not run here; ./run.sh starts it"
+}
+
 # view PROGRAM…: one that shows how things are and changes nothing.
 view() {
     local word
@@ -76,13 +91,18 @@ view() {
     exec "$@"
 }
 
+# The terminal is closed: what is left to print goes to the log.
+nobody_reads() { exec >>"$LOG" 2>&1 </dev/null || exec >/dev/null 2>&1 </dev/null; }
+
 roll_back() {
     local status=$1 undo
-    trap : INT TERM
+    trap : INT TERM HUP PIPE # the undo runs to its end: a second Ctrl-C would leave half a system
     trap - EXIT
     end_step
-    [ "$status" -eq 0 ] || [ ${#UNDO[@]} -eq 0 ] || say "Undoing what this run began"
-    [ "$status" -eq 0 ] || for undo in "${UNDO[@]}"; do "$undo" >>"$LOG" 2>&1 || say "  could not: $undo (see $LOG)"; done
+    if [ "$status" -ne 0 ] && [ ${#UNDO[@]} -gt 0 ]; then
+        say "Undoing what this run began"
+        for undo in "${UNDO[@]}"; do shielded "$undo" || say "  could not: $undo (see $LOG)"; done
+    fi
     exit "$status"
 }
 
@@ -107,7 +127,7 @@ network_gateway() {
     docker network inspect "$LB_PROJECT" --format '{{(index .IPAM.Config 0).Gateway}}' 2>/dev/null
 }
 
-# -- images, then the manager, then the balancer --------------------------------------------------------------------
+# -- images, the network, the manager --------------------------------------------------------------------------------
 
 build_images() {
     BALANCER_IMAGE=lbscaler-balancer:$(digest balancer)
@@ -121,18 +141,37 @@ build_images() {
     BACKEND_ID=$(docker image inspect --format '{{.Id}}' "$BACKEND_IMAGE") # a tag may come to mean another image
 }
 
+# check_kernel: a balancer that only tries its rules, in a namespace of its own; what is left of it goes in any case.
+check_kernel() {
+    UNDO=(remove_check "${UNDO[@]}")
+    step "Checking that this kernel has what the rules need" docker run --rm \
+        --label "lbscaler.project=$LB_PROJECT" --label lbscaler.role=check \
+        --network none --cap-drop ALL --cap-add NET_ADMIN --cap-add NET_RAW --tmpfs /run "$BALANCER_IMAGE" check
+    UNDO=("${UNDO[@]:1}")
+}
+
+# make_venv: projects share .venv, and their managers run from it.
 make_venv() {
     local stamp
     stamp=$(sha256sum <manager/requirements.txt)
     if [ "$(cat .venv/stamp 2>/dev/null)" = "$stamp" ]; then return; fi
     python3 -c 'import ensurepip, venv' 2>/dev/null || need "the manager's environment" python3-venv
-    step "Installing the manager's packages into .venv" install_packages
-    echo "$stamp" >.venv/stamp
+    exec 8>run/venv.lock
+    flock -n 8 || { say "Waiting for another run.sh, which installs the manager's packages" && flock 8; }
+    [ "$(cat .venv/stamp 2>/dev/null)" = "$stamp" ] ||
+        step "Installing the manager's packages into .venv" install_packages "$stamp"
+    exec 8>&-
 }
 
+# install_packages STAMP: beside the environment that runs, which is replaced only when the new one is complete.
 install_packages() {
-    python3 -m venv --clear .venv
-    .venv/bin/python -m pip install --require-hashes --only-binary :all: -r manager/requirements.txt
+    [ -e .venv ] || [ ! -e .venv.old ] || mv .venv.old .venv # a switch that was cut off
+    rm -rf .venv.new .venv.old
+    python3 -m venv .venv.new || return
+    .venv.new/bin/python -m pip install --require-hashes --only-binary :all: -r manager/requirements.txt || return
+    echo "$1" >.venv.new/stamp || return
+    [ ! -e .venv ] || mv -T .venv .venv.old
+    mv -T .venv.new .venv && rm -rf .venv.old
 }
 
 make_network() {
@@ -144,15 +183,33 @@ make_network() {
             die "the network $LB_PROJECT is $(network_subnet); ./stop.sh first to have it be --subnet $LB_SUBNET"
         return
     fi
-    local subnet=$LB_SUBNET taken kind=()
-    if [ -z "$subnet" ]; then
-        mapfile -t taken < <(docker network ls -q | xargs docker network inspect --format '{{json .IPAM.Config}}' |
-            grep -oE '"Subnet":"[0-9./]+"' | cut -d'"' -f4)
-        subnet=$(python3 manager/preflight.py subnet "${taken[@]}")
-    fi
+    step "Creating the network $LB_PROJECT${LB_SUBNET:+, $LB_SUBNET}" create_network
+}
+
+# create_network: where another start takes the same subnet first, the next one is tried.
+create_network() {
+    local subnet answer tries kind=() failed=()
     ! swarm || kind=(--driver overlay --attachable)
-    step "Creating the network $LB_PROJECT, $subnet" docker network create "${kind[@]}" --subnet "$subnet" --gateway "$(first_of "$subnet")" \
-        --label "lbscaler.project=$LB_PROJECT" --label lbscaler.role=network "$LB_PROJECT"
+    for ((tries = 0; tries < NETWORK_TRIES; tries++)); do
+        subnet=$LB_SUBNET
+        [ -n "$subnet" ] || subnet=$(free_subnet "${failed[@]}") || return
+        echo "subnet $subnet"
+        answer=$(docker network create "${kind[@]}" --subnet "$subnet" --gateway "$(first_of "$subnet")" \
+            --label "lbscaler.project=$LB_PROJECT" --label lbscaler.role=network "$LB_PROJECT" 2>&1) && return
+        echo "$answer"
+        # The engine has no code of its own for this refusal.
+        [ -z "$LB_SUBNET" ] && [[ "$answer" == *"Pool overlaps"* ]] || return 1
+        failed+=("$subnet")
+    done
+    return 1
+}
+
+# free_subnet TAKEN…: one that overlaps no network of the engine's, no route of this host and none of TAKEN.
+free_subnet() {
+    local taken
+    mapfile -t taken < <(docker network ls -q | xargs docker network inspect --format '{{json .IPAM.Config}}' |
+        grep -oE '"Subnet":"[0-9./]+"' | cut -d'"' -f4)
+    python3 manager/preflight.py subnet "${taken[@]}" "$@"
 }
 
 network_subnet() { docker network inspect "$LB_PROJECT" --format '{{(index .IPAM.Config 0).Subnet}}'; }
@@ -165,7 +222,7 @@ first_of() {
 
 # Traffic between balancer and backends crosses the host's connection tracking for nothing, once each way (bridge
 # netfilter); both ends inside, on our bridge, so nothing Docker does for published ports or isolation is touched.
-spare_the_host() {
+skip_host_tracking() {
     local bridge subnet rule
     if [ "$(id -u)" -ne 0 ] || ! have iptables; then return; fi
     subnet=$(network_subnet) # not within the list below: bash cannot run a trap while it reads one
@@ -179,9 +236,8 @@ spare_the_host() {
 take_down() { flock -u 9; ./stop.sh --project "$LB_PROJECT" --now; }
 
 start_manager() {
-    local settings
-    settings=$(what_runs)
-    if manager_runs && supervisor_runs && [ "$settings" = "$(cat "$RUN/settings.json" 2>/dev/null)" ] && [ -z "$BACKENDS" ]; then
+    SNAPSHOT=$(settings_snapshot)
+    if manager_runs && supervisor_runs && unchanged_snapshot && [ -z "$BACKENDS" ]; then
         say "The manager is up and its settings are unchanged"
         return
     fi
@@ -192,26 +248,40 @@ start_manager() {
     make_token
     printf '%s:%s\n' "$(manager_address)" "$LB_MANAGER_PORT" >"$RUN/balancer/hostip.txt"
     ln -sf "../$RUN/balancer/hostip.txt" "../$RUN/balancer/ip.txt" balancer/
-    [ "$settings" = "$(cat "$RUN/settings.json" 2>/dev/null)" ] || rm -f "$RUN/balancer/orders.json"
+    unchanged_snapshot || [ ! -e "$RUN/balancer/orders.json" ] ||
+        mv -f "$RUN/balancer/orders.json" "$RUN/balancer/orders.before"
     step "Starting the manager" launch_manager
 }
 
-# A live system whose new settings do not start goes back to those it ran with: settings.json still has them.
+unchanged_snapshot() { [ "$SNAPSHOT" = "$(cat "$RUN/settings.json" 2>/dev/null)" ]; }
+
+# A live system whose new settings do not start, or whose update is given up, goes back to those it ran with:
+# settings.json still has them. Its backends are not waited for.
 bring_back() {
     local unset
     mapfile -t unset < <(compgen -e LB_ | sed 's/^/--unset=/')
     end_manager
+    [ ! -e "$RUN/balancer/orders.before" ] || mv -f "$RUN/balancer/orders.before" "$RUN/balancer/orders.json"
     flock -u 9
-    env "${unset[@]}" ./run.sh --project "$LB_PROJECT"
+    env "${unset[@]}" ./run.sh --project "$LB_PROJECT" --no-wait
 }
 
-make_token() { [ -s "$RUN/token" ] || (umask 077 && head -c 24 /dev/urandom | od -An -vtx1 | tr -d ' \n' >"$RUN/token"); }
+make_token() {
+    [ -s "$RUN/token" ] || (umask 077 && head -c 24 /dev/urandom | od -An -vtx1 | tr -d ' \n' >"$RUN/token.new" &&
+        mv "$RUN/token.new" "$RUN/token")
+}
 
-# The settings, and what they are carried out by: after an upgrade the manager is another one.
-what_runs() { python3 manager/settings.py --store "$BACKEND_ID" "$(digest manager)"; }
+# The settings, the images, the manager's own code and certificate: after an upgrade the manager is another one.
+settings_snapshot() {
+    local code
+    code=$(digest manager)
+    python3 manager/settings.py --print "$BACKEND_ID" "$BALANCER_IMAGE" "$code${LB_CERTIFICATE_SECRET:+ $LB_CERTIFICATE_SECRET}"
+}
 
 launch_manager() {
-    local began=$SECONDS settings first=(${BACKENDS:+--backends "$BACKENDS"})
+    local began=$SECONDS settings first=(--project "$LB_PROJECT" ${BACKENDS:+--backends "$BACKENDS"})
+    export LB_BALANCER_IMAGE
+    LB_BALANCER_IMAGE=$(pinned_balancer_image)
     export LB_HEALTH=${LB_HEALTH:-${LB_IMAGE:+tcp}} LB_IMAGE=$BACKEND_IMAGE
     if [ "$(id -u)" -eq 0 ] && [ -d /run/systemd/system ]; then
         mapfile -t settings < <(compgen -e | grep -E '^(LB_|DOCKER_)' | sed 's/^/--setenv=/')
@@ -219,7 +289,7 @@ launch_manager() {
             --property "RestartPreventExitStatus=1 2" \
             "${settings[@]}" "$PWD/manager/supervise.sh" "${first[@]}"
     else
-        setsid manager/supervise.sh "${first[@]}" &
+        setsid "$PWD/manager/supervise.sh" "${first[@]}" &
     fi
     while [ $((SECONDS - began)) -lt 10 ]; do
         if http_get 127.0.0.1 "$LB_MANAGER_PORT" /status >/dev/null; then return; fi
@@ -230,72 +300,19 @@ launch_manager() {
     return 1
 }
 
-start_balancer() {
-    local config running list=(ps) launch=launch_balancer what="the balancer on $LB_BIND:$LB_PORT"
-    config=$(printf '%s\n' "$BALANCER_IMAGE" "$LB_BIND" "$LB_PORT" "$LB_BACKEND_PORT" "$LB_PRESERVE_CLIENT_IP" "$LB_BALANCER_CONSTRAINT" "$(cat "$RUN/token")" \
-        "$(if swarm; then echo "$LB_MANAGER_PORT $LB_DRAIN_TIMEOUT"; else cat "$RUN/balancer/hostip.txt"; fi)" | sha256sum | cut -c1-12)
-    ! swarm || { list=(service ls) launch=launch_balancers what="a balancer on every node, port $LB_PORT"; }
-    running=$(docker "${list[@]}" -q --filter "label=lbscaler.project=$LB_PROJECT" --filter "label=lbscaler.config=$config")
-    if [ -n "$running" ]; then
-        say "The balancer is up and its settings are unchanged"
-        return
+# By id where a Swarm is to pull nothing, or its engine would ask a registry for the name first.
+pinned_balancer_image() {
+    if swarm && [ -z "$LB_REGISTRY" ]; then
+        docker image inspect --format '{{.Id}}' "$BALANCER_IMAGE"
+    else
+        echo "$BALANCER_IMAGE"
     fi
-    step "Starting $what" "$launch" "$config"
-}
-
-check_kernel() {
-    docker run --rm --network none --cap-drop ALL --cap-add NET_ADMIN --cap-add NET_RAW --tmpfs /run "$BALANCER_IMAGE" check
-}
-
-# What a balancer may do, and how its kernel is set; in a Swarm, too.
-BALANCER_RIGHTS=(--cap-drop ALL --cap-add NET_ADMIN --cap-add NET_RAW --read-only
-    --sysctl net.ipv4.ip_forward=1 --sysctl net.netfilter.nf_conntrack_acct=1
-    --sysctl net.ipv4.conf.all.send_redirects=0 --sysctl net.ipv4.conf.default.send_redirects=0
-    --sysctl net.netfilter.nf_conntrack_tcp_timeout_time_wait=10
-    --sysctl net.netfilter.nf_conntrack_tcp_loose=0 --sysctl net.netfilter.nf_conntrack_tcp_be_liberal=1)
-
-launch_balancer() {
-    local old
-    LB_TOKEN=$(cat "$RUN/token") # by name: what stands on a command line is for all to see
-    export LB_TOKEN
-    mapfile -t old < <(ours balancer)
-    [ ${#old[@]} -eq 0 ] || docker rm -f "${old[@]}"
-    docker run --detach --name "$LB_PROJECT-balancer" --network "$LB_PROJECT" --publish "$LB_BIND:$LB_PORT:8000" \
-        --label "lbscaler.project=$LB_PROJECT" --label lbscaler.role=balancer --label "lbscaler.config=$1" \
-        --restart always "${BALANCER_RIGHTS[@]}" --tmpfs /run \
-        --security-opt no-new-privileges --memory 512m --pids-limit 256 \
-        --env LB_TOKEN --env "LB_BACKEND_PORT=$LB_BACKEND_PORT" \
-        --env "LB_INSIDE=${LB_PRESERVE_CLIENT_IP:+$(network_subnet)}" \
-        --volume "$PWD/$RUN/balancer:/balancer/run:ro" "$BALANCER_IMAGE"
 }
 
 wait_until_it_serves() {
-    step "Waiting for the first answer on port $LB_PORT" first_answer
-}
-
-# A connection that finds nobody ready is held, not refused, so ask the manager first: it knows when all are, and one
-# has to be.
-first_answer() {
-    local address=$LB_BIND began=$SECONDS status
-    [ "$address" != 0.0.0.0 ] || address=127.0.0.1
-    while [ $((SECONDS - began)) -lt 60 ]; do
-        status=$(http_get 127.0.0.1 "$LB_MANAGER_PORT" /status || true)
-        if [[ "$status" == *'"state":"active"'* ]] &&
-            [[ "$status" != *'"state":"starting"'* || $((SECONDS - began)) -gt 15 ]] &&
-            { [ -n "$LB_IMAGE" ] || swarm || http_get "$address" "$LB_PORT" /; }; then return; fi
-        # Launches in vain, one after the other, do not get better by waiting.
-        if [[ "$status" =~ \"failed\":([0-9]+) && "${BASH_REMATCH[1]}" -ge 4 && "$status" != *'"state":"active"'* ]]; then break; fi
-        sleep 0.1
-    done
-    if swarm; then
-        docker service ps --no-trunc --format '{{.Name}} on {{.Node}}: {{.CurrentState}} {{.Error}}' "$LB_PROJECT-balancer" || true
-    else
-        docker logs --tail 5 "$LB_PROJECT-balancer" || true
-    fi
-    grep "last words" "$RUN/manager.log" | tail -n 3 || true
-    .venv/bin/python manager/watch.py --status || true
-    echo "No backend got ready; see --backend-port, --health and --allow in ./run.sh --help"
-    return 1
+    SHOW_LOG=1 step "Waiting for the first answer on port $LB_PORT" .venv/bin/python manager/startup.py serve
+    [ -n "$NO_WAIT" ] ||
+        SHOW_LOG=1 step "Waiting until every backend has these settings" .venv/bin/python manager/startup.py update
 }
 
 summary() {

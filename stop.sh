@@ -11,8 +11,9 @@ cd "$(dirname "$0")"
 # shellcheck source=manager/swarm.sh
 . manager/swarm.sh
 
+open_streams
 LB_PROJECT=${LB_PROJECT:-lbscaler}
-DRAIN=30 IMAGES='' ENGINE=''
+DRAIN=30 IMAGES='' ENGINE='' NETWORK_KEPT=''
 
 main() {
     read_flags "$@"
@@ -21,7 +22,10 @@ main() {
     LOG=$RUN/stop.log
     : >"$LOG"
     trap end_step EXIT
-    trap 'exit 130' INT TERM
+    trap 'exit 130' INT
+    trap 'exit 143' TERM
+    trap 'exit 129' HUP
+    trap : PIPE # see say
     exec 9>"$RUN/lock"
     flock -n 9 || die "another run.sh or stop.sh of project $LB_PROJECT is at work"
 
@@ -36,6 +40,7 @@ main() {
     else
         say "No Docker Engine answers: its containers, if there are any, are left for a second ./stop.sh"
     fi
+    check_nothing_is_left
     forget_files
     [ -z "$ENGINE" ] || step "Stopping the Docker Engine, if run.sh started it" stop_engine
     say "Project $LB_PROJECT is down; its log stays in $RUN/manager.log"
@@ -63,7 +68,7 @@ read_flags() {
 # First, so that nobody replaces what goes.
 remove_manager() {
     if manager_runs || supervisor_runs; then
-        step "Stopping the manager (pid $(pid_of manager))" end_manager
+        step "Stopping the manager" end_manager
     fi
 }
 
@@ -92,6 +97,7 @@ drain_balancer() {
 
 remove_containers() {
     local role ids
+    remove_check
     for role in balancer backend; do
         mapfile -t ids < <(ours "$role")
         [ ${#ids[@]} -eq 0 ] || step "Removing $role containers: ${#ids[@]}" remove "${ids[@]}"
@@ -101,13 +107,14 @@ remove_containers() {
 remove() { docker stop -t 10 "$@" || true; docker rm -f -v "$@"; }
 
 remove_network() {
-    local network strangers
+    local network foreign
     network=$(docker network ls -q --filter "label=lbscaler.project=$LB_PROJECT" --filter label=lbscaler.role=network)
     [ -n "$network" ] || return 0
     # In a Swarm its own tasks may still be attached, on other nodes, too; there the engine says when it is free.
-    strangers=$(docker network inspect "$network" --format '{{if ne .Driver "overlay"}}{{range .Containers}}{{.Name}} {{end}}{{end}}')
-    if [ -n "${strangers// /}" ]; then
-        say "Keeping the network $LB_PROJECT: ${strangers% } is attached to it"
+    foreign=$(docker network inspect "$network" --format '{{if ne .Driver "overlay"}}{{range .Containers}}{{.Name}} {{end}}{{end}}')
+    if [ -n "${foreign// /}" ]; then
+        say "Keeping the network $LB_PROJECT: ${foreign% } is attached to it"
+        NETWORK_KEPT=1
         return 0
     fi
     step "Removing the network $LB_PROJECT" remove_when_free "$network"
@@ -121,6 +128,26 @@ remove_when_free() {
         sleep 0.5
     done
     return 1
+}
+
+# Processes, containers and networks of this project, whoever started them meanwhile.
+check_nothing_is_left() {
+    local program pids left=() network names
+    for program in "$SUPERVISOR" "$MANAGER"; do
+        mapfile -t pids < <(our_processes "$program")
+        left+=("${pids[@]/#/process }")
+    done
+    if have docker && engine_answers; then
+        mapfile -t -O ${#left[@]} left < <(
+            docker service ls --filter "label=lbscaler.project=$LB_PROJECT" --format 'service {{.Name}}' 2>/dev/null || true
+            docker ps -a --filter "label=lbscaler.project=$LB_PROJECT" --format 'container {{.Names}}'
+        )
+        network=$(docker network ls --filter "label=lbscaler.project=$LB_PROJECT" --format 'network {{.Name}}')
+        [ -z "$network" ] || [ -n "$NETWORK_KEPT" ] || left+=("$network")
+    fi
+    [ ${#left[@]} -gt 0 ] || return 0
+    names=$(printf '%s, ' "${left[@]}")
+    die "project $LB_PROJECT is not down, left: ${names%, }; run ./stop.sh again"
 }
 
 our_images() { docker image ls -q --filter label=lbscaler.image | sort -u; }
@@ -145,7 +172,7 @@ forget_files() {
         [ "$(readlink "$link" 2>/dev/null)" != "../$RUN/balancer/${link##*/}" ] || rm -f "$link"
     done
     [ ! -e "$RUN/balancer/trace.csv" ] || mv "$RUN/balancer/trace.csv" "$RUN/trace.csv"
-    rm -rf "$RUN/balancer" "$RUN/token" "$RUN/manager.pem" "$RUN/settings.json" "$RUN"/*.pid "$RUN/manager.sock"
+    rm -rf "$RUN/balancer" "$RUN/token" "$RUN"/*.pem "$RUN/settings.json" "$RUN"/*.new "$RUN"/*.pid "$RUN/manager.sock"
 }
 
 main "$@"

@@ -227,13 +227,15 @@ class DockerEngine(Engine):
             container.remove(force=True, v=True)
 
     def last_log_line(self, container_id: str) -> str:
-        """The last line of its log, and which setting might help."""
+        """The last line of its log, and in brackets the setting that might help."""
         with engine_errors():
             container = self._client.containers.get(container_id)
             text = container.logs(tail=20).decode(errors="replace").strip()
-        words = text.splitlines()[-1].strip() if text else "none"
-        mend = advice(text, bool(container.attrs["State"].get("OOMKilled")))
-        return f"{words} [{mend}]" if mend else words
+            state = container.attrs["State"]
+        line = text.splitlines()[-1].strip() if text else "none"
+        exit_code = None if state.get("Running") else int(state.get("ExitCode", 0))
+        hint = advice(text, exit_code, bool(state.get("OOMKilled")))
+        return f"{line} [{hint}]" if hint else line
 
     def events(self) -> Iterator[Event]:
         """What happens to our containers from now on; ends or raises EngineError when the engine does."""

@@ -5,6 +5,7 @@ Pure, but for what the engines themselves do.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -21,14 +22,18 @@ STRANGER = "10001:10001"  # who an image runs as that names nobody but root
 # A stranger may listen on any port: inside its own namespace that takes nothing from anybody.
 SYSCTLS = {"net.ipv4.tcp_max_tw_buckets": "1024", "net.ipv4.ip_unprivileged_port_start": "0"}
 
-# What an image says that cannot live with the rules of least privilege → what that rule's name is.
-COMPLAINTS = (
+# What a program logs when a rule of least privilege stops it → the flag that lifts this rule.
+HINTS = (
     ("read-only file system", "it writes where it may not: give it the place with --tmpfs PATH, or --allow write"),
     ("permission denied", "it wants to be who its image says, or more: --allow root, then --allow capabilities"),
     ("operation not permitted", "it wants what only root may: --allow root, then --allow capabilities"),
     ("must be root", "--allow root"),
     ("cannot allocate memory", "more memory: --memory"),
 )
+# Lines that report no reason to end: low levels, and nginx's alert that it may not raise its own limit.
+HARMLESS = re.compile(r"\b(debug|info|notice)\b|setrlimit\(")
+ERROR = re.compile(r"\b(error|emerg|emergency|crit|critical|fatal|panic)\b")  # a line that reports why a program ends
+STOPPED_FROM_OUTSIDE = (128 + 9, 128 + 15)  # exit codes after SIGKILL and SIGTERM
 
 
 # The balancer's kernel settings. Conntrack counts packets, so that a refused SYN can be retried elsewhere. It keeps
@@ -126,12 +131,29 @@ class Engine(Protocol):
         raise EngineError(f"{count}: this engine keeps no number of backends by itself")
 
 
-def advice(words: str, out_of_memory: bool = False) -> str:
-    """Which setting would help a backend that ended with these words; empty when they say nothing of the kind."""
+def ended_by_itself(exit_code: int) -> bool:
+    """Whether a container that ended with this code failed by itself: it was not stopped or killed from outside."""
+    return exit_code not in (0, *STOPPED_FROM_OUTSIDE)
+
+
+def advice(log_lines: str, exit_code: int | None, out_of_memory: bool = False) -> str:
+    """The setting that would help a backend; empty where none is known to.
+
+    `log_lines` is the end of its log, `exit_code` is None while its container runs. Only a container that ended by
+    itself with an error gets a hint: in any other, an error in the log did not end it. The last line that reports an
+    error decides, because a program goes on after the errors before it.
+    """
     if out_of_memory:
         return "the kernel killed it for its memory: raise --memory"
-    said = words.lower()
-    return next((mend for complaint, mend in COMPLAINTS if complaint in said), "")
+    if exit_code is None or not ended_by_itself(exit_code):
+        return ""
+    for line in reversed(log_lines.lower().splitlines()):
+        if HARMLESS.search(line):
+            continue
+        hint = next((hint for complaint, hint in HINTS if complaint in line), "")
+        if hint or ERROR.search(line):
+            return hint
+    return ""
 
 
 def options(settings: Settings, image_user: str) -> dict[str, Any]:

@@ -5,16 +5,24 @@
 ENGINE_DIR=run/engine
 TICKER='' # process group of what shows that a step moves
 
-say() { printf '%s\n' "$*"; }
+# Where nobody reads any more what is printed, that is no reason to stop half way.
+say() { printf '%s\n' "$*" 2>/dev/null || true; }
 die() { printf '%s: %s\n' "${0##*/}" "$*" >&2; exit 1; }
 have() { command -v "$1" >/dev/null 2>&1; }
 
+# open_streams: a standard stream that is closed becomes /dev/null, or the next file that is opened would take its place.
+open_streams() {
+    { true <&0; } 2>/dev/null || exec </dev/null
+    { true >&1; } 2>/dev/null || exec >/dev/null
+    true >&2 || exec 2>/dev/null
+}
+
 # step TEXT COMMAND…: says TEXT, runs COMMAND with its output in LOG, says how long it took; shows that long ones move.
-# Where it fails that is the end, but with MAY_FAIL set.
+# Where it fails that is the end, but with MAY_FAIL set. SHOW_LOG: the last line of LOG is progress that anybody reads.
 step() {
     local text=$1 began=${EPOCHREALTIME/[.,]/} status=0 job
     shift
-    printf '%s … ' "$text"
+    printf '%s … ' "$text" 2>/dev/null || true
     set -m
     "$@" >>"$LOG" 2>&1 </dev/null 9>&- &
     job=$!
@@ -31,7 +39,7 @@ step() {
         die "$text: failed with status $status"
     fi
     local took=$((${EPOCHREALTIME/[.,]/} - began))
-    printf '%d.%d s\n' $((took / 1000000)) $((took / 100000 % 10))
+    say "$((took / 1000000)).$((took / 100000 % 10)) s"
 }
 
 tick() {
@@ -40,12 +48,16 @@ tick() {
     while sleep "$every"; do
         seconds=$((seconds + every))
         if [ -t 1 ]; then
-            printf '\r\033[K%s … %d s  %.60s' "$text" "$seconds" "$(tail -n 1 "$LOG" | tr -cd '[:print:]')"
+            printf '\r\033[K%s … %d s  %.60s' "$text" "$seconds" "$(last_line)"
+        elif [ -n "${SHOW_LOG:-}" ]; then
+            printf '%d s: %s … ' "$seconds" "$(last_line)"
         else
             printf '%d s … ' "$seconds"
         fi
     done
 }
+
+last_line() { tail -n 1 "$LOG" | tr -cd '[:print:]'; }
 
 # end_step: ends what step has under way, with all it started. What shows that it moves has nothing to tidy up, and goes
 # at once: a job that ended just as bash was interrupted is waited for until the last of bash's children is gone. A bash
@@ -62,6 +74,22 @@ end_step() {
     done 2>/dev/null || true
     for group in $groups; do wait "$group" 2>/dev/null || true; done
     TICKER=''
+}
+
+# shielded COMMAND…: runs it to its end, whatever signals come meanwhile; its status. It has a process group of its own,
+# which a terminal's Ctrl-C does not reach; the caller has to have set traps for the signals that it is to outlast.
+shielded() {
+    local job status
+    set -m
+    "$@" >>"$LOG" 2>&1 </dev/null &
+    job=$!
+    set +m
+    while true; do
+        status=0
+        wait "$job" || status=$?
+        # A signal ends `wait`, too; then the command still runs.
+        if [ "$status" -le 128 ] || ! kill -0 "$job" 2>/dev/null; then return "$status"; fi
+    done
 }
 
 apt_install() {
@@ -142,10 +170,12 @@ stop_engine() {
 # is_process PID WORD: whether that process is there and has WORD in its command line (numbers are reused).
 is_process() { [ -n "$1" ] && tr '\0' ' ' 2>/dev/null <"/proc/$1/cmdline" | grep -qF -- "$2"; }
 
+# wait_gone PID SECONDS: one that has ended and was not waited for yet has no command line. `kill -0` would not do: it
+# fails as well for another user's process.
 wait_gone() {
     local tries
     for ((tries = 0; tries < $2 * 20; tries++)); do
-        kill -0 "$1" 2>/dev/null || return 0
+        [ -n "$(tr '\0' ' ' 2>/dev/null <"/proc/$1/cmdline")" ] || return 0
         sleep 0.05
     done
     return 1
@@ -153,30 +183,57 @@ wait_gone() {
 
 # -- the manager, under its supervisor -------------------------------------------------------------------------------
 
+SUPERVISOR=manager/supervise.sh MANAGER=manager/script.py
+
 manager_unit() { echo "lbscaler-$LB_PROJECT"; }
-pid_of() { cat "$RUN/$1.pid" 2>/dev/null || true; }
-manager_runs() { is_process "$(pid_of manager)" manager/script.py; }
-supervisor_runs() { is_process "$(pid_of supervisor)" manager/supervise.sh; }
+manager_runs() { [ -n "$(our_processes $MANAGER)" ]; }
+supervisor_runs() { [ -n "$(our_processes $SUPERVISOR)" ]; }
+
+# our_processes PROGRAM: ids of the processes that run this checkout's PROGRAM for this project. Their command lines say
+# so: they are found without a pid file, and neither another project's nor a process with a number from before is.
+our_processes() {
+    local files file pid
+    mapfile -t files < <(grep -lzE "(^|/)${1//./\\.}\$" /proc/[0-9]*/cmdline 2>/dev/null)
+    for file in "${files[@]}"; do
+        pid=${file#/proc/} pid=${pid%/cmdline}
+        if runs_for_project "$pid" "$1"; then echo "$pid"; fi
+    done
+}
+
+# runs_for_project PID PROGRAM: whether its command line is INTERPRETER PROGRAM --project NAME …
+runs_for_project() {
+    local words
+    { mapfile -d '' -t words <"/proc/$1/cmdline"; } 2>/dev/null || return 1
+    # By its path, or by its working directory, for the checkout may have been moved or reached through a link.
+    [ "${words[1]:-}" = "$PWD/$2" ] || { [[ "/${words[1]:-}" == */"$2" ]] && [ "/proc/$1/cwd" -ef . ]; } || return 1
+    if [ "${words[2]:-}" = --project ]; then
+        [ "${words[3]:-}" = "$LB_PROJECT" ]
+    else # it was started before an upgrade: its pid file tells
+        grep -qsxF "$1" "$RUN/manager.pid" "$RUN/supervisor.pid"
+    fi
+}
 
 # end_manager: the supervisor first, so that nobody starts the manager again.
 end_manager() {
     [ ! -d /run/systemd/system ] || systemctl stop "$(manager_unit)" 2>/dev/null || true
-    end_process supervisor manager/supervise.sh
-    end_process manager manager/script.py
+    end_processes $SUPERVISOR
+    end_processes $MANAGER
 }
 
-end_process() {
+end_processes() {
     local pid
-    pid=$(pid_of "$1")
-    if ! is_process "$pid" "$2"; then return 0; fi
-    kill -TERM "$pid"
-    wait_gone "$pid" 10 || { kill -KILL "$pid" && wait_gone "$pid" 5; }
+    for pid in $(our_processes "$1"); do
+        kill -TERM "$pid" || true # it may have ended meanwhile
+        wait_gone "$pid" 10 || { kill -KILL "$pid" && wait_gone "$pid" 5; }
+    done
 }
 
 # -- images: Debian's packages on a base image, tagged by a digest of what they are made of ------------------------------
 
 digest() {
-    { echo "$LB_BASE_IMAGE"; find "$1" -maxdepth 1 -type f ! -name '*.txt' | sort | xargs cat; } | sha256sum | cut -c1-12
+    # But for the two files that run.sh and the manager write into balancer/.
+    { echo "$LB_BASE_IMAGE"; find "$1" -maxdepth 1 -type f ! -name ip.txt ! -name hostip.txt | sort | xargs cat; } |
+        sha256sum | cut -c1-12
 }
 
 # build_image FOLDER TAG: builds it unless it is there.
@@ -211,6 +268,9 @@ make_base_image() {
 
 # ours ROLE: the ids of this project's containers in that role.
 ours() { docker ps -aq --filter "label=lbscaler.project=$LB_PROJECT" --filter "label=lbscaler.role=$1"; }
+
+# remove_check: what a run.sh that was killed left of its check of the kernel.
+remove_check() { ours check | xargs -r docker rm -f >>"$LOG" 2>&1 || true; }
 
 # curl without curl: the body of GET http://HOST:PORT PATH, status 0 only for 200.
 http_get() {

@@ -352,12 +352,16 @@ def wait_for_end(*alive: Callable[[], bool]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="The manager; run.sh starts it with its settings in LB_ variables.")
+    parser.add_argument("--project", help="the same as LB_PROJECT; run.sh and stop.sh find the manager by it")
     parser.add_argument("--backends", type=int, help="how many to begin with; without it, as many as run")
     arguments = parser.parse_args()
     try:
         settings = read(os.environ)
     except SettingError as error:
         print(f"manager: {error}", file=sys.stderr)
+        return 2
+    if arguments.project not in (None, settings.project):
+        print(f"manager: --project is {arguments.project}, LB_PROJECT is {settings.project}", file=sys.stderr)
         return 2
     signal.pthread_sigmask(signal.SIG_BLOCK, END)  # before any thread starts, so that none of them takes a signal
     raise_file_limit()

@@ -209,7 +209,7 @@ SETTINGS: Mapping[str, Setting] = {one.name: one.metadata["setting"] for one in 
 
 # What run.sh does instead of bringing anything up.
 ACTIONS = {
-    "status": "say how the running project is, and end: 0 well, 1 it does not run, 3 degraded",
+    "status": "print the state of the running project, and end: 0 healthy, 1 it does not run, 3 degraded",
     "watch": "show it live, until Ctrl-C",
     "json": "with --status or --doctor: for programs",
     "doctor": "look this host over: what would stop run.sh, and the mend beside it",
@@ -264,10 +264,11 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Brings the load balancer up, or applies changed settings to the one that runs.",
         epilog="Every setting can also be given as a variable: --max 20 is LB_MAX=20.\n"
-        "Exit codes: 0 it serves, 1 a step failed, 2 a bad setting, 130 interrupted.",
+        "Exit codes: 0 it serves, 1 a step failed and was undone, 2 a bad setting, 129, 130, 143 ended by a signal.",
     )
     parser.add_argument("backends", nargs="?", help="how many backends to begin with (default: --min)")
     parser.add_argument("--follow", action="store_true", help="stay and show the manager's log")
+    parser.add_argument("--no-wait", action="store_true", help="do not wait for the end of an update of the backends")
     parser.add_argument("--swarm-init", action="store_true", help="make a Swarm of this host where there is none")
     parser.add_argument("--no-install", action="store_true", help="install nothing on this host; say what is missing")
     for name, meaning in ACTIONS.items():
@@ -315,20 +316,42 @@ def assignments(arguments: Sequence[str], environ: Mapping[str, str]) -> dict[st
         "ACTION": " ".join(name for name in ACTIONS if parsed[name]),
         "SWARM_INIT": "1" if parsed["swarm_init"] else "",
         "FOLLOW": "1" if parsed["follow"] else "",
+        "NO_WAIT": "1" if parsed["no_wait"] else "",
         "NO_INSTALL": "1" if parsed["no_install"] else "",
         "BACKENDS": backends or "",
     }
 
 
-def stored(environ: Mapping[str, str], image: str, code: str) -> str:
-    """The text of settings.json: what the project was started with, the backends' image, and the manager's digest."""
+def stored(environ: Mapping[str, str], image: str, balancer_image: str, code: str) -> str:
+    """The text of settings.json: what the project was started with, both images, and the manager's digest."""
     values = {variable(name): environ.get(variable(name), setting.default) for name, setting in SETTINGS.items()}
-    return json.dumps({**values, "backend_image": image, "manager": code}, indent=1)
+    images = {"backend_image": image, "balancer_image": balancer_image}
+    return json.dumps({**values, **images, "manager": code}, indent=1)
+
+
+def store(path: Path, text: str) -> None:
+    """Replaces the file, mode 0600, in one step: whoever reads it sees the old text or the new one. Raises OSError."""
+    fresh = path.with_name(f"{path.name}.new")
+    fresh.unlink(missing_ok=True)
+    with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(fresh, path)
 
 
 def main() -> int:
+    """`--print IMAGE BALANCER-IMAGE CODE` prints what `--store FILE` writes from standard input; else: see above."""
+    if sys.argv[1:2] == ["--print"]:
+        print(stored(os.environ, *sys.argv[2:5]))
+        return 0
     if sys.argv[1:2] == ["--store"]:
-        print(stored(os.environ, *sys.argv[2:4]))
+        path = Path(sys.argv[2])
+        try:
+            store(path, sys.stdin.read())
+        except OSError as error:
+            print(f"run.sh: cannot write {path}: {error.strerror}", file=sys.stderr)
+            return 1
         return 0
     try:
         for name, value in assignments(sys.argv[1:], os.environ).items():

@@ -35,70 +35,62 @@ publish_images() {
 
 publish() { docker tag "$1" "$LB_REGISTRY/$1" && docker push "$LB_REGISTRY/$1"; }
 
-# share_secrets: the token, and the certificate and key by which balancers know the manager, are the same on every node
-# that runs the manager, now or later; Swarm hands them to the balancers alone.
+# share_secrets: makes the token and the certificate known to the balancers, by the names in LB_TOKEN_SECRET and
+# LB_CERTIFICATE_SECRET. Every manager of the project has the same token, and a key pair of its own, whose key stays on
+# its node: one that takes over on another node has the balancers get its certificate.
 share_secrets() {
-    local balancer secret
-    balancer=$(ours balancer | head -n 1)
-    if [ -n "$balancer" ] && ! { [ -s "$RUN/token" ] && [ -s "$RUN/manager.pem" ]; }; then
-        (umask 077 && for secret in token manager.pem; do docker exec "$balancer" cat "/run/secrets/$secret" >"$RUN/$secret"; done)
-    fi
-    if ! [ -s "$RUN/token" ] && docker secret inspect "$LB_PROJECT-token" >/dev/null 2>&1; then
-        die "project $LB_PROJECT runs in this Swarm, and no balancer on this node knows its secrets; run this on a node that has one, or bring $RUN/token and $RUN/manager.pem from where the manager was"
-    fi
+    fetch_token
     make_token
+    make_certificate
+    export LB_TOKEN_SECRET=$LB_PROJECT-token LB_CERTIFICATE_SECRET
+    LB_CERTIFICATE_SECRET=$LB_PROJECT-certificate-$(secret_digest certificate.pem) # a secret cannot be changed
+    share_secret "$LB_TOKEN_SECRET" token
+    share_secret "$LB_CERTIFICATE_SECRET" certificate.pem
+}
+
+# fetch_token: from a balancer on this node, where another node has run the manager so far.
+fetch_token() {
+    local balancer
+    if [ -s "$RUN/token" ] || ! docker secret inspect "$LB_PROJECT-token" >/dev/null 2>&1; then return 0; fi
+    balancer=$(ours balancer | head -n 1)
+    [ -z "$balancer" ] || (umask 077 && docker exec "$balancer" cat /run/secrets/token >"$RUN/token") || true
+    [ -s "$RUN/token" ] ||
+        die "project $LB_PROJECT runs in this Swarm, and no balancer on this node knows its token; run this on a node that has one, or bring $RUN/token from where the manager was"
+}
+
+make_certificate() {
+    have openssl || need "the manager's certificate" openssl
     if ! [ -s "$RUN/manager.pem" ]; then
-        have openssl || need "the manager's certificate" openssl
         (umask 077 && openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 3650 \
             -subj /CN=lbscaler-manager -addext subjectAltName=DNS:lbscaler-manager \
-            -keyout "$RUN/key.pem" -out "$RUN/manager.pem" 2>>"$LOG" &&
-            cat "$RUN/key.pem" >>"$RUN/manager.pem" && rm "$RUN/key.pem")
+            -keyout "$RUN/key.pem" -out "$RUN/manager.pem.new" 2>>"$LOG" &&
+            cat "$RUN/key.pem" >>"$RUN/manager.pem.new" && rm "$RUN/key.pem")
+        mv "$RUN/manager.pem.new" "$RUN/manager.pem"
     fi
-    for secret in token manager.pem; do
-        if docker secret inspect "$LB_PROJECT-$secret" >/dev/null 2>&1; then
-            [ "$(secret_digest "$secret")" = "$(docker secret inspect --format '{{index .Spec.Labels "lbscaler.digest"}}' "$LB_PROJECT-$secret")" ] ||
-                die "$RUN/$secret is not the one this Swarm's balancers have; bring it from the node that ran the manager, or ./stop.sh first"
-        else
-            docker secret create --label "lbscaler.project=$LB_PROJECT" --label "lbscaler.digest=$(secret_digest "$secret")" \
-                "$LB_PROJECT-$secret" "$RUN/$secret" >>"$LOG"
-        fi
-    done
+    openssl x509 -in "$RUN/manager.pem" -out "$RUN/certificate.pem" # without the key
+}
+
+# share_secret NAME FILE
+share_secret() {
+    local stored
+    if stored=$(docker secret inspect --format '{{index .Spec.Labels "lbscaler.digest"}}' "$1" 2>/dev/null); then
+        [ "$stored" = "$(secret_digest "$2")" ] ||
+            die "$RUN/$2 is not the one this Swarm's balancers have; bring it from the node that ran the manager, or ./stop.sh first"
+        return
+    fi
+    docker secret create --label "lbscaler.project=$LB_PROJECT" --label "lbscaler.digest=$(secret_digest "$2")" \
+        "$1" "$RUN/$2" >>"$LOG"
 }
 
 secret_digest() { sha256sum <"$RUN/$1" | cut -c1-16; }
 
-# Every address the manager may be at: balancers try one after the other.
-manager_addresses() {
-    local node addresses
-    addresses=$MANAGER_ADDRESS:$LB_MANAGER_PORT
-    for node in $(docker node ls -q --filter role=manager | xargs docker node inspect --format '{{.Status.Addr}}'); do
-        [ "$node" = "$MANAGER_ADDRESS" ] || [ "$node" = 0.0.0.0 ] || addresses+=,$node:$LB_MANAGER_PORT
+# remove_old_secrets: certificates of managers before this one. The engine keeps what a balancer still uses.
+remove_old_secrets() {
+    local name
+    for name in $(docker secret ls --filter "label=lbscaler.project=$LB_PROJECT" --format '{{.Name}}'); do
+        case "$name" in "$LB_TOKEN_SECRET" | "$LB_CERTIFICATE_SECRET") continue ;; esac
+        docker secret rm "$name" >>"$LOG" 2>&1 || true
     done
-    echo "$addresses"
-}
-
-# One balancer a node, its port published on that node alone: no hop through another node for who comes to this one.
-launch_balancers() {
-    local where options=()
-    eval "where=($LB_BALANCER_CONSTRAINT)" # words quoted as in a shell, checked by settings.py
-    options=("${where[@]/#/--constraint=}")
-    [ -n "$LB_REGISTRY" ] || options+=(--no-resolve-image)
-    docker service rm "$LB_PROJECT-balancer" 2>/dev/null || true
-    docker service create --detach --name "$LB_PROJECT-balancer" --mode global --network "$LB_PROJECT" \
-        --publish "mode=host,published=$LB_PORT,target=8000" \
-        --label "lbscaler.project=$LB_PROJECT" --label lbscaler.role=balancer --label "lbscaler.config=$1" \
-        --container-label "lbscaler.project=$LB_PROJECT" --container-label lbscaler.role=balancer \
-        "${options[@]}" "${BALANCER_RIGHTS[@]}" --mount type=tmpfs,target=/run \
-        --limit-memory 512m --limit-pids 256 --update-order stop-first --endpoint-mode dnsrr \
-        --stop-grace-period "$((${LB_DRAIN_TIMEOUT%.*} + 5))s" \
-        --secret "source=$LB_PROJECT-token,target=token" --secret "source=$LB_PROJECT-manager.pem,target=manager.pem" \
-        --env "LB_MANAGERS=$(manager_addresses)" --env "LB_NODE={{.Node.ID}}" --env "LB_BACKEND_PORT=$LB_BACKEND_PORT" \
-        --env "LB_LEAVE=${LB_DRAIN_TIMEOUT%.*}" "$(pinned_balancer)"
-}
-
-# By id where nothing is to be pulled, or the engine would ask a registry for it first.
-pinned_balancer() {
-    if [ -n "$LB_REGISTRY" ]; then echo "$BALANCER_IMAGE"; else docker image inspect --format '{{.Id}}' "$BALANCER_IMAGE"; fi
 }
 
 # -- stop.sh ------------------------------------------------------------------------------------------------------------

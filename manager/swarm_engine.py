@@ -202,8 +202,10 @@ class SwarmEngine(Engine):
         errors = {t["ID"]: t for t in tasks if t["Status"]["State"] in ENDED and t["Status"].get("Err")}
         logged = errors.keys() if self._ends_logged is None else self._ends_logged
         for id_ in sorted(errors.keys() - logged):
-            why = errors[id_]["Status"]["Err"]
-            hint = advice(why)
+            status = errors[id_]["Status"]
+            # A task that never ran has no exit code; what is reported of it is an error all the same.
+            exit_code = status.get("ContainerStatus", {}).get("ExitCode") or 1
+            why, hint = status["Err"], advice(status["Err"], exit_code)
             log.warning("last log line of %s: %s", self._name_of(errors[id_]), f"{why} [{hint}]" if hint else why)
         self._ends_logged = set(errors)  # what Swarm no longer lists need not be remembered
 

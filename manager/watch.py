@@ -1,8 +1,9 @@
-"""How a running project is, in the terminal: `./run.sh --status`, `./run.sh --status --json`, `./run.sh --watch`.
+"""The state of a running project, in the terminal: `./run.sh --status`, `./run.sh --status --json`, `./run.sh --watch`.
 
 The settings come in LB_ variables, as run.sh exports them; what they leave out is as the project was started with.
-Exit codes: 0 it serves as desired; 1 no manager of the project answers; 2 bad usage; 3 degraded: fewer backends serve
-than desired for the moment, launches fail, no balancer reports, or the engine is out of reach. --watch ends with 0.
+Exit codes: 0 healthy, it serves as desired; 1 down, no manager of the project answers; 2 bad usage; 3 degraded: fewer
+backends serve than desired for the moment, launches fail, an update was given up, the balancer does not run or report,
+clients cannot reach it, or the engine is unreachable. --watch ends with 0.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from rich.text import Text
 from scaler import Policy
 from settings import SettingError, assignments
 
-WELL, ABSENT, USAGE, DEGRADED = 0, 1, 2, 3
+HEALTHY, ABSENT, USAGE, DEGRADED = 0, 1, 2, 3
 LATE = 3  # intervals without a report until a balancer counts as silent
 SPAN, COLUMNS = 300.0, 60  # seconds of the past in the sparkline, and its width
 POINTS, LAST = 1000, 10  # points kept, which are more than a SPAN has; changes shown
@@ -43,7 +44,7 @@ class NoAnswer(Exception):
 
 
 def plain(text: str, style: str = "") -> Text:
-    """Never markup, on one line and without control characters: a container's last words may hold any."""
+    """Never markup, on one line and without control characters: a container's last log line may hold any."""
     return Text("".join(letter if letter.isprintable() else " " for letter in text), style=style)
 
 
@@ -51,30 +52,54 @@ def troubles(status: Status) -> list[str]:
     """Why it is degraded, a sentence each; none when it serves as desired."""
     launches, wanted = status["launches"], status["desired"]
     serving = sum(backend["state"] == "active" and backend["healthy"] is not False for backend in status["backends"])
-    heard = any(one["last_seen"] <= LATE * status["settings"]["interval"] for one in status["balancers"])
+    reports = any(one["last_seen"] <= LATE * status["settings"]["interval"] for one in status["balancers"])
+    # A manager that was started before an upgrade does not have these two fields.
+    balancer = status.get("balancer", {"state": "running", "problem": ""})
+    data_path = status.get("data_path", {"working": True, "problem": ""})
+    no_balancer = f"the balancer does not run ({balancer['state']})"
     found = {
-        f"engine out of reach: {status['engine']}": status["engine"] != "ok",
-        f"launches in vain so far: {launches['failed']}: {launches['why']}": launches["failed"],
-        "no balancer reports": not heard,
+        f"engine unreachable: {status['engine']}": status["engine"] != "ok",
+        f"launches that failed so far: {launches['failed']}: {launches['why']}": launches["failed"],
+        f"update given up: {launches['update_given_up']}": launches["update_given_up"],
+        ": ".join(filter(None, (no_balancer, balancer["problem"]))): balancer["state"] != "running",
+        "no balancer reports": not reports,
+        f"clients cannot reach the service: {data_path['problem']}": data_path["working"] is False,
         f"backends that serve: {serving} of {wanted}": serving < wanted,
     }
     return [sentence for sentence, applies in found.items() if applies]
 
 
+def state(problems: Sequence[str]) -> str:
+    return "degraded" if problems else "healthy"
+
+
+def for_programs(status: Status) -> str:
+    """What --status --json prints: the manager's /status with its `state` and `problems` beside."""
+    problems = troubles(status)
+    return json.dumps({**status, "state": state(problems), "problems": problems})
+
+
+def progress(status: Status) -> str:
+    """How far an update of the backends is; empty where a manager from before an upgrade does not report it."""
+    launches = status["launches"]
+    if "replaced" not in launches:
+        return ""
+    return f"{launches['replaced']} of {launches['replaced'] + launches['to_replace']} backends replaced"
+
+
 def summary(status: Status) -> Text:
-    """One line: is it well, how many, under which load, and whatever keeps it from being as it should."""
+    """One line: its state, how many backends, under which load, and what keeps it from being healthy."""
     launches, found, unit = status["launches"], troubles(status), Policy(0, 0, 0, status["metric"]).unit
     rate = "no rate yet" if status["rate"] is None else f"{status['rate']:.5g} {unit}"
     notes = {
         f"desired {status['desired']}, current {status['current']} ({status['min']} to {status['max']})": True,
         f"{rate}, target {status['target']:g} each": True,
         "paused": status["paused"],
-        "updating": launches["updating"],
-        f"update given up: {launches['update_given_up']}": launches["update_given_up"],
+        ": ".join(filter(None, ("updating", progress(status)))): launches["updating"],
     }
-    words = [*(note for note, applies in notes.items() if applies), *found]
-    said = f"{status['project']} {'degraded' if found else 'well'}: {'; '.join(words)}"
-    return plain(said, "red" if found else "green")
+    sentences = [*(note for note, applies in notes.items() if applies), *found]
+    line = f"{status['project']} {state(found)}: {'; '.join(sentences)}"
+    return plain(line, "red" if found else "green")
 
 
 def decision(told: Status | None) -> Text:
@@ -201,29 +226,37 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     parser = argparse.ArgumentParser("watch.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--watch", action="store_true", help="show it live")
-    how.add_argument("--json", action="store_true", help="the manager's /status as it is")
-    parser.add_argument("--status", action="store_true", help="say it once; what is done without --watch")
+    how.add_argument("--json", action="store_true", help="print the manager's /status with state and problems, as JSON")
+    parser.add_argument("--status", action="store_true", help="print it once; the default")
     chosen = parser.parse_args(arguments)
     console = Console(force_terminal=sys.stdout.isatty(), width=None if sys.stdout.isatty() else 200)
     try:
-        manager = Manager(assignments([], environ))
-        status = manager.status()
-    except (NoAnswer, SettingError) as error:
+        settings = assignments([], environ)
+    except SettingError as error:
         print(f"watch.py: {error}", file=sys.stderr)
-        return ABSENT if isinstance(error, NoAnswer) else USAGE
+        return USAGE
+    try:
+        manager = Manager(settings)
+        status = manager.status()
+    except NoAnswer as error:
+        if chosen.json:
+            print(json.dumps({"project": settings["LB_PROJECT"], "state": "down", "problem": str(error)}))
+        else:
+            print(f"watch.py: {error}", file=sys.stderr)
+        return ABSENT
     if chosen.watch:
         watch(manager, status, console)
     if chosen.json:
-        print(json.dumps(status))
+        print(for_programs(status))
     else:
         console.print(view(status))
-    return DEGRADED if troubles(status) else WELL
+    return DEGRADED if troubles(status) else HEALTHY
 
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr] # a terminal that has no blocks shows ?
     for end in (signal.SIGINT, signal.SIGTERM):  # by an exception, so that the terminal is put back as it was
-        signal.signal(end, lambda *_: sys.exit(WELL))
+        signal.signal(end, lambda *_: sys.exit(HEALTHY))
     try:
         sys.exit(main(sys.argv[1:], os.environ))
     except BrokenPipeError:  # `| head` has seen enough

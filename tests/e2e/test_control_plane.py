@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -131,19 +132,65 @@ def test_an_update_replaces_one_by_one_without_a_failed_request(system: System, 
     assert "replaced by the update" in system.log()
 
 
-def test_an_update_that_never_gets_ready_goes_back_by_itself(system: System) -> None:
-    before = images(system)
-    variant(system, "lbtest-bad", 'ENTRYPOINT ["/bin/sh", "-c", "echo no such luck; exit 3"]')
+# Each cannot work in its own way: it crashes, serves on loopback alone, or answers its probe with an error.
+BAD_IMAGES = {
+    "crash": ('ENTRYPOINT ["/bin/sh", "-c", "echo no such luck; exit 3"]', (), "no such luck"),
+    "loopback": (
+        'ENTRYPOINT ["python3", "-m", "http.server", "--bind", "127.0.0.1", "8000"]',
+        ("--health", "tcp", "--ready-timeout", "8"),
+        "not ready within 8 s",
+    ),
+    "error": (
+        'ENTRYPOINT ["python3", "-m", "http.server", "8000"]',
+        ("--health", "http:/nothing-here", "--ready-timeout", "8"),
+        "status 404",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_IMAGES)
+def test_an_update_that_never_gets_ready_fails_and_the_old_settings_are_used_again(system: System, kind: str) -> None:
+    line, flags, reason = BAD_IMAGES[kind]
+    before, stored = images(system), (system.run_dir / "settings.json").read_text()
+    variant(system, f"lbtest-bad-{kind}", line)
     load = Load(system.port, seconds=15, per_second=60)
-    system.up("--image", "lbtest-bad")
-    until(lambda: "update given up" in system.log(), "the update is given up", 60)
-    system.settled(3, 60)
-    assert images(system) == before
+    output = system.up("--image", f"lbtest-bad-{kind}", *flags, status=1)
+    assert "the update was given up, and what ran before is used again" in output
+    assert reason in output
     _, others, _ = load.result()
     assert others == 0
-    assert "no such luck" in system.log()
-    assert system.status()["launches"]["update_given_up"]
-    system.up("--image", "")
+    system.settled(3, 60)
+    assert images(system) == before
+    assert (system.run_dir / "settings.json").read_text() == stored
+    assert system.status()["launches"]["update_given_up"] == "", "it runs by the old settings"
+
+
+def test_an_update_that_is_not_waited_for_and_given_up_is_degraded_even_after_the_managers_restart(
+    system: System,
+) -> None:
+    before = images(system)
+    variant(system, "lbtest-bad", 'ENTRYPOINT ["/bin/sh", "-c", "echo no such luck; exit 3"]')
+    system.up("--image", "lbtest-bad", "--no-wait")
+    try:
+        until(lambda: system.status()["launches"]["update_given_up"], "the update is given up", 60)
+        pid = manager_pid(system)
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: manager_pid(system) != pid and answering(system), "the manager is back", 20)
+        assert system.status()["launches"]["update_given_up"]
+        system.settled(3, 60)
+        assert images(system) == before
+        system.up(status=1)  # nothing is changed, and it is still not what was wanted
+    finally:
+        system.up("--image", "")
+    assert system.status()["launches"]["update_given_up"] == ""
+
+
+def test_a_manager_whose_files_were_deleted_is_found_by_run_sh(fresh: System) -> None:
+    fresh.up()
+    shutil.rmtree(fresh.run_dir)
+    fresh.up()
+    fresh.settled(2)
+    assert fresh.who()
 
 
 OWN_ENGINE = os.environ.get("LBTEST_OWN_ENGINE")

@@ -102,7 +102,14 @@ def test_the_files_shown_on_the_host_tell_the_rotation(system: System) -> None:
 
 
 @pytest.mark.parametrize(
-    "moment", ["Creating the network", "Starting the manager", "Starting the balancer", "Waiting for"]
+    "moment",
+    [
+        "Checking that this kernel",
+        "Creating the network",
+        "Starting the manager",
+        "Waiting for the first",
+        "Waiting until every",
+    ],
 )
 def test_an_interrupted_start_leaves_nothing(fresh: System, moment: str) -> None:
     process = fresh.start()
@@ -117,6 +124,41 @@ def test_an_interrupted_start_leaves_nothing(fresh: System, moment: str) -> None
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, seen + output
     until(fresh.nothing_left, "nothing is left", 10)
+
+
+def test_a_second_interrupt_does_not_cut_the_undo_off(fresh: System) -> None:
+    process = fresh.start()
+    assert process.stdout is not None
+    seen = ""
+    for moment in ("Waiting for", "Undoing"):
+        while moment not in seen:
+            piece = process.stdout.read(1)
+            assert piece, seen
+            seen += piece
+        os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, seen + output
+    assert fresh.nothing_left()
+
+
+def test_a_manager_whose_files_were_deleted_is_stopped_all_the_same(fresh: System) -> None:
+    fresh.up()
+    shutil.rmtree(fresh.run_dir)
+    fresh.down("--now")
+    assert fresh.nothing_left()
+
+
+def test_projects_that_start_at_once_get_networks_of_their_own(tree: Path) -> None:
+    several = [System(tree, f"lbtogether{number}") for number in range(6)]
+    begun = [system.start("--min", "1", "1") for system in several]
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in begun]
+        assert [process.returncode for process in begun] == [0] * len(several), outputs
+        assert all("primes" in system.get() for system in several)
+    finally:
+        for system in several:
+            system.down("--now")
+    assert all(system.nothing_left() for system in several)
 
 
 def test_stop_removes_all_of_ours_and_only_that_and_can_be_said_twice(fresh: System, system: System) -> None:

@@ -23,7 +23,8 @@ def test_the_status_is_told_in_words_and_for_programs(system: System) -> None:
         assert backend["name"] in text
         assert backend["ip"] in text
     code, text = shown(system, "--status", "--json")
-    assert (code, json.loads(text)["desired"]) == (0, 2)
+    found = json.loads(text)
+    assert (code, found["desired"], found["state"], found["problems"]) == (0, 2, "healthy", [])
 
 
 def test_a_silent_balancer_is_a_degraded_system_and_no_system_is_told_as_such(system: System) -> None:
@@ -33,10 +34,12 @@ def test_a_silent_balancer_is_a_degraded_system_and_no_system_is_told_as_such(sy
         until(lambda: shown(system, "--status")[0] == 3, "degraded", 30)
     finally:
         docker("unpause", balancer)
-    until(lambda: shown(system, "--status")[0] == 0, "well again", 30)
+    until(lambda: shown(system, "--status")[0] == 0, "healthy again", 30)
     code, text = shown(system, "--status", project="nowhere")
     assert code == 1
     assert "nowhere" in text
+    code, text = shown(system, "--status", "--json", project="nowhere")
+    assert (code, json.loads(text)["state"]) == (1, "down")
 
 
 def test_watching_where_there_is_no_terminal_is_plain_lines(system: System) -> None:

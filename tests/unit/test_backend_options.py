@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import docker
 import pytest
 
+from docker_engine import DockerEngine
 from engine import advice, options
 from fakes import settings
 
@@ -68,20 +70,96 @@ def test_words_are_quoted_as_in_a_shell() -> None:
     }
 
 
+NGINX_STARTS = """\
+/docker-entrypoint.sh: Configuration complete; ready for start up
+2026/11/24 10:00:00 [notice] 1#1: nginx/1.26.3
+10-listen-on-ipv6-by-default.sh: info: can not modify /etc/nginx/conf.d/default.conf (read-only file system?)
+2026/11/24 10:00:00 [alert] 1#1: setrlimit(RLIMIT_NOFILE, 65536) failed (1: Operation not permitted)
+"""
+NGINX_REFUSED = """\
+2026/11/24 10:00:09 [error] 7#7: *1 connect() failed (111: Connection refused) while connecting to upstream
+"""
+NODE = """\
+node:fs:1372
+Error: EACCES: permission denied, mkdir '/data'
+    at Object.mkdirSync (node:fs:1372:26)
+    at handleErrorFromBinding (node:internal:1) {
+  code: 'EACCES',
+}
+
+Node.js v20.19.2
+"""
+
+
 @pytest.mark.parametrize(
-    ("words", "flag"),
+    ("log_lines", "flag"),
     [
         ('open() "/run/nginx.pid" failed (30: Read-only file system)', "--tmpfs PATH, or --allow write"),
+        (f'{NGINX_STARTS}nginx: [emerg] mkdir() "/var/lib/nginx/body" failed (30: Read-only file system)', "--tmpfs"),
+        (f'{NGINX_STARTS}nginx: [emerg] chown("/x", 33) failed (1: Operation not permitted)', "then --allow capabil"),
         ("OSError: [Errno 30] Read-only file system: '/srv/x'", "--allow write"),
         ('open() "/var/log/nginx/error.log" failed (13: Permission denied)', "--allow root"),
         ("chown: changing ownership of 'x': Operation not permitted", "--allow root"),
         ("This program must be root.", "--allow root"),
+        (NODE, "--allow root"),
+        ("# Warning: could not bind *:80: Permission denied\n# Failed listening on port 80, aborting.", "--allow root"),
     ],
 )
-def test_what_an_image_complains_of_names_the_flag_that_helps(words: str, flag: str) -> None:
-    assert flag in advice(words)
+def test_the_last_error_of_a_container_that_ended_names_the_flag_that_helps(log_lines: str, flag: str) -> None:
+    assert flag in advice(log_lines, 1)
 
 
-def test_no_advice_where_the_words_ask_for_none_and_memory_before_all() -> None:
-    assert advice("no such luck") == ""
-    assert "--memory" in advice("Permission denied", out_of_memory=True)
+@pytest.mark.parametrize(
+    "log_lines",
+    [
+        "no such luck",
+        NGINX_STARTS,
+        NGINX_STARTS + NGINX_REFUSED,
+        f'{NGINX_STARTS}nginx: [emerg] host not found in upstream "app" in /etc/nginx/conf.d/default.conf:3',
+        "open() failed (13: Permission denied)\nnginx: [emerg] bind() to 0.0.0.0:80 failed (98: Address in use)",
+    ],
+)
+def test_harmless_lines_and_errors_before_the_last_one_give_no_hint(log_lines: str) -> None:
+    assert advice(log_lines, 1) == ""
+
+
+@pytest.mark.parametrize("exit_code", [None, 0, 137, 143])
+def test_a_container_that_runs_or_was_stopped_gets_no_hint(exit_code: int | None) -> None:
+    assert advice("Permission denied", exit_code) == ""
+
+
+def test_a_kill_for_memory_comes_before_all() -> None:
+    assert "--memory" in advice("Permission denied", 137, out_of_memory=True)
+
+
+class Containers:
+    """Of Docker's SDK what `last_log_line` uses: one container in `state`, with `lines` in its log."""
+
+    def __init__(self, state: dict[str, object], lines: str) -> None:
+        self.attrs, self._lines = {"State": state}, lines
+        self.containers = self
+
+    def get(self, _id: str) -> Containers:
+        return self
+
+    def logs(self, tail: int) -> bytes:
+        return self._lines.encode()
+
+
+@pytest.mark.parametrize(
+    ("state", "hint"),
+    [
+        ({"Running": True, "ExitCode": 0, "OOMKilled": False}, ""),
+        ({"Running": False, "ExitCode": 1, "OOMKilled": False}, " [it wants to be who its image says"),
+        ({"Running": False, "ExitCode": 137, "OOMKilled": True}, " [the kernel killed it for its memory"),
+    ],
+)
+def test_the_hint_depends_on_how_the_container_ended(
+    monkeypatch: pytest.MonkeyPatch, state: dict[str, object], hint: str
+) -> None:
+    sdk = Containers(state, "starting\nopen() failed (13: Permission denied)\n")
+    monkeypatch.setattr(docker, "from_env", lambda **_: sdk)
+    engine = DockerEngine(settings())
+    line = engine.last_log_line("an-id")
+    assert line.startswith("open() failed (13: Permission denied)" + hint)
+    assert bool(hint) == line.endswith("]")

@@ -16,8 +16,11 @@ ROOT = Path(__file__).parents[2]
 def shell(script: str, tmp_path: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     text = f"set -euo pipefail\nLOG={tmp_path}/log; RUN={tmp_path}; : >$LOG\n. '{ROOT}/manager/host.sh'\n{script}"
     # What starts the tests in the background may have SIGINT ignored, and no shell can trap what it was to ignore.
-    command, environment = ["env", "--default-signal=INT", "bash", "-c", text], {**os.environ, **variables}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=20, check=False)
+    command = ["env", "--default-signal=INT,TERM,HUP", "bash", "-c", text]
+    environment = {**os.environ, "LB_PROJECT": "p", **variables}
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=20, check=False
+    )
 
 
 def test_a_step_is_said_and_timed_and_its_words_go_to_the_log(tmp_path: Path) -> None:
@@ -75,17 +78,79 @@ def test_no_process_is_no_process(tmp_path: Path, pid: str) -> None:
     assert shell(f"is_process '{pid}' sleep", tmp_path).returncode == 1
 
 
-def test_the_manager_ends_after_its_supervisor_and_only_they(tmp_path: Path) -> None:
-    script = """
-    bash -c 'exec -a "bash manager/supervise.sh" sleep 60' & echo $! >$RUN/supervisor.pid
-    bash -c 'exec -a "python manager/script.py" sleep 60' & echo $! >$RUN/manager.pid
-    sleep 60 & other=$!
-    sleep 0.2
-    end_manager
-    ! supervisor_runs && ! manager_runs && kill -0 $other && kill $other
+SLEEPER = "#!/bin/bash\nsleep 60 & trap 'kill $!' EXIT; trap 'exit 0' TERM; wait\n"
+BEGIN = """
+begin() { bash "$@" & until [ "$(tr '\\0' ' ' </proc/$!/cmdline | cut -d' ' -f1,2)" = "bash $1" ]; do :; done; }
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A place whose manager and supervisor sleep."""
+    place = tmp_path / "checkout"
+    (place / "manager").mkdir(parents=True)
+    for name in ("script.py", "supervise.sh"):
+        (place / "manager" / name).write_text(SLEEPER)
+    return place
+
+
+def test_the_manager_ends_after_its_supervisor_and_only_they(checkout: Path) -> None:
+    script = f"""{BEGIN}
+    begin manager/supervise.sh --project p
+    begin $PWD/manager/script.py --project p --backends 3
+    begin manager/script.py --project q; others=$!
+    begin manager/script.py --verbose --project p; others+=" $!"
+    (cd ..; exec bash checkout/manager/script.py --project q) & others+=" $!"
+    echo $others | tr ' ' '\n' >$RUN/manager.pid
+    supervisor_runs && manager_runs && end_manager
+    ! supervisor_runs && ! manager_runs && kill -0 $others && kill $others
     """
-    assert shell(script, tmp_path).returncode == 0
-    assert shell("end_manager", tmp_path).returncode == 0, "twice is fine"
+    assert shell(script, checkout).returncode == 0
+    assert shell("end_manager", checkout).returncode == 0, "twice is fine"
+
+
+def test_a_manager_of_another_checkout_is_not_ours(checkout: Path) -> None:
+    begin = f"{BEGIN} cd '{checkout}'; begin $PWD/manager/script.py --project p; cd -; "
+    script = begin + "s=0; manager_runs || s=1; kill $!; exit $s"
+    assert shell(script, checkout).returncode == 0
+    assert shell(script, checkout.parent).returncode == 1
+
+
+@pytest.mark.parametrize(("noted", "status"), [("$!", 0), ("999999999", 1)])
+def test_a_manager_from_before_an_upgrade_is_known_by_its_pid_file(checkout: Path, noted: str, status: int) -> None:
+    script = f"{BEGIN} begin manager/script.py; echo {noted} >$RUN/manager.pid; s=0; manager_runs || s=1; kill $!"
+    assert shell(f"{script}; exit $s", checkout).returncode == status
+
+
+def test_a_shielded_command_runs_to_its_end_whatever_signals_come(tmp_path: Path) -> None:
+    script = """
+    trap : INT TERM HUP
+    long() { sleep 1; echo done >$RUN/done; return 7; }
+    (sleep 0.3; kill -INT $$; kill -TERM $$; kill -HUP $$) &
+    shielded long && s=0 || s=$?
+    exit $s
+    """
+    assert shell(script, tmp_path).returncode == 7
+    assert (tmp_path / "done").exists()
+
+
+@pytest.mark.parametrize("command", ["true", "exit 3", "kill -KILL $BASHPID"])
+def test_a_shielded_command_has_its_own_status(tmp_path: Path, command: str) -> None:
+    script = f"f() {{ {command}; }}; shielded f && s=0 || s=$?; exit $s"
+    assert shell(script, tmp_path).returncode == {"true": 0, "exit 3": 3}.get(command, 137)
+
+
+def test_the_digest_covers_the_requirements_but_not_what_is_written_at_run_time(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "requirements.txt").write_text("a==1\n")
+    command = 'digest "$RUN/folder"'
+    before = shell(command, tmp_path, LB_BASE_IMAGE="x").stdout
+    for name in ("ip.txt", "hostip.txt"):
+        (folder / name).write_text("198.18.0.2\n")
+    assert shell(command, tmp_path, LB_BASE_IMAGE="x").stdout == before
+    (folder / "requirements.txt").write_text("a==2\n")
+    assert shell(command, tmp_path, LB_BASE_IMAGE="x").stdout != before
 
 
 def test_get_tells_a_200_from_the_rest(tmp_path: Path) -> None:

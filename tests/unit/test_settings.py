@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -30,6 +31,7 @@ REFUSED: dict[str, tuple[str, list[str]]] = {
     "stable_window": ("1 to 3600 (seconds)", ["0.9", "3601", "-inf"]),
     "panic_window": ("1 to 600 (seconds)", ["0.9", "601", "x"]),
     "drain_timeout": ("0 to 3600 (seconds)", ["", "08", "010", "-1", "3601", "soon"]),
+    "ready_timeout": ("1 to 3600 (seconds)", ["", "0", "0.9", "3601", "soon", "1e3"]),
     "weights": ("adaptive or equal", ["", "fast", "1"]),
     "image": ("an image's name", ["-rm", "a b", "a;b", "$(x)", "/x"]),
     "backend_port": (PORT, ["0", "65536", "x"]),
@@ -74,7 +76,7 @@ def test_the_defaults_are_those_of_the_contract() -> None:
         **{"project": "lbscaler", "bind": "0.0.0.0", "port": 8000, "manager_port": 5000, "min": 2, "max": 10},
         **{"spares": 0, "record": ""},
         **{"metric": "packets", "target": 100, "interval": 2, "stable_window": 60, "panic_window": 6},
-        **{"drain_timeout": 30, "image": "", "backend_port": 8000, "health": "sync", "subnet": ""},
+        **{"drain_timeout": 30, "ready_timeout": 60, "image": "", "backend_port": 8000, "health": "sync", "subnet": ""},
         **{"orchestrator": "docker", "base_image": "debian:trixie-slim"},
         **{"env": (), "command": (), "memory": "256m", "cpus": 0, "tmpfs": (), "volume": (), "allow": frozenset()},
         **{"registry": "", "advertise": "", "constraint": (), "spread": (), "balancer_constraint": (), "locality": ""},
@@ -109,6 +111,8 @@ def test_a_bad_value_is_one_line_with_its_flag_its_variable_itself_and_what_is_a
         ("target", "0.5", 0.5),
         ("interval", "0.5", 0.5),
         ("drain_timeout", "0", 0),
+        ("ready_timeout", "1", 1),
+        ("ready_timeout", "3600", 3600),
         ("image", "registry.example:5000/a/b:1.0@sha256:00", "registry.example:5000/a/b:1.0@sha256:00"),
         ("health", "tcp", "tcp"),
         ("health", "http:/healthz?a=b", "http:/healthz?a=b"),
@@ -180,26 +184,34 @@ def test_a_file_of_the_running_project_that_cannot_be_read_counts_for_nothing(ro
 
 
 def test_what_is_stored_is_what_the_next_run_starts_from(root: Path) -> None:
-    text = settings.stored({"LB_MAX": "12", "LB_PROJECT": "p", "PATH": "/bin"}, "the-image", "the-code")
-    assert json.loads(text)["backend_image"] == "the-image"
+    text = settings.stored({"LB_MAX": "12", "LB_PROJECT": "p", "PATH": "/bin"}, "an-image", "a-balancer", "the-code")
+    values = json.loads(text)
+    assert [values[name] for name in ("backend_image", "balancer_image", "manager")] == [
+        "an-image",
+        "a-balancer",
+        "the-code",
+    ]
     (root / "run" / "p").mkdir(parents=True)
-    (root / "run" / "p" / "settings.json").write_text(text)
+    settings.store(root / "run" / "p" / "settings.json", text)
+    assert (root / "run" / "p" / "settings.json").stat().st_mode & 0o777 == 0o600
     assert assignments(["--project", "p"], {})["LB_MAX"] == "12"
     assert "PATH" not in text
 
 
 def test_run_sh_gets_every_setting_and_its_own_switches() -> None:
-    result = assignments(["3", "--follow", "--no-install"], {})
+    result = assignments(["3", "--follow", "--no-install", "--no-wait"], {})
     assert result.keys() == {f"LB_{name.upper()}" for name in SETTINGS} | {
         "ACTION",
         "SWARM_INIT",
         "FOLLOW",
         "NO_INSTALL",
+        "NO_WAIT",
         "BACKENDS",
     }
-    assert (result["BACKENDS"], result["FOLLOW"], result["NO_INSTALL"]) == ("3", "1", "1")
+    switches = ("BACKENDS", "FOLLOW", "NO_INSTALL", "NO_WAIT")
+    assert [result[name] for name in switches] == ["3", "1", "1", "1"]
     plain = assignments([], {})
-    assert (plain["BACKENDS"], plain["FOLLOW"], plain["NO_INSTALL"]) == ("", "", "")
+    assert [plain[name] for name in switches] == [""] * 4
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -223,7 +235,7 @@ def test_what_is_printed_is_safe_for_the_shell(
     assert run(monkeypatch, "--health", health) == 0
     words = shlex.split(capsys.readouterr().out)
     assert f"LB_HEALTH={health}" in words
-    assert len(words) == len(SETTINGS) + 5
+    assert len(words) == len(SETTINGS) + 6
 
 
 def test_words_are_quoted_anew_so_that_a_shell_finds_nothing_to_carry_out() -> None:
@@ -234,9 +246,40 @@ def test_words_are_quoted_anew_so_that_a_shell_finds_nothing_to_carry_out() -> N
     assert made["LB_ENV"] == "A=1 B=2"
 
 
-def test_storing_prints_the_file(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(monkeypatch, "--store", "an-image", "the-code") == 0
-    assert json.loads(capsys.readouterr().out)["backend_image"] == "an-image"
+def test_the_text_to_store_is_printed_and_stored_from_standard_input(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "--print", "an-image", "a-balancer", "the-code") == 0
+    text = capsys.readouterr().out
+    assert json.loads(text)["backend_image"] == "an-image"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    assert run(monkeypatch, "--store", str(root / "settings.json")) == 0
+    assert (root / "settings.json").read_text() == text
+
+
+def test_settings_that_cannot_be_stored_are_one_line_and_the_old_file_stays(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = root / "settings.json"
+    path.write_text("old")
+    path.with_name("settings.json.new").mkdir()
+    monkeypatch.setattr(sys, "stdin", io.StringIO("new"))
+    assert run(monkeypatch, "--store", str(path)) == 1
+    assert capsys.readouterr() == ("", f"run.sh: cannot write {path}: Is a directory\n")
+    assert path.read_text() == "old"
+
+
+def test_settings_that_do_not_fit_on_the_disk_are_one_line_and_the_old_file_stays(root: Path) -> None:
+    path = root / "settings.json"
+    path.write_text("old")
+    limit = "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)); "
+    limit += f"sys.argv = ['settings.py', '--store', {str(path)!r}]; "
+    limit += f"runpy.run_path({settings.__file__!r}, run_name='__main__')"
+    command = [sys.executable, "-c", limit]
+    done = subprocess.run(command, input="x" * 200, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"run.sh: cannot write {path}: File too large\n")
+    assert path.read_text() == "old"
 
 
 def test_help_lists_every_flag_with_its_default(

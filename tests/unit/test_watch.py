@@ -82,8 +82,12 @@ def change(number: int) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "trouble"),
     [
-        ({"engine": "timed out"}, "engine out of reach: timed out"),
-        (launches(failed=3, why="no such image"), "launches in vain so far: 3: no such image"),
+        ({"engine": "timed out"}, "engine unreachable: timed out"),
+        (launches(failed=3, why="no such image"), "launches that failed so far: 3: no such image"),
+        (launches(update_given_up="exit code 3"), "update given up: exit code 3"),
+        ({"balancer": {"state": "failed", "problem": "port taken"}}, "the balancer does not run (failed): port taken"),
+        ({"balancer": {"state": "starting", "problem": ""}}, "the balancer does not run (starting)"),
+        ({"data_path": {"working": False, "problem": "timed out"}}, "clients cannot reach the service: timed out"),
         ({"balancers": []}, "no balancer reports"),
         ({"balancers": [{"id": "b1", "last_seen": 6.1, "revision": "abc"}]}, "no balancer reports"),
         ({"backends": [backend(1)]}, "backends that serve: 1 of 2"),
@@ -91,11 +95,11 @@ def change(number: int) -> dict[str, Any]:
         ({"backends": [backend(1, healthy=False), backend(2, healthy=False)]}, "backends that serve: 0 of 2"),
     ],
 )
-def test_each_trouble_makes_it_degraded_and_is_said_in_the_summary(changes: dict[str, Any], trouble: str) -> None:
-    ill = status(**changes)
-    assert watch.troubles(ill) == [trouble]
-    assert watch.summary(ill).plain.startswith("p degraded: ")
-    assert watch.summary(ill).plain.endswith(trouble)
+def test_each_trouble_makes_it_degraded_and_is_in_the_summary(changes: dict[str, Any], trouble: str) -> None:
+    degraded = status(**changes)
+    assert watch.troubles(degraded) == [trouble]
+    assert watch.summary(degraded).plain.startswith("p degraded: ")
+    assert watch.summary(degraded).plain.endswith(trouble)
 
 
 @pytest.mark.parametrize(
@@ -107,18 +111,24 @@ def test_each_trouble_makes_it_degraded_and_is_said_in_the_summary(changes: dict
         {"backends": [backend(1, healthy=None), backend(2), backend(3, state="draining")]},
         launches(updating=True),
         {"balancers": [{"id": "b1", "last_seen": 5.9, "revision": "abc"}]},
+        {"balancer": {"state": "running", "problem": ""}},
+        {"data_path": {"working": None, "problem": ""}},
     ],
 )
-def test_what_serves_as_desired_is_well(changes: dict[str, Any]) -> None:
+def test_what_serves_as_desired_is_healthy(changes: dict[str, Any]) -> None:
     assert watch.troubles(status(**changes)) == []
-    assert watch.summary(status(**changes)).plain.startswith("p well: ")
+    assert watch.summary(status(**changes)).plain.startswith("p healthy: ")
 
 
 def test_the_summary_is_one_line_with_counts_load_and_notes() -> None:
-    assert watch.summary(status()).plain == "p well: desired 2, current 2 (2 to 10); 150.5 packets/s, target 100 each"
+    assert (
+        watch.summary(status()).plain == "p healthy: desired 2, current 2 (2 to 10); 150.5 packets/s, target 100 each"
+    )
     noted = status(paused=True, metric="concurrency", rate=None, **launches(updating=True, update_given_up="x\ny"))
     wanted = "no rate yet, target 100 each; paused; updating; update given up: x y"
     assert watch.summary(noted).plain.endswith(wanted)
+    counted = status(**launches(updating=True, replaced=3, to_replace=2))
+    assert watch.summary(counted).plain.endswith("; updating: 3 of 5 backends replaced")
 
 
 def test_control_characters_from_a_container_never_reach_the_terminal() -> None:
@@ -248,17 +258,22 @@ def buffered(port: int) -> dict[str, str]:
 def test_the_status_of_a_manager_that_answers_is_printed_once(
     served: Served, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert watch.main(["--status"], environ(served.port)) == watch.WELL
-    assert capsys.readouterr().out.startswith("p well: desired 2, current 2")
-    assert watch.main(["--status", "--json"], environ(served.port)) == watch.WELL
-    assert json.loads(capsys.readouterr().out).keys() == served.controller.status().keys()
+    assert watch.main(["--status"], environ(served.port)) == watch.HEALTHY
+    assert capsys.readouterr().out.startswith("p healthy: desired 2, current 2")
+    assert watch.main(["--status", "--json"], environ(served.port)) == watch.HEALTHY
+    printed = json.loads(capsys.readouterr().out)
+    assert printed.keys() == served.controller.status().keys() | {"state", "problems"}
+    assert (printed["state"], printed["problems"]) == ("healthy", [])
 
 
 def test_a_manager_whose_balancers_fell_silent_is_degraded(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
     served.clock.pass_by(7)
-    for how in ("--status", "--json"):
-        assert watch.main([how], environ(served.port)) == watch.DEGRADED
+    assert watch.main(["--status"], environ(served.port)) == watch.DEGRADED
     assert "no balancer reports" in capsys.readouterr().out
+    assert watch.main(["--json"], environ(served.port)) == watch.DEGRADED
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["state"] == "degraded"
+    assert "no balancer reports" in printed["problems"]
 
 
 def test_loopback_is_reached_through_no_proxy(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,6 +288,13 @@ def test_a_manager_of_another_project_or_none_is_absent(served: Served, capsys: 
     assert capsys.readouterr().err == f"watch.py: 127.0.0.1:{served.port} does not answer for project other\n"
     assert watch.main(["--watch"], environ(1)) == watch.ABSENT
     assert capsys.readouterr().err == "watch.py: no manager of project p answers at 127.0.0.1:1\n"
+
+
+def test_for_programs_a_project_that_is_down_is_json_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert watch.main(["--status", "--json"], environ(1)) == watch.ABSENT
+    printed = capsys.readouterr()
+    problem = "no manager of project p answers at 127.0.0.1:1"
+    assert (json.loads(printed.out), printed.err) == ({"project": "p", "state": "down", "problem": problem}, "")
 
 
 def test_the_port_is_the_one_the_project_was_started_with(
@@ -360,9 +382,9 @@ def test_a_line_is_printed_only_when_it_says_something_new(
 
 
 def test_the_screen_says_that_the_manager_is_away_and_that_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    well = watched(monkeypatch, status(), status())
-    assert ("away" in well, "Ctrl-C ends" in well) == (False, True)
-    assert well.count("reason 1") == 3, "the past is asked for once and kept, for two frames and the one that is left"
+    usual = watched(monkeypatch, status(), status())
+    assert ("away" in usual, "Ctrl-C ends" in usual) == (False, True)
+    assert usual.count("reason 1") == 3, "the past is asked for once and kept, for two frames and the one that is left"
     gone = watched(monkeypatch, status(), None)
     assert ("nobody answers since" in gone, "was away" in gone) == (True, False)
     assert "the manager was away from" in watched(monkeypatch, status(), None, status())
@@ -395,12 +417,12 @@ def test_without_a_terminal_watching_prints_plain_lines_of_news_over_a_restart(s
         finally:
             again.close()
         command.terminate()
-        assert command.wait(10) == watch.WELL
+        assert command.wait(10) == watch.HEALTHY
     finally:
         command.kill()
         rest = command.communicate()[0]
     assert first[10:] == back[10:]
-    assert first[10:].startswith("p well: desired 2, current 2 ")
+    assert first[10:].startswith("p healthy: desired 2, current 2 ")
     assert away[10:].startswith(f"no manager of project p answers at 127.0.0.1:{served.port} since ")
     assert "\x1b" not in first + away + back + rest
 
@@ -430,7 +452,7 @@ def test_in_a_terminal_it_is_drawn_until_ctrl_c_and_the_cursor_comes_back(served
         assert "\x1b[?25l" in seen, "the cursor is hidden meanwhile"
         os.write(door, b"\x03")
         read_until(door, "\x1b[?25h")
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == watch.WELL
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == watch.HEALTHY
     finally:
         os.close(door)
 

@@ -1,0 +1,234 @@
+"""A copy of the tree in which run.sh and stop.sh run whole, with fakes for the Docker client, iptables, systemd, venv
+and the manager. The fakes come first on PATH, so that nothing of this host but processes and files is touched.
+
+The fake Docker client keeps its state in files of `System.state`; the tests write there what it is to do. The fake
+manager answers /status by the image that it was started with: see MANAGER.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+
+DOCKER = r"""#!/bin/bash
+state=$FAKE_STATE
+echo "$*" >>"$state/calls"
+words=$*
+print() { cat "$state/$1" 2>/dev/null || true; }
+case "$*" in
+    *Swarm.LocalNodeState*) echo inactive false ;;
+    info*) ;;
+    "image inspect --format {{.Id}} "*) echo "sha256:${*: -1}" ;;
+    "image inspect "*) ;;
+    "ps "*role=backend*) print backends ;;
+    "ps "*role=balancer*) print balancers ;;
+    "ps "*role=check*) print checks ;;
+    "ps "*--format*) print left ;;
+    "run --rm "*check)
+        if [ -e "$state/slow_check" ]; then echo check-id >"$state/checks"; exec sleep 60; fi ;;
+    "stop "*) ;;
+    "rm -f check-id") rm -f "$state/checks" ;;
+    "rm -f -v balancer-id") rm -f "$state/balancers" ;;
+    "network ls "*--format*) [ ! -e "$state/network" ] || echo "network p" ;;
+    "network ls -q "*) [ ! -e "$state/network" ] || echo network-id ;;
+    "network ls -q") echo network-id ;;
+    "network inspect "*Gateway*) [ -e "$state/network" ] && echo 127.0.0.1 ;;
+    "network inspect "*Subnet*) print network ;;
+    "network inspect "*IPAM.Config*) echo '[{"Subnet":"172.16.0.0/20"}]' ;;
+    "network inspect "*) ;;
+    "network create "*)
+        subnet=${words#*--subnet } subnet=${subnet%% *}
+        echo "$subnet" >>"$state/asked"
+        if [ -s "$state/refusal" ] && [ "$(wc -l <"$state/asked")" -le "$(cat "$state/refusals")" ]; then
+            print refusal >&2
+            exit 1
+        fi
+        echo "$subnet" >"$state/network" ;;
+    "network rm "*) sleep "0$(print slow_rm)"; rm -f "$state/network" ;;
+    *) exit 1 ;;
+esac
+"""
+
+PYTHON3 = r"""#!/bin/bash
+# Makes an environment without a download: its python is the tests' own.
+if [ "$1 $2" = "-m venv" ]; then
+    mkdir -p "$3/bin" && cp "$FAKE_STATE/venv-python" "$3/bin/python"
+else
+    exec PYTHON "$@"
+fi
+"""
+
+VENV_PYTHON = r"""#!/bin/bash
+if [ "$1 $2" = "-m pip" ]; then exit "$(cat "$FAKE_STATE/pip_status" 2>/dev/null || echo 0)"; fi
+exec PYTHON "$@"
+"""
+
+MANAGER = r'''"""Two backends in rotation. By the image: good; bad: an update to it is given up after half a second;
+never: no backend gets ready; broken: the balancer cannot be started; hung: nothing happens."""
+import http.server, json, os, signal, sys, threading, time
+
+image, began = os.environ["LB_IMAGE"], time.monotonic()
+
+def status():
+    launches = {"failed": 0, "why": "", "updating": False, "update_given_up": "", "replaced": 2, "to_replace": 0}
+    balancer = {"state": "running", "problem": ""}
+    states = ["active", "active"]
+    if "bad" in image and time.monotonic() - began < 0.5:
+        launches |= {"updating": True, "replaced": 0, "to_replace": 2}
+    elif "bad" in image:
+        launches |= {"update_given_up": "its container ended with exit code 3"}
+    elif "never" in image:
+        launches |= {"failed": 4, "why": "its container ended with exit code 3; last log line: no such luck"}
+        states = []
+    elif "hung" in image:
+        states = ["starting", "starting"]
+    elif "broken" in image:
+        balancer = {"state": "failed", "problem": "port is already allocated"}
+    row = {"node": "", "share": 0.5, "connections_rate": 0, "packets_rate": 0, "active": 0, "why": "", "reason": ""}
+    backends = [
+        {"name": f"p-{n}", "ip": "198.18.0.9", "state": state, "healthy": state == "active", **row}
+        for n, state in enumerate(states)
+    ]
+    return {
+        "project": os.environ["LB_PROJECT"], "image": image, "pid": os.getpid(), "desired": 2, "current": 2, "min": 2,
+        "max": 10, "metric": "packets", "rate": None, "target": 100.0, "paused": False, "engine": "ok",
+        "revision": "a", "launches": launches, "balancer": balancer, "backends": backends, "last_decision": None,
+        "balancers": [{"id": "b", "last_seen": 0.1, "revision": "a"}], "settings": {"interval": 2.0},
+        "environment": {name: value for name, value in os.environ.items() if name.startswith("LB_")},
+        "arguments": sys.argv[1:],
+    }
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(status()).encode())
+
+    def log_message(self, *_):
+        pass
+
+signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+for port in (os.environ["LB_MANAGER_PORT"], os.environ["LB_PORT"]):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", int(port)), Answer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+with open(os.environ["FAKE_STATE"] + "/balancers", "w") as file:
+    file.write("balancer-id\n")
+while True:
+    signal.pause()
+'''
+
+# What has nothing to do here. systemd-run starts its program as run.sh does without systemd.
+NOTHING = "#!/bin/sh\nexit 0\n"
+SYSTEMD_RUN = (
+    '#!/bin/bash\nwhile [[ "$1" == --* ]]; do [[ "$1" == *=* || "$1" == --quiet || "$1" == --collect ]] || shift; '
+)
+SYSTEMD_RUN += 'shift; done\nsetsid "$@" >/dev/null 2>&1 &\n'
+
+
+def until(condition: Callable[[], Any], what: str, seconds: float = 20.0) -> Any:
+    """The first true value of `condition`; a generous bound, for a busy machine."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(0.02)
+    raise AssertionError(f"not within {seconds:g} s: {what}")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class System:
+    """One project, p unless said otherwise, in a tree on a path with a space in it."""
+
+    def __init__(self, place: Path, project: str = "p") -> None:
+        self.tree, self.state, self.project = place / "a tree", place / "state", project
+        self.run_dir = self.tree / "run" / project
+        self.port, self.manager_port = free_port(), free_port()
+        fakes = place / "bin"
+        for folder in (self.tree, self.state, fakes):
+            folder.mkdir(parents=True)
+        for name in ("run.sh", "stop.sh"):
+            shutil.copy(ROOT / name, self.tree)
+        for name in ("manager", "balancer", "server"):
+            ignored = shutil.ignore_patterns("__pycache__", "ip.txt", "hostip.txt")
+            shutil.copytree(ROOT / name, self.tree / name, ignore=ignored)
+        (self.tree / "manager" / "script.py").write_text(MANAGER)
+        (self.state / "venv-python").write_text(VENV_PYTHON.replace("PYTHON", sys.executable))
+        (self.state / "venv-python").chmod(0o755)
+        programs = {
+            "docker": DOCKER,
+            "python3": PYTHON3.replace("PYTHON", sys.executable),
+            "systemd-run": SYSTEMD_RUN,
+            **dict.fromkeys(("iptables", "iptables-save", "systemctl"), NOTHING),
+        }
+        for name, text in programs.items():
+            (fakes / name).write_text(text)
+            (fakes / name).chmod(0o755)
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("LB_", "DOCKER_"))}
+        self.environment = {**inherited, "PATH": f"{fakes}:{os.environ['PATH']}", "FAKE_STATE": str(self.state)}
+
+    def command(self, script: str, *arguments: str) -> list[str]:
+        # A shell cannot trap what was ignored when it began, and the tests may have been started in the background.
+        command = ["env", "--default-signal=INT,HUP,PIPE,TERM", str(self.tree / script), "--project", self.project]
+        ports = ["--port", str(self.port), "--manager-port", str(self.manager_port)]
+        return [*command, *(ports if script == "run.sh" else []), *arguments]
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """Begins ./run.sh in a session of its own, as a terminal would."""
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(
+            self.command("run.sh", *arguments), env=self.environment, start_new_session=True, **pipes
+        )
+
+    def script(self, name: str, *arguments: str, status: int = 0) -> str:
+        """Runs it to its end; its output."""
+        done = subprocess.run(
+            self.command(name, *arguments),
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == status, done.stdout
+        return done.stdout
+
+    def up(self, *arguments: str, status: int = 0) -> str:
+        return self.script("run.sh", *arguments, status=status)
+
+    def down(self, *arguments: str, status: int = 0) -> str:
+        return self.script("stop.sh", *arguments, status=status)
+
+    def processes(self) -> list[int]:
+        """Managers and supervisors that run from this tree."""
+        found = []
+        for file in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                words = file.read_bytes().split(b"\0")
+            except OSError:
+                continue
+            programs = (b"/manager/script.py", b"/manager/supervise.sh")
+            if any(word == str(self.tree).encode() + program for word in words[:3] for program in programs):
+                found.append(int(file.parent.name))
+        return found
+
+    def calls(self) -> str:
+        return (self.state / "calls").read_text()
+
+    def nothing_left(self) -> bool:
+        containers_and_network = [self.state / name for name in ("balancers", "checks", "network")]
+        return not self.processes() and not any(path.exists() for path in containers_and_network)

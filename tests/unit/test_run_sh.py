@@ -1,0 +1,281 @@
+"""run.sh and stop.sh as a whole, with a fake Docker client and a fake manager: interrupts, failed steps, updates."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fakes_host import ROOT, System, until
+
+FIRST_ANSWER = "Waiting for the first answer"
+
+
+@pytest.fixture
+def system(tmp_path: Path) -> Iterator[System]:
+    made = System(tmp_path)
+    yield made
+    for pid in made.processes():
+        os.kill(pid, signal.SIGKILL)
+
+
+def status(system: System) -> dict[str, Any]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{system.manager_port}/status", timeout=5) as answer:
+        return dict(json.loads(answer.read()))
+
+
+def settings(system: System) -> dict[str, str]:
+    return dict(json.loads((system.run_dir / "settings.json").read_text()))
+
+
+def read_until(process: subprocess.Popen[str], text: str) -> str:
+    seen = ""
+    assert process.stdout is not None
+    while text not in seen:
+        piece = process.stdout.read(1)
+        assert piece, seen
+        seen += piece
+    return seen
+
+
+def test_it_starts_the_manager_with_what_the_balancer_needs_and_stops_it(system: System) -> None:
+    output = system.up("3", "--image", "good")
+    assert FIRST_ANSWER in output
+    found = status(system)
+    assert found["arguments"] == ["--project", "p", "--backends", "3"]
+    assert found["environment"]["LB_BALANCER_IMAGE"].startswith("lbscaler-balancer:")
+    assert len(system.processes()) == 2
+    assert (system.run_dir / "settings.json").stat().st_mode & 0o777 == 0o600
+    assert "settings are unchanged" in system.up()
+    assert status(system)["pid"] == found["pid"]
+    assert "Project p is down" in system.down()
+    assert system.nothing_left()
+    assert "Project p is down" in system.down(), "twice is fine"
+
+
+# -- interrupts ------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_interrupt_does_not_cut_the_undo_off(system: System) -> None:
+    (system.state / "slow_rm").write_text("2")
+    process = system.start("--image", "hung")
+    seen = read_until(process, FIRST_ANSWER)
+    os.killpg(process.pid, signal.SIGINT)
+    seen += read_until(process, "Undoing")
+    until(lambda: "network rm" in system.calls(), "the undo is at work")
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        os.killpg(process.pid, number)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 130, seen + output
+    assert system.nothing_left(), seen + output
+
+
+@pytest.mark.parametrize("moment", ["Starting the manager", FIRST_ANSWER])
+def test_a_terminal_that_is_closed_undoes_what_was_begun(system: System, moment: str) -> None:
+    command = system.command("run.sh", "--image", "hung")
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execvpe(command[0], command, system.environment)
+    seen = b""
+    while moment.encode() not in seen:
+        seen += os.read(terminal, 1000)
+    os.close(terminal)
+    _, ended = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(ended) == 129
+    assert "Project p is down" in (system.run_dir / "run.log").read_text()
+    assert system.nothing_left()
+
+
+def test_a_reader_that_goes_away_leaves_no_half_a_system(system: System) -> None:
+    for command in (system.command("run.sh", "--image", "good"), system.command("stop.sh")):
+        process = subprocess.Popen(command, env=system.environment, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.wait(60) == 0
+        assert bool(system.processes()) == ("run.sh" in command[2])
+    assert system.nothing_left()
+
+
+def test_an_interrupted_check_of_the_kernel_leaves_no_container(system: System) -> None:
+    (system.state / "slow_check").touch()
+    process = system.start("--image", "good")
+    read_until(process, "Checking that this kernel")
+    until((system.state / "checks").exists, "the check runs")
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert not (system.state / "checks").exists()
+    assert "--label lbscaler.project=p --label lbscaler.role=check" in system.calls()
+
+
+# -- a start that fails ----------------------------------------------------------------------------------------------
+
+
+def test_settings_that_cannot_be_written_are_one_line_and_the_start_is_undone(system: System) -> None:
+    (system.run_dir / "settings.json.new").mkdir(parents=True)
+    output = system.up("--image", "good", status=1)
+    assert "run.sh: cannot write run/p/settings.json: Is a directory" in output
+    assert "Traceback" not in output
+    assert system.nothing_left()
+
+
+@pytest.mark.parametrize("way", ["<&- >&- 2>&-", "</dev/null >/dev/null 2>&1"])
+def test_closed_streams_are_as_good_as_dev_null(system: System, way: str) -> None:
+    for script, *words in (("run.sh", "--image", "good"), ("stop.sh",)):
+        command = " ".join(f"'{word}'" for word in system.command(script, *words))
+        done = subprocess.run(["bash", "-c", f"exec {command} {way}"], env=system.environment, timeout=60, check=False)
+        assert done.returncode == 0
+        assert bool(system.processes()) == (script == "run.sh")
+    assert system.nothing_left()
+
+
+@pytest.mark.parametrize(
+    ("image", "reason"),
+    [
+        ("never", "no backend got ready: its container ended with exit code 3; last log line: no such luck"),
+        ("broken", "the balancer does not run: port is already allocated"),
+    ],
+)
+def test_a_start_that_cannot_serve_ends_with_the_managers_reason(system: System, image: str, reason: str) -> None:
+    output = system.up("--image", image, status=1)
+    assert reason in output
+    assert system.nothing_left()
+
+
+@pytest.mark.parametrize(("refusals", "asked"), [(0, 1), (3, 4), (99, 30)])
+def test_the_next_subnet_is_tried_where_another_start_took_the_first(system: System, refusals: int, asked: int) -> None:
+    (system.state / "refusal").write_text("Error response from daemon: Pool overlaps with other one on this address\n")
+    (system.state / "refusals").write_text(str(refusals))
+    system.up("--image", "good", status=0 if asked < 30 else 1)
+    subnets = (system.state / "asked").read_text().split()
+    assert (len(subnets), len(set(subnets))) == (asked, asked)
+
+
+@pytest.mark.parametrize(
+    ("refusal", "flags"),
+    [("permission denied", ()), ("Pool overlaps with other one", ("--subnet", "198.18.0.0/20"))],
+)
+def test_another_refusal_or_a_subnet_that_was_named_is_not_tried_again(
+    system: System, refusal: str, flags: tuple[str, ...]
+) -> None:
+    (system.state / "refusal").write_text(f"Error response from daemon: {refusal}\n")
+    (system.state / "refusals").write_text("99")
+    assert refusal in system.up("--image", "good", *flags, status=1)
+    assert len((system.state / "asked").read_text().split()) == 1
+
+
+# -- an update -------------------------------------------------------------------------------------------------------
+
+
+def test_an_update_that_is_given_up_fails_and_the_old_settings_are_used_again(system: System) -> None:
+    system.up("--image", "good")
+    (system.run_dir / "balancer" / "orders.json").write_text("the operator's")
+    output = system.up("--image", "bad", status=1)
+    assert "what ran before is used again: its container ended with exit code 3" in output
+    assert settings(system)["LB_IMAGE"] == "good"
+    assert status(system)["environment"]["LB_IMAGE"] == "good"
+    assert (system.run_dir / "balancer" / "orders.json").read_text() == "the operator's"
+    assert len(system.processes()) == 2
+
+
+def test_without_waiting_the_update_goes_on_and_its_end_is_the_managers(system: System) -> None:
+    system.up("--image", "good")
+    system.up("--image", "bad", "--no-wait")
+    assert settings(system)["LB_IMAGE"] == "bad"
+    until(lambda: status(system)["launches"]["update_given_up"], "the update is given up")
+    assert "update given up: its container ended with exit code 3" in system.script("run.sh", "--status", status=3)
+    assert "what ran before is used again" in system.up(status=1), "and the next run.sh says so, too"
+    assert len(system.processes()) == 2
+
+
+# -- the manager's environment ---------------------------------------------------------------------------------------
+
+
+def test_a_failed_upgrade_leaves_the_environment_of_the_running_manager(system: System) -> None:
+    system.up("--image", "good")
+    pid, venv = status(system)["pid"], system.tree / ".venv"
+    (venv / "mark").touch()
+    requirements = system.tree / "manager" / "requirements.txt"
+    requirements.write_text(requirements.read_text() + "# changed\n")
+    (system.state / "pip_status").write_text("1")
+    system.up(status=1)
+    assert (venv / "mark").exists()
+    assert (venv / "bin" / "python").exists()
+    assert status(system)["pid"] == pid
+    (system.state / "pip_status").unlink()
+    system.up()
+    assert not (venv / "mark").exists()
+    assert [path.name for path in system.tree.glob(".venv*")] == [".venv"]
+    assert status(system)["pid"] != pid, "other packages are another manager"
+
+
+def test_a_real_environment_works_at_the_place_it_is_moved_to(tmp_path: Path) -> None:
+    subprocess.run(["python3", "-m", "venv", "--without-pip", str(tmp_path / ".venv.new")], check=True)
+    (tmp_path / ".venv.new").rename(tmp_path / ".venv")
+    command = [str(tmp_path / ".venv/bin/python"), "-c", "import sys; print(sys.prefix, sys.prefix != sys.base_prefix)"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(tmp_path / ".venv"), "True"]
+
+
+# -- stop.sh ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_manager_whose_files_were_deleted_is_stopped_all_the_same(system: System) -> None:
+    system.up("--image", "good")
+    shutil.rmtree(system.run_dir)
+    assert "Stopping the manager" in system.down()
+    assert system.nothing_left()
+
+
+def test_only_the_manager_of_the_project_is_stopped(system: System, tmp_path: Path) -> None:
+    other = System(tmp_path / "other", "q")
+    shutil.rmtree(other.tree)
+    other.tree.symlink_to(system.tree)
+    system.up("--image", "good")
+    (other.tree / "run" / "q").mkdir()
+    for name in ("manager", "supervisor"):  # numbers that come from elsewhere
+        shutil.copy(system.run_dir / f"{name}.pid", other.tree / "run" / "q")
+    other.down()
+    assert len(system.processes()) == 2
+
+
+def test_what_is_left_is_named_and_no_success(system: System) -> None:
+    system.up("--image", "good")
+    (system.state / "left").write_text("container p-backend-7\n")
+    output = system.down(status=1)
+    assert "project p is not down, left: container p-backend-7; run ./stop.sh again" in output
+    assert "Project p is down" not in output
+    (system.state / "left").unlink()
+    system.down()
+
+
+# -- the status, for programs ------------------------------------------------------------------------------------------
+
+
+def test_the_status_of_what_does_not_run_is_json(system: System) -> None:
+    never = json.loads(system.script("run.sh", "--status", "--json", status=1))
+    assert (never["project"], never["state"]) == ("p", "down")
+    system.up("--image", "good")
+    found = json.loads(system.script("run.sh", "--status", "--json"))
+    assert (found["state"], found["problems"]) == ("healthy", [])
+    system.down()
+    stopped = json.loads(system.script("run.sh", "--status", "--json", status=1))
+    assert (stopped["state"], "no manager of project p answers" in stopped["problem"]) == ("down", True)
+
+
+def test_the_manager_refuses_another_project_than_its_settings_name() -> None:
+    command = [sys.executable, str(ROOT / "manager" / "script.py"), "--project", "q"]
+    environment = {**os.environ, "LB_PROJECT": "p"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
+    assert (done.returncode, done.stderr) == (2, "manager: --project is q, LB_PROJECT is p\n")

@@ -1,0 +1,220 @@
+"""What run.sh waits for: a status and a time in, a verdict out; and once against a manager that answers on a port."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from werkzeug.serving import BaseWSGIServer, make_server
+
+import startup
+from startup import Checked, Outcome, Serve, Update
+
+WAIT, REACHED, FAILED = Outcome.WAIT, Outcome.REACHED, Outcome.FAILED
+
+
+def backend(number: int, state: str = "active", why: str = "") -> dict[str, Any]:
+    return {
+        **{"name": f"p-backend-{number}", "ip": f"198.18.0.{number + 1}", "state": state, "reason": "", "why": why},
+        **{"node": "", "share": 0.5, "connections_rate": 0.0, "packets_rate": 0.0, "active": 0.0},
+        "healthy": state == "active",
+    }
+
+
+def status(*states: str, balancer: str = "running", problem: str = "", **launches: Any) -> dict[str, Any]:
+    fixed = {"failed": 0, "why": "", "updating": False, "update_given_up": "", "replaced": 0, "to_replace": 0}
+    return {
+        **{"project": "p", "desired": 2, "current": 2, "min": 2, "max": 10, "metric": "packets", "rate": None},
+        **{"target": 100.0, "paused": False, "engine": "ok", "revision": "abc", "settings": {"interval": 2.0}},
+        "launches": {**fixed, **launches},
+        "backends": [backend(number, state) for number, state in enumerate(states, 1)],
+        "balancer": {"state": balancer, "problem": problem},
+        "balancers": [{"id": "b1", "last_seen": 0.8, "revision": "abc"}],
+        "last_decision": None,
+    }
+
+
+def outcome(goal: Serve | Update, found: dict[str, Any], now: float) -> Outcome:
+    return goal.judge(found, now).outcome
+
+
+# -- a start ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("found", "now", "expected"),
+    [
+        (status("active", "active"), 0.0, REACHED),
+        (status("active", "draining"), 0.0, REACHED),
+        (status("active", "starting"), 14.0, WAIT),
+        (status("active", "starting"), 16.0, REACHED),
+        (status("starting", "starting"), 74.0, WAIT),
+        (status("starting", "starting"), 76.0, FAILED),
+        (status(), 1.0, WAIT),
+        (status("active", "active", balancer="starting"), 1.0, WAIT),
+        (status("active", "active", balancer="missing"), 76.0, FAILED),
+        (status("starting", failed=3), 1.0, WAIT),
+        (status("starting", failed=4), 1.0, FAILED),
+        (status("active", "active", failed=4), 1.0, REACHED),
+    ],
+)
+def test_a_project_serves_once_its_balancer_runs_and_a_backend_is_in_rotation(
+    found: dict[str, Any], now: float, expected: Outcome
+) -> None:
+    assert outcome(Serve(60, 0.0), found, now) is expected
+
+
+def test_a_slow_image_has_the_time_that_ready_timeout_gives_it() -> None:
+    goal = Serve(300, 0.0)
+    assert [outcome(goal, status("starting"), now) for now in (76, 314, 316)] == [WAIT, WAIT, FAILED]
+
+
+def test_a_balancer_that_stays_failed_ends_the_wait_with_its_problem() -> None:
+    goal, failed = Serve(60, 0.0), status("active", balancer="failed", problem="port 8000 is already allocated")
+    assert [outcome(goal, failed, now) for now in (0, 9)] == [WAIT, WAIT]
+    assert outcome(goal, status("active", balancer="starting"), 9.5) is WAIT
+    assert [outcome(goal, failed, now) for now in (10, 19)] == [WAIT, WAIT], "it had begun anew"
+    verdict = goal.judge(failed, 20)
+    assert (verdict.outcome, verdict.text) == (FAILED, "the balancer does not run: port 8000 is already allocated")
+
+
+def test_launches_that_fail_are_explained_by_what_the_manager_found() -> None:
+    verdict = Serve(60, 0.0).judge(status("starting", failed=4, why="GET / on port 80: status 500"), 1)
+    assert verdict.text.startswith("no backend got ready: GET / on port 80: status 500; see --backend-port")
+
+
+# -- an update -------------------------------------------------------------------------------------------------------
+
+
+def updating(replaced: int, to_replace: int, *states: str) -> dict[str, Any]:
+    return status(*(states or ("active", "active")), updating=to_replace > 0, replaced=replaced, to_replace=to_replace)
+
+
+def test_without_an_update_there_is_nothing_to_wait_for() -> None:
+    verdict = Update(60, 30, 0.0).judge(status("active", "starting"), 0)
+    assert (verdict.outcome, verdict.text) == (REACHED, "")
+
+
+def test_an_update_is_reached_when_all_are_replaced_and_in_rotation() -> None:
+    goal = Update(60, 30, 0.0)
+    verdict = goal.judge(updating(1, 1), 0)
+    assert (verdict.outcome, verdict.text) == (WAIT, "1 of 2 backends replaced, 2 in rotation")
+    assert outcome(goal, updating(2, 0, "active", "starting"), 1) is WAIT
+    verdict = goal.judge(updating(2, 0, "active", "active", "draining"), 2)
+    assert (verdict.outcome, verdict.text) == (REACHED, "2 of 2 backends replaced")
+
+
+def test_an_update_that_was_given_up_has_failed_with_its_reason() -> None:
+    goal = Update(60, 30, 0.0)
+    assert outcome(goal, updating(0, 2), 0) is WAIT
+    verdict = goal.judge(status("active", "active", update_given_up="exit code 3"), 5)
+    assert verdict.outcome is FAILED
+    assert verdict.text.endswith("what ran before is used again: exit code 3")
+
+
+def test_a_long_update_may_take_its_time_as_long_as_it_moves() -> None:
+    goal = Update(60, 30, 0.0)  # 3 x 60 + 30 + 60 = 270 s without a change
+    assert outcome(goal, updating(0, 5), 0) is WAIT
+    assert outcome(goal, updating(1, 4), 269) is WAIT
+    assert outcome(goal, updating(1, 4), 538) is WAIT
+    verdict = goal.judge(updating(1, 4), 540)
+    assert verdict.outcome is FAILED
+    assert verdict.text == "the update has not moved for 270 s: 1 of 5 backends replaced, 2 in rotation"
+
+
+# -- the manager and the service's port have to answer ----------------------------------------------------------------
+
+
+def test_a_service_port_that_does_not_answer_is_waited_for_and_then_a_failure() -> None:
+    answers: list[bool] = [False, False, True]
+    goal = Checked(Serve(60, 0.0), lambda: answers.pop(0), 0.0)
+    serving = status("active", "active")
+    assert [goal.judge(serving, "", now).outcome for now in (0, 29, 30)] == [WAIT, WAIT, REACHED]
+    never = Checked(Serve(60, 0.0), lambda: False, 0.0)
+    assert [never.judge(serving, "", now).outcome for now in (0, 29, 31)] == [WAIT, WAIT, FAILED]
+
+
+def test_a_manager_that_is_silent_for_long_is_a_failure() -> None:
+    goal = Checked(Update(60, 30, 0.0), lambda: True, 0.0)
+    assert goal.judge(None, "nobody answers", 29).outcome is WAIT
+    assert goal.judge(updating(1, 1), "", 40).outcome is WAIT
+    assert goal.judge(None, "nobody answers", 69).outcome is WAIT
+    verdict = goal.judge(None, "nobody answers", 71)
+    assert (verdict.outcome, verdict.text) == (FAILED, "nobody answers")
+
+
+# -- the program -----------------------------------------------------------------------------------------------------
+
+
+class Answers:
+    """A manager and a service on one port of 127.0.0.1: /status has each of `statuses` once, and then the last one."""
+
+    def __init__(self, *statuses: dict[str, Any]) -> None:
+        self.statuses = list(statuses)
+        self.server: BaseWSGIServer = make_server("127.0.0.1", 0, self._answer)
+        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01})
+        self.thread.start()
+
+    def _answer(self, environ: dict[str, Any], start: Any) -> list[bytes]:
+        start("200 OK", [])
+        if environ["PATH_INFO"] != "/status":
+            return [b"hello"]
+        return [json.dumps(self.statuses.pop(0) if len(self.statuses) > 1 else self.statuses[0]).encode()]
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.thread.join()
+        self.server.server_close()
+
+
+@pytest.fixture
+def run() -> Iterator[Callable[..., int]]:
+    """Runs the program against a manager that answers with those statuses, and a service that answers."""
+    made: list[Answers] = []
+
+    def program(goal: str, *statuses: dict[str, Any]) -> int:
+        manager, service = Answers(*statuses), Answers(status())
+        made.extend([manager, service])
+        ports = {"LB_MANAGER_PORT": str(manager.server.server_port), "LB_PORT": str(service.server.server_port)}
+        return startup.main([goal], {"LB_PROJECT": "p", **ports})
+
+    yield program
+    for one in made:
+        one.close()
+
+
+def test_each_change_is_printed_once_until_it_serves(
+    run: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    starting = status("starting", "starting")
+    assert run("serve", starting, starting, status("active", "starting"), status("active", "active")) == 0
+    assert capsys.readouterr().out == "0 of 2 backends are ready\n1 of 2 backends are ready\n"
+
+
+def test_the_progress_of_an_update_is_printed(run: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("update", updating(0, 2), updating(1, 1), updating(1, 1), updating(2, 0)) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "0 of 2 backends replaced, 2 in rotation",
+        "1 of 2 backends replaced, 2 in rotation",
+        "2 of 2 backends replaced",
+    ]
+
+
+def test_a_failure_shows_what_is_known_of_each_backend_and_ends_with_the_reason(
+    run: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    hint = "its container ended with exit code 1; last log line: open() failed [--allow root]"
+    failed = status("starting", failed=4, why=hint)
+    failed["backends"] = [backend(3, "starting", "GET / on port 80: connection refused")]
+    assert run("serve", failed) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert any("p-backend-3" in line and "connection refused" in line for line in lines)
+    assert lines[-1].startswith(f"no backend got ready: {hint}; see --backend-port")
+
+
+def test_another_word_is_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert startup.main(["dance"], {}) == 2
+    assert "startup.py serve" in capsys.readouterr().err

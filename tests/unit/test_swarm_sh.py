@@ -1,0 +1,115 @@
+"""The secrets that run.sh shares with a Swarm's balancers: the shell's functions, with a fake Docker client."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# Secrets are files of $STATE, their labels beside them. A balancer on this node, if there is one, has the token.
+DOCKER = r"""
+docker() {
+    local words="$*" name=${*: -1}
+    case "$words" in
+        "secret inspect "*) [ -e "$STATE/$name" ] && cat "$STATE/$name.digest" ;;
+        "secret create "*)
+            name=${*: -2:1} words=${words#*lbscaler.digest=}
+            echo "${words%% *}" >"$STATE/$name.digest"
+            cp "${*: -1}" "$STATE/$name" ;;
+        "secret ls "*) (cd "$STATE" && ls | grep -v 'digest$') ;;
+        "secret rm "*) rm "$STATE/$name" "$STATE/$name.digest" ;;
+        "ps "*) cat "$STATE.balancer" 2>/dev/null || true ;;
+        "exec "*) cat "$STATE/p-token" ;;
+        *) return 1 ;;
+    esac
+}
+"""
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl")
+    (tmp_path / "state").mkdir()
+    return tmp_path / "state"
+
+
+def share(state: Path, run: Path, after: str = "") -> subprocess.CompletedProcess[str]:
+    """share_secrets on a node whose files are in `run`; prints the names of the two secrets."""
+    run.mkdir(exist_ok=True)
+    make_token = 'make_token() { [ -s "$RUN/token" ] || printf \'a token\' >"$RUN/token"; }'
+    script = f"""
+    set -euo pipefail
+    LB_PROJECT=p RUN='{run}' LOG='{run}/log' STATE='{state}'
+    . manager/host.sh
+    . manager/swarm.sh
+    {DOCKER}
+    {make_token}
+    share_secrets
+    echo "$LB_TOKEN_SECRET $LB_CERTIFICATE_SECRET"
+    {after}
+    """
+    return subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+
+
+def names(done: subprocess.CompletedProcess[str]) -> list[str]:
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def secrets(state: Path) -> set[str]:
+    return {path.name for path in state.iterdir() if path.suffix != ".digest"}
+
+
+def test_balancers_get_the_certificate_and_never_the_key(state: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    token, certificate = names(share(state, run))
+    assert token == "p-token"
+    assert (state / token).read_text() == "a token"
+    assert (state / certificate).read_text() == (run / "certificate.pem").read_text()
+    for name in secrets(state):
+        assert "PRIVATE KEY" not in (state / name).read_text()
+    both = (run / "manager.pem").read_text()
+    assert ("PRIVATE KEY" in both, "BEGIN CERTIFICATE" in both) == (True, True)
+    assert (run / "manager.pem").stat().st_mode & 0o777 == 0o600
+    assert names(share(state, run)) == [token, certificate], "again nothing changes"
+    assert secrets(state) == {token, certificate}
+
+
+def test_a_manager_that_moves_takes_the_token_along_and_makes_a_certificate_of_its_own(
+    state: Path, tmp_path: Path
+) -> None:
+    _, before = names(share(state, tmp_path / "first"))
+    (state.parent / "state.balancer").write_text("balancer-id\n")
+    token, after = names(share(state, tmp_path / "second"))
+    assert (tmp_path / "second" / "token").read_text() == "a token"
+    assert after != before
+    assert secrets(state) == {token, before, after}
+
+
+def test_secrets_that_no_balancer_uses_any_more_are_removed(state: Path, tmp_path: Path) -> None:
+    names(share(state, tmp_path / "first"))
+    (state / "p-manager.pem").write_text("with a key, from before an upgrade")
+    (state / "p-manager.pem.digest").write_text("x")
+    (state.parent / "state.balancer").write_text("balancer-id\n")
+    token, certificate = names(share(state, tmp_path / "second", after="remove_old_secrets"))
+    assert secrets(state) == {token, certificate}
+
+
+def test_a_node_without_a_balancer_cannot_take_over_without_the_token(state: Path, tmp_path: Path) -> None:
+    names(share(state, tmp_path / "first"))
+    done = share(state, tmp_path / "second")
+    assert done.returncode == 1
+    assert "no balancer on this node knows its token" in done.stderr
+
+
+def test_another_token_than_the_balancers_have_is_refused(state: Path, tmp_path: Path) -> None:
+    names(share(state, tmp_path / "first"))
+    (tmp_path / "second").mkdir()
+    (tmp_path / "second" / "token").write_text("another")
+    done = share(state, tmp_path / "second")
+    assert done.returncode == 1
+    assert "second/token is not the one this Swarm's balancers have" in done.stderr

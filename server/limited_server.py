@@ -54,7 +54,7 @@ class Handler(WSGIHandler):
         self.socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)  # header and body are sent one after the other
         self.socket.setsockopt(SOL_SOCKET, SO_SNDBUF, SEND_BUFFER)
         self.rfile = self.socket.makefile("rb", READ_BUFFER)
-        self.above_limit = self.server.connections > self.server.max_connections
+        self.above_limit = self.socket in self.server.above_limit
 
     def handle_one_request(self) -> tuple[str, bytes] | bool | None:
         """What pywsgi wants to hear: True to go on, None to close, or (status, the whole answer) and close."""
@@ -100,9 +100,10 @@ class Handler(WSGIHandler):
 
 
 class LimitedServer(WSGIServer):
-    """`connections` are open now; `busy` of them have a request that is being read or answered.
+    """An HTTP server for `application` that counts.
 
-    `idle_timeout` are the seconds that a connection has to begin its first or next request.
+    `connections` are open now, the sockets in `above_limit` among them. `busy` of them have a request that is being
+    read or answered. `idle_timeout` are the seconds that a connection has to begin its first or next request.
     """
 
     handler_class = Handler
@@ -116,11 +117,14 @@ class LimitedServer(WSGIServer):
         self.idle_timeout = idle_timeout
         self.max_connections = max_connections
         self.connections = 0
+        self.above_limit: set[Any] = set()
         self.busy = 0
 
     def do_handle(self, *args: Any) -> None:
         """Called with each accepted socket and its address."""
         self.connections += 1
+        if self.connections > self.max_connections:  # decided here: the handler begins after others were accepted
+            self.above_limit.add(args[0])
         if self.connections > self.max_connections + RESERVE:
             self.do_close(*args)
             return
@@ -129,4 +133,5 @@ class LimitedServer(WSGIServer):
     def do_close(self, *args: Any) -> None:
         """Called once for each socket that do_handle was called with."""
         self.connections -= 1
+        self.above_limit.discard(args[0])
         super().do_close(*args)

@@ -6,7 +6,7 @@ import docker
 import pytest
 
 from docker_engine import DockerEngine
-from engine import advice, options
+from engine import BalancerOptions, advice, options
 from fakes import settings
 
 OWN = "mode=1777,uid=10001,gid=10001"
@@ -159,7 +159,7 @@ def test_the_hint_depends_on_how_the_container_ended(
 ) -> None:
     sdk = Containers(state, "starting\nopen() failed (13: Permission denied)\n")
     monkeypatch.setattr(docker, "from_env", lambda **_: sdk)
-    engine = DockerEngine(settings())
+    engine = DockerEngine(settings(), BalancerOptions("balancer-image", "the token"))
     line = engine.last_log_line("an-id")
     assert line.startswith("open() failed (13: Permission denied)" + hint)
     assert bool(hint) == line.endswith("]")

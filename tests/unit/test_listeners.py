@@ -665,7 +665,7 @@ import settings
 settings.ROOT = Path(sys.argv.pop(1))
 import fakes, script
 class Engine(fakes.FakeEngine):
-    def __init__(self, _):
+    def __init__(self, *_):
         super().__init__("p-backend-1", "p-backend-2")
     def gateway(self):
         return "127.0.0.2"
@@ -687,6 +687,7 @@ class ManagerProcess:
         with bind_tcp("127.0.0.1", 0) as free:
             self.port = free.getsockname()[1]
         chosen = {"LB_PROJECT": "p", "LB_MANAGER_PORT": str(self.port), "LB_ORCHESTRATOR": orchestrator}
+        chosen |= {"LB_BALANCER_IMAGE": "image", "LB_TOKEN_SECRET": "token", "LB_CERTIFICATE_SECRET": "certificate"}
         path = os.pathsep.join(str(Path(__file__).parents[2] / name) for name in ("manager", "tests"))
         argv = [sys.executable, "-c", MANAGER, str(place), *arguments]
         self.process = subprocess.Popen(argv, env={**os.environ, **chosen, "PYTHONPATH": path})

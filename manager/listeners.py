@@ -328,7 +328,7 @@ class _Connection(WSGIHandler):
         return True if answer is True else None
 
     def read_request(self, raw_requestline: str) -> bool:
-        if len(raw_requestline.split()) != 3:  # HTTP/0.9 among them
+        if len(raw_requestline.split()) != 3 or not raw_requestline.isascii():  # HTTP/0.9, or no URL
             raise _Refused(HTTPStatus.BAD_REQUEST)
         super().read_request(raw_requestline)
         if self.headers.get("Transfer-Encoding", "chunked").lower() != "chunked":

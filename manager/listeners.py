@@ -221,17 +221,16 @@ class _Server(WSGIServer):
         # The greenlets that may be cut off, those that have taken longest first, and the bytes of body each holds.
         self._unfinished: dict[Any, int] = {}
         self._body_bytes = 0
-        # These many are accepted before anybody who was cut off has gone.
+        # So many are accepted before a connection that was cut off has ended.
         self.max_accept = min(100, limits.connections)
         pool = Pool(limits.connections + self.max_accept)
         address = listener.getsockname()
         # Without a name the server would ask DNS for it.
         environ = {"SERVER_NAME": address[0] if isinstance(address, tuple) else "localhost"}
-        secured = {"ssl_context": tls, "do_handshake_on_connect": False} if tls is not None else {}
-        super().__init__(
-            listener, application, spawn=pool, log=None, error_log=None, handler_class=_Connection, environ=environ,
-            **secured,
-        )  # fmt: skip
+        options: dict[str, Any] = {"handler_class": _Connection, "log": None, "error_log": None}
+        if tls is not None:
+            options |= {"ssl_context": tls, "do_handshake_on_connect": False}
+        super().__init__(listener, application, spawn=pool, environ=environ, **options)
 
     def do_handle(self, *args: Any) -> None:
         if len(self.pool) >= self.limits.connections:

@@ -63,7 +63,6 @@ def create_app(  # noqa: PLR0915 - a list of routes
     how a long poll waits: by default as Controller.wait_for_view does, which blocks the thread."""
     app = Flask(__name__)
     app.config["MAX_CONTENT_LENGTH"] = BODY_MAX
-    app.url_map.merge_slashes = False  # a redirect would repeat the request's path
     allowed_hosts = {"127.0.0.1", "localhost", *hosts}
     wait_for_view = wait_for_view or controller.wait_for_view
     told = metrics.registry(controller.tally, controller.status)

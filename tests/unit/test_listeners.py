@@ -479,7 +479,6 @@ def test_a_chunked_body_is_read_and_one_that_is_too_long_is_refused(begin: Calla
         (b"GET /status HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: close\r\n\r\n", 200),
         (b"GET http://localhost/status HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", 404),
         (b"GET /%00%ff?%ff=%ff HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", 404),
-        (b"GET //status HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", 200),
         (b"GET /sync?\xff HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", 400),
     ],
 )

@@ -25,7 +25,8 @@ import pytest
 import listeners as module
 from certificates import make_certificate
 from fakes import TOKEN, Clock, FakeEngine, controller, eventually
-from listeners import BODY_MAX, HEADERS_MAX, Limits, Listeners, bind_tcp, bind_unix, connections_each, tls_context
+from http_server import BODY_MAX, HEADERS_MAX, Limits
+from listeners import Listeners, bind_tcp, bind_unix, connections_each, tls_context
 from script import as_operator, create_app, waits_in
 from wire import Manager
 

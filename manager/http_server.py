@@ -223,7 +223,7 @@ class _Connection(WSGIHandler):
             pass
 
     def finalize_headers(self) -> None:
-        # pywsgi sends it only to HTTP/1.0. A client that does not see it keeps the connection, and loses its next request.
+        # pywsgi sends it only to HTTP/1.0. Else the client keeps the connection and loses its next request.
         if self.close_connection and self.request_version == "HTTP/1.1":
             self.response_headers.append((b"Connection", b"close"))
         super().finalize_headers()

@@ -1,6 +1,6 @@
 """Serves a WSGI application on several sockets, from one gevent hub in one thread, so that no caller holds up another.
 
-Each listener has the limits of `http_server` for itself, so that callers of one cannot stop another. An application runs
+Each listener has the limits of `http_server` for itself: callers of one cannot stop another. An application runs
 on the hub's thread. It may wait only by `Listeners.wait_for`; other threads end that waiting by `Listeners.notify`.
 Nothing is monkey-patched: all other threads stay as they are.
 """

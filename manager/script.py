@@ -30,7 +30,8 @@ import metrics
 from controller import Closing, Controller, Unknown
 from docker_engine import DockerEngine
 from engine import BalancerOptions, EngineError
-from listeners import BODY_MAX, Listeners, bind_tcp, bind_unix, raise_file_limit, tls_context
+from http_server import BODY_MAX
+from listeners import Listeners, bind_tcp, bind_unix, raise_file_limit, tls_context
 from meter import Finding, Report, Sample
 from settings import SettingError, Settings, read
 from swarm_engine import SwarmEngine

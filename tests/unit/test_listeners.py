@@ -25,7 +25,8 @@ import pytest
 import listeners as module
 from certificates import make_certificate
 from fakes import TOKEN, Clock, FakeEngine, controller, eventually
-from listeners import BODY_MAX, HEADERS_MAX, Limits, Listeners, bind_tcp, bind_unix, connections_each, tls_context
+from http_server import BODY_MAX, HEADERS_MAX, Limits
+from listeners import Listeners, bind_tcp, bind_unix, connections_each, tls_context
 from script import as_operator, create_app, waits_in
 from wire import Manager
 
@@ -478,7 +479,8 @@ def test_a_chunked_body_is_read_and_one_that_is_too_long_is_refused(begin: Calla
         (CHUNKED + b"3;" + b"x" * 9000, 400),
         (b"GET /status HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: close\r\n\r\n", 200),
         (b"GET http://localhost/status HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", 404),
-        (b"GET /%00%ff?\xff HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", 404),
+        (b"GET /%00%ff?%ff=%ff HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", 404),
+        (b"GET /sync?\xff HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", 400),
     ],
 )
 def test_a_broken_request_is_refused_and_not_logged(

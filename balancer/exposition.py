@@ -1,4 +1,4 @@
-"""What Prometheus is told of this balancer: counters kept here, for there is one balancer a process, and its gauges."""
+"""This balancer's metrics for Prometheus: counters kept here, for there is one balancer a process, and its gauges."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ APPLY_SECONDS = Histogram(
     buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5),
     registry=None,
 )
+Gauges = Mapping[str, tuple[str, float]]  # name → (meaning, value)
+
 REPAIRS = Counter(
     "lbscaler_balancer_repairs", "Passes that found our nat rules changed by somebody else.", registry=None
 )
 FAILED_PROBES = Counter(
-    "lbscaler_balancer_failed_probes", "Probes that were not answered well, those of starters too.", registry=None
+    "lbscaler_balancer_failed_probes", "Probes that failed, those of starting backends too.", registry=None
 )
 FAILED_PASSES = Counter(
     "lbscaler_balancer_failed_passes",
@@ -25,8 +27,8 @@ FAILED_PASSES = Counter(
 )
 
 
-def exposition(gauges: Mapping[str, tuple[str, float]]) -> bytes:
-    """One scrape: the counters, and `gauges`: name → (meaning, value)."""
+def exposition(gauges: Gauges) -> bytes:
+    """One scrape: the counters, and `gauges`."""
     registry = CollectorRegistry()
     for metric in (APPLY_SECONDS, REPAIRS, FAILED_PROBES, FAILED_PASSES):
         registry.register(metric)

@@ -1,4 +1,4 @@
-"""Asks every backend, side by side, whether it is well: a hung one delays none of the others.
+"""Asks every backend, side by side, whether it is healthy: a hung one delays none of the others.
 
 How it asks is the fleet's health setting: `sync` (GET /sync on port 5000: 200 ready, 503 keep away), `tcp` (the
 backend's port accepts a connection) or `http:/path` (GET on the backend's port answers below 400).
@@ -24,29 +24,51 @@ _Target = tuple[str, int, str]  # address, port, method
 
 class Answer(Enum):
     GOOD = "good"
-    REFUSED = "asks for no new connections"  # its own word: no second opinion needed
+    REFUSED = "asks for no new connections"  # it says so itself: no second probe needed
     FAILED = "does not answer"
+    TIMED_OUT = "does not answer in time"
+
+
+class Cause(Enum):
+    """Why a backend is unhealthy, as reports name it."""
+
+    PROBE_FAILED = "probe_failed"
+    REFUSED = "refused"
+    NO_FIRST_REPLY = "no_first_reply"  # its connections show it, not its probes
+
+
+_CAUSES = {
+    Answer.REFUSED: Cause.REFUSED,
+    Answer.FAILED: Cause.PROBE_FAILED,
+    Answer.TIMED_OUT: Cause.PROBE_FAILED,
+}
 
 
 @dataclass(frozen=True)
 class Health:
-    """`healthy` is None until a first answer tells. `streak` counts the probes in a row that speak against it."""
+    """`healthy` is None until a first answer. `streak` counts the probes in a row that speak against it."""
 
     healthy: bool | None = None
     streak: int = 0
     why: str = "not probed yet"
+    cause: Cause | None = None  # where healthy is False
 
-    def after(self, answer: Answer, why: str = "") -> Health:
-        """The health once `answer` has come in; `why` says what was asked and what came back."""
+    def after(self, answer: Answer, why: str = "", table_full: bool = False) -> Health:
+        """The health once `answer` has come in; `why` says what was asked and what came back.
+
+        With a full connection table a probe that timed out says nothing about the backend: the kernel drops packets."""
+        if table_full and answer is Answer.TIMED_OUT:
+            return self
         why = why or answer.value
         good = answer is Answer.GOOD
+        cause = _CAUSES.get(answer)
         if self.healthy is None and good:
             return Health(True, 0, why)
         if good == self.healthy:
-            return Health(self.healthy, 0, why)
+            return Health(self.healthy, 0, why, cause)
         streak = self.streak + 1
         turned = answer is Answer.REFUSED or streak >= (RISE if good else FALL)
-        return Health(good, 0, why) if turned else Health(self.healthy, streak, why)
+        return Health(good, 0, why, cause) if turned else Health(self.healthy, streak, why, self.cause)
 
     def pause(self) -> float:
         """Seconds until the next probe."""
@@ -65,7 +87,7 @@ async def ask(ip: str, port: int, method: str) -> tuple[Answer, str]:
                 return Answer.GOOD, f"{asked}: open"
             status = await _get(ip, port, path)
     except TimeoutError:
-        return Answer.FAILED, f"{asked}: no answer within {TIMEOUT:g} s"
+        return Answer.TIMED_OUT, f"{asked}: no answer within {TIMEOUT:g} s"
     except (OSError, ValueError, IndexError) as error:
         return Answer.FAILED, f"{asked}: {error.strerror if isinstance(error, OSError) else 'no HTTP'}"
     if method == "sync":
@@ -91,13 +113,15 @@ async def _close(writer: asyncio.StreamWriter) -> None:
 
 
 class Prober(threading.Thread):
-    """Probes the watched backends until the process ends; `changed` is called when one's health turns."""
+    """Probes the watched backends until the process ends; `changed` is called when one's health turns, `table_full`
+    says whether the connection table is."""
 
-    def __init__(self, changed: Callable[[], None]) -> None:
+    def __init__(self, changed: Callable[[], None], table_full: Callable[[], bool] = lambda: False) -> None:
         super().__init__(name="prober", daemon=True)
-        self._changed = changed
+        self._changed, self._table_full = changed, table_full
         self._loop = asyncio.new_event_loop()
         self._tasks: dict[str, tuple[_Target, asyncio.Task[None]]] = {}
+        self._lock = threading.Lock()  # guards _health, which this thread writes and others read
         self._health: dict[str, Health] = {}
 
     def run(self) -> None:
@@ -105,7 +129,8 @@ class Prober(threading.Thread):
 
     def health(self) -> dict[str, Health]:
         """Health by id, for every watched backend."""
-        return dict(self._health)
+        with self._lock:
+            return dict(self._health)
 
     def watch(self, backends: Mapping[str, str], port: int, method: str) -> None:
         """Watches `backends` (id → address) and nothing else."""
@@ -115,19 +140,23 @@ class Prober(threading.Thread):
     def _retarget(self, wanted: Mapping[str, _Target]) -> None:
         for id_ in [id_ for id_, (target, _) in self._tasks.items() if wanted.get(id_) != target]:
             self._tasks.pop(id_)[1].cancel()
-            self._health.pop(id_, None)
+            with self._lock:
+                self._health.pop(id_, None)
         for id_, target in wanted.items():
             if id_ not in self._tasks:
-                self._health[id_] = Health()
+                with self._lock:
+                    self._health[id_] = Health()
                 self._tasks[id_] = target, self._loop.create_task(self._keep_asking(id_, target))
 
     async def _keep_asking(self, id_: str, target: _Target) -> None:
         while True:
             answer, why = await ask(*target)
-            if answer is Answer.FAILED:  # the word of one that refuses is no failure
+            if answer in (Answer.FAILED, Answer.TIMED_OUT):  # one that refuses has answered
                 FAILED_PROBES.inc()
-            before = self._health[id_]
-            after = self._health[id_] = before.after(answer, why)
+            table_full = answer is Answer.TIMED_OUT and self._table_full()
+            with self._lock:
+                before = self._health[id_]
+                after = self._health[id_] = before.after(answer, why, table_full)
             if after.healthy != before.healthy:
                 self._changed()
             await asyncio.sleep(after.pause())

@@ -1,4 +1,4 @@
-"""Backends and weights in, `iptables-restore` text out; listings in, counters out. Pure: runs nothing, reads nothing.
+"""Backends and weights in, `iptables-restore` text out. Pure: runs nothing, reads nothing.
 
 The path of a new connection, nat table (every chain of ours begins with LB-):
 
@@ -11,20 +11,31 @@ Promises:
   for as long as the backend is known, whatever happens to the dispatch above it.
 - Shares are exact: rule i of a chain has probability w_i / (w_i + … + w_n) and the last has none.
 - Rules are spelled as `iptables-save` prints them, so "is it still what we wrote?" is a comparison of strings.
+- Our rules stand first in every built-in chain they are in (only Docker's own, for its DNS, may stand before them).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from ipaddress import IPv4Address
+
+from listings import Listing
 
 SERVICE_PORT = 8000
 PREFIX = "LB-"
 DISPATCH, MASQUERADE, INPUT, FORWARD, COUNT = "LB-DISPATCH", "LB-MASQ", "LB-INPUT", "LB-FORWARD", "LB-COUNT"
-SET = "LB-BACKENDS"
-LEAF, DIGIT_BITS = 8, 2  # a chain deals to at most LEAF backends; past that it splits by one base-4 digit
+FIRST, CHECK, OWN_IN, OWN_OUT = "LB-FIRST", "LB-CHECK", "LB-OWN-IN", "LB-OWN-OUT"
+SET, REPLIES = "LB-BACKENDS", "LB-REPLIES"  # packets and bytes towards a backend; its connections with a first reply
+LEAF, DIGIT_BITS = 8, 2  # a chain dispatches to at most LEAF targets; past that it splits by one base-4 digit
+
+# Bits of a connection's mark: the client has sent data, the backend has sent data. Other bits are left as they are.
+REQUEST_MARK, REPLY_MARK = 0x20000000, 0x40000000
+# Source ports of the balancer's own connections (run.sh sets ip_local_port_range), and those left to masquerading.
+OWN_PORTS, MASQUERADE_PORTS = "60000:65535", "1024-59999"
+CHECK_PORTS = 61000, 61063  # source ports of the manager's self-check connections
+MAX_CHECKED = 8  # backends that self-check connections are spread over
 
 Rules = tuple[str, ...]
 Chains = dict[str, Rules]
@@ -40,58 +51,123 @@ class Endpoint:
 
 
 @dataclass(frozen=True)
-class Listing:
-    """One table as `iptables-save -c` shows it: every chain's rules, and the packets its first rule has counted."""
-
-    chains: Mapping[str, Rules] = field(default_factory=dict)
-    packets: Mapping[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Table:
-    """What we want of one table: our chains, and the one rule that leads from each built-in chain into ours."""
+    """What we want of one table: our chains, and the rules that lead from each built-in chain into ours, in order."""
 
     name: str
     chains: Chains
-    hooks: Mapping[str, str]
+    hooks: Mapping[str, Rules]
+
+
+@dataclass(frozen=True)
+class Features:
+    """What this kernel can do beyond what nothing works without."""
+
+    marks: bool = True  # connmark: which connections wait for a first reply
+    notrack: bool = True  # the raw table and CT: the balancer's own connections take no room in the connection table
 
 
 def backend_chain(ip: str) -> str:
     return f"LB-B-{ip}"
 
 
-def nat(rotation: Sequence[Endpoint], draining: Iterable[Endpoint] = (), inside: str = "") -> Table:
-    """Deals new connections over `rotation`; `draining` backends keep their chain, and so their counter.
+def tables(
+    rotation: Sequence[Endpoint],
+    draining: Iterable[Endpoint] = (),
+    inside: str = "",
+    check_source: str = "",
+    features: Features = Features(),
+) -> list[Table]:
+    """All tables, in the order in which they have to be written. The arguments are those of the functions below."""
+    wanted = [nat(rotation, draining, inside, check_source), filters(rotation), mangle(check_source, features.marks)]
+    return [*wanted, raw()] if features.notrack else wanted
+
+
+def nat(
+    rotation: Sequence[Endpoint], draining: Iterable[Endpoint] = (), inside: str = "", check_source: str = ""
+) -> Table:
+    """Dispatches new connections over `rotation`; `draining` backends keep their chain, and so their counter.
 
     Clients are hidden behind the balancer's address, so that answers come back to it. With `inside`, the backends' own
     network, only the clients within it are: the backends then have their default route through the balancer.
+    Self-check connections from `check_source` have rules of their own, so that they do not count as load.
     """
     chains = dispatch(rotation)
     for backend in sorted({*rotation, *draining}, key=_address):
-        chains[backend_chain(backend.ip)] = (f"-p tcp -j DNAT --to-destination {backend.ip}:{backend.port}",)
+        chains[backend_chain(backend.ip)] = (_dnat(backend),)
     ours = f"-p tcp -m conntrack --ctstate DNAT --ctorigdstport {SERVICE_PORT}"  # never Docker's own DNAT, its DNS
-    chains[MASQUERADE] = (f"{f'-s {inside} ' if inside else ''}{ours} -j MASQUERADE --random-fully",)
-    service = f"-p tcp -m tcp --dport {SERVICE_PORT} -m addrtype --dst-type LOCAL"
-    return Table("nat", chains, {"PREROUTING": f"{service} -j {DISPATCH}", "POSTROUTING": f"-j {MASQUERADE}"})
+    source = f"-s {inside} " if inside else ""
+    chains[MASQUERADE] = (f"{source}{ours} -j MASQUERADE --to-ports {MASQUERADE_PORTS} --random-fully",)
+    entry = [f"-p tcp -m tcp --dport {SERVICE_PORT} -m addrtype --dst-type LOCAL -j {DISPATCH}"]
+    if check_source:
+        chains[CHECK] = _check_rules(rotation)
+        ports = f"--sport {CHECK_PORTS[0]}:{CHECK_PORTS[1]} --dport {SERVICE_PORT}"
+        entry.insert(0, f"-s {check_source}/32 -p tcp -m tcp {ports} -m addrtype --dst-type LOCAL -j {CHECK}")
+    return Table("nat", chains, {"PREROUTING": tuple(entry), "POSTROUTING": (f"-j {MASQUERADE}",)})
 
 
-def mangle() -> Table:
-    """Counts packets and bytes towards every backend with one rule: the set keeps a counter for each member."""
-    return Table("mangle", {COUNT: (f"-m set --match-set {SET} dst",)}, {"FORWARD": f"-j {COUNT}"})
+def _dnat(backend: Endpoint, match: str = "") -> str:
+    return f"-p tcp {match}-j DNAT --to-destination {backend.ip}:{backend.port}"
+
+
+def _check_rules(rotation: Sequence[Endpoint]) -> Rules:
+    """Equal shares over at most MAX_CHECKED backends."""
+    checked = sorted(rotation, key=_address)[:MAX_CHECKED]
+    rules = []
+    for i, backend in enumerate(checked):
+        last = i == len(checked) - 1
+        rules.append(_dnat(backend, "" if last else f"{_chance(1 / (len(checked) - i))} "))
+    return tuple(rules)
+
+
+def mangle(check_source: str = "", marks: bool = True) -> Table:
+    """Counts packets and bytes towards every backend with one rule: the set keeps a counter for each member.
+
+    With `marks`, the first packet with data of each side marks the connection, and the backend's first one is counted
+    in a set of its own. Packets without PSH, and all of a connection that got its first reply, pass one rule for that.
+    """
+    count = [f"-m set --match-set {SET} dst"]
+    if check_source:
+        ports = f"{CHECK_PORTS[0]}:{CHECK_PORTS[1]}"
+        count.insert(0, f"-p tcp -m conntrack --ctorigsrc {check_source} --ctorigsrcport {ports} -j RETURN")
+    chains: Chains = {}
+    if marks:
+        no_reply_yet = f"-m connmark --mark 0x0/{REPLY_MARK:#x}"
+        count.append(f"-p tcp -m tcp --tcp-flags PSH PSH {no_reply_yet} -j {FIRST}")
+        request, reply = "-m conntrack --ctdir ORIGINAL", "-m conntrack --ctdir REPLY"
+        chains[FIRST] = (
+            f"{request} -m set --match-set {SET} dst ! --update-counters {_set_mark(REQUEST_MARK)}",
+            f"{reply} -m set --match-set {REPLIES} src",
+            f"{reply} -m set --match-set {SET} src ! --update-counters {_set_mark(REPLY_MARK)}",
+        )
+    return Table("mangle", {COUNT: tuple(count), **chains}, {"FORWARD": (f"-j {COUNT}",)})
+
+
+def _set_mark(bit: int) -> str:
+    return f"-j CONNMARK --set-xmark {bit:#x}/{bit:#x}"
+
+
+def raw() -> Table:
+    """Keeps the balancer's own connections (probes, reports, long polls) out of the connection table: when that is
+    full, they still work. Loopback is left alone: Docker's DNS is translated there."""
+    inbound = f"! -i lo -p tcp -m tcp --dport {OWN_PORTS} -m addrtype --dst-type LOCAL -j CT --notrack"
+    outbound = f"! -o lo -p tcp -m tcp --sport {OWN_PORTS} -j CT --notrack"
+    hooks = {"PREROUTING": (f"-j {OWN_IN}",), "OUTPUT": (f"-j {OWN_OUT}",)}
+    return Table("raw", {OWN_IN: (inbound,), OWN_OUT: (outbound,)}, hooks)
 
 
 def filters(rotation: Sequence[Endpoint]) -> Table:
     """Turns a refusal into a second try.
 
-    A SYN that reaches the balancer itself was dealt to nobody: dropped, so that the client's resend, a second later,
-    finds whoever is ready by then. A RST that is a backend's first word is dropped while there is another backend to
-    try: conntrack has closed the flow on seeing it, so the resent SYN is a new connection and is dealt anew.
+    A SYN that reaches the balancer itself was sent to no backend: dropped, so that the client's resend, a second
+    later, finds whoever is ready by then. A RST that is a backend's first packet is dropped while there is another
+    backend to try: conntrack has closed the flow on seeing it, so the resent SYN is a new connection, chosen anew.
     """
-    undealt = f"-p tcp -m tcp --dport {SERVICE_PORT} --tcp-flags FIN,SYN,RST,ACK SYN -j DROP"
-    first_word = "-m connbytes --connbytes 0:1 --connbytes-mode packets --connbytes-dir reply"
-    refusal = f"-p tcp -m tcp --tcp-flags RST RST -m set --match-set {SET} src {first_word} -j DROP"
-    chains: Chains = {INPUT: (undealt,), FORWARD: (refusal,) if sum(e.weight > 0 for e in rotation) > 1 else ()}
-    return Table("filter", chains, {"INPUT": f"-j {INPUT}", "FORWARD": f"-j {FORWARD}"})
+    undispatched = f"-p tcp -m tcp --dport {SERVICE_PORT} --tcp-flags FIN,SYN,RST,ACK SYN -j DROP"
+    first_packet = "-m connbytes --connbytes 0:1 --connbytes-mode packets --connbytes-dir reply"
+    refusal = f"-p tcp -m tcp --tcp-flags RST RST -m set --match-set {SET} src {first_packet} -j DROP"
+    chains: Chains = {INPUT: (undispatched,), FORWARD: (refusal,) if sum(e.weight > 0 for e in rotation) > 1 else ()}
+    return Table("filter", chains, {"INPUT": (f"-j {INPUT}",), "FORWARD": (f"-j {FORWARD}",)})
 
 
 def dispatch(rotation: Sequence[Endpoint]) -> Chains:
@@ -104,7 +180,7 @@ def dispatch(rotation: Sequence[Endpoint]) -> Chains:
 
     def grow(chain: str, members: list[Endpoint], path: str) -> None:
         if len(members) <= LEAF:
-            chains[chain] = deal([(backend_chain(member.ip), member.weight) for member in members])
+            chains[chain] = choice([(backend_chain(member.ip), member.weight) for member in members])
             return
         groups: dict[str, list[Endpoint]] = {}
         while len(groups) < 2:  # a digit all members share decides nothing: skip it
@@ -117,7 +193,7 @@ def dispatch(rotation: Sequence[Endpoint]) -> Chains:
             child = f"LB-T-{path[:-1]}{value}"
             targets.append((child, sum(member.weight for member in group)))
             grow(child, group, path[:-1] + value)
-        chains[chain] = deal(targets)
+        chains[chain] = choice(targets)
 
     by_address = sorted(rotation, key=_address)
     weighted = [backend for backend in by_address if backend.weight > 0]
@@ -125,15 +201,19 @@ def dispatch(rotation: Sequence[Endpoint]) -> Chains:
     return chains
 
 
-def deal(targets: Sequence[tuple[str, float]]) -> Rules:
+def choice(targets: Sequence[tuple[str, float]]) -> Rules:
     """One rule a target, in order; target i is taken with chance w_i / (w_i + … + w_n) by what reaches its rule."""
     rules = []
     for i, (target, weight) in enumerate(targets[:-1]):
         rest = sum(weight for _, weight in targets[i:])
-        rules.append(f"-m statistic --mode random --probability {probability(weight / rest)} -j {target}")
+        rules.append(f"{_chance(weight / rest)} -j {target}")
     # The last rule has no probability: a guaranteed match, whatever rounding did to the others.
     rules += [f"-j {target}" for target, _ in targets[-1:]]
     return tuple(rules)
+
+
+def _chance(p: float) -> str:
+    return f"-m statistic --mode random --probability {probability(p)}"
 
 
 def probability(p: float) -> str:
@@ -145,7 +225,9 @@ def restore(table: Table, actual: Listing) -> str:
     """The text that takes `actual` to `table` in one atomic step; empty when there is nothing to change."""
     changed = [chain for chain, rules in table.chains.items() if actual.chains.get(chain) != rules]
     stale = [chain for chain in actual.chains if chain.startswith(PREFIX) and chain not in table.chains]
-    hooks = [f"-A {chain} {rule}" for chain, rule in table.hooks.items() if rule not in actual.chains.get(chain, ())]
+    hooks: list[str] = []
+    for chain, rules in table.hooks.items():
+        hooks += _hook_changes(chain, rules, actual.chains.get(chain, ()))
     if not (changed or stale or hooks):
         return ""
     lines = [f"*{table.name}", *(f":{chain} - [0:0]" for chain in [*changed, *stale])]
@@ -154,67 +236,42 @@ def restore(table: Table, actual: Listing) -> str:
     return "\n".join(lines) + "\n"
 
 
-def parse_table(text: str) -> Listing:
-    """Reads `iptables-save -c -t TABLE`."""
-    chains: dict[str, list[str]] = {}
-    packets: dict[str, int] = {}
-    for line in text.splitlines():
-        if line.startswith(":"):
-            chains.setdefault(line[1:].split(" ", 1)[0], [])
-        elif match := re.match(r"\[(\d+):\d+\] -A (\S+) ?(.*)", line):
-            chain = match[2]
-            packets.setdefault(chain, int(match[1]))
-            chains.setdefault(chain, []).append(match[3])
-    return Listing({chain: tuple(rules) for chain, rules in chains.items()}, packets)
+def _hook_changes(chain: str, wanted: Rules, actual: Rules) -> list[str]:
+    """Deletes and inserts that put `wanted` first in a built-in chain; nothing where it is so already."""
+    without_docker = tuple(rule for rule in actual if not is_dockers(rule))
+    ours = [rule for rule in actual if is_ours(rule)]
+    if without_docker[: len(wanted)] == wanted and len(ours) == len(wanted):
+        return []
+    deletes = [f"-D {chain} {rule}" for rule in ours]
+    return deletes + [f"-I {chain} {place} {rule}" for place, rule in enumerate(wanted, 1)]
 
 
-def connections(listing: Listing) -> dict[str, int]:
-    """Connections dealt to each backend since its chain was written, by address."""
-    start = len(backend_chain(""))
-    return {c[start:]: listing.packets.get(c, 0) for c in listing.chains if c.startswith(backend_chain(""))}
+def is_hooked(nat: Listing) -> bool:
+    """Whether new connections are led to our dispatch chain."""
+    return DISPATCH in nat.chains and any(target_of(rule) == DISPATCH for rule in nat.chains.get("PREROUTING", ()))
 
 
-def parse_set(text: str) -> dict[str, tuple[int, int]]:
-    """Reads `ipset save`: (packets, bytes) towards each member, by address."""
-    members = re.finditer(rf"^add {SET} (\S+) packets (\d+) bytes (\d+)", text, re.MULTILINE)
-    return {match[1]: (int(match[2]), int(match[3])) for match in members}
+def is_ours(rule: str) -> bool:
+    return target_of(rule).startswith(PREFIX)
 
 
-def set_changes(wanted: Iterable[str], present: Iterable[str]) -> str:
+def is_dockers(rule: str) -> bool:
+    """What Docker keeps in a container's nat table for its DNS."""
+    return target_of(rule).startswith("DOCKER_")
+
+
+def target_of(rule: str) -> str:
+    """The rule's target; empty where it only counts."""
+    match = re.search(r"(?:^| )-[jg] (\S+)", rule)
+    return match[1] if match else ""
+
+
+def set_changes(wanted: Iterable[str], present: Iterable[str], name: str = SET) -> str:
     """`ipset restore` text. A member already there is left alone: adding it again would zero its counters."""
     wanted, present = set(wanted), set(present)
-    lines = [f"add {SET} {ip}" for ip in sorted(wanted - present)]
-    lines += [f"del {SET} {ip}" for ip in sorted(present - wanted)]
+    lines = [f"add {name} {ip}" for ip in sorted(wanted - present)]
+    lines += [f"del {name} {ip}" for ip in sorted(present - wanted)]
     return "".join(line + "\n" for line in lines)
-
-
-# A flow in one of these states has said its last word; in any other, somebody may still be waiting for an answer.
-_OVER = ("TIME_WAIT", "CLOSE", "LAST_ACK")
-_FLOW = re.compile(
-    r"^tcp +6 \d+ (\S+) src=\S+ dst=\S+ sport=\d+ dport=(\d+) .*?src=(\S+) dst=\S+ sport=\d+ dport=\d+"
-    r"(?: packets=(\d+) bytes=(\d+))?",
-    re.MULTILINE,
-)
-_BARE = 64  # bytes: the most a packet without payload takes, with all of TCP's usual options
-
-
-@dataclass
-class Flows:
-    """How many flows each backend has, by address: `live`, and of those `waiting`, without a byte of an answer yet."""
-
-    live: dict[str, int] = field(default_factory=dict)
-    waiting: dict[str, int] = field(default_factory=dict)
-
-
-def parse_flows(text: str) -> Flows:
-    """Reads `conntrack -L -p tcp --dst-nat`; who waits can be told only where the kernel counts (nf_conntrack_acct)."""
-    flows = Flows()
-    for state, port, backend, packets, size in _FLOW.findall(text):
-        if state not in _OVER and int(port) == SERVICE_PORT:
-            flows.live[backend] = flows.live.get(backend, 0) + 1
-            if packets and int(size) <= _BARE * int(packets):
-                flows.waiting[backend] = flows.waiting.get(backend, 0) + 1
-    return flows
 
 
 def _address(endpoint: Endpoint) -> int:

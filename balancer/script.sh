@@ -4,11 +4,11 @@
 # client would lose its rules and every flow with it).
 #   script.sh         serve                      script.sh rules           print the first rules
 #   script.sh check   what the kernel lacks      script.sh alive           Docker's health check
-#   script.sh drain SECONDS   deal nobody, wait for the flows to end
+#   script.sh drain SECONDS   accept no new connection, wait until the open ones end
 set -euo pipefail
 cd "$(dirname "$0")"
 
-# An even deal over the addresses in ip.txt, in the words of ruleset.py, which takes these chains over as they are.
+# Equal shares for the addresses in ip.txt, spelled as in ruleset.py, which takes these chains over as they are.
 first_rules() {
     awk -v port="${LB_BACKEND_PORT:-8000}" -v inside="${LB_INSIDE:+-s $LB_INSIDE }" '
         NF { ip[++n] = $1 }
@@ -22,20 +22,32 @@ first_rules() {
             if (n) print "-A LB-DISPATCH -j LB-B-" ip[n]
             for (i = 1; i <= n; i++)
                 print "-A LB-B-" ip[i] " -p tcp -j DNAT --to-destination " ip[i] ":" port
-            print "-A LB-MASQ " inside "-p tcp -m conntrack --ctstate DNAT --ctorigdstport 8000 -j MASQUERADE --random-fully"
-            print "-A PREROUTING -p tcp -m tcp --dport 8000 -m addrtype --dst-type LOCAL -j LB-DISPATCH"
-            print "-A POSTROUTING -j LB-MASQ"
+            print "-A LB-MASQ " inside "-p tcp -m conntrack --ctstate DNAT --ctorigdstport 8000 -j MASQUERADE --to-ports 1024-59999 --random-fully"
+            print "-I PREROUTING 1 -p tcp -m tcp --dport 8000 -m addrtype --dst-type LOCAL -j LB-DISPATCH"
+            print "-I POSTROUTING 1 -j LB-MASQ"
             print "COMMIT"
         }' "$([ -e ip.txt ] && echo ip.txt || echo /dev/null)" # in a Swarm the client brings the first addresses
 }
+
+# Keeps the balancer's own connections out of the connection table. A kernel that lacks it still serves.
+RAW_RULES='*raw
+:LB-OWN-IN - [0:0]
+:LB-OWN-OUT - [0:0]
+-A LB-OWN-IN ! -i lo -p tcp -m tcp --dport 60000:65535 -m addrtype --dst-type LOCAL -j CT --notrack
+-A LB-OWN-OUT ! -o lo -p tcp -m tcp --sport 60000:65535 -j CT --notrack
+-I PREROUTING 1 -j LB-OWN-IN
+-I OUTPUT 1 -j LB-OWN-OUT
+COMMIT'
 
 # What the rules need of the kernel, one try each in a chain of its own; FEATURE|TABLE|RULE|WHAT IS LOST WITHOUT IT.
 NEEDS='statistic|nat|-m statistic --mode random --probability 0.5|nothing is balanced
 addrtype|nat|-m addrtype --dst-type LOCAL|the service cannot be told from other traffic
 conntrack|nat|-p tcp -m conntrack --ctstate DNAT --ctorigdstport 8000|answers do not find the way back
 DNAT|nat|-p tcp -j DNAT --to-destination 127.0.0.1:8000|no connection reaches a backend
-MASQUERADE|nat|-p tcp -j MASQUERADE --random-fully|answers do not find the way back
+MASQUERADE|nat|-p tcp -j MASQUERADE --to-ports 1024-59999 --random-fully|answers do not find the way back
 set|mangle|-m set --match-set LB-CHECK dst|packets and bytes are not counted, refusals not retried
+connmark|mangle|-m connmark --mark 0x0/0x40000000 -j CONNMARK --set-xmark 0x40000000/0x40000000|weights stay equal, and only probes find a frozen backend
+notrack|raw|-p tcp -j CT --notrack|probes and reports need room in the connection table
 connbytes|filter|-p tcp -m connbytes --connbytes 0:1 --connbytes-mode packets --connbytes-dir reply -j DROP|a refused connection is not tried elsewhere'
 
 check() {
@@ -64,7 +76,10 @@ install_first_rules() {
     local rules
     rules=$(first_rules)
     for IPTABLES in nft legacy; do
-        "iptables-$IPTABLES-restore" --noflush -w 5 <<< "$rules" && export IPTABLES && return
+        "iptables-$IPTABLES-restore" --noflush -w 5 <<<"$rules" || continue
+        "iptables-$IPTABLES-restore" --noflush -w 5 <<<"$RAW_RULES" || echo "script.sh: no rules in the raw table" >&2
+        export IPTABLES
+        return
     done
     echo "script.sh: neither flavour of iptables takes the first rules; is NET_ADMIN there?" >&2
     return 1
@@ -85,13 +100,13 @@ serve() {
     wait $!
 }
 
-# In a Swarm it is Swarm that says when, and there is nobody else to let the connections in hand finish.
+# In a Swarm it is Swarm that stops the balancer, and nothing else lets the open connections finish.
 leave() {
     [ -z "${LB_LEAVE:-}" ] || drain "$LB_LEAVE"
     exit 0
 }
 
-# For stop.sh, whose manager is gone already: nobody comes in any more, whoever is in may finish.
+# For stop.sh, whose manager is gone already: no new connection is accepted, the open ones may finish.
 drain() {
     local iptables tries live
     iptables=iptables-$(cat /run/flavour)
@@ -108,7 +123,7 @@ drain() {
 }
 
 case "${1:-serve}" in
-    rules) first_rules ;;
+    rules) first_rules && echo "$RAW_RULES" ;;
     check) check ;;
     alive) alive ;;
     serve) serve ;;

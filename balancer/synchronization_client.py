@@ -1,17 +1,18 @@
-"""The balancer's loop: sync backends → converge rules → probe → sample → report.
+"""The balancer's threads: sync backends → converge rules → probe → sample → report. Decisions are in the pure modules.
 
-Four threads meet in two values, the view (what the manager wants) and the probes' health (what we see); `converge` is
-the only writer of rules. An ordering holds throughout, grow first, shrink last:
+`converge` is the only writer of rules. An ordering holds throughout, grow first, shrink last:
 
-    in:   probed ready → its address forgotten by the kernel → in the set → its chain and its share, in one step
-    out:  share and chain gone, in one step → its flows deleted → out of the set
+    in:   probed ready → its address forgotten by the kernel → in the sets → its chain and its share, in one step
+    out:  share and chain gone, in one step → its flows deleted → out of the sets
 
-Fails static: without the manager the last view stands; when every backend looks ill, all are kept.
+Fails static: without the manager the last view stands; when fewer than half of the backends are healthy, all are kept.
+
+What threads share is either an immutable value that one thread replaces at once (the view, `_Converged`, `_Sampled`),
+or an object with a lock of its own (the prober's health, the learner).
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import random
@@ -19,143 +20,237 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import requests
-import waitress
-from flask import Flask, Response
 
+import findings
 import ruleset
-from exposition import APPLY_SECONDS, FAILED_PASSES, REPAIRS, exposition
+import stalls
+from app import create_app, serve_in_thread
+from departures import Draining, departures
+from exposition import APPLY_SECONDS, FAILED_PASSES, REPAIRS, Gauges
+from findings import Finding
+from listings import Listing, connections, parse_set, parse_table
 from netfilter import Netfilter, NetfilterError
-from probe import Health, Prober
-from ruleset import Endpoint
+from probe import Cause, Health, Prober
+from rotation import Rotation, rotation
+from ruleset import REPLIES, SET, Endpoint, Features, Table
+from schedule import Pace, ReportSchedule
+from stalls import Replies, StallDetector
+from view import View
 from weights import Learner
-from wire import Backend, Manager, View
+from wire import Manager
 
 HERE = Path(__file__).parent
 SECRETS = Path("/run/secrets")  # where a Swarm puts them
-SYNC_PORT = 5000
-LOOK, LOOK_COST = 0.5, 0.05  # seconds between looks at the flows, and the most of the time that looking may take
-FULL = 0.9  # of the connection table: worth a warning
-FAR = 0.1  # weight of a backend on another node, where near ones are preferred
-DEAD_AFTER = 10.0  # seconds of failed probes until the manager is asked to replace a backend
-ALL_ILL_AFTER = 30.0  # seconds: the same where no backend is well, and then for one at a time
+SAMPLE_PERIOD = 0.5  # seconds between samples of the flows, while they cost little
+# The most of the time that each kind of sample may take; a count of all flows takes four seconds at a million.
+WAITING_LOAD, DRAINING_LOAD, COUNT_LOAD = 0.01, 0.02, 0.02
+NEARLY_FULL, FULL = 0.9, 0.98  # of the connection table: worth a warning; from here on the kernel drops packets
+LOOP_SECONDS = 120.0  # without a new pass, after which a loop counts as stuck; a long poll takes up to 38 s
 
 log = logging.getLogger("balancer")
 
 
-def rotation(view: View, health: Mapping[str, Health], node: str = "") -> tuple[Endpoint, ...]:
-    """Who gets new connections: the ready ones; where none is, all that ever were (better a chance than none). Where
-    the view prefers what is near, those on other nodes than ours get little."""
+@dataclass(frozen=True)
+class _Converged:
+    """What the last good pass left in the kernel."""
 
-    def ready(backend: Backend) -> bool:
-        healthy = health.get(backend.id, Health()).healthy
-        return healthy is True or (healthy is None and backend.state == "active")
+    rotation: Rotation = field(default_factory=Rotation)
+    ids: Mapping[str, str] | None = None  # address → id of every backend the kernel may know; None before the first
+    nat: Table | None = None
+    at: float = 0.0
 
-    ours = [backend for backend in view.backends if backend.state in ("starting", "active")]
-    chosen = [backend for backend in ours if ready(backend)] or [b for b in ours if b.state == "active"]
-    far = FAR if view.locality and any(backend.node == node for backend in chosen) else 1.0
-    return tuple(Endpoint(b.ip, view.port, b.weight * (1.0 if b.node == node else far)) for b in chosen)
+    @property
+    def serving(self) -> frozenset[str]:
+        return frozenset(endpoint.ip for endpoint in self.rotation.endpoints)
+
+
+@dataclass(frozen=True)
+class _Sampled:
+    """What the last samples of the flows and of the tables showed."""
+
+    live: Mapping[str, int] = field(default_factory=dict)  # flows by address
+    stalled: Mapping[str, int] = field(default_factory=dict)  # by id: backends that do not answer their connections
 
 
 class Balancer:
-    """Keeps the kernel at what the view and the probes ask for, and tells the manager what it sees."""
+    """Keeps the kernel at what the view and the probes ask for, and reports to the manager what it sees."""
 
     def __init__(self, netfilter: Netfilter, manager: Manager, name: str, node: str = "") -> None:
         self.view = View()
-        self.converged_at = time.monotonic()
         self._netfilter, self._manager, self._name, self._node = netfilter, manager, name, node
-        self._wake = threading.Event()
-        self._news = threading.Event()  # a backend's health turned: worth a report at once
-        self._prober = Prober(self._health_turned)
-        self._known: dict[str, str] | None = None  # address → id, of every backend the kernel may know
-        self._in_rotation: tuple[Endpoint, ...] = ()
-        self._wanted: ruleset.Table | None = None
-        self._reachable = True
+        self._features = Features()
+        self._began = time.monotonic()
+        self._wake = threading.Event()  # something changed that the rules have to follow
+        self._changed = threading.Event()  # a backend's health changed: worth a report at once
+        self._prober = Prober(self._health_changed, self._table_full)
         self._learner = Learner()
-        self._live: dict[str, int] = {}  # flows by address, at the last look
-        self._look_pause = LOOK
+        self._converged = _Converged(at=self._began)
+        self._sampled = _Sampled()
+        self._findings: tuple[Finding, ...] = ()
+        self._rules_in_place = False
+        self._reachable = True
+        self._beats: dict[str, float] = {}  # when each loop began its last pass; each has its own key
+        # Of the sampling thread alone:
+        self._detector = StallDetector()
+        self._paces = {
+            "waiting": Pace(SAMPLE_PERIOD, WAITING_LOAD),
+            "draining": Pace(SAMPLE_PERIOD, DRAINING_LOAD),
+            "all": Pace(SAMPLE_PERIOD, COUNT_LOAD),
+        }
         self._draining_since: dict[str, float] = {}
-        self._ill_since: dict[str, float] = {}
-        self._was_well: set[str] = set()
+        # Of the reporting thread alone:
+        self._schedule = ReportSchedule(self._began, self.view.interval)
 
     def run(self) -> None:
         """Converges for ever: at once when something changed, and every interval to repair what others changed."""
+        self._features = self._netfilter.features()
+        if not self._features.marks:
+            log.warning("no connmark in this kernel: weights stay equal, and only probes find a frozen backend")
+        if not self._features.notrack:
+            log.warning("no CT target in this kernel: probes and reports need room in the connection table")
         self._prober.start()
-        for body in (self._follow, self._report_regularly, self._look):
-            threading.Thread(target=_forever, args=(body,), daemon=True).start()
+        bodies = {"follow": self._follow, "report": self._report_once, "sample": self._sample}
+        for name, body in bodies.items():
+            self._beat(name)
+            threading.Thread(target=self._forever, args=(name, body), name=name, daemon=True).start()
+        self._forever("converge", self._converge_once)
+
+    def _forever(self, name: str, body: Callable[[], None]) -> None:
         while True:
-            self._wake.wait(
-                min(1.0, self.view.interval) if self._learner.ramping(time.monotonic()) else self.view.interval
-            )
-            self._wake.clear()
-            if self.view.revision:
-                _attempt(self.converge)
+            self._beat(name)
+            _attempt(body)
+
+    def _beat(self, name: str) -> None:
+        self._beats[name] = time.monotonic()
+
+    # -- rules -----------------------------------------------------------------------------------------------------
+
+    def _converge_once(self) -> None:
+        ramping = self._learner.ramping(time.monotonic())
+        self._wake.wait(min(1.0, self.view.interval) if ramping else self.view.interval)
+        self._wake.clear()
+        if self.view.revision:
+            self.converge()
+        else:
+            self._note_rules(parse_table(self._netfilter.table("nat")))
 
     def converge(self) -> None:
-        """One pass over tables, set and flows towards what is wanted now; changes nothing when all is as it should."""
-        view = self.view
+        """One pass over tables, sets and flows towards what is wanted now; changes nothing when all is as it should."""
+        view, before = self.view, self._converged
+        health = self._health()
+        chosen = self._weighted(rotation(view, _healthy(health), self._node), health, view)
         ids = {backend.ip: backend.id for backend in view.backends}
-        verdicts = self._prober.health()
-        well = [b.id for b in view.backends if verdicts.get(b.id, Health()).healthy]
-        chosen = self._weighted(rotation(view, verdicts, self._node), ids, well, view)
-        health = {b.ip: verdicts.get(b.id, Health()).healthy for b in view.backends}
-        nat = ruleset.parse_table(self._netfilter.table("nat"))
-        members = ruleset.parse_set(self._netfilter.members())
+        nat = parse_table(self._netfilter.table("nat"))
+        self._note_rules(nat)
+        self._netfilter.make_sets()
+        sets = self._sets()
         # A client that begins finds what script.sh wrote (chains, no set) or what a client before it left halfway.
-        known = dict.fromkeys((*ruleset.connections(nat), *members), "") if self._known is None else self._known
+        known = dict.fromkeys((*connections(nat), *sets[SET]), "") if before.ids is None else before.ids
+
+        self._take_in(ids, known, sets)
+        wanted = self._wanted(chosen, view)
+        repaired = self._write(wanted, nat) and before.nat == wanted[0]
+        unhealthy = {b.ip for b in view.backends if health.get(b.id, Health()).healthy is False}
+        in_rotation = {endpoint.ip for endpoint in chosen.endpoints}
+        self._let_go(ids, known, sets, (before.serving & unhealthy & ids.keys()) - in_rotation)
+
+        self._converged = _Converged(chosen, ids, wanted[0], time.monotonic())
+        _log_changes(before, self._converged, repaired)
+
+    def _take_in(self, ids: Mapping[str, str], known: Mapping[str, str], sets: Mapping[str, Collection[str]]) -> None:
+        """Makes the kernel ready for new backends. Only an address that another backend had before can have flows: an
+        address that the kernel does not know was forgotten when its last backend went."""
+        reused = {ip for ip, id_ in ids.items() if known.get(ip) and known[ip] != id_}
+        self._netfilter.forget_flows(reused)
+        self._netfilter.forget_neighbours((ids.keys() - known.keys()) | reused)
+        additions = (ruleset.set_changes({*members, *ids}, members, name) for name, members in sets.items())
+        self._netfilter.change_sets("".join(additions))
+
+    def _let_go(
+        self,
+        ids: Mapping[str, str],
+        known: Mapping[str, str],
+        sets: Mapping[str, Collection[str]],
+        ejected: Collection[str],
+    ) -> None:
+        """Removes what the kernel has of backends that are gone. Connections to ejected ones that still wait for their
+        first packet are forgotten, so that the client's next SYN is sent to another backend."""
         gone = known.keys() - ids.keys()
-        come_back = {ip for ip, id_ in ids.items() if known.get(ip) and known[ip] != id_}
-        self._forget((ids.keys() - known.keys()) | come_back)
-        self._netfilter.change_members(ruleset.set_changes(members.keys() | ids.keys(), members))
-        leaving = [Endpoint(b.ip, view.port) for b in view.backends if b.ip not in {e.ip for e in chosen}]
-        wanted_nat = ruleset.nat(chosen, leaving, view.inside)
-        text = ruleset.restore(wanted_nat, nat)
-        self._apply(text)
-        for wanted in (ruleset.filters(chosen), ruleset.mangle()):
-            self._apply(ruleset.restore(wanted, ruleset.parse_table(self._netfilter.table(wanted.name))))
-        self._forget(gone)
-        for ip in {e.ip for e in self._in_rotation if health.get(e.ip) is False} & ids.keys() - {e.ip for e in chosen}:
-            self._netfilter.forget_flows(ip, unanswered_only=True)  # who waits for its first word tries another
-        self._netfilter.change_members(ruleset.set_changes(ids, members.keys() | ids.keys()))
+        self._netfilter.forget_flows(gone)
+        self._netfilter.forget_neighbours(gone)
+        self._netfilter.forget_flows(ejected, unanswered_only=True)
+        removals = (ruleset.set_changes(ids, {*members, *ids}, name) for name, members in sets.items())
+        self._netfilter.change_sets("".join(removals))
 
-        if {e.ip for e in chosen} != {e.ip for e in self._in_rotation}:
-            log.info("rotation %s", " ".join(sorted(e.ip for e in chosen)) or "empty")
-        elif text and wanted_nat == self._wanted:
-            log.warning("repaired the nat table: somebody else had changed it")
-            REPAIRS.inc()
-        self._known, self._in_rotation, self._wanted = ids, chosen, wanted_nat
-        self.converged_at = time.monotonic()
+    def _wanted(self, chosen: Rotation, view: View) -> list[Table]:
+        """The nat table first."""
+        in_rotation = {endpoint.ip for endpoint in chosen.endpoints}
+        others = [Endpoint(b.ip, view.port) for b in view.backends if b.ip not in in_rotation]
+        return ruleset.tables(chosen.endpoints, others, view.inside, view.check_source, self._features)
 
-    def _weighted(
-        self, chosen: tuple[Endpoint, ...], ids: Mapping[str, str], well: Iterable[str], view: View
-    ) -> tuple[Endpoint, ...]:
-        """`chosen` with the weights learnt from their speed, and with newcomers held back a little: those that have
-        not been well for long. A spare has had its time before it enters."""
-        now, adaptive = time.monotonic(), view.weights == "adaptive"
-        self._learner.ready({*well, *(ids[e.ip] for e in chosen)}, now)
-        return tuple(replace(e, weight=e.weight * self._learner.weight(ids[e.ip], now, adaptive)) for e in chosen)
+    def _write(self, wanted: list[Table], nat: Listing) -> bool:
+        """Writes what differs; whether the nat table did."""
+        listings = {"nat": nat}
+        nat_text = ruleset.restore(wanted[0], nat)
+        self._apply(nat_text)
+        self._rules_in_place = True
+        for table in wanted[1:]:
+            listings[table.name] = parse_table(self._netfilter.table(table.name))
+            self._apply(ruleset.restore(table, listings[table.name]))
+        self._findings = tuple(findings.find(self._netfilter.ip_forward(), listings))
+        return bool(nat_text)
 
     def _apply(self, text: str) -> None:
         if text:
             with APPLY_SECONDS.time():
                 self._netfilter.apply(text)
 
-    def _forget(self, ips: Iterable[str]) -> None:
-        ips = set(ips)
-        live = ruleset.parse_flows(self._netfilter.flows()).live if ips else {}
-        for ip in ips & live.keys():
-            self._netfilter.forget_flows(ip)
-        self._netfilter.forget_neighbours(ips)
+    def _note_rules(self, nat: Listing) -> None:
+        self._rules_in_place = ruleset.is_hooked(nat)
+
+    def _sets(self) -> dict[str, dict[str, tuple[int, int]]]:
+        text = self._netfilter.sets()
+        return {name: parse_set(text, name) for name in (SET, REPLIES)}
+
+    def _weighted(self, chosen: Rotation, health: Mapping[str, Health], view: View) -> Rotation:
+        """`chosen` with the weights learnt from their speed, and with new backends held back a little: those that have
+        not been healthy for long. A spare has had its time before it enters."""
+        now, adaptive = time.monotonic(), view.weights == "adaptive"
+        ids = {backend.ip: backend.id for backend in view.backends}
+        healthy = {b.id for b in view.backends if health.get(b.id, Health()).healthy}
+        self._learner.ready(healthy | {ids[e.ip] for e in chosen.endpoints}, now)
+        weights = {e.ip: e.weight * self._learner.weight(ids[e.ip], now, adaptive) for e in chosen.endpoints}
+        return replace(chosen, endpoints=tuple(replace(e, weight=weights[e.ip]) for e in chosen.endpoints))
+
+    # -- health ----------------------------------------------------------------------------------------------------
+
+    def _health(self) -> dict[str, Health]:
+        """By id: what the probes say, and over that what the connections show."""
+        health = self._prober.health()
+        for id_, stalled in self._sampled.stalled.items():
+            health[id_] = Health(False, 0, stalls.why(stalled), Cause.NO_FIRST_REPLY)
+        return health
+
+    def _health_changed(self) -> None:
+        self._wake.set()
+        self._changed.set()
+
+    def _table_full(self) -> bool:
+        used, limit = self._netfilter.conntrack_use()
+        return used >= FULL * limit
+
+    # -- the manager -----------------------------------------------------------------------------------------------
 
     def _follow(self) -> None:
-        """Takes the manager's next view; says once when the manager cannot be reached and once when it can again."""
+        """Takes the manager's next view; logs once when the manager cannot be reached and once when it can again."""
         try:
-            # After a silence ask for the view as if for the first time: the answer comes at once, and with it the news.
+            # After a silence ask for the view as if for the first time: the answer comes at once, and so does a change.
             message = self._manager.sync(self.view.revision if self._reachable else "")
             if message is not None:
                 self.view = View.parse(message)
@@ -164,125 +259,193 @@ class Balancer:
                 self._wake.set()
         except (requests.RequestException, KeyError, TypeError, ValueError) as error:
             if self._reachable:
-                log.warning("manager out of reach, keeping the last rules: %s", error)
+                log.warning("manager unreachable, keeping the last rules: %s", error)
             self._reachable = False
             time.sleep(random.uniform(0.2, 1.0))  # noqa: S311 - spreads balancers, hides nothing
         else:
             if not self._reachable:
-                log.info("manager in reach again")
+                log.info("manager reachable again")
             self._reachable = True
 
+    def _report_once(self) -> None:
+        """Waits until a report is due, regular or early, and sends it."""
+        early = self._changed.wait(self._schedule.until_regular(time.monotonic()))
+        if early:
+            time.sleep(self._schedule.early_pause(time.monotonic()))
+        self._changed.clear()
+        regular = self._schedule.send(time.monotonic(), self.view.interval)
+        if not self.view.revision:
+            return
+        report = self.report()
+        if regular:
+            self._learn(report)
+        if self._reachable:  # else _follow has logged it, and will log when that is over
+            self._manager.report(report)
+
     def report(self) -> dict[str, Any]:
-        """The message of POST /pkts_info: absolute counters of every backend in the view. Ends a learning interval."""
-        view, health, serving = self.view, self._prober.health(), {e.ip: e.weight for e in self._in_rotation}
-        connections = ruleset.connections(ruleset.parse_table(self._netfilter.table("nat")))
-        traffic = ruleset.parse_set(self._netfilter.members())
-        backends = [
-            {
-                "id": b.id,
-                "ip": b.ip,
-                "healthy": health.get(b.id, Health()).healthy,
-                "share": serving.get(b.ip, 0.0) / (sum(serving.values()) or 1.0),
-                "connections": connections.get(b.ip, 0),
-                "packets": traffic.get(b.ip, (0, 0))[0],
-                "bytes": traffic.get(b.ip, (0, 0))[1],
-                "active": self._live.get(b.ip, 0),
-                **({"why": health[b.id].why} if b.id in health and health[b.id].healthy is False else {}),
+        """The message of POST /pkts_info: absolute counters of every backend in the view."""
+        view, health, converged = self.view, self._health(), self._converged
+        counted = connections(parse_table(self._netfilter.table("nat")))
+        traffic = self._sets()[SET]
+        weights = {endpoint.ip: endpoint.weight for endpoint in converged.rotation.endpoints}
+        total = sum(weights.values()) or 1.0
+        backends = []
+        for backend in view.backends:
+            packets, size = traffic.get(backend.ip, (0, 0))
+            row = {
+                "id": backend.id,
+                "ip": backend.ip,
+                "share": weights.get(backend.ip, 0.0) / total,
+                "connections": counted.get(backend.ip, 0),
+                "packets": packets,
+                "bytes": size,
+                "active": self._sampled.live.get(backend.ip, 0),
             }
-            for b in view.backends
-        ]
-        message = {"balancer": self._name, "revision": view.revision, "interval": view.interval, "backends": backends}
-        return message | {"warnings": self._warnings()}
+            backends.append(row | _health_fields(health.get(backend.id, Health())))
+        return {
+            "balancer": self._name,
+            "revision": view.revision,
+            "interval": view.interval,
+            "uptime": time.monotonic() - self._began,
+            "panic": converged.rotation.panic,
+            "findings": [finding.message() for finding in self._findings],
+            "warnings": self._warnings(),
+            "backends": backends,
+        }
 
     def _learn(self, report: Mapping[str, Any]) -> None:
-        serving = {endpoint.ip for endpoint in self._in_rotation}
-        self._learner.learn(
-            {b["id"]: b["connections"] for b in report["backends"] if b["ip"] in serving}, time.monotonic()
-        )
+        """Ends a learning interval."""
+        serving = self._converged.serving
+        counted = {b["id"]: b["connections"] for b in report["backends"] if b["ip"] in serving}
+        self._learner.learn(counted, time.monotonic())
         self._wake.set()
 
     def _warnings(self) -> list[str]:
         used, limit = self._netfilter.conntrack_use()
-        if used <= FULL * limit:
+        if used <= NEARLY_FULL * limit:
             return []
-        return [f"connection table over {FULL:.0%} of its {limit} entries: raise net.netfilter.nf_conntrack_max"]
+        return [f"connection table over {NEARLY_FULL:.0%} of its {limit} entries: raise net.netfilter.nf_conntrack_max"]
 
-    def _health_turned(self) -> None:
-        self._wake.set()
-        self._news.set()
+    # -- samples of the flows --------------------------------------------------------------------------------------
 
-    def _report_regularly(self) -> None:
-        early = self._news.wait(self.view.interval)
-        self._news.clear()
-        if self.view.revision:
-            report = self.report()
-            if not early:
-                self._learn(report)
-            if self._reachable:  # else _follow has told, and will tell when that is over
-                self._manager.report(report)
+    def _sample(self) -> None:
+        """Takes each sample that is due. At a million flows a count of all takes seconds, and is made seldom; those
+        that wait, and those of a draining backend, are picked out by the kernel."""
+        time.sleep(SAMPLE_PERIOD)
+        view = self.view
+        self._take_sample("waiting", self._sample_waiting, view)
+        self._take_sample("all", self._count_all, view)
+        self._take_sample("draining", self._sample_draining, view)
 
-    def _look(self) -> None:
-        """Samples the flows; asks the manager to stop who has drained, and who has been ill for too long."""
-        time.sleep(self._look_pause)
-        now, view, health = time.monotonic(), self.view, self._prober.health()
-        serving = {endpoint.ip for endpoint in self._in_rotation}
-        flows = ruleset.parse_flows(self._netfilter.flows())
-        self._live = flows.live
-        self._learner.sample({b.id: flows.waiting.get(b.ip, 0) for b in view.backends})
-        self._look_pause = max(LOOK, (time.monotonic() - now) / LOOK_COST)
+    def _take_sample(self, name: str, body: Callable[[View], None], view: View) -> None:
+        pace = self._paces[name]
+        began = time.monotonic()
+        if pace.is_due(began):
+            body(view)
+            pace.done(began, time.monotonic())
 
-        if self._known is None or not self._reachable:
+    def _sample_waiting(self, view: View) -> None:
+        """For the weights and the detector of frozen backends."""
+        if not self._features.marks:
+            return
+        counts = self._netfilter.waiting_flows(view.check_source)
+        self._learner.sample({b.id: counts.waiting.get(b.ip, 0) for b in view.backends})
+        replied = self._sets()[REPLIES]
+        serving = self._converged.serving
+        seen = {}
+        for b in view.backends:
+            first_replies, _ = replied.get(b.ip, (0, 0))
+            seen[b.id] = Replies(counts.stalled.get(b.ip, 0), first_replies, b.ip in serving)
+        stalled = self._detector.judge(seen, time.monotonic(), self._table_full())
+        changed = stalled.keys() != self._sampled.stalled.keys()
+        self._sampled = replace(self._sampled, stalled=stalled)
+        if changed:
+            self._health_changed()
+
+    def _count_all(self, view: View) -> None:
+        self._sampled = replace(self._sampled, live=self._netfilter.all_flows(view.check_source).live)
+
+    def _sample_draining(self, view: View) -> None:
+        """Asks the manager to stop the draining backends that are done."""
+        if self._converged.ids is None or not self._reachable:
             return  # before the first pass nobody has left dispatch yet; without a manager there is nobody to ask
-        leaving = {b.ip for b in view.backends if b.state == "draining"} - serving
-        self._draining_since = {ip: self._draining_since.get(ip, now) for ip in leaving}
-        for ip, since in self._draining_since.items():
-            if not self._live.get(ip):
-                self._manager.stop(ip, f"drained in {now - since:.1f} s")
-            elif now - since > view.drain_timeout:
-                self._manager.stop(ip, f"{self._live[ip]} flows left at the drain deadline")
+        now, health = time.monotonic(), self._health()
+        draining = {b.ip: b.id for b in view.backends if b.state == "draining" and b.ip not in self._converged.serving}
+        self._draining_since = {ip: self._draining_since.get(ip, now) for ip in draining}
+        if not draining:
+            return
+        counts = self._netfilter.flows_of(draining)
+        live = {ip: counts.live.get(ip, 0) for ip in draining}
+        self._sampled = replace(self._sampled, live={**self._sampled.live, **live})
+        states = {}
+        for ip, id_ in draining.items():
+            unhealthy = health.get(id_, Health()).healthy is False
+            states[ip] = Draining(self._draining_since[ip], live[ip], counts.silent.get(ip, 0), unhealthy)
+        for departure in departures(states, now, view.drain_timeout):
+            self._manager.stop(departure.ip, departure.sentence())
 
-        # Whoever has never been well yet is left to the manager's patience.
-        self._was_well &= {b.id for b in view.backends}
-        self._was_well |= {id_ for id_, verdict in health.items() if verdict.healthy}
-        judged = (b for b in view.backends if b.ip not in leaving and (b.state == "active" or b.id in self._was_well))
-        ill = {b for b in judged if health.get(b.id, Health()).healthy is False}
-        self._ill_since = {b.id: self._ill_since.get(b.id, now) for b in ill}
-        # Where all are ill the fault may be ours: fail static, but replace one now and then, for it may be theirs.
-        some_well = any(verdict.healthy for verdict in health.values())
-        patience = DEAD_AFTER if some_well else ALL_ILL_AFTER
-        for b in sorted(ill, key=lambda b: self._ill_since[b.id]):
-            if (spell := now - self._ill_since[b.id]) > patience:
-                self._manager.stop(b.ip, f"ill for {spell:.0f} s: {health[b.id].why}")
-                if not some_well:
-                    self._ill_since = dict.fromkeys(self._ill_since, now)
-                    break
+    # -- what port 5000 serves -------------------------------------------------------------------------------------
 
     def state(self) -> tuple[dict[str, Any], int]:
-        """What GET /sync answers, and its status: 503 once three intervals went by without a good pass."""
-        age = time.monotonic() - self.converged_at
-        serving = sorted(endpoint.ip for endpoint in self._in_rotation)
-        message = {"converged_s_ago": round(age, 3), "revision": self.view.revision, "rotation": serving}
-        return message, 200 if age < 3 * self.view.interval + 5 else 503
+        """The answer to GET /sync, and its status: 503 when a loop is stuck or our rules are gone. Whether the manager
+        can be reached does not matter: traffic flows without it."""
+        now, converged = time.monotonic(), self._converged
+        loops_alive = all(now - beat < LOOP_SECONDS for beat in dict(self._beats).values())
+        healthy = loops_alive and self._rules_in_place
+        message = {
+            "converged_s_ago": round(now - converged.at, 3),
+            "revision": self.view.revision,
+            "rotation": sorted(converged.serving),
+            "panic": converged.rotation.panic,
+            "loops_alive": loops_alive,
+            "rules_in_place": self._rules_in_place,
+        }
+        return message, 200 if healthy else 503
 
-    def gauges(self) -> dict[str, tuple[str, float]]:
-        """For Prometheus: name → (meaning, value)."""
+    def gauges(self) -> Gauges:
         used, limit = self._netfilter.conntrack_use()
+        converged = self._converged
         return {
-            "rotation_backends": ("Backends that get new connections.", len(self._in_rotation)),
-            "flows": ("Live flows to backends.", sum(self._live.values())),
+            "rotation_backends": ("Backends that get new connections.", len(converged.serving)),
+            "panic": (
+                "1 while fewer than half of the backends are healthy, so that all stay.",
+                converged.rotation.panic,
+            ),
+            "flows": ("Live flows to backends.", sum(self._sampled.live.values())),
             "conntrack_entries": ("Entries in the connection table.", used),
             "conntrack_entries_limit": ("Entries that the connection table can hold.", limit),
-            "converged_seconds": ("Time since the last good pass.", time.monotonic() - self.converged_at),
+            "converged_seconds": ("Time since the last good pass.", time.monotonic() - converged.at),
         }
 
 
-def _forever(body: Callable[[], None]) -> None:
-    while True:
-        _attempt(body)
+def _healthy(health: Mapping[str, Health]) -> dict[str, bool | None]:
+    return {id_: verdict.healthy for id_, verdict in health.items()}
+
+
+def _health_fields(health: Health) -> dict[str, Any]:
+    fields: dict[str, Any] = {"healthy": health.healthy}
+    if health.healthy is False:
+        fields["why"] = health.why
+        if health.cause:
+            fields["cause"] = health.cause.value
+    return fields
+
+
+def _log_changes(before: _Converged, after: _Converged, repaired: bool) -> None:
+    numbers = after.rotation.healthy, after.rotation.candidates
+    if after.rotation.panic and not before.rotation.panic:
+        log.warning("panic: %s of %s backends healthy, all of them stay in rotation", *numbers)
+    if before.rotation.panic and not after.rotation.panic:
+        log.info("panic over: %s of %s backends healthy", *numbers)
+    if after.serving != before.serving:
+        log.info("rotation %s", " ".join(sorted(after.serving)) or "empty")
+    elif repaired:
+        log.warning("repaired the nat table: somebody else had changed it")
+        REPAIRS.inc()
 
 
 def _attempt(body: Callable[[], None]) -> None:
-    """Runs one pass of a loop; a pass that fails is told and followed by the next, for the loop must not die."""
+    """Runs one pass of a loop; a pass that fails is logged and followed by the next, for the loop must not end."""
     try:
         with FAILED_PASSES.count_exceptions():
             body()
@@ -295,22 +458,6 @@ def _attempt(body: Callable[[], None]) -> None:
         time.sleep(1)
 
 
-def doors(balancer: Balancer) -> Flask:
-    """The balancer's own HTTP interface: for Docker's health check and for people."""
-    app = Flask(__name__)
-
-    @app.get("/sync")
-    def sync() -> Response:
-        message, status = balancer.state()
-        return Response(json.dumps(message) + "\n", status, mimetype="application/json")
-
-    @app.get("/metrics")
-    def metrics() -> Response:
-        return Response(exposition(balancer.gauges()), mimetype="text/plain; version=0.0.4")
-
-    return app
-
-
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout)
     addresses = os.environ.get("LB_MANAGERS") or (HERE / "hostip.txt").read_text().strip()
@@ -320,12 +467,7 @@ def main() -> None:
     manager = Manager(addresses.split(","), token, name, certificate)
     balancer = Balancer(Netfilter(os.environ["IPTABLES"]), manager, name, node)
     log.info("balancer started, iptables-%s, manager at %s", os.environ["IPTABLES"], addresses)
-    threading.Thread(
-        target=waitress.serve,
-        args=(doors(balancer),),
-        kwargs={"host": "0.0.0.0", "port": SYNC_PORT, "threads": 2, "ident": None, "_quiet": True},
-        daemon=True,
-    ).start()
+    serve_in_thread(create_app(balancer))
     balancer.run()
 
 

@@ -1,61 +1,15 @@
-"""The wire contract as the balancer sees it: what the manager wants (the view) and the calls to the manager."""
+"""The calls to the manager, as the wire contract has them."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from ipaddress import IPv4Address
 from typing import Any
 
 import requests
 from requests.adapters import HTTPAdapter
 
-LONG_POLL = 25.0  # seconds the manager may take to say that nothing is new
-
-
-@dataclass(frozen=True)
-class Backend:
-    id: str  # the container's: tells a new backend from an old one on the same address
-    ip: str
-    state: str  # starting | active | draining | spare
-    weight: float
-    node: str = ""  # the machine it is on, where there are several
-
-
-@dataclass(frozen=True)
-class View:
-    """What the manager wants: the backends it knows and how to serve them. Times in seconds."""
-
-    revision: str = ""
-    backends: tuple[Backend, ...] = ()
-    port: int = 8000
-    health: str = "sync"
-    interval: float = 2.0
-    drain_timeout: float = 30.0
-    weights: str = "equal"  # equal | adaptive
-    inside: str = ""  # the backends' network, where they are to see their clients' own addresses
-    locality: str = ""  # prefer: the balancer's own node first
-
-    @classmethod
-    def parse(cls, message: Mapping[str, Any]) -> View:
-        """Reads the manager's answer to GET /sync. Raises KeyError, TypeError or ValueError when it is not one."""
-        service = message["service"]
-        backends = (
-            Backend(b["id"], str(IPv4Address(b["ip"])), b["state"], float(b["weight"]), b.get("node", ""))
-            for b in message["backends"]
-        )
-        return cls(
-            message["revision"],
-            tuple(backends),
-            int(service["port"]),
-            service["health"],
-            float(service["interval"]),
-            float(service["drain_timeout"]),
-            service["weights"],
-            service["inside"],
-            service.get("locality", ""),
-        )
+LONG_POLL = 25.0  # seconds the manager may take to answer that nothing changed
 
 
 class _Pinned(HTTPAdapter):
@@ -66,11 +20,12 @@ class _Pinned(HTTPAdapter):
 
 
 class Manager:
-    """The manager's HTTP interface. Every call raises requests.RequestException when the manager is out of reach."""
+    """The manager's HTTP interface. Every call raises requests.RequestException when the manager is unreachable, or
+    answers with an error: 503 while it is ending."""
 
     def __init__(self, addresses: Sequence[str], token: str, balancer: str = "", certificate: str = "") -> None:
         """`addresses` are where the manager may be, tried in turn. Where there is a certificate, a file with the
-        manager's own, it has to show that one, whatever its address: then nobody between learns or forges anything."""
+        manager's own, it has to present that one, whatever its address: then nobody in between reads or forges."""
         self._balancer = balancer
         self._urls = deque(f"{'https' if certificate else 'http'}://{address}" for address in addresses)
         self._session = requests.Session()

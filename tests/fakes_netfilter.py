@@ -1,4 +1,4 @@
-"""A balancer's network namespace in memory: enough of iptables-restore, ipset and conntrack for `converge` to run on.
+"""A balancer's network namespace in memory: enough of iptables-restore, ipset and ctnetlink for `converge` to run on.
 
 A restore is all or nothing, and as strict as the real one: a jump to a chain that is not there, the end of a chain
 that something still leads to, a name too long, a set that does not exist, are errors. `calls` holds what was changed,
@@ -8,15 +8,20 @@ in order; `break_at` makes the change of that number fail.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from ipaddress import IPv4Address
 
+import flows
+from flows import Flow, FlowCounts
 from netfilter import Netfilter, NetfilterError
+from ruleset import REPLIES, REPLY_MARK, REQUEST_MARK, SET, Features
 
 NAME_MAX = 28
 BUILT_IN = {
     "nat": ("PREROUTING", "INPUT", "OUTPUT", "POSTROUTING"),
     "filter": ("INPUT", "FORWARD", "OUTPUT"),
     "mangle": ("PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"),
+    "raw": ("PREROUTING", "OUTPUT"),
 }
 # What Docker keeps in a container's nat table: its DNS lives there.
 DOCKERS = {
@@ -26,22 +31,32 @@ DOCKERS = {
     "DOCKER_POSTROUTING": ["-s 127.0.0.11/32 -p tcp -m tcp --sport 39049 -j SNAT --to-source :53"],
 }
 
+TARGETS = ("DNAT", "SNAT", "MASQUERADE", "DROP", "RETURN", "CONNMARK", "CT")
+
 Rule = tuple[int, str]  # packets counted, the rule's words
 
 
+STATES = {name.upper(): number for number, name in enumerate(flows.STATE_NAMES, 1)}
+TIMEOUTS = flows.Timeouts({1: 120, 2: 60, 3: 86400, 4: 120, 5: 60, 6: 30, 7: 10, 8: 10})
+
+
 def flow(
-    backend: str, state: str = "ESTABLISHED", client_port: int = 40000, answer: tuple[int, int] | None = (4, 912)
-) -> str:
-    """One line of `conntrack -L`; `answer` is the reply's packets and bytes, None where the kernel counts neither."""
-    unreplied = state == "SYN_SENT"
-    there, back = ("", "") if answer is None else (" packets=5 bytes=300", f" packets={answer[0]} bytes={answer[1]}")
-    if unreplied and answer:
-        there, back = " packets=1 bytes=60", " packets=0 bytes=0"
-    return (
-        f"tcp      6 117 {state} src=203.0.113.9 dst=198.18.0.254 sport={client_port} dport=8000{there} "
-        f"{'[UNREPLIED] ' if unreplied else ''}src={backend} dst=198.18.0.254 sport=8000 dport={client_port}{back} "
-        f"{'' if unreplied else '[ASSURED] '}mark=0 use=1\n"
-    )
+    backend: str,
+    state: str = "ESTABLISHED",
+    client_port: int = 40000,
+    mark: int = REQUEST_MARK | REPLY_MARK,
+    idle: int = 0,
+    client: str = "203.0.113.9",
+) -> Flow:
+    """One connection to the service, which has got its first reply, `idle` seconds after its last packet."""
+    number = STATES[state]
+    packed = [IPv4Address(ip).packed for ip in (client, backend)]
+    return Flow(packed[0], client_port, packed[1], number, TIMEOUTS.by_state[number] - idle, mark)
+
+
+def waiting(backend: str, client_port: int = 40000, idle: int = 0) -> Flow:
+    """One that has sent its request and waits for the first reply."""
+    return flow(backend, client_port=client_port, mark=REQUEST_MARK, idle=idle)
 
 
 class FakeNetfilter(Netfilter):
@@ -51,11 +66,27 @@ class FakeNetfilter(Netfilter):
         }
         for chain, rules in DOCKERS.items():
             self.tables["nat"][chain] = [(0, rule) for rule in rules]
-        self.set: dict[str, tuple[int, int]] | None = None
-        self.flow_lines: list[str] = []
+        self.all_sets: dict[str, dict[str, tuple[int, int]]] = {}
+        self.flows: list[Flow] = []
         self.conntrack = 10, 1000
+        self.can = Features()
+        self.forwards = True
         self.calls: list[str] = []
         self.break_at = 0
+
+    @property
+    def set(self) -> dict[str, tuple[int, int]]:
+        """Packets and bytes of each backend."""
+        return self.all_sets.setdefault(SET, {})
+
+    @set.setter
+    def set(self, members: dict[str, tuple[int, int]]) -> None:
+        self.all_sets[SET] = members
+
+    def reply(self, ip: str, connections: int = 1) -> None:
+        """Lets that many more connections get a first reply from the backend."""
+        packets, size = self.all_sets[REPLIES][ip]
+        self.all_sets[REPLIES][ip] = packets + connections, size + 100 * connections
 
     def rules(self, table: str, chain: str) -> list[str]:
         return [rule for _, rule in self.tables[table][chain]]
@@ -96,6 +127,14 @@ class FakeNetfilter(Netfilter):
             elif word == "-A" and self._valid(chains, rest):
                 chain, rule = rest.split(" ", 1)
                 chains[chain].append((0, rule))
+            elif word == "-I":
+                chain, place, rule = rest.split(" ", 2)
+                if not self._valid(chains, f"{chain} {rule}"):
+                    raise NetfilterError(f"iptables-restore: line {number} failed: {line}")
+                chains[chain].insert(int(place) - 1, (0, rule))
+            elif word == "-D" and rest.split(" ", 1)[1] in [rule for _, rule in chains[rest.split(" ", 1)[0]]]:
+                chain, rule = rest.split(" ", 1)
+                del chains[chain][[r for _, r in chains[chain]].index(rule)]
             elif word == "-X" and chains.get(rest) == [] and not self._leading_to(chains, rest):
                 del chains[rest]
             else:
@@ -105,40 +144,57 @@ class FakeNetfilter(Netfilter):
     def _valid(self, chains: dict[str, list[Rule]], words: str) -> bool:
         chain = words.split(" ", 1)[0]
         jump = re.search(r"-j (\S+)", words)
-        known = not jump or jump[1] in chains or jump[1] in ("DNAT", "SNAT", "MASQUERADE", "DROP")
-        return chain in chains and known and ("--match-set" not in words or self.set is not None)
+        known = not jump or jump[1] in chains or jump[1] in TARGETS
+        return chain in chains and known and ("--match-set" not in words or len(self.all_sets) == 2)
 
     @staticmethod
     def _leading_to(chains: dict[str, list[Rule]], chain: str) -> bool:
         return any(rule.endswith(f"-j {chain}") for rules in chains.values() for _, rule in rules)
 
-    def members(self) -> str:
-        self.set = {} if self.set is None else self.set
-        head = (
-            "create LB-BACKENDS hash:ip family inet hashsize 1024 maxelem 65536 counters bucketsize 12 initval 0x6ff\n"
-        )
-        return head + "".join(f"add LB-BACKENDS {ip} packets {p} bytes {b}\n" for ip, (p, b) in self.set.items())
+    def make_sets(self) -> None:
+        for name in (SET, REPLIES):
+            self.all_sets.setdefault(name, {})
 
-    def change_members(self, text: str) -> None:
-        assert self.set is not None
+    def sets(self) -> str:
+        options = "hash:ip family inet hashsize 1024 maxelem 65536 counters bucketsize 12 initval 0x6ff"
+        lines = []
+        for name, members in self.all_sets.items():
+            lines.append(f"create {name} {options}\n")
+            lines += [f"add {name} {ip} packets {p} bytes {b}\n" for ip, (p, b) in members.items()]
+        return "".join(lines)
+
+    def change_sets(self, text: str) -> None:
         if not text:
             return
-        self._change(" ".join(line.replace(" LB-BACKENDS", "") for line in text.splitlines()))
+        both = [line for line in text.splitlines() if line.split(" ")[1] == SET]
+        self._change(" ".join(line.replace(f" {SET}", "") for line in both))
         for line in text.splitlines():
             word, name, ip = line.split(" ")
-            assert (word in ("add", "del")) and name == "LB-BACKENDS"
-            self.set.pop(ip, None)
+            assert word in ("add", "del")
+            self.all_sets[name].pop(ip, None)
             if word == "add":
-                self.set[ip] = (0, 0)  # adding a member again zeroes it, -exist or not
+                self.all_sets[name][ip] = (0, 0)  # adding a member again zeroes it, -exist or not
 
-    def flows(self) -> str:
-        return "".join(self.flow_lines)
+    def features(self) -> Features:
+        return self.can
 
-    def forget_flows(self, ip: str, unanswered_only: bool = False) -> None:
-        self._change(f"forget {ip}{' unanswered' if unanswered_only else ''}")
-        gone = [line for line in self.flow_lines if f" src={ip} " in line]
-        gone = [line for line in gone if " SYN_SENT " in line] if unanswered_only else gone
-        self.flow_lines = [line for line in self.flow_lines if line not in gone]
+    def all_flows(self, check_source: str = "") -> FlowCounts:
+        return flows.count(self.flows, TIMEOUTS, check_source)
+
+    def waiting_flows(self, check_source: str = "") -> FlowCounts:
+        waits = [flow for flow in self.flows if flow.mark & (REQUEST_MARK | REPLY_MARK) == REQUEST_MARK]
+        return flows.count(waits, TIMEOUTS, check_source)
+
+    def flows_of(self, ips: Collection[str]) -> FlowCounts:
+        return flows.count([flow for flow in self.flows if str(IPv4Address(flow.backend)) in ips], TIMEOUTS)
+
+    def forget_flows(self, ips: Collection[str], unanswered_only: bool = False) -> None:
+        if not ips:
+            return
+        self._change(f"forget {' '.join(sorted(ips))}{' unanswered' if unanswered_only else ''}")
+        gone = [flow for flow in self.flows if str(IPv4Address(flow.backend)) in ips]
+        gone = [flow for flow in gone if flow.state == flows.SYN_SENT] if unanswered_only else gone
+        self.flows = [flow for flow in self.flows if flow not in gone]
 
     def forget_neighbours(self, ips: Iterable[str]) -> None:
         if ips := sorted(ips):
@@ -146,3 +202,6 @@ class FakeNetfilter(Netfilter):
 
     def conntrack_use(self) -> tuple[int, int]:
         return self.conntrack
+
+    def ip_forward(self) -> bool:
+        return self.forwards

@@ -27,9 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "balancer"))
 from bench import linear
 
 import ruleset
+from listings import Listing, parse_set, parse_table
 from netfilter import Netfilter
 from netns.lab import Lab, Namespace
-from ruleset import Endpoint, Listing
+from ruleset import REPLIES, SET, Endpoint
 
 SIZES, ROUNDS, TRIES = (10, 100, 1000), 5, 5
 SECONDS, CLIENTS = 3, 32
@@ -74,7 +75,7 @@ class Balancer:
 
     def read(self) -> Listing:
         with self.namespace:
-            return ruleset.parse_table(self.kernel.table("nat"))
+            return parse_table(self.kernel.table("nat"))
 
     def apply(self, text: str) -> None:
         with self.namespace:
@@ -82,9 +83,11 @@ class Balancer:
 
     def deal_over(self, endpoints: Sequence[Endpoint]) -> None:
         with self.namespace:
-            present = ruleset.parse_set(self.kernel.members())
-            self.kernel.change_members(ruleset.set_changes([e.ip for e in endpoints], present))
-        for table in (ruleset.nat(endpoints), ruleset.filters(endpoints), ruleset.mangle()):
+            self.kernel.make_sets()
+            for name in (SET, REPLIES):
+                present = parse_set(self.kernel.sets(), name)
+                self.kernel.change_sets(ruleset.set_changes([e.ip for e in endpoints], present, name))
+        for table in ruleset.tables(endpoints):
             self.apply(ruleset.restore(table, Listing()))
 
 

@@ -38,13 +38,15 @@ RULES_SYSCTLS = (
 )
 # Applies the product's own rules, in the balancer's image, to the endpoints on standard input.
 APPLY = """
-import sys, time, netfilter, ruleset
+import sys, time, listings, netfilter, ruleset
 endpoints = [ruleset.Endpoint(ip, 8000) for ip in sys.stdin.read().split()]
 kernel = netfilter.Netfilter("nft")
-kernel.change_members(ruleset.set_changes([e.ip for e in endpoints], ruleset.parse_set(kernel.members())))
+kernel.make_sets()
+for name in (ruleset.SET, ruleset.REPLIES):
+    kernel.change_sets(ruleset.set_changes([e.ip for e in endpoints], listings.parse_set(kernel.sets(), name), name))
 began = time.monotonic()
-for table in (ruleset.nat(endpoints), ruleset.filters(endpoints), ruleset.mangle()):
-    kernel.apply(ruleset.restore(table, ruleset.parse_table(kernel.table(table.name))))
+for table in ruleset.tables(endpoints):
+    kernel.apply(ruleset.restore(table, listings.parse_table(kernel.table(table.name))))
 print(time.monotonic() - began)
 """
 

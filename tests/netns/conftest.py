@@ -6,10 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 
+import listings
 import netfilter
 import ruleset
+from listings import Listing, parse_set, parse_table
 from netns.lab import Lab, Namespace
-from ruleset import Endpoint, Listing
+from ruleset import REPLIES, SET, Endpoint
 
 MISSING = [tool for tool in ("ip", "iptables-nft-restore", "ipset", "conntrack", "sysctl") if not shutil.which(tool)]
 VIP = ("198.18.0.1", 8000)
@@ -45,26 +47,37 @@ class Balancer:
 
         return inside
 
-    def deal_over(self, *ips: str, weights: dict[str, float] | None = None, draining: tuple[str, ...] = ()) -> None:
+    def dispatch_over(
+        self,
+        *ips: str,
+        weights: dict[str, float] | None = None,
+        draining: tuple[str, ...] = (),
+        check_source: str = "",
+    ) -> None:
         """All tables and the set, as one pass of the client would leave them."""
         endpoints = [Endpoint(ip, 8000, (weights or {}).get(ip, 1.0)) for ip in ips]
         leaving = [Endpoint(ip, 8000) for ip in draining]
-        present = ruleset.parse_set(self.members())
-        self.change_members(ruleset.set_changes({*present, *ips}, present))
-        for table in (ruleset.nat(endpoints, leaving), ruleset.filters(endpoints), ruleset.mangle()):
-            self.apply(ruleset.restore(table, ruleset.parse_table(self.table(table.name))))
+        self.make_sets()
+        for name in (SET, REPLIES):
+            present = parse_set(self.sets(), name)
+            self.change_sets(ruleset.set_changes({*present, *ips}, present, name))
+        for table in ruleset.tables(endpoints, leaving, check_source=check_source):
+            self.apply(ruleset.restore(table, self.listing(table.name)))
 
     def connections(self) -> dict[str, int]:
-        return ruleset.connections(ruleset.parse_table(self.table("nat")))
+        return listings.connections(self.listing("nat"))
 
     def traffic(self) -> dict[str, tuple[int, int]]:
-        return ruleset.parse_set(self.members())
+        return parse_set(self.sets(), SET)
+
+    def first_replies(self) -> dict[str, int]:
+        return {ip: packets for ip, (packets, _) in parse_set(self.sets(), REPLIES).items()}
 
     def live(self) -> dict[str, int]:
-        return ruleset.parse_flows(self.flows()).live
+        return self.all_flows().live
 
     def listing(self, table: str) -> Listing:
-        return ruleset.parse_table(self.table(table))
+        return parse_table(self.table(table))
 
 
 @pytest.fixture

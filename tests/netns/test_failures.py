@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 
 import ruleset
+from listings import Listing
 from netns.conftest import VIP, Balancer
 from netns.lab import Lab, Namespace, Server, ask, connect
 
@@ -34,7 +35,7 @@ def test_a_refused_connection_is_tried_again_elsewhere(lab: Lab, client: Namespa
     backends = lab.add(ONE, TWO, *others)
     for address in (ONE, *others):  # nothing listens on TWO: its kernel answers SYNs with RST
         Server(backends, address)
-    balancer.deal_over(ONE, TWO, *others)
+    balancer.dispatch_over(ONE, TWO, *others)
     began = time.monotonic()
     while not balancer.connections()[TWO]:
         assert ask(client, VIP, timeout=60) != TWO
@@ -47,7 +48,7 @@ def _assert(truth: bool) -> None:
 
 def test_the_only_backend_may_refuse_at_once(lab: Lab, client: Namespace, balancer: Balancer) -> None:
     lab.add(ONE)
-    balancer.deal_over(ONE)
+    balancer.dispatch_over(ONE)
     with pytest.raises(ConnectionRefusedError):
         ask(client, VIP)
 
@@ -58,7 +59,7 @@ def test_a_reset_that_is_not_the_first_word_goes_through(lab: Lab, client: Names
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
     Server(lab.add(ONE, TWO), talk=reset, greet=False)
-    balancer.deal_over(ONE, TWO)
+    balancer.dispatch_over(ONE, TWO)
     with connect(client, VIP) as connection:
         connection.sendall(b"x")
         with pytest.raises(ConnectionResetError):
@@ -69,12 +70,12 @@ def test_a_connection_that_finds_nobody_ready_is_held_until_somebody_is(
     lab: Lab, client: Namespace, balancer: Balancer
 ) -> None:
     Server(lab.add(ONE))
-    balancer.deal_over()
+    balancer.dispatch_over()
     answers: list[str] = []
     caller = threading.Thread(target=lambda: answers.append(ask(client, VIP, timeout=20)))
     caller.start()
     time.sleep(0.3)
-    balancer.deal_over(ONE)
+    balancer.dispatch_over(ONE)
     caller.join(20)
     assert answers == [ONE]
 
@@ -83,13 +84,13 @@ def test_a_connection_stuck_on_a_dead_backend_is_dealt_anew_once_its_flow_is_for
     lab: Lab, client: Namespace, balancer: Balancer
 ) -> None:
     Server(lab.add(TWO))
-    balancer.deal_over(ONE)  # nobody has this address: SYNs vanish
+    balancer.dispatch_over(ONE)  # nobody has this address: SYNs vanish
     answers: list[str] = []
     caller = threading.Thread(target=lambda: answers.append(ask(client, VIP, timeout=30)))
     caller.start()
     patiently(lambda: _assert(balancer.live() == {ONE: 1}))
-    balancer.deal_over(TWO)
-    balancer.forget_flows(ONE)
+    balancer.dispatch_over(TWO)
+    balancer.forget_flows([ONE])
     caller.join(30)
     assert answers == [TWO]
 
@@ -97,12 +98,12 @@ def test_a_connection_stuck_on_a_dead_backend_is_dealt_anew_once_its_flow_is_for
 def test_without_forgetting_the_same_connection_stays_stuck(lab: Lab, client: Namespace, balancer: Balancer) -> None:
     """The test above can fail: this is what the deletion is for."""
     Server(lab.add(TWO))
-    balancer.deal_over(ONE)
+    balancer.dispatch_over(ONE)
     began = time.monotonic()
 
     def swap() -> None:
         patiently(lambda: _assert(balancer.live() == {ONE: 1}))
-        balancer.deal_over(TWO)
+        balancer.dispatch_over(TWO)
 
     threading.Thread(target=swap).start()
     with pytest.raises(OSError, match=r"No route|timed out"):
@@ -112,11 +113,11 @@ def test_without_forgetting_the_same_connection_stays_stuck(lab: Lab, client: Na
 
 def test_who_speaks_on_a_forgotten_flow_is_told_at_once(lab: Lab, client: Namespace, balancer: Balancer) -> None:
     Server(lab.add(ONE), talk=lambda _: time.sleep(3))
-    balancer.deal_over(ONE)
+    balancer.dispatch_over(ONE)
     with connect(client, VIP) as connection:
         connection.recv(100)
-        balancer.deal_over()
-        balancer.forget_flows(ONE)
+        balancer.dispatch_over()
+        balancer.forget_flows([ONE])
         began = time.monotonic()
         connection.sendall(b"anybody?")
         with pytest.raises(ConnectionResetError):
@@ -129,14 +130,14 @@ def test_a_new_backend_on_an_old_address_gets_no_stale_flow_and_no_stale_neighbo
 ) -> None:
     old = lab.add(ONE)
     Server(old, talk=lambda _: time.sleep(5))
-    balancer.deal_over(ONE)
+    balancer.dispatch_over(ONE)
     with connect(client, VIP) as connection:
         connection.recv(100)
         old.run("ip", "link", "set", "eth0", "down")
         new = lab.add(ONE)  # same address, another link-layer address
         before = new.run("cat", "/proc/thread-self/net/snmp")
         Server(new)
-        balancer.forget_flows(ONE)
+        balancer.forget_flows([ONE])
         balancer.forget_neighbours([ONE])
         assert balancer.live() == {}
         assert ask(client, VIP, timeout=2) == ONE  # a stale neighbour entry would lose this SYN for seconds
@@ -165,15 +166,13 @@ def test_live_and_waiting_flows_are_told_apart(lab: Lab, client: Namespace, bala
         connection.recv(1)
 
     Server(lab.add(ONE), talk=talk, greet=False)
-    balancer.deal_over(ONE)
+    balancer.dispatch_over(ONE)
     with connect(client, VIP) as connection:
         connection.sendall(b"please")
-        patiently(lambda: _assert(ruleset.parse_flows(str(balancer.flows())).waiting == {ONE: 1} == balancer.live()))
+        patiently(lambda: _assert(balancer.waiting_flows().waiting == {ONE: 1} == balancer.live()))
         go.set()
         connection.recv(1000)
-        patiently(
-            lambda: _assert(ruleset.parse_flows(str(balancer.flows())).waiting == {} and balancer.live() == {ONE: 1})
-        )
+        patiently(lambda: _assert(balancer.waiting_flows().waiting == {} and balancer.live() == {ONE: 1}))
     patiently(lambda: _assert(balancer.live() == {}))
 
 
@@ -221,7 +220,7 @@ def test_a_packet_outside_the_window_does_not_reset_a_live_connection(
             connection.sendall(connection.recv(100))
 
     Server(lab.add(ONE), talk=echo, greet=False)
-    balancer.deal_over(ONE)
+    balancer.dispatch_over(ONE)
     with client:
         tap = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0800))
     with tap, connect(client, VIP) as connection:
@@ -248,7 +247,7 @@ def test_a_client_that_has_closed_its_side_still_gets_its_whole_answer(
             connection.sendall(b"x" * 1000)
 
     Server(lab.add(ONE), talk=trickle)
-    balancer.deal_over(ONE)
+    balancer.dispatch_over(ONE)
     with connect(client, VIP) as connection:
         connection.shutdown(socket.SHUT_WR)
         time.sleep(0.2)
@@ -273,8 +272,8 @@ def test_only_clients_inside_are_masqueraded_where_backends_are_to_see_them(
     balancer.namespace.run("ip", "route", "add", "203.0.113.9/32", "via", "198.18.0.254")
     backend.run("ip", "route", "add", "default", "via", VIP[0])
     endpoint = ruleset.Endpoint(ONE, 8000)
-    balancer.members()
-    balancer.apply(ruleset.restore(ruleset.nat([endpoint], inside="198.18.0.0/16"), ruleset.Listing()))
+    balancer.make_sets()
+    balancer.apply(ruleset.restore(ruleset.nat([endpoint], inside="198.18.0.0/16"), Listing()))
     ask(client, VIP)
     with client, socket.create_connection(VIP, 5, source_address=("203.0.113.9", 0)) as connection:
         assert connection.recv(100)

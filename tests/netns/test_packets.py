@@ -26,7 +26,7 @@ def test_equal_weights_share_real_connections_equally(
 ) -> None:
     backends = addresses(count)
     Server(lab.add(*backends))
-    balancer.deal_over(*backends)
+    balancer.dispatch_over(*backends)
     hits = Counter(ask_often(client, VIP, 1000))
     assert sorted(hits) == sorted(backends)
     for backend in backends:
@@ -37,7 +37,7 @@ def test_weights_are_shares(lab: Lab, client: Namespace, balancer: Balancer) -> 
     backends = addresses(20)
     weights = {ip: 1.0 + i % 4 for i, ip in enumerate(backends)}
     Server(lab.add(*backends))
-    balancer.deal_over(*backends, weights=weights)
+    balancer.dispatch_over(*backends, weights=weights)
     hits = Counter(ask_often(client, VIP, 2000))
     for ip in backends:
         assert_share(hits[ip], 2000, weights[ip] / sum(weights.values()))
@@ -51,7 +51,7 @@ def test_counters_are_exact_and_survive_every_rewrite_of_dispatch(
     hits: Counter[str] = Counter()
     for size in (3, 12, 2, 9):
         members = backends[:size]
-        balancer.deal_over(*members, draining=tuple(backends[size:]))
+        balancer.dispatch_over(*members, draining=tuple(backends[size:]))
         hits.update(ask_often(client, VIP, 100))
         assert balancer.connections() == {ip: hits[ip] for ip in backends}
     packets = {ip: count for ip, (count, _) in balancer.traffic().items()}
@@ -61,21 +61,21 @@ def test_counters_are_exact_and_survive_every_rewrite_of_dispatch(
 
 def test_the_listing_of_what_was_applied_is_what_was_rendered(lab: Lab, balancer: Balancer) -> None:
     backends = addresses(50)
-    balancer.deal_over(*backends, weights={ip: 0.25 + 0.37 * i for i, ip in enumerate(backends)})
-    before = [balancer.table(name) for name in ("nat", "filter", "mangle")]
-    balancer.deal_over(*backends, weights={ip: 0.25 + 0.37 * i for i, ip in enumerate(backends)})
-    after = [balancer.table(name) for name in ("nat", "filter", "mangle")]
+    balancer.dispatch_over(*backends, weights={ip: 0.25 + 0.37 * i for i, ip in enumerate(backends)})
+    before = [balancer.table(name) for name in ("nat", "filter", "mangle", "raw")]
+    balancer.dispatch_over(*backends, weights={ip: 0.25 + 0.37 * i for i, ip in enumerate(backends)})
+    after = [balancer.table(name) for name in ("nat", "filter", "mangle", "raw")]
     strip = [[line for line in text.splitlines() if not line.startswith("#")] for text in (*before, *after)]
-    assert strip[:3] == strip[3:]
+    assert strip[:4] == strip[4:]
 
 
 def test_rules_changed_under_traffic_lose_no_connection(lab: Lab, client: Namespace, balancer: Balancer) -> None:
     backends = addresses(12)
     Server(lab.add(*backends))
-    balancer.deal_over(*backends)
+    balancer.dispatch_over(*backends)
     answers = []
     for round_ in range(30):
-        balancer.deal_over(*backends[: 3 + round_ % 10], draining=tuple(backends[3 + round_ % 10 :]))
+        balancer.dispatch_over(*backends[: 3 + round_ % 10], draining=tuple(backends[3 + round_ % 10 :]))
         answers += list(ask_often(client, VIP, 20, timeout=0.9))  # a lost SYN would be resent after a second
     assert len(answers) == 600
 
@@ -95,7 +95,7 @@ COMMIT
     backends = addresses(10)
     Server(lab.add(*backends))
     for size in (10, 3, 9):
-        balancer.deal_over(*backends[:size])
+        balancer.dispatch_over(*backends[:size])
     nat = balancer.listing("nat").chains
     for line in docker.splitlines():
         if line.startswith("-A"):
@@ -109,6 +109,6 @@ def test_a_backend_sees_the_balancer_as_its_client_and_answers_find_the_way_back
     lab: Lab, client: Namespace, balancer: Balancer
 ) -> None:
     Server(lab.add("198.18.1.1"))
-    balancer.deal_over("198.18.1.1")
+    balancer.dispatch_over("198.18.1.1")
     ask(client, VIP)
-    assert "src=198.18.1.1 dst=198.18.0.1" in str(balancer.flows())
+    assert "src=198.18.1.1 dst=198.18.0.1" in balancer.namespace.run("conntrack", "-L", "-p", "tcp", "--dst-nat")

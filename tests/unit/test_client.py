@@ -1,4 +1,4 @@
-"""The balancer's loop against a kernel and a manager in memory: what it changes, in which order, and what it says."""
+"""The balancer's loops over a kernel and a manager in memory: what they change, in which order, and what they log."""
 
 from __future__ import annotations
 
@@ -12,17 +12,22 @@ from typing import Any
 
 import pytest
 import requests
-from fakes_netfilter import FakeNetfilter, flow
+from fakes_netfilter import FakeNetfilter, flow, waiting
 
+import app
 import ruleset
 import synchronization_client as client
+from listings import connections, parse_table
 from netfilter import NetfilterError
-from probe import Answer, Health, Prober
+from probe import Cause, Health, Prober
+from ruleset import REPLIES, Features
 from synchronization_client import Balancer
-from weights import Estimate
-from wire import Backend, Manager, View
+from view import Backend, View
+from weights import Estimate, Learner
+from wire import Manager
 
-WELL, ILL, UNKNOWN = Health(True), Health(False, 0, "does not answer"), Health()
+HEALTHY, UNKNOWN = Health(True), Health()
+UNHEALTHY = Health(False, 0, "does not answer", Cause.PROBE_FAILED)
 A, B, C, D = (f"198.18.0.{number}" for number in (2, 3, 4, 5))
 
 
@@ -39,7 +44,7 @@ class Clock:
 
 
 class FakeProber(Prober):
-    def __init__(self, changed: Callable[[], None]) -> None:
+    def __init__(self, changed: Callable[[], None], table_full: Callable[[], bool]) -> None:
         self.verdicts: dict[str, Health] = {}
         self.watched: list[tuple[Mapping[str, str], int, str]] = []
 
@@ -85,9 +90,9 @@ class World:
         self.prober: FakeProber = self.balancer._prober  # type: ignore[assignment]
 
     def see(self, *backends: str, **health: Health) -> None:
-        """Backends as "id ip [state [weight]]"; those whose health is not given are well."""
+        """Backends as "id ip [state [weight]]"; those whose health is not given are healthy."""
         self.balancer.view = View("r1", tuple(backend(words) for words in backends))
-        self.prober.verdicts = {b.id: health.get(b.id, WELL) for b in self.balancer.view.backends}
+        self.prober.verdicts = {b.id: health.get(b.id, HEALTHY) for b in self.balancer.view.backends}
 
     def converge(self) -> list[str]:
         """What one pass changed, in order."""
@@ -95,23 +100,24 @@ class World:
         self.balancer.converge()
         return self.kernel.calls[before:]
 
-    def dealt(self) -> set[str]:
+    def dispatched(self) -> set[str]:
         """The addresses that new connections may go to."""
         chains = self.kernel.tables["nat"]
         rules = [rule for c in chains if c.startswith(("LB-DISPATCH", "LB-T-")) for rule in self.kernel.rules("nat", c)]
         return {rule.rpartition("LB-B-")[2] for rule in rules if "LB-B-" in rule}
 
     def chains(self) -> set[str]:
-        return set(ruleset.connections(ruleset.parse_table(self.kernel.table("nat"))))
+        return set(connections(parse_table(self.kernel.table("nat"))))
 
     def members(self) -> set[str]:
-        return set(self.kernel.set or ())
+        assert self.kernel.set.keys() == self.kernel.all_sets[REPLIES].keys()
+        return set(self.kernel.set)
 
-    def look(self, seconds: float) -> None:
-        """Lets the balancer look at the flows for that long."""
+    def sample(self, seconds: float = client.SAMPLE_PERIOD) -> None:
+        """Lets the balancer sample the flows for that long."""
         end = self.clock.now + seconds
         while self.clock.now < end - 1e-9:
-            self.balancer._look()
+            self.balancer._sample()
 
 
 def backend(words: str) -> Backend:
@@ -128,41 +134,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
     return World(clock)
 
 
-# -- who gets new connections ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("backends", "chosen"),
-    [
-        ([], ""),
-        ([("active", WELL), ("active", WELL)], "01"),
-        ([("active", WELL), ("active", ILL)], "0"),
-        ([("active", WELL), ("starting", WELL)], "01"),
-        ([("active", WELL), ("starting", UNKNOWN)], "0"),
-        ([("active", WELL), ("starting", ILL)], "0"),
-        ([("active", UNKNOWN), ("active", WELL)], "01"),
-        ([("active", ILL), ("active", UNKNOWN)], "1"),
-        ([("active", ILL), ("active", ILL), ("starting", ILL), ("starting", UNKNOWN)], "01"),
-        ([("active", ILL), ("starting", WELL)], "1"),
-        ([("starting", UNKNOWN)], ""),
-        ([("starting", WELL)], "0"),
-        ([("draining", WELL), ("active", WELL)], "1"),
-        ([("draining", WELL), ("active", ILL)], "1"),
-        ([("draining", WELL)], ""),
-        ([("spare", WELL), ("stopped", WELL), ("failed", WELL)], ""),
-    ],
-)
-def test_new_connections_go_to_the_ready_and_to_all_that_ever_were_when_none_is(
-    backends: list[tuple[str, Health]], chosen: str
-) -> None:
-    view = View("r1", tuple(Backend(str(i), f"198.18.0.{i}", state, 1.0) for i, (state, _) in enumerate(backends)))
-    health = {str(i): verdict for i, (_, verdict) in enumerate(backends)}
-    assert [endpoint.ip for endpoint in client.rotation(view, health)] == [f"198.18.0.{i}" for i in chosen]
-
-
-def test_rotation_carries_the_views_port_and_weights() -> None:
-    view = View("r1", (backend(f"a {A} active 2.5"),), port=9090)
-    assert client.rotation(view, {}) == (ruleset.Endpoint(A, 9090, 2.5),)
+# -- what the manager wants ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("inside", "hidden"), [("", "-p tcp"), ("198.18.0.0/24", "-s 198.18.0.0/24 -p tcp")])
@@ -172,17 +144,6 @@ def test_only_clients_within_the_views_inside_are_hidden(world: World, inside: s
     world.converge()
     assert world.kernel.rules("nat", "LB-MASQ")[0].startswith(f"{hidden} -m conntrack ")
 
-
-@pytest.mark.parametrize("answer", [Answer.FAILED, Answer.REFUSED])
-def test_an_active_backend_that_never_answers_a_restarted_client_leaves_rotation(answer: Answer) -> None:
-    verdict = Health()
-    for _ in range(10):
-        verdict = verdict.after(answer)
-    view = View("r1", (backend(f"a {A}"), backend(f"b {B}")))
-    assert [endpoint.ip for endpoint in client.rotation(view, {"a": verdict, "b": WELL})] == [B]
-
-
-# -- what the manager says -------------------------------------------------------------------------------------------
 
 SERVICE = {
     **{"port": 8000, "health": "tcp", "interval": 2, "drain_timeout": 30},
@@ -198,6 +159,11 @@ def test_a_view_is_read_from_the_managers_message() -> None:
     assert View.parse({**MESSAGE, "backends": [], "more": 1}).backends == ()
 
 
+@pytest.mark.parametrize(("given", "source"), [({}, ""), ({"check_source": ""}, ""), ({"check_source": A}, A)])
+def test_a_view_may_name_the_source_of_self_checks(given: dict[str, str], source: str) -> None:
+    assert View.parse({**MESSAGE, "service": {**SERVICE, **given}}).check_source == source
+
+
 @pytest.mark.parametrize(
     "message",
     [
@@ -211,6 +177,7 @@ def test_a_view_is_read_from_the_managers_message() -> None:
         {**MESSAGE, "backends": [{**ONE, "weight": None}]},
         {**MESSAGE, "service": None},
         {**MESSAGE, "service": {**SERVICE, "port": "http"}},
+        {**MESSAGE, "service": {**SERVICE, "check_source": "-j ACCEPT"}},
         {**MESSAGE, "service": {key: SERVICE[key] for key in ("port", "health", "interval")}},
         {key: MESSAGE[key] for key in ("service", "backends")},
     ],
@@ -229,7 +196,7 @@ def test_a_new_view_is_taken_and_watched_and_silence_changes_nothing(world: Worl
     assert world.balancer._wake.is_set()
 
 
-def test_a_lost_manager_is_told_once_and_leaves_the_last_view_standing(
+def test_a_lost_manager_is_logged_once_and_leaves_the_last_view_standing(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -238,9 +205,9 @@ def test_a_lost_manager_is_told_once_and_leaves_the_last_view_standing(
     while world.manager.answers:
         world.balancer._follow()
     assert [record.message for record in caplog.records] == [
-        "manager out of reach, keeping the last rules: no route",
-        "manager in reach again",
-        "manager out of reach, keeping the last rules: no route",
+        "manager unreachable, keeping the last rules: no route",
+        "manager reachable again",
+        "manager unreachable, keeping the last rules: no route",
     ]
     assert world.balancer.view == View.parse(MESSAGE)
     assert world.manager.asked == ["", "r7", "", "", "", "r7", "r7"]  # after a silence as if for the first time
@@ -252,12 +219,12 @@ def test_a_lost_manager_is_told_once_and_leaves_the_last_view_standing(
 
 def test_a_fresh_kernel_gets_the_set_before_the_rules_and_every_table(world: World) -> None:
     world.see(f"a {A}", f"b {B}")
-    assert world.converge() == [f"neighbours {A} {B}", f"add {A} add {B}", "nat", "filter", "mangle"]
-    assert world.dealt() == world.chains() == world.members() == {A, B}
+    assert world.converge() == [f"neighbours {A} {B}", f"add {A} add {B}", "nat", "filter", "mangle", "raw"]
+    assert world.dispatched() == world.chains() == world.members() == {A, B}
 
 
 def test_nothing_is_changed_when_nothing_changed(world: World) -> None:
-    world.see(f"a {A}", f"b {B}", f"c {C} draining", a=ILL)
+    world.see(f"a {A}", f"b {B}", f"c {C} draining", a=UNHEALTHY)
     world.converge()
     assert world.converge() == []
 
@@ -265,108 +232,125 @@ def test_nothing_is_changed_when_nothing_changed(world: World) -> None:
 def test_the_fleet_grows_first_and_shrinks_last(world: World) -> None:
     world.see(f"a {A}", f"b {B}")
     world.converge()
-    world.kernel.flow_lines = [flow(A), flow(C), flow(B)]
+    world.kernel.flows = [flow(A), flow(B)]
     world.see(f"b {B}", f"c {C}")
     assert world.converge() == [
-        *(f"forget {C}", f"neighbours {C}", f"add {C}"),
+        *(f"neighbours {C}", f"add {C}"),
         "nat",
         *(f"forget {A}", f"neighbours {A}", f"del {A}"),
     ]
-    assert world.dealt() == world.chains() == world.members() == {B, C}
-    assert world.kernel.flow_lines == [flow(B)]
+    assert world.dispatched() == world.chains() == world.members() == {B, C}
+    assert world.kernel.flows == [flow(B)]
 
 
 @pytest.mark.parametrize("restarted", [False, True], ids=["same client", "new client"])
-@pytest.mark.parametrize("break_at", range(1, 11))
+@pytest.mark.parametrize("break_at", range(1, 7))
 def test_a_pass_that_breaks_off_anywhere_leaves_a_sound_kernel_and_the_next_one_ends_the_work(
     world: World, break_at: int, restarted: bool
 ) -> None:
     world.see(f"a {A}", f"b {B}", f"d {D}")
     world.converge()
-    world.kernel.flow_lines = [flow(A), flow(C), flow(B), flow(D)]
+    world.kernel.flows = [flow(A), flow(B), flow(D)]
     world.see(f"c {C}")
     world.kernel.break_at = len(world.kernel.calls) + break_at
     with pytest.raises(NetfilterError):
         world.converge()
-    assert world.dealt() in ({A, B, D}, {C})
-    assert world.dealt() <= world.chains() & world.members()
-    assert flow(A) in world.kernel.flow_lines or A not in world.dealt()
+    assert world.dispatched() in ({A, B, D}, {C})
+    assert world.dispatched() <= world.chains() & world.members()
+    assert flow(A) in world.kernel.flows or A not in world.dispatched()
     if restarted:
         world.restart()
         world.see(f"c {C}")
     world.converge()
-    assert world.dealt() == world.chains() == world.members() == {C}
-    assert world.kernel.flow_lines == []
+    assert world.dispatched() == world.chains() == world.members() == {C}
+    assert world.kernel.flows == []
     assert world.converge() == []
 
 
-def test_a_dead_backends_flows_are_deleted_once_no_rule_deals_to_it(world: World) -> None:
+def test_a_failed_backends_flows_are_deleted_once_no_rule_leads_to_it(world: World) -> None:
     world.see(f"a {A}", f"b {B}", f"c {C}")
     world.converge()
-    world.kernel.flow_lines = [flow(A), flow(B, "SYN_SENT"), flow(A, "SYN_SENT", 40001)]
+    world.kernel.flows = [flow(A), flow(B, "SYN_SENT", mark=0), flow(A, "SYN_SENT", 40001, mark=0)]
     world.see(f"b {B}", f"c {C}")
     calls = world.converge()
     assert calls.index("nat") < calls.index(f"forget {A}") < calls.index(f"del {A}")
-    assert world.kernel.flow_lines == [flow(B, "SYN_SENT")]
+    assert world.kernel.flows == [flow(B, "SYN_SENT", mark=0)]
 
 
-def test_an_ill_backend_leaves_rotation_and_loses_only_the_flows_it_never_answered(world: World) -> None:
+def test_an_unhealthy_backend_leaves_rotation_and_loses_only_the_flows_it_never_answered(world: World) -> None:
     world.see(f"a {A}", f"b {B}", f"c {C}")
     world.converge()
     world.kernel.count(A, 7)
-    world.kernel.flow_lines = [flow(A), flow(A, "SYN_SENT", 40001)]
-    world.see(f"a {A}", f"b {B}", f"c {C}", a=ILL)
+    world.kernel.flows = [flow(A), flow(A, "SYN_SENT", 40001, mark=0)]
+    world.see(f"a {A}", f"b {B}", f"c {C}", a=UNHEALTHY)
     assert world.converge() == ["nat", f"forget {A} unanswered"]
     assert world.converge() == []
-    assert world.dealt() == {B, C}
+    assert world.dispatched() == {B, C}
     assert world.chains() == world.members() == {A, B, C}
-    world.look(client.LOOK)
+    world.sample()
     assert world.balancer.report()["backends"][0] == {
-        **{"id": "a", "ip": A, "healthy": False, "share": 0.0},
-        **{"connections": 7, "packets": 0, "bytes": 0, "active": 1, "why": "does not answer"},
+        **{"id": "a", "ip": A, "healthy": False, "share": 0.0, "connections": 7, "packets": 0, "bytes": 0},
+        **{"active": 1, "why": "does not answer", "cause": "probe_failed"},
     }
     world.see(f"a {A}", f"b {B}", f"c {C}")
     assert world.converge() == ["nat"]
-    assert world.kernel.flow_lines == [flow(A)]
+    assert world.kernel.flows == [flow(A)]
 
 
-def test_where_all_are_ill_all_stay_in_rotation_and_keep_their_flows(world: World) -> None:
-    world.see(f"a {A}", f"b {B}")
+def test_below_half_healthy_all_stay_in_rotation_and_panic_is_logged_once_and_reported(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    world.see(f"a {A}", f"b {B}", f"c {C}", f"s {D} spare")
     world.converge()
-    world.kernel.flow_lines = [flow(A, "SYN_SENT")]
-    world.see(f"a {A}", f"b {B}", a=ILL, b=ILL)
-    assert world.converge() == []
-    assert world.dealt() == {A, B}
+    world.kernel.flows = [flow(A, "SYN_SENT", mark=0)]
+    caplog.clear()
+    for _ in range(2):
+        world.see(f"a {A}", f"b {B}", f"c {C}", f"s {D} spare", a=UNHEALTHY, b=UNHEALTHY)
+        assert world.converge() == []
+    assert world.dispatched() == {A, B, C}
+    assert world.balancer.report()["panic"] is True
+    assert world.balancer.gauges()["panic"][1] == 1
+    assert len(world.kernel.flows) == 1
+    world.see(f"a {A}", f"b {B}", f"c {C}", f"s {D} spare", a=UNHEALTHY)
+    world.converge()
+    assert world.dispatched() == {B, C}
+    assert world.balancer.report()["panic"] is False
+    assert [(r.levelname, r.message) for r in caplog.records] == [
+        ("WARNING", "panic: 1 of 3 backends healthy, all of them stay in rotation"),
+        ("INFO", "panic over: 2 of 3 backends healthy"),
+        ("INFO", f"rotation {B} {C}"),
+    ]
 
 
 def test_a_draining_backend_keeps_every_flow_answered_or_not(world: World) -> None:
     world.see(f"a {A}", f"b {B}", f"c {C}")
     world.converge()
-    world.kernel.flow_lines = [flow(A), flow(A, "SYN_SENT", 40001)]
+    world.kernel.flows = [flow(A), flow(A, "SYN_SENT", 40001, mark=0)]
     world.see(f"a {A} draining", f"b {B}", f"c {C}")
     assert world.converge() == ["nat"]
-    assert world.dealt() == {B, C}
-    assert len(world.kernel.flow_lines) == 2
+    assert world.dispatched() == {B, C}
+    assert len(world.kernel.flows) == 2
 
 
 def test_a_backend_on_an_old_address_is_forgotten_before_it_enters(world: World) -> None:
     world.see(f"a {A}", f"b {B}", f"c {C}")
     world.converge()
-    world.kernel.flow_lines = [flow(A), flow(B)]
+    world.kernel.flows = [flow(A), flow(B)]
     world.see(f"new {A} starting", f"b {B}", f"c {C}", new=UNKNOWN)
     assert world.converge() == [f"forget {A}", f"neighbours {A}", "nat"]
-    assert world.dealt() == {B, C}
-    assert world.kernel.flow_lines == [flow(B)]
+    assert world.dispatched() == {B, C}
+    assert world.kernel.flows == [flow(B)]
     world.see(f"new {A} starting", f"b {B}", f"c {C}")
     assert world.converge() == ["nat"]
-    assert world.dealt() == {A, B, C}
+    assert world.dispatched() == {A, B, C}
 
 
 def test_a_refusal_is_retried_only_while_there_is_another_backend(world: World) -> None:
     world.see(f"a {A}", f"b {B}")
     world.converge()
     assert len(world.kernel.rules("filter", "LB-FORWARD")) == 1
-    world.see(f"a {A}", f"b {B}", a=ILL)
+    world.see(f"a {A}", f"b {B}", a=UNHEALTHY)
     assert world.converge()[:2] == ["nat", "filter"]
     assert world.kernel.rules("filter", "LB-FORWARD") == []
 
@@ -388,8 +372,11 @@ def _no_count(kernel: FakeNetfilter) -> None:
 
 
 def _no_member(kernel: FakeNetfilter) -> None:
-    assert kernel.set
     del kernel.set[A]
+
+
+def _no_raw(kernel: FakeNetfilter) -> None:
+    kernel.tables["raw"] = {"PREROUTING": [], "OUTPUT": []}
 
 
 @pytest.mark.parametrize(
@@ -398,6 +385,7 @@ def _no_member(kernel: FakeNetfilter) -> None:
         (_hookless, ["nat"]),
         (_flushed, ["nat"]),
         (_no_filter, ["filter"]),
+        (_no_raw, ["raw"]),
         (_no_count, ["mangle"]),
         (_no_member, [f"add {A}"]),
     ],
@@ -407,11 +395,11 @@ def test_what_somebody_else_changed_is_repaired(
 ) -> None:
     world.see(f"a {A}", f"b {B}")
     world.converge()
-    whole = [world.kernel.table(name) for name in ("nat", "filter", "mangle")]
+    whole = [world.kernel.table(name) for name in ("nat", "filter", "mangle", "raw")]
     vandal(world.kernel)
     caplog.clear()
     assert world.converge() == calls
-    assert [world.kernel.table(name) for name in ("nat", "filter", "mangle")] == whole
+    assert [world.kernel.table(name) for name in ("nat", "filter", "mangle", "raw")] == whole
     assert world.members() == {A, B}
     assert [r.message for r in caplog.records] == (
         ["repaired the nat table: somebody else had changed it"] if calls == ["nat"] else []
@@ -420,11 +408,11 @@ def test_what_somebody_else_changed_is_repaired(
 
 def test_the_first_client_keeps_the_flows_that_the_first_rules_let_in(world: World) -> None:
     first = ruleset.nat([ruleset.Endpoint(A, 8000), ruleset.Endpoint(B, 8000)])  # what script.sh installs
-    world.kernel.apply(ruleset.restore(first, ruleset.parse_table(world.kernel.table("nat"))))
-    world.kernel.flow_lines = [flow(A), flow(B)]
+    world.kernel.apply(ruleset.restore(first, parse_table(world.kernel.table("nat"))))
+    world.kernel.flows = [flow(A), flow(B)]
     world.see(f"a {A}", f"b {B}")
-    assert world.converge() == [f"add {A} add {B}", "filter", "mangle"]
-    assert world.kernel.flow_lines == [flow(A), flow(B)]
+    assert world.converge() == [f"add {A} add {B}", "filter", "mangle", "raw"]
+    assert world.kernel.flows == [flow(A), flow(B)]
 
 
 def test_a_restarted_client_takes_over_what_it_finds_and_keeps_every_counter(world: World) -> None:
@@ -432,31 +420,34 @@ def test_a_restarted_client_takes_over_what_it_finds_and_keeps_every_counter(wor
     world.converge()
     world.kernel.count(A, 41)
     world.kernel.set = {A: (500, 30000), B: (0, 0), C: (0, 0)}
-    world.kernel.flow_lines = [flow(A), flow(C)]
+    world.kernel.flows = [flow(A), flow(C)]
     world.restart()
     world.see(f"a {A}", f"b {B}", f"c {C}", a=UNKNOWN, b=UNKNOWN, c=UNKNOWN)
     assert world.converge() == []
-    assert world.kernel.flow_lines == [flow(A), flow(C)]
-    world.look(client.LOOK)
+    assert world.kernel.flows == [flow(A), flow(C)]
+    world.sample()
     report = world.balancer.report()
     rows = [list(row.values()) for row in report.pop("backends")]
     third = pytest.approx(1 / 3)
-    assert report == {"balancer": "lb", "revision": "r1", "interval": 2.0, "warnings": []}
+    assert report == {
+        **{"balancer": "lb", "revision": "r1", "interval": 2.0, "uptime": 0.5},
+        **{"panic": False, "findings": [], "warnings": []},
+    }
     assert rows == [
-        ["a", A, None, third, 41, 500, 30000, 1],
-        ["b", B, None, third, 0, 0, 0, 0],
-        ["c", C, None, third, 0, 0, 0, 1],
+        ["a", A, third, 41, 500, 30000, 1, None],
+        ["b", B, third, 0, 0, 0, 0, None],
+        ["c", C, third, 0, 0, 0, 1, None],
     ]
 
 
 def test_a_backend_that_went_while_the_client_was_away_is_forgotten_too(world: World) -> None:
     world.see(f"a {A}", f"b {B}", f"c {C}")
     world.converge()
-    world.kernel.flow_lines = [flow(A), flow(B)]
+    world.kernel.flows = [flow(A), flow(B)]
     world.restart()
     world.see(f"b {B}", f"c {C}")
     assert world.converge() == ["nat", f"forget {A}", f"neighbours {A}", f"del {A}"]
-    assert world.kernel.flow_lines == [flow(B)]
+    assert world.kernel.flows == [flow(B)]
 
 
 def test_a_change_of_rotation_is_one_line(world: World, caplog: pytest.LogCaptureFixture) -> None:
@@ -489,7 +480,8 @@ def test_a_newcomer_gets_a_quarter_of_its_share_at_first_and_all_of_it_after_thr
 def test_learnt_weights_reach_the_rules_only_where_that_is_wanted(world: World, weights: str, chance: float) -> None:
     world.see(f"a {A}", f"b {B}")
     world.balancer.view = replace(world.balancer.view, weights=weights)
-    world.balancer._learner.estimates = {"a": Estimate(9.0, 1.0, weight=1.5), "b": Estimate(3.0, 1.0, weight=0.5)}
+    estimates = {"a": Estimate(9.0, 1.0, weight=1.5), "b": Estimate(3.0, 1.0, weight=0.5)}
+    world.balancer._learner = Learner(estimates)
     assert first_chance(world) == pytest.approx(chance)
 
 
@@ -497,9 +489,9 @@ def test_a_backend_that_answers_slowly_loses_share_and_one_that_answers_fast_gai
     world.see(f"a {A}", f"b {B}")
     world.balancer.view = replace(world.balancer.view, weights="adaptive")
     world.converge()
-    for _ in range(10):  # 200 connections each an interval; of a's, eight wait at any time
-        world.kernel.flow_lines = [flow(A, answer=(2, 112))] * 8 + [flow(B, answer=(2, 112))] + [flow(B)] * 20
-        world.look(2.0)
+    for _ in range(10):  # 200 connections each an interval; of a's, twelve wait at any time
+        world.kernel.flows = [waiting(A)] * 12 + [waiting(B)] + [flow(B)] * 20
+        world.sample(2.0)
         world.kernel.count(A, 200)
         world.kernel.count(B, 200)
         world.balancer._learn(world.balancer.report())
@@ -508,137 +500,251 @@ def test_a_backend_that_answers_slowly_loses_share_and_one_that_answers_fast_gai
     assert world.balancer.report()["backends"][0]["share"] == pytest.approx(first_chance(world), abs=1e-6)
 
 
-# -- leavers ---------------------------------------------------------------------------------------------------------
+# -- draining --------------------------------------------------------------------------------------------------------
 
 
 def test_a_backend_is_stopped_as_soon_as_its_last_flow_is_over(world: World) -> None:
     world.see(f"a {A} draining", f"b {B}", f"c {C} draining")
     world.converge()
-    world.kernel.flow_lines = [flow(A, "TIME_WAIT"), flow(B), flow(C)]
-    world.look(client.LOOK)
+    world.kernel.flows = [flow(A, "TIME_WAIT"), flow(B), flow(C)]
+    world.sample()
     assert world.manager.stops == [(A, "drained in 0.0 s")]
     world.see(f"b {B}", f"c {C} draining")
-    world.look(2.5)
+    world.sample(2.5)
     assert world.manager.stops == [(A, "drained in 0.0 s")]
-    world.kernel.flow_lines = [flow(B)]
-    world.look(client.LOOK)
+    world.kernel.flows = [flow(B)]
+    world.sample()
     assert world.manager.stops[1:] == [(C, "drained in 3.0 s")]
 
 
 def test_a_backend_with_flows_is_stopped_at_the_drain_deadline_and_not_before(world: World) -> None:
     world.see(f"a {A} draining", f"b {B}")
     world.converge()
-    world.kernel.flow_lines = [flow(A), flow(A, client_port=40001)]
-    world.look(30.5)
+    world.kernel.flows = [flow(A), flow(A, client_port=40001)]
+    world.sample(30.5)
     assert world.manager.stops == []
-    world.look(client.LOOK)
+    world.sample()
     assert world.manager.stops == [(A, "2 flows left at the drain deadline")]
 
 
-def test_a_draining_backend_that_is_still_dealt_to_is_not_stopped(world: World) -> None:
+def test_a_draining_backend_that_still_gets_connections_is_not_stopped(world: World) -> None:
     world.see(f"a {A}", f"b {B}")
     world.converge()
     world.see(f"a {A} draining", f"b {B}")
-    world.look(60.0)
+    world.sample(60.0)
     assert world.manager.stops == []
     world.converge()
-    world.look(client.LOOK)
+    world.sample()
     assert world.manager.stops == [(A, "drained in 0.0 s")]
 
 
-def test_a_backend_ill_for_too_long_is_replaced_while_another_is_well(world: World) -> None:
-    world.see(f"a {A}", f"b {B}", a=ILL)
+def test_an_unhealthy_draining_backend_is_stopped_once_no_connection_is_answered_any_more(world: World) -> None:
+    world.see(f"a {A} draining", f"b {B}", a=UNHEALTHY)
     world.converge()
-    world.look(10.5)
+    world.kernel.flows = [flow(A, idle=12), flow(A, client_port=40001, idle=3)]
+    world.sample()
     assert world.manager.stops == []
-    world.look(client.LOOK)
-    assert world.manager.stops == [(A, "ill for 10 s: does not answer")]
+    world.kernel.flows = [flow(A, idle=12), flow(A, client_port=40001, idle=10)]
+    world.sample()
+    assert world.manager.stops == [(A, "2 open connections, none answered for 10 s")]
 
 
-@pytest.mark.parametrize("state", ["starting", "spare"])
-@pytest.mark.parametrize("why", ["asks for no new connections", "does not answer"])
-def test_a_backend_that_takes_long_to_start_is_left_to_the_managers_patience(
-    world: World, why: str, state: str
-) -> None:
-    world.see(f"s {A} {state}", f"b {B}", s=Health(False, 0, why))
+@pytest.mark.parametrize("state", ["active", "starting", "spare"])
+def test_a_backend_that_is_only_unhealthy_is_left_to_the_manager(world: World, state: str) -> None:
+    for a in (HEALTHY, UNHEALTHY):
+        world.see(f"a {A} {state}", f"b {B}", a=a)
+        world.converge()
+        world.sample(60.0)
+    assert world.manager.stops == []
+    assert [row["healthy"] for row in world.balancer.report()["backends"]] == [False, True]
+
+
+# -- frozen backends -------------------------------------------------------------------------------------------------
+
+
+def freeze(world: World) -> None:
+    """Of three backends in rotation, a stops to answer its connections; the others go on for eleven seconds."""
+    world.see(f"a {A}", f"b {B}", f"c {C}")
     world.converge()
-    world.look(30.0)
-    assert world.manager.stops == []
+    world.kernel.flows = [waiting(A, client_port=port, idle=11) for port in range(40000, 40004)]
+    for _ in range(22):
+        world.kernel.reply(B)
+        world.kernel.reply(C)
+        world.sample()
 
 
-def test_where_all_are_ill_one_is_replaced_each_half_minute(world: World) -> None:
-    world.see(f"a {A}", f"b {B}", a=ILL, b=ILL)
+def test_a_frozen_backend_leaves_rotation_though_its_probes_are_answered(world: World) -> None:
+    freeze(world)
+    assert world.balancer._changed.is_set()
+    assert world.balancer._wake.is_set()
+    assert world.converge() == ["nat", f"forget {A} unanswered"]
+    assert world.dispatched() == {B, C}
+    row = world.balancer.report()["backends"][0]
+    assert (row["healthy"], row["cause"]) == (False, "no_first_reply")
+    assert row["why"] == "4 connections wait for a first reply, none got one for 10 s"
+    world.kernel.reply(A)
+    world.sample()
     world.converge()
-    for seconds, stopped in ((29.0, 0), (2.0, 1), (29.0, 1), (2.0, 2)):
-        world.look(seconds)
-        assert len(world.manager.stops) == stopped
+    assert world.dispatched() == {A, B, C}
 
 
-def test_a_spell_of_illness_ends_with_one_good_look(world: World) -> None:
-    for _ in range(3):
-        world.see(f"a {A}", f"b {B}", f"u {C}", a=ILL, u=UNKNOWN)
-        world.look(8.0)
-        world.see(f"a {A}", f"b {B}", f"u {C}", u=UNKNOWN)
-        world.look(client.LOOK)
-    assert world.manager.stops == []
+def test_while_the_connection_table_is_full_no_backend_is_taken_for_frozen(world: World) -> None:
+    world.kernel.conntrack = 98, 100
+    freeze(world)
+    assert world.converge() == []
+
+
+def test_a_kernel_without_marks_takes_no_samples_of_waiting_flows(world: World) -> None:
+    world.balancer._features = Features(marks=False, notrack=False)
+    world.see(f"a {A}", f"b {B}")
+    assert world.converge() == [f"neighbours {A} {B}", f"add {A} add {B}", "nat", "filter", "mangle"]
+    world.kernel.flows = [waiting(A)]
+    world.sample()
+    assert world.balancer._learner._samples == 0
+    assert world.balancer.report()["backends"][0]["active"] == 1
+
+
+# -- self-checks of the manager --------------------------------------------------------------------------------------
+
+
+def test_self_check_connections_are_no_load(world: World) -> None:
+    world.see(f"a {A}", f"b {B}")
+    world.balancer.view = replace(world.balancer.view, check_source="198.18.0.1")
+    world.converge()
+    assert world.kernel.rules("nat", "PREROUTING")[0].endswith("-j LB-CHECK")
+    world.kernel.flows = [flow(A, client="198.18.0.1", client_port=port) for port in (60999, 61000, 61063, 61064)]
+    world.sample()
+    assert world.balancer.report()["backends"][0]["active"] == 2
 
 
 # -- reports, state, threads -----------------------------------------------------------------------------------------
 
 
-def test_reports_wait_for_a_view_and_news_brings_one_at_once(world: World) -> None:
-    world.balancer._news.set()
-    world.balancer._report_regularly()
+def test_reports_wait_for_a_view_and_a_change_of_health_brings_one_at_once(world: World) -> None:
+    world.balancer._changed.set()
+    world.balancer._report_once()
     assert world.manager.reports == []
     world.see(f"a {A}")
     world.converge()
-    world.balancer._health_turned()  # news: no waiting for the interval
-    world.balancer._report_regularly()
+    world.clock.sleep(0.3)
+    world.balancer._health_changed()  # no waiting for the interval
+    world.balancer._report_once()
     assert [report["backends"][0]["ip"] for report in world.manager.reports] == [A]
-    assert world.balancer._learner._since is None  # a report out of turn is too short to learn from
-    world.balancer.view = replace(world.balancer.view, interval=0.01)
-    world.balancer._report_regularly()
+    assert world.balancer._learner._since is None  # an early report is too short to learn from
+    world.clock.sleep(1.7)
+    world.balancer._report_once()
     assert len(world.manager.reports) == 2
     assert world.balancer._learner._since == world.clock.now
 
 
+def test_many_changes_of_health_bring_four_reports_a_second_and_delay_no_regular_one(world: World) -> None:
+    world.see(f"a {A}")
+    world.converge()
+    began, learnt = world.clock.now, []
+    for _ in range(20):
+        world.balancer._health_changed()
+        world.balancer._report_once()
+        if world.balancer._learner._since not in (None, *learnt):
+            learnt.append(world.balancer._learner._since)
+    assert world.clock.now - began == pytest.approx(19 * 0.25)
+    assert learnt == [began + 2.0, began + 4.0]
+
+
+def test_a_report_carries_what_is_wrong_with_the_data_path(world: World) -> None:
+    world.kernel.forwards = False
+    world.kernel.tables["filter"]["FORWARD"] = [(0, "-s 203.0.113.0/24 -j DROP")]
+    world.see(f"a {A}")
+    world.converge()
+    assert world.balancer.report()["findings"] == [
+        {"kind": "ip_forward_off", "detail": "net.ipv4.ip_forward is 0"},
+        {"kind": "foreign_rule", "detail": "filter: -A FORWARD -s 203.0.113.0/24 -j DROP"},
+    ]
+
+
+def test_uptime_is_the_senders_own_clock(world: World) -> None:
+    world.see(f"a {A}")
+    world.converge()
+    world.clock.sleep(7.5)
+    assert world.balancer.report()["uptime"] == 7.5
+
+
 @pytest.mark.parametrize(("used", "warned"), [(900, False), (901, True)])
 def test_a_connection_table_that_is_nearly_full_is_reported(world: World, used: int, warned: bool) -> None:
-    world.kernel.members()
+    world.kernel.make_sets()
     world.kernel.conntrack = used, 1000
     warnings = world.balancer.report()["warnings"]
     assert [("90%" in w, "1000" in w, "nf_conntrack_max" in w) for w in warnings] == [(True,) * 3] * warned
 
 
-def test_the_metrics_tell_rotation_flows_and_the_connection_table(world: World) -> None:
-    world.see(f"a {A}", f"b {B}", b=ILL)
+def test_the_metrics_show_rotation_flows_and_the_connection_table(world: World) -> None:
+    world.see(f"a {A}", f"b {B}", b=UNHEALTHY)
     world.converge()
-    world.kernel.flow_lines = [flow(A), flow(B), flow(A, "TIME_WAIT")]
-    world.look(client.LOOK)
-    lines = client.doors(world.balancer).test_client().get("/metrics").text.splitlines()
+    world.kernel.flows = [flow(A), flow(B), flow(A, "TIME_WAIT")]
+    world.sample()
+    lines = app.create_app(world.balancer).test_client().get("/metrics").text.splitlines()
     values = dict(line.removeprefix("lbscaler_balancer_").split(" ") for line in lines if not line.startswith("#"))
     expected = {
-        **{"rotation_backends": "1.0", "flows": "2.0", "converged_seconds": "0.5"},
+        **{"rotation_backends": "1.0", "flows": "2.0", "converged_seconds": "0.5", "panic": "0.0"},
         **{"conntrack_entries": "10.0", "conntrack_entries_limit": "1000.0"},
     }
     assert {name: values[name] for name in expected} == expected
 
 
-def test_the_health_check_fails_once_no_pass_has_ended_well_for_long(world: World) -> None:
-    visitor = client.doors(world.balancer).test_client()
+def health_check(world: World) -> tuple[int, dict[str, Any]]:
+    answer = app.create_app(world.balancer).test_client().get("/sync")
+    return answer.status_code, json.loads(answer.text)
+
+
+def first_rules(world: World) -> None:
+    """What script.sh installs in a Swarm."""
+    world.kernel.apply(ruleset.restore(ruleset.nat([]), parse_table(world.kernel.table("nat"))))
+
+
+def test_the_health_check_passes_without_a_manager_as_long_as_rules_are_there_and_loops_go_on(world: World) -> None:
+    first_rules(world)
+    world.balancer._beat("sample")
+    world.balancer._wake.set()
+    world.balancer._converge_once()
+    world.clock.sleep(119.0)
+    assert health_check(world) == (
+        200,
+        {
+            **{"converged_s_ago": 119.0, "revision": "", "rotation": [], "panic": False},
+            **{"loops_alive": True, "rules_in_place": True},
+        },
+    )
+
+
+def test_the_health_check_fails_while_a_loop_is_stuck(world: World) -> None:
     world.see(f"b {B}", f"a {A}")
     world.converge()
-    answer = visitor.get("/sync")
-    assert (answer.status_code, json.loads(answer.text)) == (
-        200,
-        {"converged_s_ago": 0.0, "revision": "r1", "rotation": [A, B]},
-    )
-    world.clock.sleep(10.9)
-    assert visitor.get("/sync").status_code == 200
-    world.clock.sleep(0.2)
-    assert visitor.get("/sync").status_code == 503
-    world.converge()
-    assert visitor.get("/sync").status_code == 200
+    world.balancer._beat("sample")
+    world.clock.sleep(121.0)
+    status, message = health_check(world)
+    assert (status, message["loops_alive"], message["rules_in_place"]) == (503, False, True)
+    world.balancer._beat("sample")
+    assert health_check(world)[0] == 200
+
+
+@pytest.mark.parametrize("view", [True, False], ids=["with a view", "before a view"])
+def test_the_health_check_fails_while_our_rules_are_gone_and_cannot_be_written(world: World, view: bool) -> None:
+    first_rules(world)
+    if view:
+        world.see(f"a {A}")
+        world.converge()
+    _hookless(world.kernel)
+    world.kernel.break_at = len(world.kernel.calls) + 1
+    world.balancer._wake.set()
+    if view:
+        with pytest.raises(NetfilterError):
+            world.balancer._converge_once()
+    else:
+        world.balancer._converge_once()
+    status, message = health_check(world)
+    assert (status, message["loops_alive"], message["rules_in_place"]) == (503, True, False)
+    if view:
+        world.converge()
+        assert health_check(world)[0] == 200
 
 
 @pytest.mark.parametrize(
@@ -649,7 +755,7 @@ def test_the_health_check_fails_once_no_pass_has_ended_well_for_long(world: Worl
         (ZeroDivisionError("a bug"), "ERROR"),
     ],
 )
-def test_a_pass_that_fails_is_told_and_does_not_end_the_loop(
+def test_a_pass_that_fails_is_logged_and_does_not_end_the_loop(
     world: World, caplog: pytest.LogCaptureFixture, error: Exception, level: str
 ) -> None:
     def fail() -> None:
@@ -701,6 +807,7 @@ def real_manager() -> Iterator[tuple[Manager, type[Answers]]]:
         (lambda m: m.sync("r1"), 204, b"", None),
         (lambda m: m.sync("r1"), 200, b"<html>", requests.RequestException),
         (lambda m: m.sync("r1"), 401, b"", requests.RequestException),
+        (lambda m: m.sync("r1"), 503, b"", requests.RequestException),
         (lambda m: m.report({"x": 1}), 200, b'{"decision": "OK"}', {"decision": "OK"}),
         (lambda m: m.report({"x": 1}), 503, b"", requests.RequestException),
         (lambda m: m.stop(A, "drained"), 204, b"", None),
@@ -720,7 +827,7 @@ def test_an_answer_of_the_managers_is_a_value_or_a_request_exception(
         assert call(manager) == result
 
 
-def test_every_call_to_the_manager_bears_the_token_and_a_stop_says_whose_word_it_is(
+def test_every_call_to_the_manager_bears_the_token_and_a_stop_names_its_balancer(
     real_manager: tuple[Manager, type[Answers]],
 ) -> None:
     manager, answers = real_manager

@@ -1,17 +1,20 @@
-"""The tools are run as asked, tried again only for a lock, and fail with words one can act on."""
+"""The tools are run as asked, tried again only for a lock, and fail with a message one can act on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+import ctnetlink
 import netfilter
+from ctnetlink import ConntrackError
 from netfilter import Netfilter, NetfilterError
+from ruleset import Features
 
-TOOLS = ("iptables-nft-restore", "iptables-nft-save", "iptables-legacy-restore", "ipset", "conntrack", "ip")
+TOOLS = ("iptables-nft-restore", "iptables-nft-save", "iptables-legacy-restore", "ipset", "ip")
 
 
 @pytest.fixture
@@ -69,7 +72,7 @@ def test_the_wait_for_a_lock_comes_between_two_tries_and_not_after_the_last(tmp_
     assert len(naps) == netfilter.TRIES - 1
 
 
-def test_an_error_carries_the_command_its_words_and_the_numbered_text(tmp_path: Path) -> None:
+def test_an_error_carries_the_command_what_it_printed_and_the_numbered_text(tmp_path: Path) -> None:
     script = tool(tmp_path / "tool", "echo line 2 failed >&2; exit 3")
     with pytest.raises(NetfilterError) as caught:
         netfilter.run([script, "--noflush"], "*nat\n-A X -j Y\nCOMMIT\n")
@@ -87,18 +90,14 @@ def test_an_error_carries_the_command_its_words_and_the_numbered_text(tmp_path: 
         ("nft", lambda n: n.apply(""), ""),
         (
             "nft",
-            lambda n: n.members(),
-            "ipset create LB-BACKENDS hash:ip family inet counters -exist <\nipset save LB-BACKENDS <\n",
+            lambda n: n.make_sets(),
+            "ipset create LB-BACKENDS hash:ip family inet counters -exist <\n"
+            "ipset create LB-REPLIES hash:ip family inet counters -exist <\n",
         ),
-        ("nft", lambda n: n.change_members("add LB-BACKENDS 1\n"), "ipset restore -exist <add LB-BACKENDS 1\n"),
-        ("nft", lambda n: n.change_members(""), ""),
-        ("nft", lambda n: n.flows(), "conntrack -L -p tcp --dst-nat <\n"),
-        ("nft", lambda n: n.forget_flows("198.18.0.2"), "conntrack -D -p tcp --reply-src 198.18.0.2 <\n"),
-        (
-            "nft",
-            lambda n: n.forget_flows("198.18.0.2", unanswered_only=True),
-            "conntrack -D -p tcp --state SYN_SENT --reply-src 198.18.0.2 <\n",
-        ),
+        ("nft", lambda n: n.sets(), "ipset save <\n"),
+        ("nft", lambda n: n.change_sets("add LB-BACKENDS 1\n"), "ipset restore -exist <add LB-BACKENDS 1\n"),
+        ("nft", lambda n: n.change_sets(""), ""),
+        ("nft", lambda n: n.forget_flows([]), ""),
         (
             "nft",
             lambda n: n.forget_neighbours(["198.18.0.2", "198.18.0.3"]),
@@ -117,10 +116,43 @@ def test_each_call_runs_its_tool_with_arguments_the_tool_knows(
     assert (tmp_path / "log").read_text() == log
 
 
-@pytest.mark.parametrize("call", [lambda n: n.flows(), lambda n: n.forget_flows("198.18.0.2")])
-def test_no_flow_at_all_is_no_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[[Netfilter], object]
+@pytest.mark.parametrize(
+    ("refused", "features"),
+    [
+        ("nothing", Features()),
+        ("CONNMARK", Features(marks=False)),
+        ("notrack", Features(notrack=False)),
+        ("LB-TRY", Features(marks=False, notrack=False)),
+    ],
+)
+def test_what_the_kernel_cannot_do_is_found_by_trying(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str, features: Features
 ) -> None:
-    tool(tmp_path / "conntrack", "exit 1")
+    tool(tmp_path / "iptables-nft-restore", f"! grep -q -e {refused}")
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    call(Netfilter("nft"))
+    assert Netfilter("nft").features() == features
+
+
+@pytest.mark.parametrize(
+    "error", [ConntrackError("listing of flows: Operation not permitted"), PermissionError(1, "no")]
+)
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda n: n.all_flows(),
+        lambda n: n.waiting_flows(),
+        lambda n: n.flows_of(["198.18.0.2"]),
+        lambda n: n.forget_flows(["198.18.0.2"]),
+    ],
+    ids=["all", "waiting", "of one", "forget"],
+)
+def test_a_connection_table_that_cannot_be_read_is_an_error_of_netfilter(
+    monkeypatch: pytest.MonkeyPatch, call: Callable[[Netfilter], object], error: Exception
+) -> None:
+    def refuse(request: bytes) -> Iterator[bytes]:
+        raise error
+
+    monkeypatch.setattr(ctnetlink, "listing", refuse)
+    monkeypatch.setattr(ctnetlink, "delete", list)
+    with pytest.raises(NetfilterError, match="connection table: "):
+        call(Netfilter("nft"))

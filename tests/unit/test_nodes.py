@@ -13,18 +13,18 @@ from typing import Any
 import pytest
 import requests
 
-import synchronization_client as client
 from certificates import make_certificate
-from probe import Health
-from wire import Backend, Manager, View
+from rotation import rotation
+from view import Backend, View
+from wire import Manager
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # a server ends with a TLS client half-way
 
 
-def shares(locality: str, node: str, *nodes: str, ill: str = "") -> list[float]:
+def shares(locality: str, node: str, *nodes: str, unhealthy: str = "") -> list[float]:
     backends = tuple(Backend(f"b{i}", f"198.18.0.{i + 2}", "active", 2.0, name) for i, name in enumerate(nodes))
-    health = {b.id: Health(b.id != ill) for b in backends}
-    return [e.weight for e in client.rotation(View("r", backends, locality=locality), health, node)]
+    healthy: dict[str, bool | None] = {b.id: b.id != unhealthy for b in backends}
+    return [e.weight for e in rotation(View("r", backends, locality=locality), healthy, node).endpoints]
 
 
 @pytest.mark.parametrize(
@@ -42,8 +42,8 @@ def test_what_is_far_gets_little_where_near_is_preferred(
     assert shares(locality, node, *nodes) == pytest.approx(weights)
 
 
-def test_an_ill_near_backend_makes_nobody_far() -> None:
-    assert shares("prefer", "n1", "n1", "n2", "n3", ill="b0") == [2.0, 2.0]
+def test_an_unhealthy_near_backend_makes_nobody_far() -> None:
+    assert shares("prefer", "n1", "n1", "n2", "n3", unhealthy="b0") == [2.0, 2.0]
 
 
 class Answers(BaseHTTPRequestHandler):

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 import pytest
 
 import probe
-from probe import Answer, Health, Prober
+from probe import Answer, Cause, Health, Prober
 
-G, R, F = Answer.GOOD, Answer.REFUSED, Answer.FAILED
+G, R, F, T = Answer.GOOD, Answer.REFUSED, Answer.FAILED, Answer.TIMED_OUT
 
 
 @pytest.mark.parametrize(
@@ -59,6 +59,40 @@ def test_it_asks_again_soon_while_in_doubt_and_every_second_while_well(answers: 
     for answer in answers:
         health = health.after(answer)
     assert health.pause() == pause
+
+
+@pytest.mark.parametrize(
+    ("answers", "cause"),
+    [
+        ([G], None),
+        ([G, F], None),
+        ([F, F, F], Cause.PROBE_FAILED),
+        ([G, T, T, T], Cause.PROBE_FAILED),
+        ([G, R], Cause.REFUSED),
+        ([R, F], Cause.PROBE_FAILED),
+        ([F, F, F, R], Cause.REFUSED),
+        ([R, G], Cause.REFUSED),
+        ([R, G, G], None),
+    ],
+)
+def test_an_unhealthy_backend_has_a_cause(answers: list[Answer], cause: Cause | None) -> None:
+    health = Health()
+    for answer in answers:
+        health = health.after(answer)
+    assert health.cause == cause
+
+
+@pytest.mark.parametrize(
+    ("answers", "healthy"),
+    [([G, T, T, T, T], True), ([T, T, T], None), ([G, F, F, F], False), ([G, R], False), ([R, T, T, G, G], True)],
+)
+def test_with_a_full_connection_table_a_probe_that_times_out_changes_nothing(
+    answers: list[Answer], healthy: bool | None
+) -> None:
+    health = Health()
+    for answer in answers:
+        health = health.after(answer, table_full=True)
+    assert health.healthy is healthy
 
 
 class Door:
@@ -125,7 +159,7 @@ def http(status: str) -> bytes:
         ("sync", http("200 OK"), G, b"GET /sync HTTP/1.1"),
         ("sync", http("503 Service Unavailable"), R, b"GET /sync HTTP/1.1"),
         ("sync", http("404 Not Found"), F, b"GET /sync HTTP/1.1"),
-        ("sync", None, F, b""),
+        ("sync", None, T, b""),
         ("sync", b"", F, b"GET /sync HTTP/1.1"),
         ("sync", b"SSH-2.0-OpenSSH_9.2\r\n", F, b"GET /sync HTTP/1.1"),
         ("sync", b"HTTP/1.1 fine\r\n", F, b"GET /sync HTTP/1.1"),
@@ -137,7 +171,7 @@ def http(status: str) -> bytes:
         ("http:/health", http("404 Not Found"), F, b"GET /health HTTP/1.1"),
         ("http:/health", http("503 Service Unavailable"), F, b"GET /health HTTP/1.1"),
         ("http:/health", http("100 Continue"), F, b"GET /health HTTP/1.1"),
-        ("http:/health", None, F, b""),
+        ("http:/health", None, T, b""),
     ],
 )
 def test_an_answer_is_judged_by_the_health_setting(

@@ -9,16 +9,18 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from fakes_netfilter import DOCKERS, FakeNetfilter, flow
+from fakes_netfilter import DOCKERS, FakeNetfilter
 from hypothesis import given
 from hypothesis import strategies as st
 
 import ruleset
-from ruleset import Endpoint, Listing, Table
+from listings import Listing, connections, parse_table
+from ruleset import Endpoint, Features, Table
 
 GOLDEN = Path(__file__).parent / "golden"
-HOOKS = ("PREROUTING", "POSTROUTING", "INPUT", "FORWARD")
-TARGETS = ("DNAT", "MASQUERADE", "DROP")
+HOOKS = ("PREROUTING", "POSTROUTING", "INPUT", "FORWARD", "OUTPUT")
+TARGETS = ("DNAT", "MASQUERADE", "DROP", "RETURN", "CONNMARK", "CT")
+CHECKER = "198.18.0.1"
 
 
 def endpoints(weights: Sequence[float], first: str = "198.18.0.2") -> list[Endpoint]:
@@ -52,7 +54,7 @@ STEPS = st.lists(
 
 
 def listing(kernel: FakeNetfilter, table: str = "nat") -> Listing:
-    return ruleset.parse_table(kernel.table(table))
+    return parse_table(kernel.table(table))
 
 
 def put(kernel: FakeNetfilter, table: Table) -> str:
@@ -100,6 +102,10 @@ TABLES: dict[str, Callable[[], Table]] = {
     "filter-1": lambda: ruleset.filters(endpoints([1.0])),
     "filter-2": lambda: ruleset.filters(endpoints([1.0] * 2)),
     "mangle": ruleset.mangle,
+    "mangle-without-marks": lambda: ruleset.mangle(marks=False),
+    "raw": ruleset.raw,
+    "nat-2-check": lambda: ruleset.nat(endpoints([1.0] * 2), check_source=CHECKER),
+    "mangle-check": lambda: ruleset.mangle(CHECKER),
 }
 
 
@@ -159,9 +165,9 @@ def test_a_new_connection_passes_few_rules_however_many_backends(count: int, dep
 @given(STEPS)
 def test_there_is_nothing_to_do_once_a_text_has_been_applied(fleets: list[list[Endpoint]]) -> None:
     kernel = FakeNetfilter()
-    kernel.members()
+    kernel.make_sets()
     for rotation in fleets:
-        for table in (ruleset.nat(rotation), ruleset.filters(rotation), ruleset.mangle()):
+        for table in ruleset.tables(rotation):
             put(kernel, table)
             assert ruleset.restore(table, listing(kernel, table.name)) == ""
 
@@ -178,17 +184,17 @@ def test_a_step_from_any_rotation_ends_where_a_fresh_start_does(fleets: list[lis
 @given(STEPS)
 def test_chains_that_are_not_ours_are_only_ever_led_from(fleets: list[list[Endpoint]]) -> None:
     kernel = FakeNetfilter()
-    kernel.members()
+    kernel.make_sets()
     for rotation in fleets:
-        text = "".join(put(kernel, t) for t in (ruleset.nat(rotation), ruleset.filters(rotation), ruleset.mangle()))
+        text = "".join(put(kernel, table) for table in ruleset.tables(rotation, check_source=CHECKER))
         for line in text.splitlines():
             word, _, rest = line.partition(" ")
             chain = word[1:] if word.startswith(":") else rest.split(" ")[0]
             jump = re.search(r" -j (\S+)", line)
             assert (
                 chain.startswith("LB-")
-                or word in ("*nat", "*filter", "*mangle", "COMMIT")
-                or (word == "-A" and chain in HOOKS and jump and jump[1].startswith("LB-"))
+                or word in ("*nat", "*filter", "*mangle", "*raw", "COMMIT")
+                or (word in ("-I", "-D") and chain in HOOKS and jump and jump[1].startswith("LB-"))
             ), line
             assert not jump or jump[1].startswith("LB-") or jump[1] in TARGETS, line
     for chain, rules in DOCKERS.items():
@@ -204,10 +210,10 @@ def test_a_known_backend_keeps_its_chain_and_its_counter(fleets: list[list[Endpo
         staying = {b.ip for b in before} & {b.ip for b in (*after, *draining)}
         for ip in staying:
             kernel.count(ip, 7)
-        counted = ruleset.connections(listing(kernel))
+        counted = connections(listing(kernel))
         text = put(kernel, ruleset.nat(after, draining))
         assert not [ip for ip in staying if f":LB-B-{ip} " in text]
-        assert ruleset.connections(listing(kernel)) == {
+        assert connections(listing(kernel)) == {
             b.ip: counted[b.ip] if b.ip in staying else 0 for b in (*after, *draining)
         }
         put(kernel, ruleset.nat(after))
@@ -237,11 +243,15 @@ def _without(table: str, chain: str) -> Callable[[FakeNetfilter], None]:
     return lambda kernel: kernel.tables[table][chain].clear()
 
 
+FOREIGN = 0, "-p tcp -m tcp --dport 8000 -j DNAT --to-destination 198.18.9.9:80"
 VANDALS: dict[str, Callable[[FakeNetfilter], object]] = {
     "dispatch flushed": _without("nat", "LB-DISPATCH"),
     "hook gone": _without("nat", "PREROUTING"),
     "a backend's chain flushed": _without("nat", "LB-B-198.18.0.3"),
     "a chain of ours too many": lambda kernel: kernel.tables["nat"].update({"LB-B-198.18.0.77": [(3, "-j DROP")]}),
+    "a foreign rule before the hook": lambda kernel: kernel.tables["nat"]["PREROUTING"].insert(0, FOREIGN),
+    "the hook twice": lambda kernel: kernel.tables["nat"]["PREROUTING"].append(kernel.tables["nat"]["PREROUTING"][0]),
+    "a hook of another version": lambda kernel: kernel.tables["nat"]["PREROUTING"].insert(0, (0, "-j LB-DISPATCH")),
     "a rule too many": lambda kernel: kernel.tables["nat"]["LB-DISPATCH"].insert(0, (0, "-j RETURN")),
 }
 
@@ -254,46 +264,14 @@ def test_what_somebody_else_changed_is_put_back(vandal: str) -> None:
     VANDALS[vandal](kernel)
     assert listing(kernel).chains != whole
     assert put(kernel, table)
-    assert {c: set(rules) for c, rules in listing(kernel).chains.items()} == {c: set(r) for c, r in whole.items()}
+    ours = dict(listing(kernel).chains)
+    ours["PREROUTING"] = tuple(rule for rule in ours["PREROUTING"] if rule != FOREIGN[1])
+    assert ours == whole
+    assert kernel.rules("nat", "PREROUTING")[0].endswith("-j LB-DISPATCH")
+    assert put(kernel, table) == ""
 
 
-# -- listings --------------------------------------------------------------------------------------------------------
-
-
-def test_a_table_is_read_with_the_packets_of_every_chains_first_rule() -> None:
-    text = (
-        "# Generated by iptables-save v1.8.9 (nf_tables) on Tue Nov 24 04:00:00 2026\n*nat\n"
-        ":PREROUTING ACCEPT [12:720]\n:DOCKER_OUTPUT - [0:0]\n:LB-B-198.18.0.2 - [0:0]\n:LB-FORWARD - [0:0]\n"
-        "[9:540] -A PREROUTING -p tcp -m tcp --dport 8000 -m addrtype --dst-type LOCAL -j LB-DISPATCH\n"
-        "[41:2460] -A LB-B-198.18.0.2 -p tcp -j DNAT --to-destination 198.18.0.2:8000\n"
-        '[5:300] -A LB-B-198.18.0.2 -m comment --comment "not ours [1:2] -A X" -j RETURN\n'
-        "COMMIT\n# Completed on Tue Nov 24 04:00:00 2026\n"
-    )
-    read = ruleset.parse_table(text)
-    assert read.chains == {
-        "PREROUTING": ("-p tcp -m tcp --dport 8000 -m addrtype --dst-type LOCAL -j LB-DISPATCH",),
-        "DOCKER_OUTPUT": (),
-        "LB-B-198.18.0.2": (
-            "-p tcp -j DNAT --to-destination 198.18.0.2:8000",
-            '-m comment --comment "not ours [1:2] -A X" -j RETURN',
-        ),
-        "LB-FORWARD": (),
-    }
-    assert read.packets == {"PREROUTING": 9, "LB-B-198.18.0.2": 41}
-    assert ruleset.connections(read) == {"198.18.0.2": 41}
-
-
-def test_a_backend_whose_chain_is_empty_has_no_connections() -> None:
-    assert ruleset.connections(ruleset.parse_table("*nat\n:LB-B-198.18.0.2 - [0:0]\nCOMMIT\n")) == {"198.18.0.2": 0}
-
-
-def test_a_set_is_read_as_packets_and_bytes_by_address() -> None:
-    text = (
-        "create LB-BACKENDS hash:ip family inet hashsize 1024 maxelem 65536 counters bucketsize 12 initval 0x6ff0b2ab\n"
-        "add LB-BACKENDS 198.18.0.3 packets 18446744073709551615 bytes 5\n"
-        "add LB-BACKENDS 198.18.0.2 packets 0 bytes 0\nadd OTHER 198.18.0.9 packets 1 bytes 1\n"
-    )
-    assert ruleset.parse_set(text) == {"198.18.0.3": (2**64 - 1, 5), "198.18.0.2": (0, 0)}
+# -- the sets ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -310,58 +288,67 @@ def test_the_set_changes_by_its_differences_and_never_adds_a_member_again(wanted
     assert ruleset.set_changes(wanted, present) == text
 
 
-@pytest.mark.parametrize("answer", [None, (4, 912)], ids=["plain", "with packets and bytes"])
+# -- hooks -----------------------------------------------------------------------------------------------------------
+
+
+def test_dockers_rules_may_stand_before_ours() -> None:
+    kernel = FakeNetfilter()
+    put(kernel, ruleset.nat(endpoints([1.0])))
+    rules = kernel.tables["nat"]["POSTROUTING"]
+    rules.sort(key=lambda rule: "DOCKER" not in rule[1])  # as Docker leaves it when it writes its rules anew
+    assert rules[0][1].endswith("DOCKER_POSTROUTING")
+    assert put(kernel, ruleset.nat(endpoints([1.0]))) == ""
+
+
+def test_the_hook_moves_in_one_step() -> None:
+    kernel = FakeNetfilter()
+    put(kernel, ruleset.nat(endpoints([1.0])))
+    kernel.tables["nat"]["PREROUTING"].insert(0, FOREIGN)
+    hook = kernel.rules("nat", "PREROUTING")[1]
+    text = put(kernel, ruleset.nat(endpoints([1.0])))
+    assert text == f"*nat\n-D PREROUTING {hook}\n-I PREROUTING 1 {hook}\nCOMMIT\n"
+
+
+def test_without_a_check_source_its_rules_go_again() -> None:
+    kernel = FakeNetfilter()
+    put(kernel, ruleset.nat(endpoints([1.0] * 3), check_source=CHECKER))
+    assert [rule.split()[-1] for rule in kernel.rules("nat", "PREROUTING")] == ["LB-CHECK", "LB-DISPATCH"]
+    put(kernel, ruleset.nat(endpoints([1.0] * 3)))
+    assert [rule.split()[-1] for rule in kernel.rules("nat", "PREROUTING")] == ["LB-DISPATCH"]
+    assert "LB-CHECK" not in kernel.tables["nat"]
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 20])
+def test_self_checks_are_spread_equally_over_at_most_eight_backends(count: int) -> None:
+    rules = ruleset.nat(endpoints([1.0, *[3.0] * (count - 1)]), check_source=CHECKER).chains["LB-CHECK"]
+    arriving, shares = 1.0, []
+    for rule in rules:
+        chance = re.search(r"--probability (\S+)", rule)
+        shares.append(arriving * (float(chance[1]) if chance else 1.0))
+        arriving -= shares[-1]
+    assert shares == pytest.approx([1 / min(count, 8)] * min(count, 8), abs=1e-8)
+
+
+def test_a_kernel_without_raw_or_connmark_gets_only_what_it_can_do() -> None:
+    names = [table.name for table in ruleset.tables(endpoints([1.0]), features=Features(marks=False, notrack=False))]
+    text = "".join(ruleset.restore(t, Listing()) for t in ruleset.tables([], features=Features(False, False)))
+    assert names == ["nat", "filter", "mangle"]
+    assert "LB-BACKENDS dst" in text
+    assert not re.search("connmark|CONNMARK|notrack|LB-REPLIES", text)
+
+
 @pytest.mark.parametrize(
-    ("state", "live"),
+    ("vandal", "hooked"),
     [
-        ("SYN_SENT", 1),
-        ("SYN_RECV", 1),
-        ("ESTABLISHED", 1),
-        ("FIN_WAIT", 1),
-        ("CLOSE_WAIT", 1),
-        ("LAST_ACK", 0),
-        ("TIME_WAIT", 0),
-        ("CLOSE", 0),
+        (lambda kernel: None, True),
+        (lambda kernel: kernel.tables["nat"]["PREROUTING"].clear(), False),
+        (lambda kernel: kernel.tables["nat"].pop("LB-DISPATCH"), False),
     ],
 )
-def test_a_flow_is_live_until_its_last_word(state: str, live: int, answer: tuple[int, int] | None) -> None:
-    assert ruleset.parse_flows(flow("198.18.0.2", state, answer=answer)).live.get("198.18.0.2", 0) == live
-
-
-def test_live_flows_are_counted_by_the_backend_that_answers_and_for_the_service_alone() -> None:
-    text = (
-        "tcp      6 117 SYN_SENT src=203.0.113.9 dst=198.18.0.254 sport=40001 dport=8000 [UNREPLIED] "
-        "src=198.18.0.2 dst=198.18.0.254 sport=8000 dport=40001 mark=0 use=1\n"
-        "tcp      6 431999 ESTABLISHED src=203.0.113.9 dst=198.18.0.254 sport=40002 dport=8000 packets=5 bytes=300 "
-        "src=198.18.0.3 dst=198.18.0.254 sport=9000 dport=40002 packets=3 bytes=200 [ASSURED] mark=0 use=1\n"
-        "tcp      6 119 TIME_WAIT src=203.0.113.9 dst=198.18.0.254 sport=40003 dport=8000 packets=5 bytes=300 "
-        "src=198.18.0.2 dst=198.18.0.254 sport=8000 dport=40003 packets=3 bytes=200 [ASSURED] mark=0 use=1\n"
-        "tcp      6 431999 ESTABLISHED src=198.18.0.254 dst=127.0.0.11 sport=40004 dport=53 packets=5 bytes=300 "
-        "src=198.18.0.8 dst=198.18.0.254 sport=39049 dport=40004 packets=3 bytes=200 [ASSURED] mark=0 use=1\n"
-        "udp      17 29 src=203.0.113.9 dst=198.18.0.254 sport=40005 dport=8000 src=198.18.0.2 dst=198.18.0.254 "
-        "sport=8000 dport=40005 mark=0 use=1\n"
-    )
-    assert ruleset.parse_flows(text + text.replace("4000", "4001")).live == {"198.18.0.2": 2, "198.18.0.3": 2}
-    assert ruleset.parse_flows("").live == {}
-
-
-@pytest.mark.parametrize(
-    ("state", "answer", "waiting"),
-    [
-        ("SYN_SENT", (0, 0), 1),
-        ("SYN_RECV", (1, 60), 1),
-        ("ESTABLISHED", (2, 112), 1),  # SYN-ACK with options, ACK of the request
-        ("ESTABLISHED", (3, 212), 0),  # … and the first bytes of the answer
-        ("ESTABLISHED", (4, 912), 0),
-        ("CLOSE_WAIT", (3, 164), 1),
-        ("TIME_WAIT", (3, 164), 0),
-        ("CLOSE", (1, 40), 0),
-        ("ESTABLISHED", None, 0),  # nothing is known where the kernel does not count
-    ],
-)
-def test_a_flow_waits_until_the_first_byte_of_its_answer(
-    state: str, answer: tuple[int, int] | None, waiting: int
+def test_whether_new_connections_are_led_to_us_is_seen_in_the_listing(
+    vandal: Callable[[FakeNetfilter], object], hooked: bool
 ) -> None:
-    text = flow("198.18.0.9") + flow("198.18.0.2", state, answer=answer) + flow("198.18.0.9")
-    assert ruleset.parse_flows(text).waiting == ({"198.18.0.2": 1} if waiting else {})
-    assert ruleset.parse_flows(text.replace(" dport=8000 ", " dport=53 ")).waiting == {}
+    kernel = FakeNetfilter()
+    put(kernel, ruleset.nat([]))
+    vandal(kernel)
+    assert ruleset.is_hooked(listing(kernel)) == hooked

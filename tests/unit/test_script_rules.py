@@ -8,10 +8,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from fakes_netfilter import flow
 
 import ruleset
-from ruleset import Endpoint, Listing
+from listings import Listing
+from ruleset import Endpoint
 
 SCRIPT = Path(__file__).parents[2] / "balancer" / "script.sh"
 
@@ -35,6 +35,20 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def first_rules(addresses: list[str], port: int = 8000, inside: str = "") -> str:
+    """What the client would write into an empty kernel, of what script.sh writes."""
+    nat = ruleset.nat([Endpoint(ip, port) for ip in addresses], inside=inside)
+    return ruleset.restore(nat, Listing()) + ruleset.restore(ruleset.raw(), Listing())
+
+
+def line(state: str) -> str:
+    """One line of `conntrack -L`."""
+    return (
+        f"tcp      6 117 {state} src=203.0.113.9 dst=198.18.0.254 sport=40000 dport=8000 "
+        "src=198.18.0.2 dst=198.18.0.254 sport=8000 dport=40000 [ASSURED] mark=0 use=1\n"
+    )
+
+
 def rounded(text: str) -> str:
     return re.sub(r"(?<=--probability )\S+", lambda match: f"{float(match[0]):.8f}", text)
 
@@ -45,15 +59,13 @@ def test_the_first_rules_are_the_ones_the_client_would_write(folder: Path, count
     addresses = [f"198.18.0.{number}" for number in range(2, 2 + count)]
     (folder / "ip.txt").write_text("".join(f"{ip}\n" for ip in addresses))
     done = run(folder, "rules", LB_BACKEND_PORT=str(port), LB_INSIDE=inside)
-    wanted = ruleset.restore(ruleset.nat([Endpoint(ip, port) for ip in addresses], inside=inside), Listing())
     assert (done.returncode, done.stderr) == (0, "")
-    assert rounded(done.stdout) == rounded(wanted)
+    assert rounded(done.stdout) == rounded(first_rules(addresses, port, inside))
 
 
 def test_blank_lines_and_a_missing_last_newline_in_the_list_do_no_harm(folder: Path) -> None:
     (folder / "ip.txt").write_text("198.18.0.2\n\n  198.18.0.3")
-    wanted = ruleset.restore(ruleset.nat([Endpoint("198.18.0.2", 8000), Endpoint("198.18.0.3", 8000)]), Listing())
-    assert rounded(run(folder, "rules").stdout) == rounded(wanted)
+    assert rounded(run(folder, "rules").stdout) == rounded(first_rules(["198.18.0.2", "198.18.0.3"]))
 
 
 def test_a_word_it_does_not_know_is_refused_with_those_it_does(folder: Path) -> None:
@@ -72,9 +84,9 @@ def test_a_word_it_does_not_know_is_refused_with_those_it_does(folder: Path) -> 
     ],
     ids=["none", "only ended ones", "one", "a long list of live ones"],
 )
-def test_drain_deals_nobody_and_waits_for_live_flows_however_many(folder: Path, states: list[str], says: str) -> None:
+def test_drain_ends_dispatch_and_waits_for_live_flows_however_many(folder: Path, states: list[str], says: str) -> None:
     (folder / "flavour").write_text("nft\n")
-    (folder / "flows").write_text("".join(flow("198.18.0.2", state) for state in states))
+    (folder / "flows").write_text("".join(line(state) for state in states))
     tool(folder, "iptables-nft", f"echo $* >>{folder}/iptables.log")
     tool(folder, "conntrack", f"exec cat {folder}/flows")
     tool(folder, "sleep", f"echo $* >>{folder}/sleep.log")
@@ -95,6 +107,13 @@ def test_drain_deals_nobody_and_waits_for_live_flows_however_many(folder: Path, 
             0,
             "missing in iptables-nft: connbytes: a refused connection is not tried elsewhere\n"
             "iptables-legacy has all that is needed\n",
+        ),
+        (
+            "CONNMARK",
+            "notrack",
+            1,
+            "missing in iptables-nft: connmark: weights stay equal, and only probes find a frozen backend\n"
+            "missing in iptables-legacy: notrack: probes and reports need room in the connection table\n",
         ),
         (
             "statistic",
@@ -119,3 +138,19 @@ def test_check_misses_the_set_where_there_is_none(folder: Path) -> None:
     tool(folder, "iptables-nft-restore", "cat >/dev/null")
     tool(folder, "ipset", "exit 1")
     assert run(folder, "check").stdout.startswith("missing: ipset: packets and bytes are not counted\n")
+
+
+@pytest.mark.parametrize(("raw_works", "says"), [(True, ""), (False, "script.sh: no rules in the raw table\n")])
+def test_a_kernel_without_a_raw_table_still_gets_the_first_rules(folder: Path, raw_works: bool, says: str) -> None:
+    (folder / "ip.txt").write_text("198.18.0.2\n")
+    refused = "none" if raw_works else "raw"
+    body = f'text=$(cat); echo "$text" >>{folder}/restored; case $text in "*{refused}"*) exit 1 ;; esac'
+    tool(folder, "iptables-nft-restore", body)
+    tool(folder, "python3", f"touch {folder}/draining; kill $(cat {folder}/script.pid)")
+    script = (folder / "script.sh").read_text().replace("set -euo", f"echo $$ >{folder}/script.pid\nset -euo", 1)
+    (folder / "script.sh").write_text(script)
+    done = run(folder, "serve")
+    assert says in done.stderr
+    assert ("no rules in the raw table" in done.stderr) == bool(says)
+    assert (folder / "flavour").read_text() == "nft\n"
+    assert "-A LB-B-198.18.0.2 " in (folder / "restored").read_text()

@@ -5,13 +5,15 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
+import threading
+from statistics import mean, median_low
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import weights
-from weights import BOUND, Estimate, Learner, adapt, slow_start
+from weights import BOUND, HEADROOM, Estimate, Learner, adapt, slow_start
 
 INTERVAL, SERVICE = 2.0, 0.01  # seconds: between reports, and of work in a request at speed 1
 
@@ -28,9 +30,13 @@ class Simulation:
         background: float = 0,
         adaptive: bool = True,
         seconds: float = 80,
+        instant: frozenset[int] = frozenset(),
+        service: float = SERVICE,
+        seed: int = 1,
     ):
+        self.instant, self.service = instant, service  # backends that fail every request at once
         self.speeds, self.rate, self.background = speeds, rate, background
-        self.random = random.Random(1)
+        self.random = random.Random(seed)
         n = len(speeds)
         self.flows: list[list[tuple[float, int, float, bool]]] = [
             [] for _ in speeds
@@ -94,13 +100,16 @@ class Simulation:
 
     def arrive(self, now: float) -> None:
         i = self.random.choices(range(len(self.speeds)), self.shares)[0]
-        self.put(i, now, counted=True)
         self.arrived[i] += 1
+        if i not in self.instant:
+            self.put(i, now, counted=True)
 
     def put(self, i: int, now: float, counted: bool) -> None:
         self.advance(i, now)
         self.number += 1
-        heapq.heappush(self.flows[i], (self.work[i] + self.random.expovariate(1 / SERVICE), self.number, now, counted))
+        heapq.heappush(
+            self.flows[i], (self.work[i] + self.random.expovariate(1 / self.service), self.number, now, counted)
+        )
 
     def settled(self) -> list[list[float]]:
         return self.history[len(self.history) // 2 :]
@@ -114,6 +123,45 @@ def test_a_slow_backend_gets_what_it_can_carry_and_the_whole_carries_twice_as_mu
     adaptive = Simulation([1, 1, 0.25], closed=16)
     assert adaptive.throughput > 2.2 * equal.throughput
     assert all(0.08 < shares[2] < 0.16 for shares in adaptive.settled())
+
+
+def test_one_slow_backend_of_two_gets_so_little_that_both_carry_twice_as_much() -> None:
+    gains = []
+    for seed in range(8):
+        equal = Simulation([1, 0.25], closed=16, adaptive=False, seed=seed)
+        adaptive = Simulation([1, 0.25], closed=16, seed=seed)
+        gains.append(adaptive.throughput / equal.throughput)
+    assert mean(gains) >= 2
+
+
+@pytest.mark.parametrize("service", [0.009, 0.0125, 0.02, 0.05], ids=["busy", "nearly full", "overloaded", "drowned"])
+def test_a_backend_that_fails_every_request_at_once_gains_little_share(service: float) -> None:
+    """At 220 requests a second over three, of which the second and the third work for `service` seconds each."""
+    shares = Simulation([1, 1, 1], rate=220, instant=frozenset({0}), service=service).history
+    assert max(row[0] for row in shares) <= 1.25 / 3
+
+
+def test_a_backend_that_fails_at_once_beside_backends_that_answer_in_50_ms_gains_little_share() -> None:
+    """Backends that answer in the same time whatever their load: 110 connections a second, 50 ms each."""
+    estimates: weights.Estimates = {}
+    shares = []
+    for _ in range(200):
+        weight = {id_: estimates[id_].weight if estimates else 1.0 for id_ in "abc"}
+        rates = {id_: 110 * weight[id_] / sum(weight.values()) for id_ in "abc"}
+        flows = {"a": 0.0, "b": 0.05 * rates["b"], "c": 0.05 * rates["c"]}
+        estimates = adapt(estimates, rates, flows, INTERVAL)
+        shares.append(weight["a"] / sum(weight.values()))
+    assert max(shares) <= 1.25 / 3
+
+
+def test_a_backend_that_lost_its_speed_loses_the_share_it_had_gained() -> None:
+    before = {"a": Estimate(90, 0.2, 1.6, 9), "b": Estimate(30, 4.0, 0.4, 9)}
+    after = before
+    for _ in range(100):
+        weight = {id_: estimate.weight for id_, estimate in after.items()}
+        rates = {id_: 60 * weight[id_] for id_ in "ab"}
+        after = adapt(after, rates, {"a": 0.0, "b": 0.03 * rates["b"]}, INTERVAL)
+    assert after["a"].weight / after["b"].weight == pytest.approx(1.25, rel=0.25)
 
 
 def test_an_open_loop_that_drowns_the_slow_backend_is_saved() -> None:
@@ -144,17 +192,18 @@ def test_requests_on_kept_alive_connections_do_not_mislead_it() -> None:
 def test_for_any_speeds_a_noiseless_fleet_settles_near_them_and_stays(speeds: list[float]) -> None:
     """Each interval's exact means of M/M/1 queues at 70 % load: what the model itself predicts, without noise."""
     capacity = [1000 * speed for speed in speeds]
+    counted = [min(mu, HEADROOM * median_low(capacity)) for mu in capacity]
     estimates: weights.Estimates = {}
     history = []
     for _ in range(60):
         weight = [estimates[str(i)].weight if estimates else 1.0 for i in range(len(speeds))]
-        rates = [0.7 * sum(capacity) * w / sum(weight) for w in weight]
+        rates = [0.7 * sum(counted) * w / sum(weight) for w in weight]
         load = [min(rate / mu, 0.98) for rate, mu in zip(rates, capacity, strict=True)]
         flows = {str(i): rho / (1 - rho) for i, rho in enumerate(load)}
         estimates = adapt(estimates, {str(i): rate for i, rate in enumerate(rates)}, flows, INTERVAL)
         history.append([w / sum(weight) for w in weight])
-    for share, mu in zip(history[-1], capacity, strict=True):
-        assert abs(share / (mu / sum(capacity)) - 1) < 0.3
+    for share, mu in zip(history[-1], counted, strict=True):
+        assert abs(share / (mu / sum(counted)) - 1) < 0.3
     assert max(abs(a - b) for a, b in zip(history[-1], history[-10], strict=True)) < 0.02
 
 
@@ -183,7 +232,7 @@ def test_slow_start_takes_few_steps_to_the_full_share() -> None:
     assert [slow_start(age) for age in (0, 0.9, 1, 2, 3, 100)] == [0.25, 0.25, 0.5, 0.75, 1.0, 1.0]
 
 
-def test_the_learner_averages_its_looks_and_takes_differences_of_counters() -> None:
+def test_the_learner_averages_its_samples_and_takes_differences_of_counters() -> None:
     learner = Learner()
     learner.learn({"a": 100}, 0.0)
     for waiting in (1, 3):
@@ -208,3 +257,24 @@ def test_newcomers_start_slowly_and_whoever_stays_keeps_its_age() -> None:
     assert learner.weight("new", 10.0, adaptive=True) == 0.25
     assert learner.ramping(10.0)
     assert not learner.ramping(14.0)
+
+
+def test_threads_share_a_learner_without_losing_a_sample() -> None:
+    learner = Learner()
+    learner.learn({"a": 0}, 0.0)
+
+    def sample() -> None:
+        for _ in range(2000):
+            learner.sample({"a": 1})
+            learner.ready({"a", "b"}, 0.0)
+
+    threads = [threading.Thread(target=sample) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for number in range(200):
+        learner.weight(str(number), 1.0, adaptive=True)
+        learner.ramping(1.0)
+    for thread in threads:
+        thread.join()
+    learner.learn({"a": 10}, 2.0)
+    assert learner.estimates["a"] == Estimate(5.0, 1.0)

@@ -1,0 +1,201 @@
+"""The kernel's connection table as ctnetlink sends it: which requests to make, and what the answers count. Pure.
+
+Messages are those of linux/netfilter/nfnetlink_conntrack.h: a header of 16 bytes, nfgenmsg of 4, then attributes, each
+with its length and type in front (native byte order) and a payload (network byte order). A listing comes in blocks
+with whole messages in them, so memory does not grow with the table.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address
+from typing import NamedTuple
+
+from ruleset import CHECK_PORTS, REPLY_MARK, REQUEST_MARK, SERVICE_PORT
+
+# Attribute types (enum ctattr_type and its nested ones).
+ORIGINAL, REPLY, PROTOINFO, TIMEOUT, MARK, ID, MARK_MASK, FILTER = 1, 2, 4, 7, 8, 12, 21, 25
+TUPLE_IP, TUPLE_PROTO = 1, 2
+IP_SOURCE = 1
+PROTO_NUMBER, PROTO_DESTINATION_PORT = 1, 3
+FILTER_ORIGINAL, FILTER_REPLY = 1, 2
+MATCH_IP_SOURCE, MATCH_PROTO_NUMBER, MATCH_DESTINATION_PORT = 1 << 0, 1 << 3, 1 << 5
+NESTED = 0x8000
+TYPE_MASK = 0x3FFF
+GET, DELETE = 1, 2
+SUBSYSTEM = 1 << 8  # NFNL_SUBSYS_CTNETLINK
+REQUEST, ACK, DUMP = 0x1, 0x4, 0x300  # flags
+IPV4, TCP = 2, 6
+HEADERS = 20  # bytes before a message's attributes
+
+# enum tcp_conntrack. A flow in one of the last states is over; in any other, somebody may still wait for an answer.
+SYN_SENT, SYN_RECV, ESTABLISHED, FIN_WAIT, CLOSE_WAIT, LAST_ACK, TIME_WAIT, CLOSE = range(1, 9)
+OVER = (LAST_ACK, TIME_WAIT, CLOSE)
+STATE_NAMES = ("syn_sent", "syn_recv", "established", "fin_wait", "close_wait", "last_ack", "time_wait", "close")
+
+SILENT_SECONDS = 10  # without a packet in either direction, after which a flow counts as stalled or silent
+
+_MESSAGE = struct.Struct("=IHHII")
+_NFGEN = struct.Struct("=BBH")
+_ATTRIBUTE = struct.Struct("=HH")
+_LENGTH = struct.Struct("=I")
+_NUMBER = struct.Struct("!I")
+# A tuple of IPv4 and TCP is 48 bytes: source and destination address, protocol, source and destination port.
+_TUPLE = struct.Struct("!8x4s4x4s8xB7xH6xH2x")
+_STATE_OFFSET = 8  # in PROTOINFO: behind the headers of its TCP part and of the state
+
+
+class Flow(NamedTuple):
+    """One TCP connection to the service. Addresses as 4 bytes; `remaining`: seconds until the entry expires."""
+
+    source: bytes
+    source_port: int
+    backend: bytes  # whose address the reply comes from
+    state: int
+    remaining: int
+    mark: int
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """The connection table's timeouts in seconds: by state, and for a flow with data that nobody acknowledged."""
+
+    by_state: Mapping[int, int]
+    unacknowledged: int = 300
+
+    def idle(self, flow: Flow) -> int:
+        """Seconds since the flow's last packet. Each packet sets the entry's timeout to that of its state, or to the
+        shorter one for unacknowledged data (nf_conntrack_proto_tcp.c)."""
+        full = self.by_state[flow.state]
+        if flow.remaining <= self.unacknowledged < full:
+            full = self.unacknowledged
+        return max(0, full - flow.remaining)
+
+
+@dataclass
+class FlowCounts:
+    """How many flows each backend has, by address."""
+
+    live: dict[str, int] = field(default_factory=dict)
+    silent: dict[str, int] = field(default_factory=dict)  # live, without a packet for SILENT_SECONDS
+    waiting: dict[str, int] = field(default_factory=dict)  # live, a request sent, no first reply yet
+    stalled: dict[str, int] = field(default_factory=dict)  # waiting, established, silent
+
+
+# -- requests --------------------------------------------------------------------------------------------------------
+
+
+def attribute(kind: int, payload: bytes) -> bytes:
+    length = _ATTRIBUTE.size + len(payload)
+    return _ATTRIBUTE.pack(length, kind) + payload + bytes(-length % 4)
+
+
+def message(kind: int, flags: int, number: int, attributes: bytes) -> bytes:
+    """One request; `number` comes back in its answers."""
+    body = _NFGEN.pack(IPV4, 0, 0) + attributes
+    return _MESSAGE.pack(_MESSAGE.size + len(body), SUBSYSTEM | kind, REQUEST | flags, number, 0) + body
+
+
+def listing_request(backend: str = "", waiting_only: bool = False) -> bytes:
+    """Asks for all flows to the service, or only for those of one backend, or for those that wait for a first reply.
+
+    The kernel does the filtering (by address and port since Linux 5.8, by mark long before that). An older kernel
+    sends more than was asked for; `count` and `deletions` look at each flow themselves."""
+    ports = attribute(PROTO_NUMBER, bytes([TCP])) + attribute(PROTO_DESTINATION_PORT, struct.pack("!H", SERVICE_PORT))
+    attributes = attribute(NESTED | ORIGINAL, attribute(NESTED | TUPLE_PROTO, ports))
+    flags = attribute(FILTER_ORIGINAL, _LENGTH.pack(MATCH_PROTO_NUMBER | MATCH_DESTINATION_PORT))
+    if backend:
+        source = attribute(IP_SOURCE, IPv4Address(backend).packed)
+        attributes += attribute(NESTED | REPLY, attribute(NESTED | TUPLE_IP, source))
+        flags += attribute(FILTER_REPLY, _LENGTH.pack(MATCH_IP_SOURCE))
+    if waiting_only:
+        attributes += attribute(MARK, _NUMBER.pack(REQUEST_MARK))
+        attributes += attribute(MARK_MASK, _NUMBER.pack(REQUEST_MARK | REPLY_MARK))
+    return message(GET, DUMP, 0, attributes + attribute(NESTED | FILTER, flags))
+
+
+def deletions(block: bytes, backends: Collection[str], unanswered_only: bool = False) -> Iterator[bytes]:
+    """The attributes that delete each flow of `backends` in `block`: its first tuple, and its id, so that a newer
+    connection with the same ports is left alone. `unanswered_only`: only where the backend never answered a SYN."""
+    wanted = {IPv4Address(ip).packed for ip in backends}
+    for entry in _entries(block):
+        flow = _flow(block, entry)
+        if flow is None or flow.backend not in wanted or (unanswered_only and flow.state != SYN_SENT):
+            continue
+        start = entry[ORIGINAL]
+        tuple_ = attribute(NESTED | ORIGINAL, block[start : start + _TUPLE.size])
+        yield tuple_ + (attribute(ID, block[entry[ID] : entry[ID] + 4]) if ID in entry else b"")
+
+
+# -- answers ---------------------------------------------------------------------------------------------------------
+
+
+def flows(block: bytes) -> Iterator[Flow]:
+    """The TCP flows to the service in one block of a listing."""
+    for entry in _entries(block):
+        flow = _flow(block, entry)
+        if flow is not None:
+            yield flow
+
+
+def count(seen: Iterable[Flow], timeouts: Timeouts, check_source: str = "") -> FlowCounts:
+    """`seen` by backend, without the manager's self-check connections from `check_source`."""
+    checker = IPv4Address(check_source).packed if check_source else None
+    tally: dict[_Kind, int] = {}
+    for flow in seen:
+        is_check = flow.source == checker and CHECK_PORTS[0] <= flow.source_port <= CHECK_PORTS[1]
+        if flow.state in OVER or is_check:
+            continue
+        waits = flow.mark & (REQUEST_MARK | REPLY_MARK) == REQUEST_MARK
+        kind = flow.backend, flow.state, waits, timeouts.idle(flow) >= SILENT_SECONDS
+        tally[kind] = tally.get(kind, 0) + 1
+    counts = FlowCounts()
+    for (backend, state, waits, silent), number in tally.items():
+        ip = str(IPv4Address(backend))
+        _add(counts.live, ip, number)
+        if silent:
+            _add(counts.silent, ip, number)
+        if waits:
+            _add(counts.waiting, ip, number)
+        if waits and silent and state == ESTABLISHED:
+            _add(counts.stalled, ip, number)
+    return counts
+
+
+_Kind = tuple[bytes, int, bool, bool]  # backend, state, waits for a first reply, silent
+
+
+def _add(counts: dict[str, int], ip: str, number: int) -> None:
+    counts[ip] = counts.get(ip, 0) + number
+
+
+def _entries(block: bytes) -> Iterator[dict[int, int]]:
+    """Of each message: attribute type → where its payload begins."""
+    begin = 0
+    unpack = _ATTRIBUTE.unpack_from
+    while begin < len(block):
+        (length,) = _LENGTH.unpack_from(block, begin)
+        end, at = begin + length, begin + HEADERS
+        entry = {}
+        while at < end:
+            size, kind = unpack(block, at)
+            entry[kind & TYPE_MASK] = at + _ATTRIBUTE.size
+            at += size + 3 & ~3
+        yield entry
+        begin = end + 3 & ~3
+
+
+def _flow(block: bytes, entry: dict[int, int]) -> Flow | None:
+    """None for what is no TCP connection to the service."""
+    if PROTOINFO not in entry or TIMEOUT not in entry:
+        return None
+    source, _, protocol, source_port, port = _TUPLE.unpack_from(block, entry[ORIGINAL])
+    if protocol != TCP or port != SERVICE_PORT:
+        return None
+    backend = _TUPLE.unpack_from(block, entry[REPLY])[0]
+    state = block[entry[PROTOINFO] + _STATE_OFFSET]
+    (remaining,) = _NUMBER.unpack_from(block, entry[TIMEOUT])
+    mark = _NUMBER.unpack_from(block, entry[MARK])[0] if MARK in entry else 0
+    return Flow(source, source_port, backend, state, remaining, mark)

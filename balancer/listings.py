@@ -1,0 +1,46 @@
+"""What `iptables-save` and `ipset save` print, as values. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Listing:
+    """One table: every chain's rules, the packets its first rule has counted, and the built-in chains' policies."""
+
+    chains: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    packets: Mapping[str, int] = field(default_factory=dict)
+    policies: Mapping[str, str] = field(default_factory=dict)
+
+
+def parse_table(text: str) -> Listing:
+    """Reads `iptables-save -c -t TABLE`."""
+    chains: dict[str, list[str]] = {}
+    packets: dict[str, int] = {}
+    policies: dict[str, str] = {}
+    for line in text.splitlines():
+        if line.startswith(":"):
+            chain, policy = line[1:].split(" ")[:2]
+            chains.setdefault(chain, [])
+            if policy != "-":
+                policies[chain] = policy
+        elif match := re.match(r"\[(\d+):\d+\] -A (\S+) ?(.*)", line):
+            chain = match[2]
+            packets.setdefault(chain, int(match[1]))
+            chains.setdefault(chain, []).append(match[3])
+    return Listing({chain: tuple(rules) for chain, rules in chains.items()}, packets, policies)
+
+
+def connections(listing: Listing) -> dict[str, int]:
+    """New connections to each backend since its chain was written, by address."""
+    prefix = "LB-B-"
+    return {c[len(prefix) :]: listing.packets.get(c, 0) for c in listing.chains if c.startswith(prefix)}
+
+
+def parse_set(text: str, name: str) -> dict[str, tuple[int, int]]:
+    """Reads `ipset save`: (packets, bytes) counted for each member of the set `name`, by address."""
+    members = re.finditer(rf"^add {name} (\S+) packets (\d+) bytes (\d+)", text, re.MULTILINE)
+    return {match[1]: (int(match[2]), int(match[3])) for match in members}

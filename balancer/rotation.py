@@ -1,0 +1,52 @@
+"""Which backends get new connections. Pure.
+
+An unhealthy backend leaves rotation at once while at least half of the candidates are healthy. Below half all of them
+stay, which is called panic: it is then more likely that the health checks are wrong or that the load is too high, and
+fewer backends would make an overload worse. (Envoy's panic threshold, at its default of 50 %.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ruleset import Endpoint
+from view import Backend, View
+
+FAR_WEIGHT = 0.1  # of a backend on another node, where near ones are preferred
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """The endpoints that get new connections, and the numbers that decided on panic."""
+
+    endpoints: tuple[Endpoint, ...] = ()
+    healthy: int = 0
+    candidates: int = 0
+
+    @property
+    def panic(self) -> bool:
+        return 2 * self.healthy < self.candidates
+
+
+def rotation(view: View, healthy: Mapping[str, bool | None], node: str = "") -> Rotation:
+    """`healthy` is by id: None, or no entry, where no probe has been answered yet.
+
+    Candidates are the active backends, and starting ones that a probe found healthy; never spares or draining ones.
+    An active backend without a verdict counts as healthy: it was in rotation before this client began."""
+    candidates = [b for b in view.backends if _is_candidate(b, healthy.get(b.id))]
+    good = [b for b in candidates if healthy.get(b.id) is not False]
+    panic = Rotation((), len(good), len(candidates)).panic
+    chosen = candidates if panic else good
+    return Rotation(_endpoints(view, chosen, node), len(good), len(candidates))
+
+
+def _is_candidate(backend: Backend, healthy: bool | None) -> bool:
+    return backend.state == "active" or (backend.state == "starting" and healthy is True)
+
+
+def _endpoints(view: View, chosen: list[Backend], node: str) -> tuple[Endpoint, ...]:
+    """Where the view prefers near backends, and there is one, those on other nodes get little."""
+    some_are_near = any(backend.node == node for backend in chosen)
+    far = FAR_WEIGHT if view.locality and some_are_near else 1.0
+    return tuple(Endpoint(b.ip, view.port, b.weight * (1.0 if b.node == node else far)) for b in chosen)

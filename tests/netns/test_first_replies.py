@@ -1,0 +1,146 @@
+"""Marks tell which connections wait for a first reply: real connections, both flavours."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+import flows
+import ruleset
+from netns.conftest import VIP, Balancer
+from netns.lab import Lab, Namespace, Server, connect
+from netns.test_failures import patiently
+
+ONE, TWO = "198.18.1.1", "198.18.1.2"
+
+
+def silent(connection: socket.socket) -> None:
+    """Reads what comes and answers nothing, for a while."""
+    connection.settimeout(20)
+    with contextlib.suppress(OSError):
+        while connection.recv(65536):
+            pass
+
+
+def echo(connection: socket.socket) -> None:
+    connection.settimeout(20)
+    with contextlib.suppress(OSError):
+        while data := connection.recv(100):
+            connection.sendall(data)
+
+
+@pytest.fixture
+def backends(lab: Lab, balancer: Balancer) -> Iterator[Namespace]:
+    balancer.dispatch_over(ONE)
+    yield lab.add(ONE, TWO)
+
+
+def waiting(balancer: Balancer) -> dict[str, int]:
+    return dict(balancer.waiting_flows().waiting)
+
+
+def test_a_client_that_sent_nothing_does_not_wait(backends: Namespace, client: Namespace, balancer: Balancer) -> None:
+    Server(backends, ONE, talk=silent, greet=False)
+    with connect(client, VIP):
+        patiently(lambda: _equal(balancer.live(), {ONE: 1}))
+        assert waiting(balancer) == {}
+
+
+def test_a_request_waits_until_its_first_reply_however_small_that_is(
+    backends: Namespace, client: Namespace, balancer: Balancer
+) -> None:
+    go = threading.Event()
+
+    def ok(connection: socket.socket) -> None:
+        connection.recv(100)
+        go.wait(10)
+        connection.sendall(b"+OK\r\n")
+        connection.recv(1)
+
+    Server(backends, ONE, talk=ok, greet=False)
+    with connect(client, VIP) as connection:
+        connection.sendall(b"PING\r\n")
+        patiently(lambda: _equal(waiting(balancer), {ONE: 1}))
+        assert balancer.first_replies() == {ONE: 0}
+        go.set()
+        assert connection.recv(100) == b"+OK\r\n"
+        patiently(lambda: _equal(waiting(balancer), {}))
+        assert balancer.first_replies() == {ONE: 1}
+        assert balancer.live() == {ONE: 1}
+
+
+def test_a_connection_is_counted_at_its_first_reply_and_not_again(
+    backends: Namespace, client: Namespace, balancer: Balancer
+) -> None:
+    Server(backends, ONE, talk=echo, greet=False)
+    for _ in range(3):
+        with connect(client, VIP) as connection:
+            for _ in range(5):
+                connection.sendall(b"again")
+                assert connection.recv(100) == b"again"
+    assert balancer.first_replies() == {ONE: 3}
+    assert balancer.traffic()[ONE][0] > 15  # the packets towards the backend are counted as before
+
+
+def test_a_server_that_speaks_first_has_replied(backends: Namespace, client: Namespace, balancer: Balancer) -> None:
+    Server(backends, ONE, talk=silent)
+    with connect(client, VIP) as connection:
+        assert connection.recv(100)
+        connection.sendall(b"hello")
+        patiently(lambda: _equal(balancer.first_replies(), {ONE: 1}))
+        assert waiting(balancer) == {}
+
+
+def test_other_marks_on_a_connection_stay(backends: Namespace, client: Namespace, balancer: Balancer) -> None:
+    balancer.apply("*mangle\n-A PREROUTING -p tcp -j CONNMARK --set-xmark 0x8000/0x8000\nCOMMIT\n")
+    Server(backends, ONE, talk=echo, greet=False)
+    with connect(client, VIP) as connection:
+        connection.sendall(b"x")
+        assert connection.recv(10) == b"x"
+        listed = balancer.namespace.run("conntrack", "-L", "-p", "tcp", "--dst-nat")
+    assert f"mark={0x8000 | 0x60000000} " in listed
+
+
+def test_a_frozen_backend_has_stalled_connections_and_an_upload_in_progress_is_none(
+    backends: Namespace, client: Namespace, balancer: Balancer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The listener never accepts, as that of a stopped process: its kernel does."""
+    monkeypatch.setattr(flows, "SILENT_SECONDS", 2)
+    with backends:
+        frozen = socket.create_server((ONE, 8000), backlog=16)
+    with frozen, contextlib.ExitStack() as stack:
+        stuck = [stack.enter_context(connect(client, VIP)) for _ in range(4)]
+        upload = stack.enter_context(connect(client, VIP))
+        for connection in stuck:
+            connection.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        end = time.monotonic() + 3.5
+        while time.monotonic() < end:
+            upload.sendall(b"x" * 100)
+            time.sleep(0.2)
+        assert waiting(balancer) == {ONE: 5}
+        assert balancer.waiting_flows().stalled == {ONE: 4}
+
+
+def test_without_the_mark_rules_nobody_waits_and_packets_are_counted(
+    backends: Namespace, client: Namespace, balancer: Balancer
+) -> None:
+
+    mangle = ruleset.mangle(marks=False)
+    balancer.apply(ruleset.restore(mangle, balancer.listing("mangle")))
+    assert [name for name in balancer.listing("mangle").chains if name.startswith("LB-")] == ["LB-COUNT"]
+    Server(backends, ONE, talk=echo, greet=False)
+    with connect(client, VIP) as connection:
+        connection.sendall(b"x")
+        assert connection.recv(10) == b"x"
+    assert waiting(balancer) == {}
+    assert balancer.first_replies() == {ONE: 0}
+    assert balancer.traffic()[ONE][0] > 0
+
+
+def _equal(seen: object, expected: object) -> None:
+    assert seen == expected

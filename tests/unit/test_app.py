@@ -1,0 +1,108 @@
+"""Port 5000 under silent and slow clients: it answers, and they are disconnected."""
+
+from __future__ import annotations
+
+import http.client
+import resource
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+import app
+from exposition import Gauges
+
+SILENT = 2000
+
+
+class Source:
+    def state(self) -> tuple[dict[str, Any], int]:
+        return {"revision": "r1"}, 200
+
+    def gauges(self) -> Gauges:
+        return {"flows": ("Live flows.", 3.0)}
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    """A server in a thread with an event loop of its own, as the balancer has it."""
+    begun, ports, stops = threading.Event(), [], []
+
+    def serve() -> None:
+        server = app.make_server(app.create_app(Source()), 0)
+        server.start()
+        ports.append(server.server_port)
+        watcher = server.loop.async_()
+        stops.append(watcher)
+        watcher.start(server._stop_event.set)
+        begun.set()
+        server.serve_forever()
+        watcher.close()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    assert begun.wait(10)
+    yield ports[0]
+    stops[0].send()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def get(port: int, path: str = "/sync") -> tuple[int, bytes, float]:
+    began = time.monotonic()
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    connection.request("GET", path)
+    answer = connection.getresponse()
+    body = answer.read()
+    connection.close()
+    return answer.status, body, time.monotonic() - began
+
+
+def test_it_serves_what_there_is(port: int) -> None:
+    assert get(port)[:2] == (200, b'{"revision": "r1"}\n')
+    status, body, _ = get(port, "/metrics")
+    assert (status, b"lbscaler_balancer_flows 3.0" in body) == (200, True)
+    assert get(port, "/etc/passwd")[0] == 404
+
+
+def test_two_thousand_silent_connections_do_not_keep_the_health_check_waiting(port: int) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = 2 * SILENT + 500
+    if hard < needed:
+        pytest.skip("needs more open files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, needed), hard))
+    silent = []
+    try:
+        for _ in range(SILENT):
+            silent.append(socket.create_connection(("127.0.0.1", port), 10))
+        answers = [get(port) for _ in range(3)]
+    finally:
+        for connection in silent:
+            connection.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert [status for status, _, _ in answers] == [200] * 3
+    assert max(seconds for _, _, seconds in answers) < 1
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /sync HTTP/1.1\r\nX: y"], ids=["silent", "half a request"])
+def test_a_client_that_does_not_finish_its_request_is_disconnected(
+    port: int, sent: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "REQUEST_SECONDS", 0.3)
+    with socket.create_connection(("127.0.0.1", port), 10) as connection:
+        connection.sendall(sent)
+        began = time.monotonic()
+        while connection.recv(1000):
+            pass
+    assert 0.1 < time.monotonic() - began < 5
+
+
+def test_a_client_that_trickles_its_request_is_disconnected_too(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "REQUEST_SECONDS", 0.3)
+    with socket.create_connection(("127.0.0.1", port), 10) as connection, pytest.raises(OSError, match=r"pipe|reset"):
+        for _ in range(100):
+            connection.sendall(b"G")
+            time.sleep(0.05)

@@ -463,7 +463,7 @@ def main() -> None:
     addresses = os.environ.get("LB_MANAGERS") or (HERE / "hostip.txt").read_text().strip()
     name, node = socket.gethostname(), os.environ.get("LB_NODE", "")
     token = os.environ.get("LB_TOKEN") or (SECRETS / "token").read_text().strip()
-    certificate = str(SECRETS / "manager.pem") if node else ""
+    certificate = str(SECRETS / "certificate.pem") if node else ""
     manager = Manager(addresses.split(","), token, name, certificate)
     balancer = Balancer(Netfilter(os.environ["IPTABLES"]), manager, name, node)
     log.info("balancer started, iptables-%s, manager at %s", os.environ["IPTABLES"], addresses)

@@ -216,7 +216,8 @@ class Controller:
     def _keep_balancer(self, now: float) -> None:
         """Has the balancer repaired where the engine's list shows that it does not run as it should."""
         state = self._engine.balancer
-        if state != self._balancer_state:
+        being_repaired = BALANCER in self._workers.busy
+        if state != self._balancer_state and (state is BalancerState.RUNNING or not being_repaired):
             level = logging.INFO if state is BalancerState.RUNNING else logging.WARNING
             log.log(level, "balancer: %s", state.value)
             self._balancer_state = state

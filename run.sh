@@ -15,9 +15,9 @@ UNDO=()  # commands that undo what this run began, latest first
 main() {
     LOG=run/run.log
     trap 'roll_back $?' EXIT
-    trap 'exit 130' INT
-    trap 'exit 143' TERM
-    trap 'nobody_reads; exit 129' HUP
+    trap 'ended_by_signal 130' INT
+    trap 'ended_by_signal 143' TERM
+    trap 'nobody_reads; ended_by_signal 129' HUP
     trap : PIPE # see say
     case " $* " in *" --no-install "*) NO_INSTALL=1 ;; esac
     have python3 || { mkdir -p run && need "reading the settings" python3 python3-venv; }
@@ -94,9 +94,15 @@ view() {
 # The terminal is closed: what is left to print goes to the log.
 nobody_reads() { exec >>"$LOG" 2>&1 </dev/null || exec >/dev/null 2>&1 </dev/null; }
 
+# The undo runs to its end: a second Ctrl-C would leave half a system.
+outlast_signals() { trap : INT TERM HUP; }
+
+ended_by_signal() { outlast_signals && exit "$1"; }
+
+# Beware of `return` without a status in what it calls: in a trap that is the status before the trap.
 roll_back() {
     local status=$1 undo
-    trap : INT TERM HUP PIPE # the undo runs to its end: a second Ctrl-C would leave half a system
+    outlast_signals
     trap - EXIT
     end_step
     if [ "$status" -ne 0 ] && [ ${#UNDO[@]} -gt 0 ]; then
@@ -118,8 +124,8 @@ check_host() {
     [ ${#ports[@]} -eq 0 ] || python3 manager/preflight.py ports "${ports[@]}" || exit 1
 }
 
-# unchanged SETTING: whether the running project has the value it is to have.
-unchanged() { grep -qsF "\"$1\": \"${!1}\"" "$RUN/settings.json"; }
+# unchanged SETTING: whether the running project has the value it is to have, as far as its files tell.
+unchanged() { [ ! -e "$RUN/settings.json" ] || grep -qsF "\"$1\": \"${!1}\"" "$RUN/settings.json"; }
 
 manager_address() { if swarm; then echo "$MANAGER_ADDRESS"; else network_gateway; fi; }
 
@@ -242,7 +248,7 @@ start_manager() {
         return
     fi
     if manager_runs || supervisor_runs; then
-        UNDO=(bring_back "${UNDO[@]}")
+        [ ! -e "$RUN/settings.json" ] || UNDO=(bring_back "${UNDO[@]}")
         step "Stopping the manager, to start it with changed settings" end_manager
     fi
     make_token

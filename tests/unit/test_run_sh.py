@@ -175,6 +175,17 @@ def test_another_refusal_or_a_subnet_that_was_named_is_not_tried_again(
     assert len((system.state / "asked").read_text().split()) == 1
 
 
+def test_a_running_project_whose_files_were_deleted_is_started_anew(system: System) -> None:
+    system.up("--image", "good")
+    pid = status(system)["pid"]
+    shutil.rmtree(system.run_dir)
+    system.up("--image", "good")
+    assert status(system)["pid"] != pid
+    assert len(system.processes()) == 2
+    system.down()
+    assert system.nothing_left()
+
+
 # -- an update -------------------------------------------------------------------------------------------------------
 
 

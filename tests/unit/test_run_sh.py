@@ -132,7 +132,7 @@ def test_settings_that_cannot_be_written_are_one_line_and_the_start_is_undone(sy
 
 @pytest.mark.parametrize("way", ["<&- >&- 2>&-", "</dev/null >/dev/null 2>&1"])
 def test_closed_streams_are_as_good_as_dev_null(system: System, way: str) -> None:
-    for script, *words in (("run.sh", "--image", "good"), ("stop.sh",)):
+    for script, *words in (("run.sh", "--image", "good"), ("run.sh", "--status"), ("stop.sh",)):
         command = " ".join(f"'{word}'" for word in system.command(script, *words))
         done = subprocess.run(["bash", "-c", f"exec {command} {way}"], env=system.environment, timeout=60, check=False)
         assert done.returncode == 0
@@ -173,6 +173,16 @@ def test_another_refusal_or_a_subnet_that_was_named_is_not_tried_again(
     (system.state / "refusals").write_text("99")
     assert refusal in system.up("--image", "good", *flags, status=1)
     assert len((system.state / "asked").read_text().split()) == 1
+
+
+def test_a_manager_is_started_again_where_nothing_can_be_written(system: System) -> None:
+    system.up("--image", "good")
+    pid = status(system)["pid"]
+    shutil.rmtree(system.run_dir)
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: len(system.processes()) == 2 and pid not in system.processes(), "another manager")
+    system.down()
+    assert system.nothing_left()
 
 
 def test_a_running_project_whose_files_were_deleted_is_started_anew(system: System) -> None:

@@ -12,9 +12,9 @@ have() { command -v "$1" >/dev/null 2>&1; }
 
 # open_streams: a standard stream that is closed becomes /dev/null, or the next file that is opened would take its place.
 open_streams() {
-    { true <&0; } 2>/dev/null || exec </dev/null
-    { true >&1; } 2>/dev/null || exec >/dev/null
-    true >&2 || exec 2>/dev/null
+    true 9>&2 || exec 2>/dev/null
+    { true 9<&0; } 2>/dev/null || exec </dev/null
+    { true 9>&1; } 2>/dev/null || exec >/dev/null
 }
 
 # step TEXT COMMAND…: says TEXT, runs COMMAND with its output in LOG, says how long it took; shows that long ones move.

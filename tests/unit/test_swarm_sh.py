@@ -44,7 +44,7 @@ def state(tmp_path: Path) -> Path:
 def share(state: Path, run: Path, after: str = "") -> subprocess.CompletedProcess[str]:
     """share_secrets on a node whose files are in `run`; prints the names of the two secrets."""
     run.mkdir(exist_ok=True)
-    make_token = 'make_token() { [ -s "$RUN/token" ] || printf \'a token\' >"$RUN/token"; }'
+    make_token = 'make_token() { [ -s "$RUN/token" ] || echo "made in $RUN" >"$RUN/token"; }'
     script = f"""
     set -euo pipefail
     LB_PROJECT=p RUN='{run}' LOG='{run}/log'
@@ -72,7 +72,7 @@ def test_balancers_get_the_certificate_and_never_the_key(state: Path, tmp_path: 
     run = tmp_path / "run"
     token, certificate = names(share(state, run))
     assert token == "p-token"
-    assert (state / token).read_text() == "a token"
+    assert (state / token).read_text() == (run / "token").read_text()
     assert (state / certificate).read_text() == (run / "certificate.pem").read_text()
     for name in secrets(state):
         assert "PRIVATE KEY" not in (state / name).read_text()
@@ -89,7 +89,7 @@ def test_a_manager_that_moves_takes_the_token_along_and_makes_a_certificate_of_i
     _, before = names(share(state, tmp_path / "first"))
     (state.parent / "state.balancer").write_text("balancer-id\n")
     token, after = names(share(state, tmp_path / "second"))
-    assert (tmp_path / "second" / "token").read_text() == "a token"
+    assert (tmp_path / "second" / "token").read_text() == (tmp_path / "first" / "token").read_text()
     assert after != before
     assert secrets(state) == {token, before, after}
 

@@ -139,7 +139,9 @@ build_images() {
     BALANCER_IMAGE=lbscaler-balancer:$(digest balancer)
     build_image balancer "$BALANCER_IMAGE"
     BACKEND_IMAGE=${LB_IMAGE:-lbscaler-server:$(digest server)}
-    if [ -z "$LB_IMAGE" ]; then
+    if [ -n "${GO_BACK_TO:-}" ]; then # see bring_back
+        BACKEND_IMAGE=$GO_BACK_TO
+    elif [ -z "$LB_IMAGE" ]; then
         build_image server "$BACKEND_IMAGE"
     elif ! docker image inspect "$LB_IMAGE" >/dev/null 2>&1; then
         step "Pulling $LB_IMAGE" docker pull "$LB_IMAGE"
@@ -262,14 +264,15 @@ start_manager() {
 unchanged_snapshot() { [ "$SNAPSHOT" = "$(cat "$RUN/settings.json" 2>/dev/null)" ]; }
 
 # A live system whose new settings do not start, or whose update is given up, goes back to those it ran with:
-# settings.json still has them. Its backends are not waited for.
+# settings.json still has them, and the image's id, for its name may mean the new one by now. Nothing is waited for.
 bring_back() {
-    local unset
+    local unset image
+    image=$(sed -n 's/.*"backend_image": "\([^"]*\)".*/\1/p' "$RUN/settings.json")
     mapfile -t unset < <(compgen -e LB_ | sed 's/^/--unset=/')
     end_manager
     [ ! -e "$RUN/balancer/orders.before" ] || mv -f "$RUN/balancer/orders.before" "$RUN/balancer/orders.json"
     flock -u 9
-    env "${unset[@]}" ./run.sh --project "$LB_PROJECT" --no-wait
+    env "${unset[@]}" GO_BACK_TO="$image" ./run.sh --project "$LB_PROJECT" --no-wait
 }
 
 make_token() {
@@ -281,7 +284,8 @@ make_token() {
 settings_snapshot() {
     local code
     code=$(digest manager)
-    python3 manager/settings.py --print "$BACKEND_ID" "$BALANCER_IMAGE" "$code${LB_CERTIFICATE_SECRET:+ $LB_CERTIFICATE_SECRET}"
+    code+=${LB_CERTIFICATE_SECRET:+ $LB_CERTIFICATE_SECRET}
+    python3 manager/settings.py --print "$BACKEND_ID" "$BALANCER_IMAGE" "$code"
 }
 
 launch_manager() {

@@ -27,7 +27,7 @@ publish_images() {
     [ -n "$LB_REGISTRY" ] || return 0
     local image
     for image in BALANCER_IMAGE BACKEND_IMAGE; do
-        case "${!image}" in "$LB_REGISTRY"/*) continue ;; esac
+        case "${!image}" in "$LB_REGISTRY"/* | sha256:*) continue ;; esac # it is there already
         step "Publishing ${!image} at $LB_REGISTRY" publish "${!image}"
         printf -v "$image" %s "$LB_REGISTRY/${!image}"
     done

@@ -205,9 +205,18 @@ def test_an_update_that_is_given_up_fails_and_the_old_settings_are_used_again(sy
     output = system.up("--image", "bad", status=1)
     assert "what ran before is used again: its container ended with exit code 3" in output
     assert settings(system)["LB_IMAGE"] == "good"
-    assert status(system)["environment"]["LB_IMAGE"] == "good"
+    assert status(system)["environment"]["LB_IMAGE"] == "sha256:good"
     assert (system.run_dir / "balancer" / "orders.json").read_text() == "the operator's"
     assert len(system.processes()) == 2
+
+
+def test_the_old_image_is_used_again_even_where_its_name_means_the_new_one(system: System) -> None:
+    system.up("--image", "good")
+    (system.state / "id-of-good").write_text("sha256:bad")
+    stored = (system.run_dir / "settings.json").read_text()
+    assert "what ran before is used again" in system.up(status=1)
+    assert (system.run_dir / "settings.json").read_text() == stored
+    assert status(system)["environment"]["LB_IMAGE"] == "sha256:good"
 
 
 def test_without_waiting_the_update_goes_on_and_its_end_is_the_managers(system: System) -> None:

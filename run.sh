@@ -256,9 +256,14 @@ start_manager() {
     make_token
     printf '%s:%s\n' "$(manager_address)" "$LB_MANAGER_PORT" >"$RUN/balancer/hostip.txt"
     ln -sf "../$RUN/balancer/hostip.txt" "../$RUN/balancer/ip.txt" balancer/
-    unchanged_snapshot || [ ! -e "$RUN/balancer/orders.json" ] ||
-        mv -f "$RUN/balancer/orders.json" "$RUN/balancer/orders.before"
+    unchanged_snapshot || forget_orders
     step "Starting the manager" launch_manager
+}
+
+# With other settings, the operator's orders no longer hold, and an update that was given up may be tried again.
+forget_orders() {
+    rm -f "$RUN/balancer/refused_update.json"
+    [ ! -e "$RUN/balancer/orders.json" ] || mv -f "$RUN/balancer/orders.json" "$RUN/balancer/orders.before"
 }
 
 unchanged_snapshot() { [ "$SNAPSHOT" = "$(cat "$RUN/settings.json" 2>/dev/null)" ]; }

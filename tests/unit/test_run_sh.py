@@ -202,11 +202,13 @@ def test_a_running_project_whose_files_were_deleted_is_started_anew(system: Syst
 def test_an_update_that_is_given_up_fails_and_the_old_settings_are_used_again(system: System) -> None:
     system.up("--image", "good")
     (system.run_dir / "balancer" / "orders.json").write_text("the operator's")
+    (system.run_dir / "balancer" / "refused_update.json").write_text("an earlier one")
     output = system.up("--image", "bad", status=1)
     assert "what ran before is used again: its container ended with exit code 3" in output
     assert settings(system)["LB_IMAGE"] == "good"
     assert status(system)["environment"]["LB_IMAGE"] == "sha256:good"
     assert (system.run_dir / "balancer" / "orders.json").read_text() == "the operator's"
+    assert not (system.run_dir / "balancer" / "refused_update.json").exists(), "whoever asks again has it tried again"
     assert len(system.processes()) == 2
 
 

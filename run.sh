@@ -15,9 +15,9 @@ UNDO=()  # commands that undo what this run began, latest first
 main() {
     LOG=run/run.log
     trap 'roll_back $?' EXIT
-    trap 'exit 130' INT
-    trap 'exit 143' TERM
-    trap 'nobody_reads; exit 129' HUP
+    trap 'ended_by_signal 130' INT
+    trap 'ended_by_signal 143' TERM
+    trap 'nobody_reads; ended_by_signal 129' HUP
     trap : PIPE # see say
     case " $* " in *" --no-install "*) NO_INSTALL=1 ;; esac
     have python3 || { mkdir -p run && need "reading the settings" python3 python3-venv; }
@@ -94,9 +94,15 @@ view() {
 # The terminal is closed: what is left to print goes to the log.
 nobody_reads() { exec >>"$LOG" 2>&1 </dev/null || exec >/dev/null 2>&1 </dev/null; }
 
+# The undo runs to its end: a second Ctrl-C would leave half a system.
+outlast_signals() { trap : INT TERM HUP; }
+
+ended_by_signal() { outlast_signals && exit "$1"; }
+
+# Beware of `return` without a status in what it calls: in a trap that is the status before the trap.
 roll_back() {
     local status=$1 undo
-    trap : INT TERM HUP PIPE # the undo runs to its end: a second Ctrl-C would leave half a system
+    outlast_signals
     trap - EXIT
     end_step
     if [ "$status" -ne 0 ] && [ ${#UNDO[@]} -gt 0 ]; then
@@ -118,8 +124,8 @@ check_host() {
     [ ${#ports[@]} -eq 0 ] || python3 manager/preflight.py ports "${ports[@]}" || exit 1
 }
 
-# unchanged SETTING: whether the running project has the value it is to have.
-unchanged() { grep -qsF "\"$1\": \"${!1}\"" "$RUN/settings.json"; }
+# unchanged SETTING: whether the running project has the value it is to have, as far as its files tell.
+unchanged() { [ ! -e "$RUN/settings.json" ] || grep -qsF "\"$1\": \"${!1}\"" "$RUN/settings.json"; }
 
 manager_address() { if swarm; then echo "$MANAGER_ADDRESS"; else network_gateway; fi; }
 
@@ -133,7 +139,9 @@ build_images() {
     BALANCER_IMAGE=lbscaler-balancer:$(digest balancer)
     build_image balancer "$BALANCER_IMAGE"
     BACKEND_IMAGE=${LB_IMAGE:-lbscaler-server:$(digest server)}
-    if [ -z "$LB_IMAGE" ]; then
+    if [ -n "${GO_BACK_TO:-}" ]; then # see bring_back
+        BACKEND_IMAGE=$GO_BACK_TO
+    elif [ -z "$LB_IMAGE" ]; then
         build_image server "$BACKEND_IMAGE"
     elif ! docker image inspect "$LB_IMAGE" >/dev/null 2>&1; then
         step "Pulling $LB_IMAGE" docker pull "$LB_IMAGE"
@@ -242,28 +250,34 @@ start_manager() {
         return
     fi
     if manager_runs || supervisor_runs; then
-        UNDO=(bring_back "${UNDO[@]}")
+        [ ! -e "$RUN/settings.json" ] || UNDO=(bring_back "${UNDO[@]}")
         step "Stopping the manager, to start it with changed settings" end_manager
     fi
     make_token
     printf '%s:%s\n' "$(manager_address)" "$LB_MANAGER_PORT" >"$RUN/balancer/hostip.txt"
     ln -sf "../$RUN/balancer/hostip.txt" "../$RUN/balancer/ip.txt" balancer/
-    unchanged_snapshot || [ ! -e "$RUN/balancer/orders.json" ] ||
-        mv -f "$RUN/balancer/orders.json" "$RUN/balancer/orders.before"
+    unchanged_snapshot || forget_orders
     step "Starting the manager" launch_manager
+}
+
+# With other settings, the operator's orders no longer hold, and an update that was given up may be tried again.
+forget_orders() {
+    rm -f "$RUN/balancer/refused_update.json"
+    [ ! -e "$RUN/balancer/orders.json" ] || mv -f "$RUN/balancer/orders.json" "$RUN/balancer/orders.before"
 }
 
 unchanged_snapshot() { [ "$SNAPSHOT" = "$(cat "$RUN/settings.json" 2>/dev/null)" ]; }
 
 # A live system whose new settings do not start, or whose update is given up, goes back to those it ran with:
-# settings.json still has them. Its backends are not waited for.
+# settings.json still has them, and the image's id, for its name may mean the new one by now. Nothing is waited for.
 bring_back() {
-    local unset
+    local unset image
+    image=$(sed -n 's/.*"backend_image": "\([^"]*\)".*/\1/p' "$RUN/settings.json")
     mapfile -t unset < <(compgen -e LB_ | sed 's/^/--unset=/')
     end_manager
     [ ! -e "$RUN/balancer/orders.before" ] || mv -f "$RUN/balancer/orders.before" "$RUN/balancer/orders.json"
     flock -u 9
-    env "${unset[@]}" ./run.sh --project "$LB_PROJECT" --no-wait
+    env "${unset[@]}" GO_BACK_TO="$image" ./run.sh --project "$LB_PROJECT" --no-wait
 }
 
 make_token() {
@@ -275,7 +289,8 @@ make_token() {
 settings_snapshot() {
     local code
     code=$(digest manager)
-    python3 manager/settings.py --print "$BACKEND_ID" "$BALANCER_IMAGE" "$code${LB_CERTIFICATE_SECRET:+ $LB_CERTIFICATE_SECRET}"
+    code+=${LB_CERTIFICATE_SECRET:+ $LB_CERTIFICATE_SECRET}
+    python3 manager/settings.py --print "$BACKEND_ID" "$BALANCER_IMAGE" "$code"
 }
 
 launch_manager() {

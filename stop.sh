@@ -34,6 +34,7 @@ main() {
     if have docker && engine_answers; then
         ! is_worker || die "this node is a worker of a Swarm; run stop.sh on a manager of it"
         if [ -n "$(our_services balancer)$(our_services backend)" ]; then remove_services; else drain; fi
+        ! gives_orders || forget_in_swarm
         remove_containers
         remove_network
         [ -z "$IMAGES" ] || remove_images
@@ -140,6 +141,7 @@ check_nothing_is_left() {
     if have docker && engine_answers; then
         mapfile -t -O ${#left[@]} left < <(
             docker service ls --filter "label=lbscaler.project=$LB_PROJECT" --format 'service {{.Name}}' 2>/dev/null || true
+            docker secret ls --filter "label=lbscaler.project=$LB_PROJECT" --format 'secret {{.Name}}' 2>/dev/null || true
             docker ps -a --filter "label=lbscaler.project=$LB_PROJECT" --format 'container {{.Names}}'
         )
         network=$(docker network ls --filter "label=lbscaler.project=$LB_PROJECT" --format 'network {{.Name}}')

@@ -259,7 +259,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     faults, warnings = (sum(one.verdict == verdict for one in told.values()) for verdict in (FAULT, WARN))
     if as_json:
         rows = [{"name": name, **one._asdict()} for name, one in told.items()]
-        print(json.dumps({"well": not faults, "checks": rows}, indent=1))
+        print(json.dumps({"healthy": not faults, "checks": rows}, indent=1))
     else:
         print(*(row(name, one) for name, one in told.items()), sep="\n")
         print(f"\nwould stop run.sh: {faults}; warnings: {warnings}")

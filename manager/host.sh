@@ -12,9 +12,9 @@ have() { command -v "$1" >/dev/null 2>&1; }
 
 # open_streams: a standard stream that is closed becomes /dev/null, or the next file that is opened would take its place.
 open_streams() {
-    { true <&0; } 2>/dev/null || exec </dev/null
-    { true >&1; } 2>/dev/null || exec >/dev/null
-    true >&2 || exec 2>/dev/null
+    true 9>&2 || exec 2>/dev/null
+    { true 9<&0; } 2>/dev/null || exec </dev/null
+    { true 9>&1; } 2>/dev/null || exec >/dev/null
 }
 
 # step TEXT COMMAND…: says TEXT, runs COMMAND with its output in LOG, says how long it took; shows that long ones move.
@@ -72,23 +72,28 @@ end_step() {
             kill -TERM -- "-$group"
         fi
     done 2>/dev/null || true
-    for group in $groups; do wait "$group" 2>/dev/null || true; done
+    for group in $groups; do wait_for "$group" || true; done
     TICKER=''
 }
 
 # shielded COMMAND…: runs it to its end, whatever signals come meanwhile; its status. It has a process group of its own,
 # which a terminal's Ctrl-C does not reach; the caller has to have set traps for the signals that it is to outlast.
 shielded() {
-    local job status
+    local job
     set -m
     "$@" >>"$LOG" 2>&1 </dev/null &
     job=$!
     set +m
+    wait_for "$job"
+}
+
+# wait_for JOB: its status. A signal that this shell traps ends `wait`, too; then the job still runs.
+wait_for() {
+    local status
     while true; do
         status=0
-        wait "$job" || status=$?
-        # A signal ends `wait`, too; then the command still runs.
-        if [ "$status" -le 128 ] || ! kill -0 "$job" 2>/dev/null; then return "$status"; fi
+        wait "$1" 2>/dev/null || status=$?
+        if [ "$status" -le 128 ] || ! kill -0 "$1" 2>/dev/null; then return "$status"; fi
     done
 }
 

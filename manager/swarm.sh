@@ -27,7 +27,7 @@ publish_images() {
     [ -n "$LB_REGISTRY" ] || return 0
     local image
     for image in BALANCER_IMAGE BACKEND_IMAGE; do
-        case "${!image}" in "$LB_REGISTRY"/*) continue ;; esac
+        case "${!image}" in "$LB_REGISTRY"/* | sha256:*) continue ;; esac # it is there already
         step "Publishing ${!image} at $LB_REGISTRY" publish "${!image}"
         printf -v "$image" %s "$LB_REGISTRY/${!image}"
     done
@@ -115,10 +115,18 @@ remove_services() {
             step "Removing the service $LB_PROJECT-$role" docker service rm "$service"
         done
     done
-    for service in $(docker node ls -q); do
-        docker node update --label-rm "lbscaler.manager.$LB_PROJECT" "$service" >>"$LOG" 2>&1 || true
+}
+
+# gives_orders: whether this node is a manager of a Swarm.
+gives_orders() { [ "$(docker info --format '{{.Swarm.LocalNodeState}} {{.Swarm.ControlAvailable}}')" = "active true" ]; }
+
+# forget_in_swarm: a start that failed may have left these without any service.
+forget_in_swarm() {
+    local node
+    for node in $(docker node ls -q); do
+        docker node update --label-rm "lbscaler.manager.$LB_PROJECT" "$node" >>"$LOG" 2>&1 || true
     done
-    docker secret ls -q --filter "label=lbscaler.project=$LB_PROJECT" 2>/dev/null | xargs -r docker secret rm >>"$LOG"
+    docker secret ls -q --filter "label=lbscaler.project=$LB_PROJECT" | xargs -r docker secret rm >>"$LOG"
 }
 
 # A balancer that is told to end deals nobody any more and waits for its flows to end; Swarm ends it when it has waited

@@ -27,7 +27,8 @@ print() { cat "$state/$1" 2>/dev/null || true; }
 case "$*" in
     *Swarm.LocalNodeState*) echo inactive false ;;
     info*) ;;
-    "image inspect --format {{.Id}} "*) echo "sha256:${*: -1}" ;;
+    "image inspect --format {{.Id}} sha256:"*) echo "${*: -1}" ;;
+    "image inspect --format {{.Id}} "*) cat "$state/id-of-${*: -1}" 2>/dev/null || echo "sha256:${*: -1}" ;;
     "image inspect "*) ;;
     "ps "*role=backend*) print backends ;;
     "ps "*role=balancer*) print balancers ;;
@@ -77,6 +78,9 @@ never: no backend gets ready; broken: the balancer cannot be started; hung: noth
 import http.server, json, os, signal, sys, threading, time
 
 image, began = os.environ["LB_IMAGE"], time.monotonic()
+name = os.path.join(os.environ["FAKE_STATE"], f"id-of-{image}")
+if os.path.exists(name):
+    image = open(name).read()
 
 def status():
     launches = {"failed": 0, "why": "", "updating": False, "update_given_up": "", "replaced": 2, "to_replace": 0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -132,7 +133,15 @@ def test_an_update_replaces_one_by_one_without_a_failed_request(system: System, 
     assert "replaced by the update" in system.log()
 
 
-# Each cannot work in its own way: it crashes, serves on loopback alone, or answers its probe with an error.
+FAILING_SERVER = """\
+import http.server as h
+class Answer(h.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_error(500)
+h.ThreadingHTTPServer(("", 8000), Answer).serve_forever()
+"""
+# Each cannot work in its own way: it crashes, serves on loopback alone, starts too slowly, or answers with an error.
+# The probes are such that the backends before it stay healthy.
 BAD_IMAGES = {
     "crash": ('ENTRYPOINT ["/bin/sh", "-c", "echo no such luck; exit 3"]', (), "no such luck"),
     "loopback": (
@@ -140,10 +149,15 @@ BAD_IMAGES = {
         ("--health", "tcp", "--ready-timeout", "8"),
         "not ready within 8 s",
     ),
+    "slow": (
+        'ENTRYPOINT ["/bin/sh", "-c", "sleep 90; exec python3 -m http.server 8000"]',
+        ("--health", "tcp", "--ready-timeout", "8"),
+        "not ready within 8 s",
+    ),
     "error": (
-        'ENTRYPOINT ["python3", "-m", "http.server", "8000"]',
-        ("--health", "http:/nothing-here", "--ready-timeout", "8"),
-        "status 404",
+        f"ENTRYPOINT {json.dumps(['python3', '-c', FAILING_SERVER])}",
+        ("--health", "http:/", "--ready-timeout", "8"),
+        "status 500",
     ),
 }
 

@@ -326,7 +326,7 @@ def test_the_exit_code_says_whether_anything_would_stop_run_sh(
     monkeypatch.setattr(doctor, "CHECKS", {name: lambda _, one=one: one for name, one in found.items()})
     assert doctor.main(["--json", "--doctor"], {}) == 1
     told = json.loads(capsys.readouterr().out)
-    assert (told["well"], told["checks"][1]) == (False, {"name": "b", "verdict": FAULT, "found": "u", "mend": "v"})
+    assert (told["healthy"], told["checks"][1]) == (False, {"name": "b", "verdict": FAULT, "found": "u", "mend": "v"})
 
 
 def test_a_bad_setting_or_flag_is_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:

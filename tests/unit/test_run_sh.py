@@ -132,7 +132,7 @@ def test_settings_that_cannot_be_written_are_one_line_and_the_start_is_undone(sy
 
 @pytest.mark.parametrize("way", ["<&- >&- 2>&-", "</dev/null >/dev/null 2>&1"])
 def test_closed_streams_are_as_good_as_dev_null(system: System, way: str) -> None:
-    for script, *words in (("run.sh", "--image", "good"), ("stop.sh",)):
+    for script, *words in (("run.sh", "--image", "good"), ("run.sh", "--status"), ("stop.sh",)):
         command = " ".join(f"'{word}'" for word in system.command(script, *words))
         done = subprocess.run(["bash", "-c", f"exec {command} {way}"], env=system.environment, timeout=60, check=False)
         assert done.returncode == 0
@@ -175,18 +175,50 @@ def test_another_refusal_or_a_subnet_that_was_named_is_not_tried_again(
     assert len((system.state / "asked").read_text().split()) == 1
 
 
+def test_a_manager_is_started_again_where_nothing_can_be_written(system: System) -> None:
+    system.up("--image", "good")
+    pid = status(system)["pid"]
+    shutil.rmtree(system.run_dir)
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: len(system.processes()) == 2 and pid not in system.processes(), "another manager")
+    system.down()
+    assert system.nothing_left()
+
+
+def test_a_running_project_whose_files_were_deleted_is_started_anew(system: System) -> None:
+    system.up("--image", "good")
+    pid = status(system)["pid"]
+    shutil.rmtree(system.run_dir)
+    system.up("--image", "good")
+    assert status(system)["pid"] != pid
+    assert len(system.processes()) == 2
+    system.down()
+    assert system.nothing_left()
+
+
 # -- an update -------------------------------------------------------------------------------------------------------
 
 
 def test_an_update_that_is_given_up_fails_and_the_old_settings_are_used_again(system: System) -> None:
     system.up("--image", "good")
     (system.run_dir / "balancer" / "orders.json").write_text("the operator's")
+    (system.run_dir / "balancer" / "refused_update.json").write_text("an earlier one")
     output = system.up("--image", "bad", status=1)
     assert "what ran before is used again: its container ended with exit code 3" in output
     assert settings(system)["LB_IMAGE"] == "good"
-    assert status(system)["environment"]["LB_IMAGE"] == "good"
+    assert status(system)["environment"]["LB_IMAGE"] == "sha256:good"
     assert (system.run_dir / "balancer" / "orders.json").read_text() == "the operator's"
+    assert not (system.run_dir / "balancer" / "refused_update.json").exists(), "whoever asks again has it tried again"
     assert len(system.processes()) == 2
+
+
+def test_the_old_image_is_used_again_even_where_its_name_means_the_new_one(system: System) -> None:
+    system.up("--image", "good")
+    (system.state / "id-of-good").write_text("sha256:bad")
+    stored = (system.run_dir / "settings.json").read_text()
+    assert "what ran before is used again" in system.up(status=1)
+    assert (system.run_dir / "settings.json").read_text() == stored
+    assert status(system)["environment"]["LB_IMAGE"] == "sha256:good"
 
 
 def test_without_waiting_the_update_goes_on_and_its_end_is_the_managers(system: System) -> None:

@@ -10,22 +10,23 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 # Secrets are files of $STATE, their labels beside them. A balancer on this node, if there is one, has the token.
-DOCKER = r"""
-docker() {
-    local words="$*" name=${*: -1}
-    case "$words" in
-        "secret inspect "*) [ -e "$STATE/$name" ] && cat "$STATE/$name.digest" ;;
-        "secret create "*)
-            name=${*: -2:1} words=${words#*lbscaler.digest=}
-            echo "${words%% *}" >"$STATE/$name.digest"
-            cp "${*: -1}" "$STATE/$name" ;;
-        "secret ls "*) (cd "$STATE" && ls | grep -v 'digest$') ;;
-        "secret rm "*) rm "$STATE/$name" "$STATE/$name.digest" ;;
-        "ps "*) cat "$STATE.balancer" 2>/dev/null || true ;;
-        "exec "*) cat "$STATE/p-token" ;;
-        *) return 1 ;;
-    esac
-}
+DOCKER = r"""#!/bin/bash
+words="$*" name=${*: -1}
+case "$words" in
+    "secret inspect "*) [ -e "$STATE/$name" ] && cat "$STATE/$name.digest" ;;
+    "secret create "*)
+        name=${*: -2:1} words=${words#*lbscaler.digest=}
+        echo "${words%% *}" >"$STATE/$name.digest"
+        cp "${*: -1}" "$STATE/$name" ;;
+    "secret ls "*) cd "$STATE" && ls | grep -v 'digest$' ;;
+    "secret rm "*)
+        for name in "${@:3}"; do rm "$STATE/$name" "$STATE/$name.digest"; done ;;
+    "node ls "*) echo this-node ;;
+    "node update "*) echo "$words" >>"$STATE.nodes" ;;
+    "ps "*) cat "$STATE.balancer" 2>/dev/null || true ;;
+    "exec "*) cat "$STATE/p-token" ;;
+    *) exit 1 ;;
+esac
 """
 
 
@@ -33,20 +34,23 @@ docker() {
 def state(tmp_path: Path) -> Path:
     if shutil.which("openssl") is None:
         pytest.skip("needs openssl")
-    (tmp_path / "state").mkdir()
+    for name in ("state", "bin"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "bin" / "docker").write_text(DOCKER)
+    (tmp_path / "bin" / "docker").chmod(0o755)
     return tmp_path / "state"
 
 
 def share(state: Path, run: Path, after: str = "") -> subprocess.CompletedProcess[str]:
     """share_secrets on a node whose files are in `run`; prints the names of the two secrets."""
     run.mkdir(exist_ok=True)
-    make_token = 'make_token() { [ -s "$RUN/token" ] || printf \'a token\' >"$RUN/token"; }'
+    make_token = 'make_token() { [ -s "$RUN/token" ] || echo "made in $RUN" >"$RUN/token"; }'
     script = f"""
     set -euo pipefail
-    LB_PROJECT=p RUN='{run}' LOG='{run}/log' STATE='{state}'
+    LB_PROJECT=p RUN='{run}' LOG='{run}/log'
+    export STATE='{state}' PATH='{state.parent / "bin"}':"$PATH"
     . manager/host.sh
     . manager/swarm.sh
-    {DOCKER}
     {make_token}
     share_secrets
     echo "$LB_TOKEN_SECRET $LB_CERTIFICATE_SECRET"
@@ -68,7 +72,7 @@ def test_balancers_get_the_certificate_and_never_the_key(state: Path, tmp_path: 
     run = tmp_path / "run"
     token, certificate = names(share(state, run))
     assert token == "p-token"
-    assert (state / token).read_text() == "a token"
+    assert (state / token).read_text() == (run / "token").read_text()
     assert (state / certificate).read_text() == (run / "certificate.pem").read_text()
     for name in secrets(state):
         assert "PRIVATE KEY" not in (state / name).read_text()
@@ -85,7 +89,7 @@ def test_a_manager_that_moves_takes_the_token_along_and_makes_a_certificate_of_i
     _, before = names(share(state, tmp_path / "first"))
     (state.parent / "state.balancer").write_text("balancer-id\n")
     token, after = names(share(state, tmp_path / "second"))
-    assert (tmp_path / "second" / "token").read_text() == "a token"
+    assert (tmp_path / "second" / "token").read_text() == (tmp_path / "first" / "token").read_text()
     assert after != before
     assert secrets(state) == {token, before, after}
 
@@ -113,3 +117,9 @@ def test_another_token_than_the_balancers_have_is_refused(state: Path, tmp_path:
     done = share(state, tmp_path / "second")
     assert done.returncode == 1
     assert "second/token is not the one this Swarm's balancers have" in done.stderr
+
+
+def test_a_start_that_failed_leaves_neither_secrets_nor_a_claim(state: Path, tmp_path: Path) -> None:
+    names(share(state, tmp_path / "first", after="forget_in_swarm"))
+    assert secrets(state) == set()
+    assert (tmp_path / "state.nodes").read_text() == "node update --label-rm lbscaler.manager.p this-node\n"

@@ -191,7 +191,14 @@ class DockerEngine(Engine):
         ip = row["NetworkSettings"]["Networks"].get(self._settings.project, {}).get("IPAddress", "")
         name = str(row["Names"][0]).lstrip("/")
         spec = row["Labels"].get("lbscaler.spec") or row["ImageID"]
-        return Container(str(row["Id"]), name, ip, str(row["State"]), spec=str(spec))
+        exit_code = self._exit_code(str(row["Id"])) if row["State"] in ("exited", "dead") else None
+        return Container(str(row["Id"]), name, ip, str(row["State"]), exit_code, spec=str(spec))
+
+    def _exit_code(self, container_id: str) -> int | None:
+        """The list does not have it. None where the container is gone since."""
+        with suppress(docker.errors.NotFound):
+            return int(self._client.api.inspect_container(container_id)["State"]["ExitCode"])
+        return None
 
     def spec(self) -> str:
         """What new backends are to be made from, in full: the image's id and every option, as a text. It is kept as a

@@ -206,7 +206,8 @@ def ended(backend: Backend, exit_code: int | None, now: float) -> Backend:
         return gone
     if backend.state == DRAINING:
         return gone.to(STOPPED, now, "its container has ended")
-    return gone.to(FAILED, now, f"its container ended with exit code {exit_code}")
+    code = "" if exit_code is None else f" with exit code {exit_code}"
+    return gone.to(FAILED, now, f"its container ended{code}")
 
 
 def apply_health(

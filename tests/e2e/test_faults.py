@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -40,8 +41,8 @@ asyncio.run(main())
 @pytest.fixture(scope="module")
 def sleeper(shared: System) -> str:
     image = docker("images", "-q", "--filter", "label=lbscaler.image=server").split()[0]
-    program = SLEEPER.replace("\n", "\\n").replace('"', '\\"')
-    recipe = f'FROM {image}\nLABEL lbscaler.image=test\nENTRYPOINT ["python3", "-c", "{program}"]\n'
+    entrypoint = json.dumps(["python3", "-c", SLEEPER])
+    recipe = f"FROM {image}\nLABEL lbscaler.image=test\nENTRYPOINT {entrypoint}\n"
     subprocess.run(["docker", "build", "-q", "-t", "lbtest-sleeper", "-"], input=recipe, text=True, check=True)
     return "lbtest-sleeper"
 

@@ -39,7 +39,7 @@ class Docker:
         }
 
     def inspect_container(self, id_: str) -> dict[str, Any]:
-        return {"State": {"Pid": self.pids[id_]}}
+        return {"State": {"Pid": self.pids.get(id_, 1), "ExitCode": 3}}
 
     def remove_container(self, id_: str, **_: object) -> None:
         self.calls.append(("remove", id_))
@@ -165,6 +165,11 @@ def test_foreign_container_with_the_balancers_name_is_left_alone(engine: DockerE
     with pytest.raises(NameTaken):
         engine.repair_balancer()
     assert client.calls == []
+
+
+def test_ended_backend_is_listed_with_its_exit_code(engine: DockerEngine, client: Docker) -> None:
+    client.add("backend", "backend", state="exited")
+    assert [container.exit_code for container in engine.list()] == [3]
 
 
 def test_backend_that_ended_between_list_and_inspection_costs_the_others_nothing(

@@ -53,6 +53,8 @@ from settings import Settings
 from workers import BALANCER, PAUSE, Workers
 
 RELIST = 2.0  # seconds between two lists of the engine's when no event asks for one
+# Docker's list still shows a container as running for some 0.1 s after the event of its end, so there is a second list.
+RELIST_AFTER_EVENT = 0.25
 SUSPENDED = 2.0  # seconds by which a wait of the loop has to be late to show that the process was stopped meanwhile
 SIGKILL, SIGTERM = 9, 15
 
@@ -109,6 +111,7 @@ class Controller:
         self._subscribers: list[Callable[[], None]] = []
         self._revision, self._view = "", show.view({}, settings, inside, check_source)
         self._wake = threading.Event()
+        self._hinted = False  # an event came since the last list began
         self._stopping = False
         self._workers = Workers(engine, done=self._wake.set)
         self._namer = fleets.Namer(f"{settings.project}-backend-")
@@ -127,10 +130,11 @@ class Controller:
     def adopt(self, wanted: int | None) -> None:
         """Takes over what runs; aims at `wanted` backends, or at as many as there are. Raises EngineError."""
         serving = _lines(self._ip_file)
-        refused = self._recall_refused()
+        spec = self._engine.spec()
+        refused = self._recall_refused(spec)
         if self._by_itself and refused:
-            self._engine.refused = refused["spec"]
-        spec, containers = self._engine.spec(), self._engine.list()
+            self._engine.refused = _digest(spec)
+        containers = self._engine.list()
         with self._lock:
             now = self._clock()
             self._publish(fleets.observe({}, containers, now, now, serving))
@@ -138,8 +142,8 @@ class Controller:
             # Of what they are made that would be gone back to; an engine that keeps a number goes back by itself.
             others = [backend.spec for backend in found if backend.spec != spec and not self._by_itself]
             self._backoff = LaunchBackoff(spec, previous=others[0] if others else "")
-            if refused and refused["spec"] == _digest(spec):
-                self._backoff.given_up, self._backoff.refused = refused["why"], spec
+            if refused:
+                self._backoff.given_up, self._backoff.refused = refused, spec
                 if others:
                     self._backoff.spec, self._backoff.previous = others[0], ""
             running = len(found) if self._engine.replicas is None else self._engine.replicas
@@ -157,10 +161,12 @@ class Controller:
                 self.close()
             except Exception:
                 log.exception("this pass failed; trying again")
+            pause = RELIST_AFTER_EVENT if self._hinted else RELIST
+            self._hinted = False
             began = self._clock()
-            self._wake.wait(RELIST)
+            self._wake.wait(pause)
             self._wake.clear()
-            late = self._clock() - began - RELIST
+            late = self._clock() - began - pause
             if late > SUSPENDED:
                 self.resume(late)
 
@@ -228,7 +234,8 @@ class Controller:
     def _repair_balancer(self, now: float) -> None:
         if BALANCER in self._workers.busy or self._balancer_backoff.wait(now):
             return
-        if now - self._balancer_repaired_at < STABLE:  # the one before did not last
+        if now - self._balancer_repaired_at < STABLE:  # the last one did not stay up: that counts once
+            self._balancer_repaired_at = float("-inf")
             self._balancer_backoff.failed("", "it did not stay up", now, self._chance.random())
             if self._balancer_backoff.wait(now):
                 return
@@ -321,6 +328,7 @@ class Controller:
                     self._set(replace(backend, external=True).to(FAILED, now, fleets.PAUSED))
                 elif backend.state in (SPARE, STARTING, ACTIVE) and event.code == SIGTERM:
                     self._set(backend.to(DRAINING, now, "somebody else is stopping its container"))
+        self._hinted = True
         self._wake.set()
 
     # -- what HTTP handlers call -------------------------------------------------------------------------------------
@@ -603,11 +611,13 @@ class Controller:
         except OSError as error:
             log.error("a restarted manager would try the refused update again: %s", error)
 
-    def _recall_refused(self) -> dict[str, str]:
-        with suppress(OSError, ValueError, KeyError, TypeError):
+    def _recall_refused(self, spec: str) -> str:
+        """Why the update to `spec` was given up by a manager before this one; empty where it was not."""
+        with suppress(OSError, ValueError, KeyError, TypeError):  # no file, or none that can be read
             refused = json.loads(self._refused_file.read_text())
-            return {"spec": str(refused["spec"]), "why": str(refused["why"])}
-        return {}
+            if refused["spec"] == _digest(spec):
+                return str(refused["why"])
+        return ""
 
     def _clamp(self) -> None:
         self.desired = max(self.policy.min, min(self.policy.max, self.desired))

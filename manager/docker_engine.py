@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import subprocess
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from typing import Any
@@ -38,6 +39,8 @@ from settings import Settings
 
 STOP_GRACE = 10  # seconds between SIGTERM and SIGKILL for a backend that has drained
 SERVICE_PORT = 8000  # the balancer's, inside its container
+CONFLICT = 409  # HTTP status: among others, that a container's removal is in progress
+REMOVAL_TRIES, REMOVAL_PAUSE = 40, 0.1  # seconds
 
 Row = Mapping[str, Any]  # a container in the engine's list
 
@@ -143,8 +146,7 @@ class DockerEngine(Engine):
                 if row["State"] == "paused" and row["Labels"].get("lbscaler.config") == self._balancer_digest():
                     self._client.api.unpause(row["Id"])
                     return
-                with suppress(docker.errors.NotFound):
-                    self._client.api.remove_container(row["Id"], v=True, force=True)
+                self._remove_balancer(row)
             labels = {**self._labels, "lbscaler.role": "balancer", "lbscaler.config": self._balancer_digest()}
             container = self._client.containers.create(
                 name=f"{self._settings.project}-balancer",
@@ -153,6 +155,18 @@ class DockerEngine(Engine):
                 **self._balancer_spec(),
             )
             self._start(container)
+
+    def _remove_balancer(self, row: Row) -> None:
+        """Removes it, or waits until somebody else has: its name is free only then."""
+        for _ in range(REMOVAL_TRIES):
+            try:
+                self._client.api.remove_container(row["Id"], v=True, force=True)
+            except docker.errors.NotFound:
+                return
+            except docker.errors.APIError as error:
+                if error.status_code != CONFLICT:
+                    raise
+                time.sleep(REMOVAL_PAUSE)
 
     def _start(self, container: Any) -> None:
         """Starts a new container, and removes it where it does not start."""
@@ -247,7 +261,7 @@ class DockerEngine(Engine):
     def events(self) -> Iterator[Event]:
         """What happens to our containers from now on; ends or raises EngineError when the engine does."""
         with engine_errors():
-            wanted = ["die", "kill", "pause", "oom", "disconnect"]
+            wanted = ["die", "kill", "pause", "oom", "destroy", "disconnect"]
             filters = {"type": ["container", "network"], "event": wanted}
             with (
                 closing(docker.from_env(timeout=None)) as client,

@@ -6,6 +6,7 @@ redirection that stops the clients. This check takes the clients' way. `connect`
 
 from __future__ import annotations
 
+import errno
 import itertools
 import socket
 from collections.abc import Sequence
@@ -67,8 +68,25 @@ def _sentence(finding: Finding) -> str:
 def connect(target: tuple[str, int], source: str) -> str:
     """Opens and closes one connection; why it failed, or nothing. A backend has accepted it, for the balancer itself
     accepts none on this port."""
-    try:
-        with socket.create_connection(target, TIMEOUT, source_address=(source, next(_ports))):
-            return ""
-    except OSError as error:
-        return error.strerror or str(error)
+    with socket.socket() as connection:
+        connection.settimeout(TIMEOUT)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            _bind(connection, source)
+            connection.connect(target)
+        except OSError as error:
+            return error.strerror or str(error)
+    return ""
+
+
+def _bind(connection: socket.socket, source: str) -> None:
+    """To the next source port that is free. Raises OSError where none is."""
+    for _ in SOURCE_PORTS:
+        try:
+            connection.bind((source, next(_ports)))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+        else:
+            return
+    raise OSError(errno.EADDRINUSE, "all source ports of these connections are in use")

@@ -762,6 +762,20 @@ def test_balancer_that_cannot_be_started_is_tried_again_with_growing_waits(
     r.step_until(lambda: r.controller.status()["balancer"]["state"] == "running")
 
 
+def test_balancer_that_is_ended_soon_after_its_repair_is_back_within_a_second(rig: Callable[..., Rig]) -> None:
+    r = rig(2)
+    for repairs in (1, 2):
+        r.engine.balancer = BalancerState.MISSING
+        began = r.clock.now
+        while len(r.engine.calls) < repairs:
+            r.controller.step()
+            r.clock.pass_by(0.05)
+            assert r.clock.now - began < 1
+            time.sleep(0.002)
+        r.step_until(lambda: r.controller.status()["balancer"]["state"] == "running")
+        r.clock.pass_by(2)
+
+
 def test_balancer_that_ends_at_once_again_and_again_backs_off(rig: Callable[..., Rig]) -> None:
     r = rig(2)
     for _ in range(100):

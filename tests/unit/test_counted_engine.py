@@ -3,6 +3,7 @@ guessed. A Swarm in memory, under a real controller."""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import threading
 from collections.abc import Iterator
@@ -166,6 +167,19 @@ def test_an_update_is_taken_back_by_the_engine_or_by_nobody(rig: Rig, tmp_path: 
         rig.clock.pass_by(60)
     rig.step()
     assert {spec for _, spec in rig.engine.resizes} == {"image-2"}
+
+
+@pytest.mark.parametrize(("image", "given_up"), [("image-2", True), ("image-3", False)])
+def test_update_that_the_engine_refused_is_remembered_until_another_is_wanted(
+    rig: Rig, tmp_path: Path, image: str, given_up: bool
+) -> None:
+    rig.engine.refused = hashlib.sha256(b"image-2").hexdigest()
+    rig.step()
+    assert rig.controller.status()["launches"]["update_given_up"]
+    rig.engine.refused, rig.engine.image = "", image
+    again = controller(rig.engine, tmp_path, rig.clock, orchestrator="swarm")  # type: ignore[arg-type]
+    again.adopt(None)
+    assert bool(again.status()["launches"]["update_given_up"]) == bool(rig.engine.refused) == given_up
 
 
 def test_who_is_slow_to_get_ready_is_not_given_up(rig: Rig) -> None:

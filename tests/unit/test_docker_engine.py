@@ -23,6 +23,7 @@ class Docker:
         self.calls: list[tuple[str, str]] = []
         self.pids: dict[str, int] = {}
         self.start_error: Exception | None = None
+        self.removals_in_progress = 0
         self.attrs = {"IPAM": {"Config": [{"Gateway": "198.18.0.1", "Subnet": "198.18.0.0/20"}]}}
 
     def get(self, _name: str) -> Docker:
@@ -42,7 +43,12 @@ class Docker:
         return {"State": {"Pid": self.pids.get(id_, 1), "ExitCode": 3}}
 
     def remove_container(self, id_: str, **_: object) -> None:
+        if id_ not in self.rows:
+            raise docker.errors.NotFound(id_)
         self.calls.append(("remove", id_))
+        if self.removals_in_progress:
+            self.removals_in_progress -= 1
+            raise conflict(f"removal of container {id_} is already in progress")
         del self.rows[id_]
 
     def unpause(self, id_: str) -> None:
@@ -65,9 +71,7 @@ class Containers:
 
     def create(self, name: str, labels: dict[str, str], **options: Any) -> Created:
         if any(row["Names"] == [f"/{name}"] for row in self._client.rows.values()):
-            error = docker.errors.APIError("Conflict", explanation=f"The container name {name} is already in use")
-            error.response = type("Response", (), {"status_code": 409, "url": "/create", "reason": "Conflict"})()
-            raise error
+            raise conflict(f"The container name {name} is already in use")
         self._client.calls.append(("create", name))
         return Created(self._client, name, labels, options)
 
@@ -86,6 +90,11 @@ class Created:
 
     def remove(self, **_: object) -> None:
         self._client.calls.append(("remove", self.name))
+
+
+def conflict(explanation: str) -> docker.errors.APIError:
+    response = type("Response", (), {"status_code": 409, "url": "/", "reason": "Conflict"})()
+    return docker.errors.APIError("Conflict", response=response, explanation=explanation)
 
 
 def made(client: Docker, monkeypatch: pytest.MonkeyPatch, **changes: object) -> DockerEngine:
@@ -123,6 +132,17 @@ def test_stopped_balancer_is_replaced(engine: DockerEngine, client: Docker, stat
     engine.list()
     assert client.calls[1:] == [("remove", "p-balancer"), ("create", "p-balancer")]
     assert engine.balancer is BalancerState.RUNNING
+
+
+def test_balancer_that_somebody_is_removing_is_waited_for(
+    engine: DockerEngine, client: Docker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(docker_engine, "REMOVAL_PAUSE", 0)
+    engine.repair_balancer()
+    client.rows["p-balancer"]["State"] = "removing"
+    client.removals_in_progress = 3
+    engine.repair_balancer()
+    assert client.calls[1:] == [("remove", "p-balancer")] * 4 + [("create", "p-balancer")]
 
 
 def test_paused_balancer_goes_on(engine: DockerEngine, client: Docker) -> None:

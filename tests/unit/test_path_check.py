@@ -1,0 +1,60 @@
+"""The manager's own connections through the balancer: which ports they use, what they report."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+import path_check
+from meter import Finding
+from path_check import SOURCE_PORTS, PathCheck, connect
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as made:
+        yield made
+
+
+def test_connection_comes_from_the_ports_that_the_balancer_knows(listener: socket.socket) -> None:
+    assert connect(listener.getsockname(), "127.0.0.1") == ""
+    accepted, address = listener.accept()
+    accepted.close()
+    assert address[1] in SOURCE_PORTS
+
+
+def test_ports_of_closed_connections_are_used_again(listener: socket.socket) -> None:
+    for _ in range(2 * len(SOURCE_PORTS)):
+        assert connect(listener.getsockname(), "127.0.0.1") == ""
+        listener.accept()[0].close()
+
+
+def test_port_that_another_program_holds_is_passed_over(listener: socket.socket) -> None:
+    taken = next(path_check._ports) + 1
+    taken = taken if taken in SOURCE_PORTS else SOURCE_PORTS[0]
+    with socket.create_server(("127.0.0.1", taken)):
+        assert connect(listener.getsockname(), "127.0.0.1") == ""
+
+
+def test_refused_connection_is_reported(listener: socket.socket) -> None:
+    address = listener.getsockname()
+    listener.close()
+    assert connect(address, "127.0.0.1") == "Connection refused"
+
+
+def test_problem_is_reported_after_two_failures_in_a_row() -> None:
+    check = PathCheck()
+    check.failed("t", "timed out", [])
+    check.passed()
+    check.failed("t", "timed out", [])
+    assert (check.problem, check.working) == ("", True)
+    check.failed("t", "timed out", [Finding("ip_forward_off"), Finding("new_kind", "a detail")])
+    assert check.working is False
+    assert check.problem == (
+        "connections through the balancer at t fail: timed out; "
+        "found: IP forwarding is off in the balancer's namespace; new_kind: a detail"
+    )
+    check.passed()
+    assert (check.problem, check.working) == ("", True)

@@ -158,3 +158,24 @@ def test_a_constant_load_settles_and_never_flaps(limits: list[int], wanted: floa
     assert len(set(course[-50:])) == 1, "it never settled"
     exact = max(low, min(high, math.ceil(round(wanted, 9))))
     assert course[-1] == exact or 0 <= 1 - wanted / course[-1] <= 0.1 + 1e-9
+
+
+@pytest.mark.parametrize(("gap", "shrinks"), [(12.0, True), (12.1, False)])
+def test_nothing_shrinks_for_a_stable_window_after_a_time_without_decisions(gap: float, shrinks: bool) -> None:
+    """As after the manager's process was stopped: what was remembered says nothing of the time in between."""
+    decision, after = decide(policy(), memory(rates=((NOW - gap, 0.0),)), Load(0.0), 5, NOW)
+    assert (decision.verdict == STOP) == shrinks
+    later, _ = decide(policy(), after, Load(0.0), 5, NOW + 10)
+    assert (later.verdict == STOP) == shrinks
+
+
+@pytest.mark.parametrize("interval", [0.5, 2.0, 30.0, 60.0])
+def test_fleet_grows_and_shrinks_at_any_interval(interval: float) -> None:
+    windows = policy(panic_window=max(6.0, interval), stable_window=max(60.0, 2 * interval))
+    state, capacity, now = memory(), 2, NOW
+    for rate, expected in ((400.0, 4), (0.0, 2)):
+        for _ in range(int(3 * windows.stable_window / interval) + 1):
+            now += interval
+            decision, state = decide(windows, state, Load(rate), capacity, now)
+            capacity = decision.desired
+        assert capacity == expected

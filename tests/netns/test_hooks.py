@@ -103,7 +103,7 @@ def test_clients_with_high_ports_are_served_and_masqueraded_to_low_ones(
 def test_a_client_with_its_own_address_and_a_high_port_is_answered(
     lab: Lab, client: Namespace, balancer: Balancer
 ) -> None:
-    """Without masquerade the answer comes back to that port by way of the balancer, which must not take it for its own."""
+    """Without masquerade the answer comes back to that port, through a balancer that must not take it as its own."""
     backend = lab.add(ONE)
     Server(backend)
     client.run("ip", "addr", "add", "203.0.113.9/32", "dev", "lo")

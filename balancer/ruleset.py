@@ -74,29 +74,33 @@ def backend_chain(ip: str) -> str:
 def tables(
     rotation: Sequence[Endpoint],
     draining: Iterable[Endpoint] = (),
-    inside: str = "",
+    backend_subnet: str = "",
     check_source: str = "",
     features: Features = Features(),
 ) -> list[Table]:
     """All tables, in the order in which they have to be written. The arguments are those of the functions below."""
-    wanted = [nat(rotation, draining, inside, check_source), filters(rotation), mangle(check_source, features.marks)]
+    wanted = [
+        nat(rotation, draining, backend_subnet, check_source),
+        filters(rotation),
+        mangle(check_source, features.marks),
+    ]
     return [*wanted, raw()] if features.notrack else wanted
 
 
 def nat(
-    rotation: Sequence[Endpoint], draining: Iterable[Endpoint] = (), inside: str = "", check_source: str = ""
+    rotation: Sequence[Endpoint], draining: Iterable[Endpoint] = (), backend_subnet: str = "", check_source: str = ""
 ) -> Table:
     """Dispatches new connections over `rotation`; `draining` backends keep their chain, and so their counter.
 
-    Clients are hidden behind the balancer's address, so that answers come back to it. With `inside`, the backends' own
-    network, only the clients within it are: the backends then have their default route through the balancer.
+    Clients are hidden behind the balancer's address, so that answers come back to it. With `backend_subnet`, the
+    backends' own network, only the clients within it are: the backends then have their default route through us.
     Self-check connections from `check_source` have rules of their own, so that they do not count as load.
     """
     chains = dispatch(rotation)
     for backend in sorted({*rotation, *draining}, key=_address):
         chains[backend_chain(backend.ip)] = (_dnat(backend),)
     ours = f"-p tcp -m conntrack --ctstate DNAT --ctorigdstport {SERVICE_PORT}"  # never Docker's own DNAT, its DNS
-    source = f"-s {inside} " if inside else ""
+    source = f"-s {backend_subnet} " if backend_subnet else ""
     chains[MASQUERADE] = (f"{source}{ours} -j MASQUERADE --to-ports {MASQUERADE_PORTS} --random-fully",)
     entry = [f"-p tcp -m tcp --dport {SERVICE_PORT} -m addrtype --dst-type LOCAL -j {DISPATCH}"]
     if check_source:

@@ -110,7 +110,7 @@ def test_a_client_with_its_own_address_and_a_high_port_is_answered(
     balancer.namespace.run("ip", "route", "add", "203.0.113.9/32", "via", CLIENT)
     backend.run("ip", "route", "add", "default", "via", VIP[0])
     balancer.make_sets()
-    for table in ruleset.tables([ruleset.Endpoint(ONE, 8000)], inside="198.18.0.0/16"):
+    for table in ruleset.tables([ruleset.Endpoint(ONE, 8000)], backend_subnet="198.18.0.0/16"):
         balancer.apply(ruleset.restore(table, balancer.listing(table.name)))
     with client, socket.create_connection(VIP, 5, source_address=("203.0.113.9", 61234)) as connection:
         assert connection.makefile().readline() == f"{ONE}\n"

@@ -140,7 +140,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
 @pytest.mark.parametrize(("inside", "hidden"), [("", "-p tcp"), ("198.18.0.0/24", "-s 198.18.0.0/24 -p tcp")])
 def test_only_clients_within_the_views_inside_are_hidden(world: World, inside: str, hidden: str) -> None:
     world.see(f"a {A}")
-    world.balancer.view = replace(world.balancer.view, inside=inside)
+    world.balancer.view = replace(world.balancer.view, backend_subnet=inside)
     world.converge()
     assert world.kernel.rules("nat", "LB-MASQ")[0].startswith(f"{hidden} -m conntrack ")
 
@@ -719,7 +719,7 @@ def test_the_health_check_fails_while_a_loop_is_stuck(world: World) -> None:
     world.see(f"b {B}", f"a {A}")
     world.converge()
     world.balancer._beat("sample")
-    world.clock.sleep(121.0)
+    world.clock.sleep(123.0)
     status, message = health_check(world)
     assert (status, message["loops_alive"], message["rules_in_place"]) == (503, False, True)
     world.balancer._beat("sample")

@@ -97,7 +97,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "nat-2": lambda: ruleset.nat(endpoints([1.0] * 2)),
     "nat-3": lambda: ruleset.nat(endpoints([1.0] * 3)),
     "nat-5": lambda: ruleset.nat(endpoints([1.0] * 5)),
-    "nat-2-inside": lambda: ruleset.nat(endpoints([1.0] * 2), inside="198.18.0.0/24"),
+    "nat-2-backend-subnet": lambda: ruleset.nat(endpoints([1.0] * 2), backend_subnet="198.18.0.0/24"),
     "nat-17": lambda: ruleset.nat(endpoints([1.0] * 17)),
     "filter-1": lambda: ruleset.filters(endpoints([1.0])),
     "filter-2": lambda: ruleset.filters(endpoints([1.0] * 2)),

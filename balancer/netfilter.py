@@ -46,6 +46,7 @@ MAX_FILTERED_SCANS = 8  # at a million flows 0.4 s each, where one scan of all t
 PROC = Path("/proc/sys/net")
 # One rule for each feature that we can do without.
 MARKS_RULE = "-m connmark --mark 0x0/0x40000000 -j CONNMARK --set-xmark 0x40000000/0x40000000"
+RETRIES_RULE = "-p tcp -m connbytes --connbytes 0:1 --connbytes-mode packets --connbytes-dir reply -j DROP"
 NOTRACK_RULE = "-p tcp -j CT --notrack"
 
 
@@ -60,7 +61,11 @@ class Netfilter:
 
     def features(self) -> Features:
         """Tries what not every kernel has, in a chain that is gone at once."""
-        return Features(marks=self._takes("mangle", MARKS_RULE), notrack=self._takes("raw", NOTRACK_RULE))
+        return Features(
+            marks=self._takes("mangle", MARKS_RULE),
+            retries=self._takes("filter", RETRIES_RULE),
+            notrack=self._takes("raw", NOTRACK_RULE),
+        )
 
     def _takes(self, table: str, rule: str) -> bool:
         try:

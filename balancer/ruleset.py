@@ -64,6 +64,7 @@ class Features:
     """What this kernel can do beyond what nothing works without."""
 
     marks: bool = True  # connmark: which connections wait for a first reply
+    retries: bool = True  # connbytes: a connection that a backend refuses is sent to another
     notrack: bool = True  # the raw table and CT: the balancer's own connections take no room in the connection table
 
 
@@ -81,7 +82,7 @@ def tables(
     """All tables, in the order in which they have to be written. The arguments are those of the functions below."""
     wanted = [
         nat(rotation, draining, backend_subnet, check_source),
-        filters(rotation),
+        filters(rotation, features.retries),
         mangle(check_source, features.marks),
     ]
     return [*wanted, raw()] if features.notrack else wanted
@@ -160,17 +161,19 @@ def raw() -> Table:
     return Table("raw", {OWN_IN: (inbound,), OWN_OUT: (outbound,)}, hooks)
 
 
-def filters(rotation: Sequence[Endpoint]) -> Table:
+def filters(rotation: Sequence[Endpoint], retries: bool = True) -> Table:
     """Turns a refusal into a second try.
 
     A SYN that reaches the balancer itself was sent to no backend: dropped, so that the client's resend, a second
     later, finds whoever is ready by then. A RST that is a backend's first packet is dropped while there is another
     backend to try: conntrack has closed the flow on seeing it, so the resent SYN is a new connection, chosen anew.
+    Without `retries` it goes through to the client.
     """
     undispatched = f"-p tcp -m tcp --dport {SERVICE_PORT} --tcp-flags FIN,SYN,RST,ACK SYN -j DROP"
     first_packet = "-m connbytes --connbytes 0:1 --connbytes-mode packets --connbytes-dir reply"
     refusal = f"-p tcp -m tcp --tcp-flags RST RST -m set --match-set {SET} src {first_packet} -j DROP"
-    chains: Chains = {INPUT: (undispatched,), FORWARD: (refusal,) if sum(e.weight > 0 for e in rotation) > 1 else ()}
+    has_another = sum(endpoint.weight > 0 for endpoint in rotation) > 1
+    chains: Chains = {INPUT: (undispatched,), FORWARD: (refusal,) if retries and has_another else ()}
     return Table("filter", chains, {"INPUT": (f"-j {INPUT}",), "FORWARD": (f"-j {FORWARD}",)})
 
 

@@ -108,10 +108,7 @@ class Balancer:
     def run(self) -> None:
         """Converges for ever: at once when something changed, and every interval to repair what others changed."""
         self._features = self._netfilter.features()
-        if not self._features.marks:
-            log.warning("no connmark in this kernel: weights stay equal, and only probes find a frozen backend")
-        if not self._features.notrack:
-            log.warning("no CT target in this kernel: probes and reports need room in the connection table")
+        _log_lacks(self._features)
         self._prober.start()
         bodies = {"follow": self._follow, "report": self._report_once, "sample": self._sample}
         for name, body in bodies.items():
@@ -442,6 +439,15 @@ def _log_changes(before: _Converged, after: _Converged, repaired: bool) -> None:
     elif repaired:
         log.warning("repaired the nat table: somebody else had changed it")
         REPAIRS.inc()
+
+
+def _log_lacks(features: Features) -> None:
+    if not features.marks:
+        log.warning("no connmark in this kernel: weights stay equal, and only probes find a frozen backend")
+    if not features.retries:
+        log.warning("no connbytes in this kernel: a refused connection is not tried elsewhere")
+    if not features.notrack:
+        log.warning("no CT target in this kernel: probes and reports need room in the connection table")
 
 
 def _attempt(body: Callable[[], None]) -> None:

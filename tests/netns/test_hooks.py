@@ -65,6 +65,13 @@ def test_hooks_that_moved_or_were_doubled_are_put_right_in_every_table(served: N
         assert chains == whole[table]
 
 
+def test_trying_what_the_kernel_can_do_leaves_nothing_behind(served: Namespace, balancer: Balancer) -> None:
+    tables = ("nat", "filter", "mangle", "raw")
+    whole = {table: balancer.listing(table).chains for table in tables}
+    assert balancer.features() == ruleset.Features()
+    assert {table: balancer.listing(table).chains for table in tables} == whole
+
+
 # -- the balancer's own connections ----------------------------------------------------------------------------------
 
 

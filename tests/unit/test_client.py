@@ -604,6 +604,23 @@ def test_a_kernel_without_marks_takes_no_samples_of_waiting_flows(world: World) 
     assert world.balancer.report()["backends"][0]["active"] == 1
 
 
+@pytest.mark.parametrize(
+    ("features", "lacks"),
+    [
+        (Features(), []),
+        (Features(marks=False), ["connmark"]),
+        (Features(False, False, False), ["connmark", "connbytes", "CT target"]),
+    ],
+)
+def test_what_the_kernel_lacks_is_logged(
+    features: Features, lacks: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    client._log_lacks(features)
+    assert [(r.levelname, r.message.partition("no ")[2].partition(" in this kernel")[0]) for r in caplog.records] == [
+        ("WARNING", lack) for lack in lacks
+    ]
+
+
 # -- self-checks of the manager --------------------------------------------------------------------------------------
 
 

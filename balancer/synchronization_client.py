@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -330,14 +331,17 @@ class Balancer:
         view = self.view
         count_load = COUNT_LOAD - DRAINING_LOAD if self._draining_since else COUNT_LOAD
         self._take_sample("waiting", self._sample_waiting, view, WAITING_LOAD)
-        self._take_sample("all", self._count_all, view, count_load)
         self._take_sample("draining", self._sample_draining, view, DRAINING_LOAD)
+        self._take_sample("all", self._count_all, view, count_load)
 
     def _take_sample(self, name: str, body: Callable[[View], None], view: View, share: float) -> None:
         pace = self._paces[name]
         began = time.monotonic()
-        if pace.is_due(began):
+        if not pace.is_due(began):
+            return
+        try:
             body(view)
+        finally:  # a sample that fails has cost time, too
             pace.done(began, time.monotonic(), share)
 
     def _sample_waiting(self, view: View) -> None:
@@ -378,7 +382,8 @@ class Balancer:
             unhealthy = health.get(id_, Health()).healthy is False
             states[ip] = Draining(self._draining_since[ip], live[ip], counts.silent.get(ip, 0), unhealthy)
         for departure in departures(states, now, view.drain_timeout):
-            self._manager.stop(departure.ip, departure.sentence())
+            # Each by itself: a stop that the manager refuses keeps no other from being asked for.
+            _attempt(partial(self._manager.stop, departure.ip, departure.sentence()))
 
     # -- what port 5000 serves -------------------------------------------------------------------------------------
 

@@ -559,6 +559,56 @@ def test_a_backend_that_is_only_unhealthy_is_left_to_the_manager(world: World, s
     assert [row["healthy"] for row in world.balancer.report()["backends"]] == [False, True]
 
 
+def test_a_stop_that_the_manager_refuses_keeps_no_other_from_being_asked_for(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    accepted: list[str] = []
+
+    def stop(ip: str, reason: str) -> None:
+        if ip == A:
+            raise requests.HTTPError("500 Server Error")
+        accepted.append(ip)
+
+    monkeypatch.setattr(world.manager, "stop", stop)
+    world.see(f"a {A} draining", f"b {B} draining", f"c {C}")
+    world.converge()
+    world.sample()
+    assert accepted == [B]
+    assert "manager: 500 Server Error" in caplog.text
+
+
+def test_at_a_million_flows_samples_take_a_twentieth_of_the_time_and_a_drain_ends_within_a_minute(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spent = dict.fromkeys(("all_flows", "waiting_flows", "flows_of"), 0.0)
+
+    def slow(name: str, seconds: float) -> None:
+        call = getattr(world.kernel, name)
+
+        def slowly(*arguments: Any) -> Any:
+            world.clock.sleep(seconds)
+            spent[name] += seconds
+            return call(*arguments)
+
+        monkeypatch.setattr(world.kernel, name, slowly)
+
+    slow("all_flows", 4.0)
+    slow("waiting_flows", 0.4)
+    slow("flows_of", 0.8)
+    world.see(f"a {A} draining", f"b {B} draining", f"c {C}")
+    world.balancer.view = replace(world.balancer.view, drain_timeout=3600.0)
+    world.converge()
+    world.kernel.flows = [flow(A), flow(B)]
+    world.sample(2000.0)
+    assert all(spent.values())
+    assert sum(spent.values()) <= 0.055 * 2000
+    world.kernel.flows = []
+    began = world.clock.now
+    while not world.manager.stops:
+        world.sample()
+    assert world.clock.now - began < 60
+
+
 # -- frozen backends -------------------------------------------------------------------------------------------------
 
 

@@ -728,6 +728,20 @@ def test_a_report_carries_what_is_wrong_with_the_data_path(world: World) -> None
     ]
 
 
+def test_an_unreachable_manager_is_neither_reported_to_nor_asked_to_stop_anything(world: World) -> None:
+    world.see(f"a {A} draining", f"b {B}")
+    world.converge()
+    world.balancer._reachable = False
+    world.clock.sleep(2.0)
+    world.balancer._report_once()
+    world.sample(5.0)
+    assert (world.manager.reports, world.manager.stops) == ([], [])
+    assert world.balancer._learner._since is not None  # but shares are learnt
+    world.balancer._reachable = True
+    world.sample()
+    assert [ip for ip, _ in world.manager.stops] == [A]
+
+
 def test_uptime_is_the_senders_own_clock(world: World) -> None:
     world.see(f"a {A}")
     world.converge()

@@ -7,6 +7,7 @@ MAX_CONNECTIONS are open at once, so that silent or slow clients keep nobody els
 from __future__ import annotations
 
 import json
+import resource
 import threading
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from exposition import Gauges, exposition
 PORT = 5000
 REQUEST_SECONDS = 5.0
 MAX_CONNECTIONS = 4000
+RESERVED_FILES = 500  # for the client's own sockets and pipes: a probe of each backend, the tools it runs
 BACKLOG = 1024
 
 
@@ -54,6 +56,17 @@ class _Handler(WSGIHandler):  # type: ignore[misc]  # gevent has no types
         return None
 
 
+def connection_limit() -> int:
+    """How many connections may be open at once, so that they never take the files that the rest of the client needs.
+    Raises the process's limit of open files as far as that is allowed and of use."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_CONNECTIONS + RESERVED_FILES
+    if soft < wanted:
+        soft = min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return max(1, min(MAX_CONNECTIONS, soft - RESERVED_FILES))
+
+
 def make_server(app: Flask, port: int = PORT) -> WSGIServer:
     return WSGIServer(
         ("0.0.0.0", port),
@@ -61,7 +74,7 @@ def make_server(app: Flask, port: int = PORT) -> WSGIServer:
         log=None,
         error_log=None,
         handler_class=_Handler,
-        spawn=Pool(MAX_CONNECTIONS),
+        spawn=Pool(connection_limit()),
         backlog=BACKLOG,
     )
 

@@ -80,11 +80,15 @@ def _opened() -> socket.socket:
 
 
 def _receive(netlink: socket.socket, deadline: float) -> bytes:
-    netlink.settimeout(max(0.01, deadline - time.monotonic()))
+    remaining = deadline - time.monotonic()
+    late = ConntrackError(f"no end after {SCAN_SECONDS:g} s")
+    if remaining <= 0:
+        raise late
+    netlink.settimeout(remaining)
     try:
         return netlink.recv(BLOCK)
     except TimeoutError:
-        raise ConntrackError(f"connection table: no end after {SCAN_SECONDS:g} s") from None
+        raise late from None
 
 
 def _kind(block: bytes) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
-SILENT_SECONDS = 10.0  # without a packet, after which an unhealthy backend's connections count as unanswered
+from flows import SILENT_SECONDS
 
 
 class Reason(Enum):
@@ -41,7 +41,7 @@ class Departure:
             case Reason.DRAINED:
                 return f"drained in {self.seconds:.1f} s"
             case Reason.SILENT:
-                return f"{self.flows} open connections, none answered for {SILENT_SECONDS:.0f} s"
+                return f"{self.flows} open connections, none answered for {SILENT_SECONDS} s"
             case Reason.DEADLINE:
                 return f"{self.flows} flows left at the drain deadline"
 

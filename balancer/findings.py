@@ -54,7 +54,7 @@ def find(ip_forward: bool, listings: Mapping[str, Listing]) -> list[Finding]:
 def _foreign_rules(chain: str, listing: Listing, visited: set[str]) -> Iterator[str]:
     """The rules in `chain`, and in the chains it leads to, that can drop or redirect the service's packets."""
     for rule in listing.chains.get(chain, ()):
-        other_protocol = rule.startswith(OTHER_PROTOCOLS) or any(f" {words}" in rule for words in OTHER_PROTOCOLS)
+        other_protocol = rule.startswith(OTHER_PROTOCOLS) or any(f" {match}" in rule for match in OTHER_PROTOCOLS)
         if is_ours(rule) or is_dockers(rule) or other_protocol:
             continue
         target = target_of(rule)

@@ -102,7 +102,7 @@ def listing_request(backend: str = "", waiting_only: bool = False) -> bytes:
     """Asks for all flows to the service, or only for those of one backend, or for those that wait for a first reply.
 
     The kernel does the filtering (by address and port since Linux 5.8, by mark long before that). An older kernel
-    sends more than was asked for; `count` and `deletions` look at each flow themselves."""
+    sends more than was asked for; `count` and `deletions` check each flow themselves."""
     ports = attribute(PROTO_NUMBER, bytes([TCP])) + attribute(PROTO_DESTINATION_PORT, struct.pack("!H", SERVICE_PORT))
     attributes = attribute(NESTED | ORIGINAL, attribute(NESTED | TUPLE_PROTO, ports))
     flags = attribute(FILTER_ORIGINAL, _LENGTH.pack(MATCH_PROTO_NUMBER | MATCH_DESTINATION_PORT))

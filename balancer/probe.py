@@ -76,7 +76,7 @@ class Health:
 
 
 async def ask(ip: str, port: int, method: str) -> tuple[Answer, str]:
-    """One probe of at most TIMEOUT seconds, and what came of it in words."""
+    """One probe of at most TIMEOUT seconds, and its result as a text."""
     port, path = (SYNC_PORT, "/sync") if method == "sync" else (port, method.removeprefix("http:"))
     asked = f"port {port}" if method == "tcp" else f"GET {path} on port {port}"
     try:

@@ -64,6 +64,7 @@ class Features:
     """What this kernel can do beyond what nothing works without."""
 
     marks: bool = True  # connmark: which connections wait for a first reply
+    retries: bool = True  # connbytes: a connection that a backend refuses is sent to another
     notrack: bool = True  # the raw table and CT: the balancer's own connections take no room in the connection table
 
 
@@ -74,29 +75,33 @@ def backend_chain(ip: str) -> str:
 def tables(
     rotation: Sequence[Endpoint],
     draining: Iterable[Endpoint] = (),
-    inside: str = "",
+    backend_subnet: str = "",
     check_source: str = "",
     features: Features = Features(),
 ) -> list[Table]:
     """All tables, in the order in which they have to be written. The arguments are those of the functions below."""
-    wanted = [nat(rotation, draining, inside, check_source), filters(rotation), mangle(check_source, features.marks)]
+    wanted = [
+        nat(rotation, draining, backend_subnet, check_source),
+        filters(rotation, features.retries),
+        mangle(check_source, features.marks),
+    ]
     return [*wanted, raw()] if features.notrack else wanted
 
 
 def nat(
-    rotation: Sequence[Endpoint], draining: Iterable[Endpoint] = (), inside: str = "", check_source: str = ""
+    rotation: Sequence[Endpoint], draining: Iterable[Endpoint] = (), backend_subnet: str = "", check_source: str = ""
 ) -> Table:
     """Dispatches new connections over `rotation`; `draining` backends keep their chain, and so their counter.
 
-    Clients are hidden behind the balancer's address, so that answers come back to it. With `inside`, the backends' own
-    network, only the clients within it are: the backends then have their default route through the balancer.
+    Clients are hidden behind the balancer's address, so that answers come back to it. With `backend_subnet`, the
+    backends' own network, only the clients within it are: the backends then have their default route through us.
     Self-check connections from `check_source` have rules of their own, so that they do not count as load.
     """
     chains = dispatch(rotation)
     for backend in sorted({*rotation, *draining}, key=_address):
         chains[backend_chain(backend.ip)] = (_dnat(backend),)
     ours = f"-p tcp -m conntrack --ctstate DNAT --ctorigdstport {SERVICE_PORT}"  # never Docker's own DNAT, its DNS
-    source = f"-s {inside} " if inside else ""
+    source = f"-s {backend_subnet} " if backend_subnet else ""
     chains[MASQUERADE] = (f"{source}{ours} -j MASQUERADE --to-ports {MASQUERADE_PORTS} --random-fully",)
     entry = [f"-p tcp -m tcp --dport {SERVICE_PORT} -m addrtype --dst-type LOCAL -j {DISPATCH}"]
     if check_source:
@@ -156,17 +161,19 @@ def raw() -> Table:
     return Table("raw", {OWN_IN: (inbound,), OWN_OUT: (outbound,)}, hooks)
 
 
-def filters(rotation: Sequence[Endpoint]) -> Table:
+def filters(rotation: Sequence[Endpoint], retries: bool = True) -> Table:
     """Turns a refusal into a second try.
 
     A SYN that reaches the balancer itself was sent to no backend: dropped, so that the client's resend, a second
     later, finds whoever is ready by then. A RST that is a backend's first packet is dropped while there is another
     backend to try: conntrack has closed the flow on seeing it, so the resent SYN is a new connection, chosen anew.
+    Without `retries` it goes through to the client.
     """
     undispatched = f"-p tcp -m tcp --dport {SERVICE_PORT} --tcp-flags FIN,SYN,RST,ACK SYN -j DROP"
     first_packet = "-m connbytes --connbytes 0:1 --connbytes-mode packets --connbytes-dir reply"
     refusal = f"-p tcp -m tcp --tcp-flags RST RST -m set --match-set {SET} src {first_packet} -j DROP"
-    chains: Chains = {INPUT: (undispatched,), FORWARD: (refusal,) if sum(e.weight > 0 for e in rotation) > 1 else ()}
+    has_another = sum(endpoint.weight > 0 for endpoint in rotation) > 1
+    chains: Chains = {INPUT: (undispatched,), FORWARD: (refusal,) if retries and has_another else ()}
     return Table("filter", chains, {"INPUT": (f"-j {INPUT}",), "FORWARD": (f"-j {FORWARD}",)})
 
 

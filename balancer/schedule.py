@@ -31,14 +31,14 @@ class ReportSchedule:
 
 
 class Pace:
-    """Limits how often something costly is done: at most every `period` seconds, and for at most a `share` of time."""
+    """Limits how often something costly is done: at most every `period` seconds, for at most a share of the time."""
 
-    def __init__(self, period: float, share: float) -> None:
-        self._period, self._share = period, share
+    def __init__(self, period: float) -> None:
+        self._period = period
         self._due = -math.inf
 
     def is_due(self, now: float) -> bool:
         return now >= self._due
 
-    def done(self, began: float, now: float) -> None:
-        self._due = now + max(self._period, (now - began) / self._share)
+    def done(self, began: float, now: float, share: float) -> None:
+        self._due = now + max(self._period, (now - began) / share)

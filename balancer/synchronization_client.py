@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,12 @@ from wire import Manager
 HERE = Path(__file__).parent
 SECRETS = Path("/run/secrets")  # where a Swarm puts them
 SAMPLE_PERIOD = 0.5  # seconds between samples of the flows, while they cost little
-# The most of the time that each kind of sample may take; a count of all flows takes four seconds at a million.
-WAITING_LOAD, DRAINING_LOAD, COUNT_LOAD = 0.01, 0.02, 0.02
+# The most of the time that samples may take: of waiting flows, and of all and of draining backends' together. At a
+# million flows a sample takes 0.4 s for those that wait and for each draining backend, and four seconds for all.
+WAITING_LOAD, COUNT_LOAD = 0.01, 0.04
+DRAINING_LOAD = 0.03  # of COUNT_LOAD, while there are draining backends
 NEARLY_FULL, FULL = 0.9, 0.98  # of the connection table: worth a warning; from here on the kernel drops packets
-LOOP_SECONDS = 120.0  # without a new pass, after which a loop counts as stuck; a long poll takes up to 38 s
+LOOP_SECONDS = 120.0  # and an interval without a new pass: a loop is stuck; a long poll takes up to 38 s
 
 log = logging.getLogger("balancer")
 
@@ -98,11 +101,7 @@ class Balancer:
         self._beats: dict[str, float] = {}  # when each loop began its last pass; each has its own key
         # Of the sampling thread alone:
         self._detector = StallDetector()
-        self._paces = {
-            "waiting": Pace(SAMPLE_PERIOD, WAITING_LOAD),
-            "draining": Pace(SAMPLE_PERIOD, DRAINING_LOAD),
-            "all": Pace(SAMPLE_PERIOD, COUNT_LOAD),
-        }
+        self._paces = {name: Pace(SAMPLE_PERIOD) for name in ("waiting", "all", "draining")}
         self._draining_since: dict[str, float] = {}
         # Of the reporting thread alone:
         self._schedule = ReportSchedule(self._began, self.view.interval)
@@ -110,10 +109,7 @@ class Balancer:
     def run(self) -> None:
         """Converges for ever: at once when something changed, and every interval to repair what others changed."""
         self._features = self._netfilter.features()
-        if not self._features.marks:
-            log.warning("no connmark in this kernel: weights stay equal, and only probes find a frozen backend")
-        if not self._features.notrack:
-            log.warning("no CT target in this kernel: probes and reports need room in the connection table")
+        _log_lacks(self._features)
         self._prober.start()
         bodies = {"follow": self._follow, "report": self._report_once, "sample": self._sample}
         for name, body in bodies.items():
@@ -192,7 +188,7 @@ class Balancer:
         """The nat table first."""
         in_rotation = {endpoint.ip for endpoint in chosen.endpoints}
         others = [Endpoint(b.ip, view.port) for b in view.backends if b.ip not in in_rotation]
-        return ruleset.tables(chosen.endpoints, others, view.inside, view.check_source, self._features)
+        return ruleset.tables(chosen.endpoints, others, view.backend_subnet, view.check_source, self._features)
 
     def _write(self, wanted: list[Table], nat: Listing) -> bool:
         """Writes what differs; whether the nat table did."""
@@ -333,16 +329,20 @@ class Balancer:
         that wait, and those of a draining backend, are picked out by the kernel."""
         time.sleep(SAMPLE_PERIOD)
         view = self.view
-        self._take_sample("waiting", self._sample_waiting, view)
-        self._take_sample("all", self._count_all, view)
-        self._take_sample("draining", self._sample_draining, view)
+        count_load = COUNT_LOAD - DRAINING_LOAD if self._draining_since else COUNT_LOAD
+        self._take_sample("waiting", self._sample_waiting, view, WAITING_LOAD)
+        self._take_sample("draining", self._sample_draining, view, DRAINING_LOAD)
+        self._take_sample("all", self._count_all, view, count_load)
 
-    def _take_sample(self, name: str, body: Callable[[View], None], view: View) -> None:
+    def _take_sample(self, name: str, body: Callable[[View], None], view: View, share: float) -> None:
         pace = self._paces[name]
         began = time.monotonic()
-        if pace.is_due(began):
+        if not pace.is_due(began):
+            return
+        try:
             body(view)
-            pace.done(began, time.monotonic())
+        finally:  # a sample that fails has cost time, too
+            pace.done(began, time.monotonic(), share)
 
     def _sample_waiting(self, view: View) -> None:
         """For the weights and the detector of frozen backends."""
@@ -382,7 +382,8 @@ class Balancer:
             unhealthy = health.get(id_, Health()).healthy is False
             states[ip] = Draining(self._draining_since[ip], live[ip], counts.silent.get(ip, 0), unhealthy)
         for departure in departures(states, now, view.drain_timeout):
-            self._manager.stop(departure.ip, departure.sentence())
+            # Each by itself: a stop that the manager refuses keeps no other from being asked for.
+            _attempt(partial(self._manager.stop, departure.ip, departure.sentence()))
 
     # -- what port 5000 serves -------------------------------------------------------------------------------------
 
@@ -390,7 +391,8 @@ class Balancer:
         """The answer to GET /sync, and its status: 503 when a loop is stuck or our rules are gone. Whether the manager
         can be reached does not matter: traffic flows without it."""
         now, converged = time.monotonic(), self._converged
-        loops_alive = all(now - beat < LOOP_SECONDS for beat in dict(self._beats).values())
+        longest = LOOP_SECONDS + self.view.interval
+        loops_alive = all(now - beat < longest for beat in dict(self._beats).values())
         healthy = loops_alive and self._rules_in_place
         message = {
             "converged_s_ago": round(now - converged.at, 3),
@@ -442,6 +444,15 @@ def _log_changes(before: _Converged, after: _Converged, repaired: bool) -> None:
     elif repaired:
         log.warning("repaired the nat table: somebody else had changed it")
         REPAIRS.inc()
+
+
+def _log_lacks(features: Features) -> None:
+    if not features.marks:
+        log.warning("no connmark in this kernel: weights stay equal, and only probes find a frozen backend")
+    if not features.retries:
+        log.warning("no connbytes in this kernel: a refused connection is not tried elsewhere")
+    if not features.notrack:
+        log.warning("no CT target in this kernel: probes and reports need room in the connection table")
 
 
 def _attempt(body: Callable[[], None]) -> None:

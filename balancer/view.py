@@ -28,7 +28,7 @@ class View:
     interval: float = 2.0
     drain_timeout: float = 30.0
     weights: str = "equal"  # equal | adaptive
-    inside: str = ""  # the backends' network, where they are to see their clients' own addresses
+    backend_subnet: str = ""  # the backends' network, where they are to see their clients' own addresses
     locality: str = ""  # prefer: the balancer's own node first
     check_source: str = ""  # the address from which the manager checks the path through the balancer; "": it does not
 

@@ -273,7 +273,7 @@ def test_only_clients_inside_are_masqueraded_where_backends_are_to_see_them(
     backend.run("ip", "route", "add", "default", "via", VIP[0])
     endpoint = ruleset.Endpoint(ONE, 8000)
     balancer.make_sets()
-    balancer.apply(ruleset.restore(ruleset.nat([endpoint], inside="198.18.0.0/16"), Listing()))
+    balancer.apply(ruleset.restore(ruleset.nat([endpoint], backend_subnet="198.18.0.0/16"), Listing()))
     ask(client, VIP)
     with client, socket.create_connection(VIP, 5, source_address=("203.0.113.9", 0)) as connection:
         assert connection.recv(100)

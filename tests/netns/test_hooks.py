@@ -6,6 +6,7 @@ import socket
 
 import pytest
 
+import ruleset
 from netns.conftest import VIP, Balancer
 from netns.lab import Lab, Namespace, Server, ask, connect
 from netns.test_failures import patiently
@@ -64,6 +65,13 @@ def test_hooks_that_moved_or_were_doubled_are_put_right_in_every_table(served: N
         assert chains == whole[table]
 
 
+def test_trying_what_the_kernel_can_do_leaves_nothing_behind(served: Namespace, balancer: Balancer) -> None:
+    tables = ("nat", "filter", "mangle", "raw")
+    whole = {table: balancer.listing(table).chains for table in tables}
+    assert balancer.features() == ruleset.Features()
+    assert {table: balancer.listing(table).chains for table in tables} == whole
+
+
 # -- the balancer's own connections ----------------------------------------------------------------------------------
 
 
@@ -97,6 +105,22 @@ def test_clients_with_high_ports_are_served_and_masqueraded_to_low_ones(
     ports = [int(line.rpartition("dport=")[2].split()[0]) for line in lines]
     assert len(ports) >= 200
     assert all(1024 <= port <= 59999 for port in ports)
+
+
+def test_a_client_with_its_own_address_and_a_high_port_is_answered(
+    lab: Lab, client: Namespace, balancer: Balancer
+) -> None:
+    """Without masquerade the answer comes back to that port, through a balancer that must not take it as its own."""
+    backend = lab.add(ONE)
+    Server(backend)
+    client.run("ip", "addr", "add", "203.0.113.9/32", "dev", "lo")
+    balancer.namespace.run("ip", "route", "add", "203.0.113.9/32", "via", CLIENT)
+    backend.run("ip", "route", "add", "default", "via", VIP[0])
+    balancer.make_sets()
+    for table in ruleset.tables([ruleset.Endpoint(ONE, 8000)], backend_subnet="198.18.0.0/16"):
+        balancer.apply(ruleset.restore(table, balancer.listing(table.name)))
+    with client, socket.create_connection(VIP, 5, source_address=("203.0.113.9", 61234)) as connection:
+        assert connection.makefile().readline() == f"{ONE}\n"
 
 
 def test_dockers_dns_is_translated_from_any_port(served: Namespace, balancer: Balancer) -> None:

@@ -140,7 +140,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
 @pytest.mark.parametrize(("inside", "hidden"), [("", "-p tcp"), ("198.18.0.0/24", "-s 198.18.0.0/24 -p tcp")])
 def test_only_clients_within_the_views_inside_are_hidden(world: World, inside: str, hidden: str) -> None:
     world.see(f"a {A}")
-    world.balancer.view = replace(world.balancer.view, inside=inside)
+    world.balancer.view = replace(world.balancer.view, backend_subnet=inside)
     world.converge()
     assert world.kernel.rules("nat", "LB-MASQ")[0].startswith(f"{hidden} -m conntrack ")
 
@@ -559,6 +559,56 @@ def test_a_backend_that_is_only_unhealthy_is_left_to_the_manager(world: World, s
     assert [row["healthy"] for row in world.balancer.report()["backends"]] == [False, True]
 
 
+def test_a_stop_that_the_manager_refuses_keeps_no_other_from_being_asked_for(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    accepted: list[str] = []
+
+    def stop(ip: str, reason: str) -> None:
+        if ip == A:
+            raise requests.HTTPError("500 Server Error")
+        accepted.append(ip)
+
+    monkeypatch.setattr(world.manager, "stop", stop)
+    world.see(f"a {A} draining", f"b {B} draining", f"c {C}")
+    world.converge()
+    world.sample()
+    assert accepted == [B]
+    assert "manager: 500 Server Error" in caplog.text
+
+
+def test_at_a_million_flows_samples_take_a_twentieth_of_the_time_and_a_drain_ends_within_a_minute(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spent = dict.fromkeys(("all_flows", "waiting_flows", "flows_of"), 0.0)
+
+    def slow(name: str, seconds: float) -> None:
+        call = getattr(world.kernel, name)
+
+        def slowly(*arguments: Any) -> Any:
+            world.clock.sleep(seconds)
+            spent[name] += seconds
+            return call(*arguments)
+
+        monkeypatch.setattr(world.kernel, name, slowly)
+
+    slow("all_flows", 4.0)
+    slow("waiting_flows", 0.4)
+    slow("flows_of", 0.8)
+    world.see(f"a {A} draining", f"b {B} draining", f"c {C}")
+    world.balancer.view = replace(world.balancer.view, drain_timeout=3600.0)
+    world.converge()
+    world.kernel.flows = [flow(A), flow(B)]
+    world.sample(2000.0)
+    assert all(spent.values())
+    assert sum(spent.values()) <= 0.055 * 2000
+    world.kernel.flows = []
+    began = world.clock.now
+    while not world.manager.stops:
+        world.sample()
+    assert world.clock.now - began < 60
+
+
 # -- frozen backends -------------------------------------------------------------------------------------------------
 
 
@@ -602,6 +652,23 @@ def test_a_kernel_without_marks_takes_no_samples_of_waiting_flows(world: World) 
     world.sample()
     assert world.balancer._learner._samples == 0
     assert world.balancer.report()["backends"][0]["active"] == 1
+
+
+@pytest.mark.parametrize(
+    ("features", "lacks"),
+    [
+        (Features(), []),
+        (Features(marks=False), ["connmark"]),
+        (Features(False, False, False), ["connmark", "connbytes", "CT target"]),
+    ],
+)
+def test_what_the_kernel_lacks_is_logged(
+    features: Features, lacks: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    client._log_lacks(features)
+    assert [(r.levelname, r.message.partition("no ")[2].partition(" in this kernel")[0]) for r in caplog.records] == [
+        ("WARNING", lack) for lack in lacks
+    ]
 
 
 # -- self-checks of the manager --------------------------------------------------------------------------------------
@@ -659,6 +726,20 @@ def test_a_report_carries_what_is_wrong_with_the_data_path(world: World) -> None
         {"kind": "ip_forward_off", "detail": "net.ipv4.ip_forward is 0"},
         {"kind": "foreign_rule", "detail": "filter: -A FORWARD -s 203.0.113.0/24 -j DROP"},
     ]
+
+
+def test_an_unreachable_manager_is_neither_reported_to_nor_asked_to_stop_anything(world: World) -> None:
+    world.see(f"a {A} draining", f"b {B}")
+    world.converge()
+    world.balancer._reachable = False
+    world.clock.sleep(2.0)
+    world.balancer._report_once()
+    world.sample(5.0)
+    assert (world.manager.reports, world.manager.stops) == ([], [])
+    assert world.balancer._learner._since is not None  # but shares are learnt
+    world.balancer._reachable = True
+    world.sample()
+    assert [ip for ip, _ in world.manager.stops] == [A]
 
 
 def test_uptime_is_the_senders_own_clock(world: World) -> None:
@@ -719,7 +800,7 @@ def test_the_health_check_fails_while_a_loop_is_stuck(world: World) -> None:
     world.see(f"b {B}", f"a {A}")
     world.converge()
     world.balancer._beat("sample")
-    world.clock.sleep(121.0)
+    world.clock.sleep(123.0)
     status, message = health_check(world)
     assert (status, message["loops_alive"], message["rules_in_place"]) == (503, False, True)
     world.balancer._beat("sample")

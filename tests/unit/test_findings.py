@@ -55,6 +55,7 @@ def test_a_policy_that_drops_forwarded_packets_is_found() -> None:
         ("mangle", "PREROUTING", "-p tcp -j TPROXY --on-port 1 --on-ip 0.0.0.0", True),
         ("mangle", "FORWARD", "-p tcp -j TCPMSS --clamp-mss-to-pmtu", False),
         ("raw", "PREROUTING", "-p tcp -j CT --notrack", True),
+        ("nat", "PREROUTING", "-d 127.0.0.11/32 -j DOCKER_OUTPUT", False),
     ],
 )
 def test_foreign_rules_that_can_drop_or_redirect_our_packets_are_found(

@@ -121,8 +121,9 @@ def test_each_call_runs_its_tool_with_arguments_the_tool_knows(
     [
         ("nothing", Features()),
         ("CONNMARK", Features(marks=False)),
+        ("connbytes", Features(retries=False)),
         ("notrack", Features(notrack=False)),
-        ("LB-TRY", Features(marks=False, notrack=False)),
+        ("LB-TRY", Features(marks=False, retries=False, notrack=False)),
     ],
 )
 def test_what_the_kernel_cannot_do_is_found_by_trying(

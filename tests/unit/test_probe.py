@@ -298,3 +298,26 @@ def test_a_backend_still_watched_keeps_its_health_and_a_changed_setting_asks_ane
     time.sleep(0.1)
     assert backend.requests <= seen + 1  # a probe may have been on its way; there is no other
     assert watch.healthy("a") is None
+
+
+@pytest.mark.parametrize(("full", "healthy"), [(True, True), (False, False)])
+def test_the_prober_asks_whether_the_connection_table_is_full(
+    monkeypatch: pytest.MonkeyPatch, full: bool, healthy: bool
+) -> None:
+    answers = iter([G, T, T, T, T])
+
+    async def ask(*target: object) -> tuple[Answer, str]:
+        answer = next(answers, None)
+        if answer is None:
+            raise EOFError
+        return answer, ""
+
+    monkeypatch.setattr(probe, "ask", ask)
+    monkeypatch.setattr(probe, "PERIOD", 0.0)
+    monkeypatch.setattr(probe, "RETRY", 0.0)
+    prober = Prober(lambda: None, lambda: full)
+    prober._health["a"] = Health()
+    with pytest.raises(EOFError):
+        prober._loop.run_until_complete(prober._keep_asking("a", ("198.18.0.2", 8000, "tcp")))
+    prober._loop.close()
+    assert prober.health()["a"].healthy is healthy

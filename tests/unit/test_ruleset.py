@@ -97,7 +97,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "nat-2": lambda: ruleset.nat(endpoints([1.0] * 2)),
     "nat-3": lambda: ruleset.nat(endpoints([1.0] * 3)),
     "nat-5": lambda: ruleset.nat(endpoints([1.0] * 5)),
-    "nat-2-inside": lambda: ruleset.nat(endpoints([1.0] * 2), inside="198.18.0.0/24"),
+    "nat-2-backend-subnet": lambda: ruleset.nat(endpoints([1.0] * 2), backend_subnet="198.18.0.0/24"),
     "nat-17": lambda: ruleset.nat(endpoints([1.0] * 17)),
     "filter-1": lambda: ruleset.filters(endpoints([1.0])),
     "filter-2": lambda: ruleset.filters(endpoints([1.0] * 2)),
@@ -329,12 +329,13 @@ def test_self_checks_are_spread_equally_over_at_most_eight_backends(count: int) 
     assert shares == pytest.approx([1 / min(count, 8)] * min(count, 8), abs=1e-8)
 
 
-def test_a_kernel_without_raw_or_connmark_gets_only_what_it_can_do() -> None:
-    names = [table.name for table in ruleset.tables(endpoints([1.0]), features=Features(marks=False, notrack=False))]
-    text = "".join(ruleset.restore(t, Listing()) for t in ruleset.tables([], features=Features(False, False)))
+def test_a_kernel_that_lacks_features_gets_only_what_it_can_do() -> None:
+    tables = ruleset.tables(endpoints([1.0] * 2), features=Features(marks=False, retries=False, notrack=False))
+    names = [table.name for table in tables]
+    text = "".join(ruleset.restore(table, Listing()) for table in tables)
     assert names == ["nat", "filter", "mangle"]
     assert "LB-BACKENDS dst" in text
-    assert not re.search("connmark|CONNMARK|notrack|LB-REPLIES", text)
+    assert not re.search("connmark|CONNMARK|connbytes|notrack|LB-REPLIES", text)
 
 
 @pytest.mark.parametrize(

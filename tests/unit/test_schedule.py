@@ -45,8 +45,8 @@ def test_a_late_report_is_followed_at_the_next_deadline() -> None:
 
 @pytest.mark.parametrize(("cost", "pause"), [(0.001, 0.5), (0.01, 0.5), (0.4, 20.0), (4.0, 200.0)])
 def test_a_costly_sample_is_taken_seldom(cost: float, pause: float) -> None:
-    pace = Pace(0.5, 0.02)
+    pace = Pace(0.5)
     assert pace.is_due(0.0)
-    pace.done(0.0, cost)
+    pace.done(0.0, cost, 0.02)
     assert not pace.is_due(cost + pause - 0.01)
     assert pace.is_due(cost + pause + 0.01)

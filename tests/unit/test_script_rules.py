@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
 
 def first_rules(addresses: list[str], port: int = 8000, inside: str = "") -> str:
     """What the client would write into an empty kernel, of what script.sh writes."""
-    nat = ruleset.nat([Endpoint(ip, port) for ip in addresses], inside=inside)
+    nat = ruleset.nat([Endpoint(ip, port) for ip in addresses], backend_subnet=inside)
     return ruleset.restore(nat, Listing()) + ruleset.restore(ruleset.raw(), Listing())
 
 

@@ -274,7 +274,10 @@ class Controller:
             if result.name_taken:
                 self._namer.take(result.name)
             if result.last_log_line and result.name == self._failed_name:
-                self._backoff.why = f"{self._backoff.why}; last log line: {result.last_log_line}"
+                before = self._backoff.given_up
+                self._backoff.explain(f"last log line: {result.last_log_line}")
+                if self._backoff.given_up != before:
+                    self._remember_refused(_digest(self._backoff.refused))
             backend = after.get(result.name)
             if backend is None or result.still_there:
                 continue

@@ -50,6 +50,12 @@ class LaunchBackoff:
             self.spec, self.previous = self.previous, ""
             self.failures, self.retry_at = 0, now
 
+    def explain(self, detail: str) -> None:
+        """More about the newest failure."""
+        if self.given_up == self.why:
+            self.given_up = f"{self.given_up}; {detail}"
+        self.why = f"{self.why}; {detail}"
+
     def mark_stable(self, spec: str, since: float, now: float) -> None:
         """A backend made from `spec` has been in rotation, and ready, since then."""
         if spec == self.spec and now - since > STABLE:

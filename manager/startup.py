@@ -30,6 +30,7 @@ MARGIN = 15.0  # seconds past the ready timeout, for the manager to find that it
 TIMEOUT = 5.0  # seconds for one request through the service's port
 UNANSWERED = 30.0  # seconds without an answer there, though a backend is in rotation, that are a failure
 SILENT = 30.0  # seconds without an answer of the manager that are a failure; its supervisor may have to start it again
+EXPLAINED = 1.0  # seconds after a failure until its reason is complete
 LINE = 1000  # characters: no line is wrapped
 HELP = "see --backend-port, --health, --ready-timeout and --allow in ./run.sh --help"
 
@@ -148,7 +149,7 @@ def wait(goal: Checked, manager: Manager) -> int:
             problem = str(error)
         verdict = goal.judge(status, problem, time.monotonic())
         if verdict.outcome is Outcome.FAILED:
-            explain(status, verdict.text)
+            explain(*_a_moment_later(goal, manager, status, verdict))
             return 1
         if verdict.text not in ("", printed):
             print(verdict.text, flush=True)
@@ -156,6 +157,19 @@ def wait(goal: Checked, manager: Manager) -> int:
         if verdict.outcome is Outcome.REACHED:
             return 0
         time.sleep(POLL)
+
+
+def _a_moment_later(
+    goal: Checked, manager: Manager, status: Status | None, verdict: Verdict
+) -> tuple[Status | None, str]:
+    """The status and the reason once more: by then the manager has read the failed backend's last log line."""
+    time.sleep(EXPLAINED)
+    try:
+        later = manager.status()
+    except NoAnswer:
+        return status, verdict.text
+    again = goal.judge(later, "", time.monotonic())
+    return later, again.text if again.outcome is Outcome.FAILED else verdict.text
 
 
 def explain(status: Status | None, why: str) -> None:

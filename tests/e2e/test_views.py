@@ -28,12 +28,15 @@ def test_the_status_is_told_in_words_and_for_programs(system: System) -> None:
 
 
 def test_a_silent_balancer_is_a_degraded_system_and_no_system_is_told_as_such(system: System) -> None:
-    balancer = f"{system.project}-balancer"
-    docker("pause", balancer)
+    def signal_client(name: str) -> None:
+        kill = f"kill -{name} $(cat /run/client.pid)"
+        docker("exec", f"{system.project}-balancer", "sh", "-c", kill)
+
+    signal_client("STOP")
     try:
         until(lambda: shown(system, "--status")[0] == 3, "degraded", 30)
     finally:
-        docker("unpause", balancer)
+        signal_client("CONT")
     until(lambda: shown(system, "--status")[0] == 0, "healthy again", 30)
     code, text = shown(system, "--status", project="nowhere")
     assert code == 1

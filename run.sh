@@ -24,10 +24,10 @@ main() {
     read_settings "$@"
     RUN=run/$LB_PROJECT
     case "$ACTION" in
-        *doctor*) view python3 manager/doctor.py ;;
+        *doctor*) view python3 cli.doctor ;;
         ?*)
             [ -x .venv/bin/python ] || does_not_run
-            view .venv/bin/python manager/watch.py
+            view .venv/bin/python cli.watch
             ;;
     esac
 
@@ -53,7 +53,7 @@ main() {
     start_manager
     wait_until_it_serves
     # Before the start counts as a success: without its settings, the next run.sh would take this project for another.
-    printf '%s\n' "$SNAPSHOT" | python3 manager/settings.py --store "$RUN/settings.json" || exit 1
+    printf '%s\n' "$SNAPSHOT" | program python3 core.settings --store "$RUN/settings.json" || exit 1
     UNDO=()
     rm -f "$RUN/balancer/orders.before"
     ! swarm || remove_old_secrets
@@ -67,9 +67,9 @@ swarm() { [ "$LB_ORCHESTRATOR" = swarm ]; }
 read_settings() {
     local word settings
     for word in "$@"; do
-        case "$word" in -h | --help) UNDO=(); exec python3 manager/settings.py --help ;; esac
+        case "$word" in -h | --help) UNDO=(); program python3 core.settings --help; exit 0 ;; esac
     done
-    settings=$(python3 manager/settings.py "$@") || exit $?
+    settings=$(program python3 core.settings "$@") || exit $?
     set -a
     eval "$settings"
     set +a
@@ -84,11 +84,11 @@ does_not_run() {
     die "project $LB_PROJECT does not run here; ./run.sh starts it"
 }
 
-# view PROGRAM…: one that shows how things are and changes nothing.
+# view PYTHON MODULE: a program that shows how things are and changes nothing.
 view() {
     local word
     for word in $ACTION; do set -- "$@" "--$word"; done
-    exec "$@"
+    exec env PYTHONPATH=manager "$1" -m "${@:2}"
 }
 
 # The terminal is closed: what is left to print goes to the log.
@@ -121,7 +121,7 @@ check_host() {
     [ -n "$(ours balancer)" ] && { swarm || { unchanged LB_PORT && unchanged LB_BIND; }; } || ports+=("$LB_BIND:$LB_PORT:--port")
     manager_runs && unchanged LB_MANAGER_PORT ||
         ports+=("127.0.0.1:$LB_MANAGER_PORT:--manager-port" "$gateway:$LB_MANAGER_PORT:--manager-port")
-    [ ${#ports[@]} -eq 0 ] || python3 manager/preflight.py ports "${ports[@]}" || exit 1
+    [ ${#ports[@]} -eq 0 ] || program python3 cli.host_checks ports "${ports[@]}" || exit 1
 }
 
 # unchanged SETTING: whether the running project has the value it is to have, as far as its files tell.
@@ -217,7 +217,7 @@ free_subnet() {
     local taken
     mapfile -t taken < <(docker network ls -q | xargs docker network inspect --format '{{json .IPAM.Config}}' |
         grep -oE '"Subnet":"[0-9./]+"' | cut -d'"' -f4)
-    python3 manager/preflight.py subnet "${taken[@]}" "$@"
+    program python3 cli.host_checks subnet "${taken[@]}" "$@"
 }
 
 network_subnet() { docker network inspect "$LB_PROJECT" --format '{{(index .IPAM.Config 0).Subnet}}'; }
@@ -290,7 +290,7 @@ settings_snapshot() {
     local code
     code=$(digest manager)
     code+=${LB_CERTIFICATE_SECRET:+ $LB_CERTIFICATE_SECRET}
-    python3 manager/settings.py --print "$BACKEND_ID" "$BALANCER_IMAGE" "$code"
+    program python3 core.settings --print "$BACKEND_ID" "$BALANCER_IMAGE" "$code"
 }
 
 launch_manager() {
@@ -325,9 +325,9 @@ pinned_balancer_image() {
 }
 
 wait_until_it_serves() {
-    SHOW_LOG=1 step "Waiting for the first answer on port $LB_PORT" .venv/bin/python manager/startup.py serve
+    SHOW_LOG=1 step "Waiting for the first answer on port $LB_PORT" program .venv/bin/python cli.startup serve
     [ -n "$NO_WAIT" ] ||
-        SHOW_LOG=1 step "Waiting until every backend has these settings" .venv/bin/python manager/startup.py update
+        SHOW_LOG=1 step "Waiting until every backend has these settings" program .venv/bin/python cli.startup update
 }
 
 summary() {

@@ -17,6 +17,9 @@ open_streams() {
     { true 9>&1; } 2>/dev/null || exec >/dev/null
 }
 
+# program PYTHON MODULE ARGUMENT…: runs one of the manager's modules.
+program() { PYTHONPATH=manager "$1" -m "${@:2}"; }
+
 # step TEXT COMMAND…: says TEXT, runs COMMAND with its output in LOG, says how long it took; shows that long ones move.
 # Where it fails that is the end, but with MAY_FAIL set. SHOW_LOG: the last line of LOG is progress that anybody reads.
 step() {
@@ -237,7 +240,7 @@ end_processes() {
 
 digest() {
     # But for the two files that run.sh and the manager write into balancer/.
-    { echo "$LB_BASE_IMAGE"; find "$1" -maxdepth 1 -type f ! -name ip.txt ! -name hostip.txt | sort | xargs cat; } |
+    { echo "$LB_BASE_IMAGE"; find "$1" -type f ! -path '*/__pycache__/*' ! -name ip.txt ! -name hostip.txt | sort | xargs cat; } |
         sha256sum | cut -c1-12
 }
 

@@ -11,11 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from controller import Controller
-from engine import BalancerState, Engine, EngineError, Event, NameTaken
-from fleet import Container
-from meter import Report, Sample
-from settings import Settings, read, variable
+from core.controller import Controller
+from core.engine import BalancerState, Engine, EngineError, Event, NameTaken
+from core.fleet import Container
+from core.load import Report, Sample
+from core.settings import Settings, read, variable
+from web.metrics import Tally
 
 TOKEN = "0123456789abcdef"
 
@@ -50,6 +51,8 @@ class FakeEngine(Engine):
         self.refusals: list[EngineError] = []
         self.no_logs = ""
         self.balancer_error = ""
+        self.path: dict[str, str] = {}  # what a check of the data path finds: target -> error
+        self.path_checks = 0
         self.foreign: set[str] = set()
         self.image = "image-1"  # the spec of what runs and of what is to be launched
         self.crashing: dict[str, int] = {}
@@ -94,6 +97,10 @@ class FakeEngine(Engine):
         if self.no_logs:
             raise EngineError(self.no_logs)
         return "goodbye"
+
+    def check_path(self) -> dict[str, str]:
+        self.path_checks += 1
+        return dict(self.path)
 
     def repair_balancer(self) -> None:
         self._begin("repair", "balancer")
@@ -155,7 +162,7 @@ def controller(engine: FakeEngine, place: Path, clock: Clock, inside: str = "", 
     ip_file = place / "ip.txt"
     if not ip_file.exists() and isinstance(engine, FakeEngine):
         ip_file.write_text("".join(f"{container.ip}\n" for container in engine.containers.values()))
-    made = Controller(engine, settings(**changes), ip_file, clock, inside=inside)
+    made = Controller(engine, settings(**changes), ip_file, Tally(), clock, inside=inside)
     made._chance = Chance()  # type: ignore[assignment]
     return made
 

@@ -24,9 +24,8 @@ from typing import TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "balancer"))
-from bench import linear
-
 import ruleset
+from bench import linear
 from listings import Listing, parse_set, parse_table
 from netfilter import Netfilter
 from netns.lab import Lab, Namespace

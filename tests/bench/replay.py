@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "manager"))
-import scaler
+from core import scaler
 
 START = 1  # seconds from decision to first request served; 0.6 was seen
 LEAST, MOST = 2, 50

@@ -29,12 +29,12 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "manager"))
-from controller import Controller
-from engine import Engine, Event
+from core.controller import Controller
+from core.engine import Engine, Event
+from core.fleet import Container
+from core.load import Report
 from fakes import Clock, settings
-from fleet import Container
-from meter import Report
-from script import BODY_MAX, parse_report
+from web.app import BODY_MAX, parse_report
 
 SHAPES = ("3x30", "10x100", "100x2000", "1000x20000x200")
 ROUNDS, INTERVAL = 3, 2.0

@@ -27,8 +27,8 @@ from simulate import Site, answer
 import wire
 from certificates import make_certificate
 from fakes import TOKEN
-from listeners import Listeners, bind_tcp, raise_file_limit, tls_context
-from script import create_app, waits_in
+from web.app import create_app, waits_in
+from web.listeners import Listeners, bind_tcp, raise_file_limit, tls_context
 from wire import Manager
 
 CALLS, POLL, POLLS = 300, 4.0, 500

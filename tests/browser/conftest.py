@@ -10,7 +10,7 @@ from browser.stage import Stage
 
 @pytest.fixture
 def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
-    monkeypatch.setattr("settings.ROOT", tmp_path)
+    monkeypatch.setattr("core.settings.ROOT", tmp_path)
     made = Stage(tmp_path)
     yield made
     made.close()

@@ -8,11 +8,11 @@ import math
 import socket
 from pathlib import Path
 
-from engine import EngineError
+from core.engine import EngineError
+from core.load import Report, Sample
 from fakes import TOKEN, Clock, FakeEngine, controller, eventually
-from listeners import Listeners, bind_tcp
-from meter import Report, Sample
-from script import create_app, start_log
+from web.app import create_app, start_log
+from web.listeners import Listeners, bind_tcp
 
 
 class StuckEngine(FakeEngine):

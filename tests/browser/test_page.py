@@ -25,7 +25,7 @@ MARKUP = "<script>document.title='taken'</script><img src=x onerror=\"document.t
 @pytest.fixture
 def busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
     """As it is after an hour of use."""
-    monkeypatch.setattr("settings.ROOT", tmp_path)
+    monkeypatch.setattr("core.settings.ROOT", tmp_path)
     made = Stage(tmp_path, past=HOUR)
     a_busy_hour(made)
     yield made

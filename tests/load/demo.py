@@ -28,7 +28,7 @@ from load.picture import NO_ANSWER, Sample, Tally, answers, figure, milliseconds
 from load.plan import DROP, PEAK_MAX, SECONDS_MAX, SECONDS_MIN, Lane, Stage, command, enough_seconds, lanes, stages
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from settings import ROOT, SETTINGS
+from core.settings import ROOT, SETTINGS
 
 PEAK = 80  # by default: some 700 packets a second, for which the default target wants 7 or 8 backends
 GRACE = 10.0  # seconds past its stage after which a lane that lags begins no more requests

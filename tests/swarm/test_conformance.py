@@ -16,15 +16,15 @@ from typing import Any
 
 import pytest
 
-from controller import Controller
-from docker_engine import DockerEngine
+from core.controller import Controller
+from core.engine import EngineError
+from core.load import Report, Sample
 from e2e.conftest import until
-from engine import EngineError
+from engines.docker_engine import DockerEngine
+from engines.swarm_engine import SwarmEngine
 from fakes import settings
-from meter import Report, Sample
 from swarm.cluster import Cluster, Node
 from swarm.conftest import image_of
-from swarm_engine import SwarmEngine
 
 ENGINES = {"docker": DockerEngine, "swarm": SwarmEngine}
 

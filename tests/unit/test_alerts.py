@@ -13,9 +13,9 @@ from prometheus_client import generate_latest
 
 from exposition import exposition
 from fakes import Clock, FakeEngine, controller
-from metrics import registry
 from netfilter import Netfilter
 from synchronization_client import Balancer
+from web.metrics import registry
 from wire import Manager
 
 ROOT = Path(__file__).parents[2]
@@ -50,5 +50,5 @@ def test_the_alerts_ask_for_nothing_that_is_not_told(tmp_path: Path, monkeypatch
     manager.path.passed()
     balancer = Balancer(Netfilter("nft"), Manager("127.0.0.1:1", "token", "b1"), "b1")
     balancer._prober._loop.close()  # nobody is probed
-    told = (generate_latest(registry(manager.tally, manager.status)) + exposition(balancer.gauges())).decode()
+    told = (generate_latest(registry(manager.recorder, manager.status)) + exposition(balancer.gauges())).decode()
     assert set(re.findall(r"lbscaler_\w+", RULES)) <= set(re.findall(r"# TYPE (\w+)", told))

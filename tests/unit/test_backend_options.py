@@ -5,8 +5,8 @@ from __future__ import annotations
 import docker
 import pytest
 
-from docker_engine import DockerEngine
-from engine import BalancerOptions, advice, options
+from engines.docker_engine import DockerEngine
+from engines.options import BalancerOptions, advice, options
 from fakes import settings
 
 OWN = "mode=1777,uid=10001,gid=10001"

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import requests
-from fakes_netfilter import FakeNetfilter, flow, waiting
 
 import app
 import ruleset
 import synchronization_client as client
+from fakes_netfilter import FakeNetfilter, flow, waiting
 from listings import connections, parse_table
 from netfilter import NetfilterError
 from probe import Cause, Health, Prober

@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench.replay import read_trace
 
-import controller as module
-import workers
-from controller import Closing, Controller, Unknown
-from engine import BalancerState, EngineError, Event
+from bench.replay import read_trace
+from core import controller as module
+from core import workers
+from core.controller import Closing, Controller, Unknown
+from core.engine import BalancerState, EngineError, Event
+from core.fleet import DRAIN_GRACE
+from core.launch_backoff import GIVE_UP, SETTLED, STABLE
+from core.load import Finding, Sample
+from core.scaler import CREATE, OK, Decision
 from fakes import Chance, Clock, FakeEngine, controller, eventually, report, sample
-from fleet import DRAIN_GRACE
-from launch_backoff import GIVE_UP, SETTLED, STABLE
-from meter import Finding, Sample
-from scaler import CREATE, OK, Decision
 
 
 @pytest.fixture(autouse=True)
@@ -790,35 +790,25 @@ def test_balancer_that_ends_at_once_again_and_again_backs_off(rig: Callable[...,
 # -- the test of the data path ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def connections(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the next connections through the balancer meet, and from which address each was made."""
-    answers: dict[str, Any] = {"error": "", "made": []}
-
-    def connect(target: tuple[str, int], source: str) -> str:
-        answers["made"].append((target, source))
-        return str(answers["error"])
-
-    monkeypatch.setattr(module.path_check, "connect", connect)
-    return answers
+TARGET = "198.18.0.100:8000"
 
 
-def checked_rig(rig: Callable[..., Rig], **changes: object) -> Rig:
-    r = rig(2, **changes)
-    r.engine.check_targets = [("198.18.0.100", 8000)]
+def checked_rig(rig: Callable[..., Rig]) -> Rig:
+    r = rig(2)
+    r.engine.path = {TARGET: ""}
     r.all_well()
     return r
 
 
 def test_two_failed_connections_in_a_row_are_reported_once_with_what_was_found(
-    rig: Callable[..., Rig], connections: dict[str, Any], caplog: pytest.LogCaptureFixture
+    rig: Callable[..., Rig], caplog: pytest.LogCaptureFixture
 ) -> None:
     r = checked_rig(rig)
     found = (Finding("foreign_rule", "filter FORWARD -j DROP"),)
     r.controller.report(replace(report(_2=sample(), _3=sample()), findings=found))
     r.controller.check_path()
     assert r.controller.status()["data_path"]["working"] is True
-    connections["error"] = "timed out"
+    r.engine.path = {TARGET: "timed out"}
     r.controller.check_path()
     assert r.controller.status()["data_path"]["problem"] == "", "one may be chance"
     for _ in range(3):
@@ -831,32 +821,32 @@ def test_two_failed_connections_in_a_row_are_reported_once_with_what_was_found(
     assert (told["working"], told["problem"]) == (False, problem)
     assert told["findings"] == [{"kind": "foreign_rule", "detail": "filter FORWARD -j DROP"}]
     assert caplog.messages.count(problem) == 1
-    connections["error"] = ""
+    r.engine.path = {TARGET: ""}
     r.controller.check_path()
     assert r.controller.status()["data_path"]["working"] is True
     assert "connections through the balancer work again" in caplog.messages
 
 
 def test_path_is_not_checked_without_a_healthy_backend_or_a_running_balancer(
-    rig: Callable[..., Rig], connections: dict[str, Any]
+    rig: Callable[..., Rig],
 ) -> None:
     r = checked_rig(rig)
     r.hear(_2=sample(healthy=False), _3=sample(healthy=False))
     r.controller.check_path()
-    assert connections["made"] == []
+    assert r.engine.path_checks == 0
     r.all_well()
     r.engine.gate.clear()
     r.engine.balancer = BalancerState.MISSING
     r.controller.step()
     r.controller.check_path()
-    assert connections["made"] == []
+    assert r.engine.path_checks == 0
 
 
 def test_balancer_is_replaced_where_its_ip_forwarding_is_off(
-    rig: Callable[..., Rig], connections: dict[str, Any]
+    rig: Callable[..., Rig],
 ) -> None:
     r = checked_rig(rig)
-    connections["error"] = "timed out"
+    r.engine.path = {TARGET: "timed out"}
     r.controller.report(replace(report(_2=sample(), _3=sample()), findings=(Finding("ip_forward_off"),)))
     for _ in range(2):
         assert r.engine.calls == []

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-import fleet as fleets
-from controller import Closing, Controller
-from engine import Engine, EngineError, Event, TakenOver
+from core import fleet as fleets
+from core.controller import Closing, Controller
+from core.engine import Engine, EngineError, Event, TakenOver
+from core.fleet import ACTIVE, DRAINING, FAILED, LEAVING, STARTING, Backend, Container, Goal, Namer, Resize
 from fakes import Clock, controller, eventually, report, sample
-from fleet import ACTIVE, DRAINING, FAILED, LEAVING, STARTING, Backend, Container, Goal, Namer, Resize
 
 
 class Swarm(Engine):
@@ -67,6 +67,9 @@ class Swarm(Engine):
 
     def repair_balancer(self) -> None:
         raise AssertionError("it runs")
+
+    def check_path(self) -> dict[str, str]:
+        return {}
 
     def events(self) -> Iterator[Event]:
         return iter(())
@@ -201,7 +204,7 @@ def test_draining_by_hand_is_refused_for_the_engine_picks(rig: Rig) -> None:
 
 
 def test_a_resize_that_fails_is_tried_again(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workers.PAUSE", 0.0)
+    monkeypatch.setattr("core.workers.PAUSE", 0.0)
     refusals = [EngineError("not now")]
     resize = rig.engine.resize
 

@@ -8,9 +8,10 @@ from typing import Any
 import docker.errors
 import pytest
 
-import docker_engine
-from docker_engine import DockerEngine
-from engine import BalancerOptions, BalancerState, EngineError, NameTaken
+from core.engine import BalancerState, EngineError, NameTaken
+from engines import docker_engine
+from engines.docker_engine import DockerEngine
+from engines.options import BalancerOptions
 from fakes import settings
 
 
@@ -114,12 +115,12 @@ def engine(client: Docker, monkeypatch: pytest.MonkeyPatch) -> DockerEngine:
 
 def test_missing_balancer_is_created_and_then_runs(engine: DockerEngine, client: Docker) -> None:
     engine.list()
-    assert (engine.balancer, engine.check_targets) == (BalancerState.MISSING, [])
+    assert (engine.balancer, engine._check_targets) == (BalancerState.MISSING, [])
     engine.repair_balancer()
     engine.list()
     assert client.calls == [("create", "p-balancer")]
     assert (engine.balancer, engine.balancers) == (BalancerState.RUNNING, {"p-balancer"})
-    assert engine.check_targets == [("198.18.0.9", 8000)]
+    assert engine._check_targets == [("198.18.0.9", 8000)]
 
 
 @pytest.mark.parametrize("state", ["exited", "restarting", "created", "dead"])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import settings
+from core import settings
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 
-import doctor
 import fakes
-import preflight
-from doctor import FAULT, OK, WARN, Found, Host
+from cli import doctor
+from cli import host_checks as preflight
+from cli.doctor import FAULT, OK, WARN, Found, Host
 
 DOCTOR = Path(doctor.__file__)
 INFO = {

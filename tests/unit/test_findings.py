@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from fakes_netfilter import FakeNetfilter
 
 import ruleset
+from fakes_netfilter import FakeNetfilter
 from findings import MAX_FINDINGS, Finding, Kind, find
 from listings import Listing, parse_table
 

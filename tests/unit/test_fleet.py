@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import fleet as fleets
-from fleet import (
+from core import fleet as fleets
+from core.fleet import (
     ACTIVE,
     DRAIN_GRACE,
     DRAINING,
@@ -31,7 +31,7 @@ from fleet import (
     Stop,
     Verdict,
 )
-from launch_backoff import GIVE_UP, LaunchBackoff
+from core.launch_backoff import GIVE_UP, LaunchBackoff
 
 LISTED, NOW = 90.0, 100.0
 READY_TIMEOUT = 60.0

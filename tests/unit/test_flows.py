@@ -6,9 +6,9 @@ import struct
 from ipaddress import IPv4Address
 
 import pytest
-from fakes_netfilter import STATES, TIMEOUTS, flow, waiting
 
 import flows
+from fakes_netfilter import STATES, TIMEOUTS, flow, waiting
 from flows import FlowCounts, attribute, count, deletions
 from ruleset import REPLY_MARK, REQUEST_MARK
 

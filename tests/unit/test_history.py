@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from history import CHANGES, COARSE, FINE, MINUTE, History, Point
-from scaler import CREATE, OK, Decision
+from core.history import CHANGES, COARSE, FINE, MINUTE, History, Point
+from core.scaler import CREATE, OK, Decision
 
 START = 1_700_000_000.5
 GAPS = st.floats(0.375, 70) | st.floats(0.375, 4000)

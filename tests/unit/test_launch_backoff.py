@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch_backoff import FIRST, GIVE_UP, MOST, SETTLED, STABLE, TOGETHER, LaunchBackoff
+from core.launch_backoff import FIRST, GIVE_UP, MOST, SETTLED, STABLE, TOGETHER, LaunchBackoff
 
 NOW = 1000.0
 

@@ -22,12 +22,12 @@ from typing import Any
 
 import pytest
 
-import listeners as module
 from certificates import make_certificate
 from fakes import TOKEN, Clock, FakeEngine, controller, eventually
-from http_server import BODY_MAX, HEADERS_MAX, Limits
-from listeners import Listeners, bind_tcp, bind_unix, connections_each, tls_context
-from script import as_operator, create_app, waits_in
+from web import listeners as module
+from web.app import as_operator, create_app, waits_in
+from web.http_server import BODY_MAX, HEADERS_MAX, Limits
+from web.listeners import Listeners, bind_tcp, bind_unix, connections_each, tls_context
 from wire import Manager
 
 BEARER = f"Authorization: Bearer {TOKEN}\r\n"
@@ -663,7 +663,7 @@ def test_listeners_that_cannot_start_say_why(tmp_path: Path) -> None:
 MANAGER = """
 import sys
 from pathlib import Path
-import settings
+from core import settings
 settings.ROOT = Path(sys.argv.pop(1))
 import fakes, script
 class Engine(fakes.FakeEngine):

@@ -8,10 +8,10 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
+from core.fleet import ACTIVE, Backend, Verdict
+from core.load import MISSED, Finding, Meter, Sample
+from core.scaler import Load
 from fakes import report, sample
-from fleet import ACTIVE, Backend, Verdict
-from meter import MISSED, Finding, Meter, Sample
-from scaler import Load
 
 TWO = Backend("p-1", ACTIVE, 0, id="a" * 64, ip="198.18.0.2")
 

@@ -10,26 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes_netfilter import FakeNetfilter
 from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 
-import metrics
 import probe
 import synchronization_client as client
 from app import create_app as create_balancer_app
-from engine import EngineError
+from core.engine import EngineError
+from core.fleet import Backend
+from core.load import Sample
+from core.scaler import Decision, Load, Memory, Policy, decide
 from exposition import APPLY_SECONDS, FAILED_PASSES, FAILED_PROBES, REPAIRS
 from fakes import TOKEN, Clock, FakeEngine, controller, eventually, report, sample
-from fleet import Backend
-from meter import Sample
+from fakes_netfilter import FakeNetfilter
 from netfilter import NetfilterError
 from probe import Answer, Health, Prober
-from scaler import Decision, Load, Memory, Policy, decide
-from script import create_app
 from synchronization_client import Balancer
 from view import Backend as Seen
 from view import View
+from web import metrics
+from web.app import create_app
 from wire import Manager
 
 Told = dict[tuple[str, ...], float]
@@ -85,7 +85,7 @@ def managers_text(place: Path) -> str:
     scraped.controller.step()
     for packets in (0, 900):
         scraped.hear(_2=sample(packets, share=0.5), _3=sample(packets, share=0.5))
-    scraped.step_until(lambda: value(scraped.controller.tally._failures))
+    scraped.step_until(lambda: value(scraped.controller.recorder._failures))
     text = scraped.text()
     assert "lbscaler_decisions_total{" in text
     assert 'lbscaler_balancer_last_seen_seconds{balancer="b1"}' in text

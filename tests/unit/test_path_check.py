@@ -7,9 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
-import path_check
-from meter import Finding
-from path_check import SOURCE_PORTS, PathCheck, connect
+from core.load import Finding
+from core.path_check import PathCheck
+from engines import path_probe
+from engines.path_probe import SOURCE_PORTS, connect
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def test_ports_of_closed_connections_are_used_again(listener: socket.socket) -> 
 
 
 def test_port_that_another_program_holds_is_passed_over(listener: socket.socket) -> None:
-    taken = next(path_check._ports) + 1
+    taken = next(path_probe._ports) + 1
     taken = taken if taken in SOURCE_PORTS else SOURCE_PORTS[0]
     with socket.create_server(("127.0.0.1", taken)):
         assert connect(listener.getsockname(), "127.0.0.1") == ""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-import preflight
+from cli import host_checks as preflight
 
 EVERYTHING = [IPv4Network(pool) for pool in preflight.POOLS]
 

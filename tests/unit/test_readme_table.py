@@ -3,7 +3,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from settings import SETTINGS, flag
+from core.settings import SETTINGS, flag
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from bench.replay import compare, main, read_trace
 
 TRACES = sorted((Path(__file__).parents[1] / "bench" / "traces").glob("*.csv"))

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 from werkzeug.test import Client, TestResponse
 
-from controller import Controller
+from core.controller import Controller
 from fakes import TOKEN, Clock, FakeEngine, controller
-from script import BODY_MAX, TAIL, as_operator, create_app
+from web.app import BODY_MAX, TAIL, as_operator, create_app
 
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
 SCRIPTS = ["/page.js", "/charts.js", "/plotly.js"]
@@ -380,7 +380,7 @@ def test_the_history_tells_what_is_newer_in_the_shape_of_the_contract(doors: Doo
 
 
 def test_the_log_is_told_from_its_end(doors: Doors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("settings.ROOT", tmp_path)
+    monkeypatch.setattr("core.settings.ROOT", tmp_path)
     log = tmp_path / "run" / "p" / "manager.log"
     assert (doors.tcp("GET", "/log").status_code, doors.tcp("GET", "/log").text) == (200, "")
     log.parent.mkdir(parents=True)

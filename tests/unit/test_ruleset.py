@@ -9,11 +9,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from fakes_netfilter import DOCKERS, FakeNetfilter
 from hypothesis import given
 from hypothesis import strategies as st
 
 import ruleset
+from fakes_netfilter import DOCKERS, FakeNetfilter
 from listings import Listing, connections, parse_table
 from ruleset import Endpoint, Features, Table
 

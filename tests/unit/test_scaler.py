@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scaler import CREATE, OK, STOP, Load, Memory, Policy, decide
+from core.scaler import CREATE, OK, STOP, Load, Memory, Policy, decide
 
 NOW = 1000.0
 PANIC = "panic: the load passed twice the capacity within the stable window"

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-import settings
-from settings import SETTINGS, SettingError, assignments, read
+from core import settings
+from core.settings import SETTINGS, SettingError, assignments, read
 
 PORT = "1 to 65535"
 # name: what is allowed, as told; values that are refused

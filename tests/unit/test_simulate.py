@@ -10,8 +10,9 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from bench.simulate import COLUMNS, PACKETS, Site, Times, hear_all, main, measure, read_shape, table
 from werkzeug.exceptions import HTTPException
+
+from bench.simulate import COLUMNS, PACKETS, Site, Times, hear_all, main, measure, read_shape, table
 
 MANAGER = str(Path(__file__).parents[2] / "manager")
 

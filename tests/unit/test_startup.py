@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from werkzeug.serving import BaseWSGIServer, make_server
 
-import startup
-from startup import Checked, Outcome, Serve, Update
+from cli import startup
+from cli.startup import Checked, Outcome, Serve, Update
 
 WAIT, REACHED, FAILED = Outcome.WAIT, Outcome.REACHED, Outcome.FAILED
 

@@ -8,10 +8,11 @@ from typing import Any
 import docker.errors
 import pytest
 
-import swarm_engine
-from engine import BalancerOptions, BalancerState, EngineError, TakenOver
+from core.engine import BalancerState, EngineError, TakenOver
+from engines import swarm_engine
+from engines.options import BalancerOptions
+from engines.swarm_engine import SwarmEngine, task_template
 from fakes import settings
-from swarm_engine import SwarmEngine, task_template
 
 SECOND = 10**9
 SECRETS = ("p-token", "p-certificate-1")
@@ -301,7 +302,7 @@ def test_a_balancer_counts_until_its_node_is_down(engine: SwarmEngine) -> None:
     ]
     engine.list()
     assert engine.balancers == {"a" * 12, "b" * 12, "d" * 12}
-    assert list(engine.check_targets) == [("198.18.0.1", 8000), ("198.18.0.2", 8000)]
+    assert list(engine._check_targets) == [("198.18.0.1", 8000), ("198.18.0.2", 8000)]
     api(engine).down = {"n2"}
     engine.list()
     assert engine.balancers == {"a" * 12, "d" * 12}

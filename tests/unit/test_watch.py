@@ -19,11 +19,11 @@ import pytest
 from rich.console import Console, Group, RenderableType
 from werkzeug.serving import BaseWSGIServer, make_server
 
-import settings
-import watch
+from cli import watch
+from cli.watch import NoAnswer
+from core import settings
 from fakes import TOKEN, Clock, FakeEngine, controller, report, sample
-from script import create_app
-from watch import NoAnswer
+from web.app import create_app
 
 PYTHON = [sys.executable, "-W", "error", watch.__file__]
 NOW = 1_800_000_000.0

@@ -1,27 +1,19 @@
 """The manager's own test of the data path: a connection through the balancer's address, every few seconds.
 
 Probes go from the balancer to the backends, so they do not notice a firewall rule, a switched-off IP forwarding or a
-redirection that stops the clients. This check takes the clients' way. `connect` does the I/O; `PathCheck` is pure.
+redirection that stops the clients. This check takes the clients' way: an engine makes the connections
+(`Engine.check_path`). Pure.
 """
 
 from __future__ import annotations
 
-import errno
-import itertools
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from meter import Finding
+from core.load import Finding
 
 PERIOD = 5.0  # seconds between checks
-TIMEOUT = 3.0  # seconds: one lost SYN is sent again after one second, and that is no failure
 FAILURES = 2  # checks in a row that have to fail
-# Source ports that no other program of this host uses by default (Linux gives out 32768 to 60999). The balancer knows
-# our connections by them, and counts them as no load.
-SOURCE_PORTS = range(61000, 61064)
-
-_ports = itertools.cycle(SOURCE_PORTS)
 _SENTENCES = {
     "ip_forward_off": "IP forwarding is off in the balancer's namespace",
     "forward_policy_drop": "the policy of the balancer's FORWARD chain is DROP",
@@ -63,30 +55,3 @@ class PathCheck:
 def _sentence(finding: Finding) -> str:
     sentence = _SENTENCES.get(finding.kind, finding.kind)
     return f"{sentence}: {finding.detail}" if finding.detail else sentence
-
-
-def connect(target: tuple[str, int], source: str) -> str:
-    """Opens and closes one connection; why it failed, or nothing. A backend has accepted it, for the balancer itself
-    accepts none on this port."""
-    with socket.socket() as connection:
-        connection.settimeout(TIMEOUT)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            _bind(connection, source)
-            connection.connect(target)
-        except OSError as error:
-            return error.strerror or str(error)
-    return ""
-
-
-def _bind(connection: socket.socket, source: str) -> None:
-    """To the next source port that is free. Raises OSError where none is."""
-    for _ in SOURCE_PORTS:
-        try:
-            connection.bind((source, next(_ports)))
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise
-        else:
-            return
-    raise OSError(errno.EADDRINUSE, "all source ports of these connections are in use")

@@ -16,18 +16,17 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import fleet as fleets
-import path_check
-import scaler
-import show
-from engine import BalancerState, Engine, EngineError, Event, TakenOver
-from fleet import (
+from core import fleet as fleets
+from core import path_check, scaler
+from core import snapshot as show
+from core.engine import BalancerState, Engine, EngineError, Event, TakenOver
+from core.fleet import (
     ACTIVE,
     DRAINING,
     FAILED,
@@ -43,14 +42,13 @@ from fleet import (
     Resize,
     Step,
 )
-from history import History, Point
-from launch_backoff import STABLE, LaunchBackoff
-from meter import Meter, Report
-from metrics import Tally
-from path_check import PathCheck
-from scaler import Decision, Memory, Policy
-from settings import Settings
-from workers import BALANCER, PAUSE, Workers
+from core.history import History, Point
+from core.launch_backoff import STABLE, LaunchBackoff
+from core.load import Meter, Report
+from core.path_check import PathCheck
+from core.scaler import Decision, Memory, Policy
+from core.settings import Settings
+from core.workers import BALANCER, PAUSE, Workers
 
 RELIST = 2.0  # seconds between two lists of the engine's when no event asks for one
 # Docker's list still shows a container as running for some 0.1 s after the event of its end, so there is a second list.
@@ -62,6 +60,16 @@ log = logging.getLogger("manager")
 
 
 Clock = Callable[[], float]
+
+
+class Recorder(Protocol):
+    """Counts what happens, for whoever shows it."""
+
+    def changed(self, before: Backend | None, after: Backend | None, now: float) -> None: ...
+    def reported(self, report: Report, fleet: Fleet) -> None: ...
+    def keep(self, balancers: Collection[str]) -> None: ...
+    def decided(self, decision: Decision) -> None: ...
+    def launch_failed(self) -> None: ...
 
 
 class Unknown(LookupError):
@@ -78,6 +86,7 @@ class Controller:
         engine: Engine,
         settings: Settings,
         ip_file: Path,
+        recorder: Recorder,
         clock: Clock = time.monotonic,
         *,
         inside: str = "",
@@ -104,7 +113,7 @@ class Controller:
         self._recall_orders()
         self._fleet: Fleet = {}
         self._at: dict[str, list[str]] = {}  # address → names of the backends that have, or had, it
-        self.tally = Tally()
+        self.recorder = recorder
         self._meter = Meter()
         self._memory = Memory(started=clock())
         self._lock = threading.Condition()
@@ -199,7 +208,7 @@ class Controller:
             seen = fleets.observe(self._fleet, containers, listed_at, now)
             if self._engine.balancers is not None:
                 self._meter.keep(self._engine.balancers, listed_at)
-                self.tally.keep(self._engine.balancers)
+                self.recorder.keep(self._engine.balancers)
             self._publish(self._judged(seen, now))
             if self._engine.refused and not self._backoff.given_up:
                 self._backoff.given_up = "the engine went back by itself: its backends did not stay up"
@@ -296,7 +305,7 @@ class Controller:
             self._balancer_backoff.failed("", problem, now, self._chance.random())
 
     def _launch_failed(self, backend: Backend, why: str, now: float, served: bool = False) -> None:
-        self.tally.launch_failed()
+        self.recorder.launch_failed()
         given_up_before = self._backoff.given_up
         self._backoff.failed(backend.spec, why, now, self._chance.random(), served)
         self._failed_name = backend.name
@@ -361,7 +370,7 @@ class Controller:
             measured = self._meter.add(report, now)
             self._note_panic()
             reported = {name: self._fleet[name] for ip in report.backends for name in self._at.get(ip, ())}
-            self.tally.reported(report, reported)
+            self.recorder.reported(report, reported)
             judged = self._judged(reported, now)
             if judged != reported:
                 self._publish({**self._fleet, **judged})
@@ -513,8 +522,9 @@ class Controller:
         """One connection through each balancer, while there is a healthy backend to accept it."""
         with self._lock:
             healthy = any(backend.serves for backend in self._fleet.values())
-            targets = self._engine.check_targets if healthy and self._balancer_state is BalancerState.RUNNING else ()
-        errors = {f"{target[0]}:{target[1]}": path_check.connect(target, self._check_source) for target in targets}
+        if not healthy or self._balancer_state is not BalancerState.RUNNING:
+            return
+        errors = self._engine.check_path()
         failed = {target: error for target, error in errors.items() if error}
         with self._lock:
             before = self.path.problem
@@ -552,7 +562,7 @@ class Controller:
         for name in sorted(changed, key=fleets.by_number):
             was, is_ = before.get(name), after.get(name)
             _log_change(was, is_, now)
-            self.tally.changed(was, is_, now)
+            self.recorder.changed(was, is_, now)
             if was and is_ and was.state != FAILED == is_.state and not is_.external:
                 served = was.state == ACTIVE and now - was.since >= STABLE
                 self._launch_failed(is_, is_.reason, now, served)
@@ -575,7 +585,7 @@ class Controller:
             logging.INFO if news else logging.DEBUG, "%s %s  %s%s", decision.verdict, change, decision.reason, paused
         )
         self.decisions.append(decision)
-        self.tally.decided(decision)
+        self.recorder.decided(decision)
 
     def _chart(self, decision: Decision) -> None:
         """Keeps what this decision saw and, unless paused, what it changed."""

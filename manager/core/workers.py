@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 
-from engine import Engine, EngineError, NameTaken, TakenOver
-from fleet import FAILED, Backend, Container
+from core.engine import Engine, EngineError, NameTaken, TakenOver
+from core.fleet import FAILED, Backend, Container
 
 WORKERS = 8
 RESIZE = "the fleet"  # in place of a backend's name, where a call is on all of them

@@ -11,15 +11,9 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from engine import (
-    BALANCER_CAPABILITIES,
-    BALANCER_MEMORY,
-    BALANCER_PIDS,
-    BALANCER_SYSCTLS,
-    BalancerOptions,
-    BalancerState,
-)
-from settings import Settings
+from core.engine import BalancerState
+from core.settings import Settings
+from engines.options import BALANCER_CAPABILITIES, BALANCER_MEMORY, BALANCER_PIDS, BALANCER_SYSCTLS, BalancerOptions
 
 SECOND = 10**9  # in Swarm's nanoseconds
 SERVICE_PORT = 8000

@@ -6,12 +6,12 @@ import hashlib
 import json
 from typing import Any
 
-import fleet as fleets
-from fleet import DRAINING, STOPPED, Backend, Fleet
-from launch_backoff import LaunchBackoff
-from meter import Meter
-from scaler import Policy
-from settings import Settings
+from core import fleet as fleets
+from core.fleet import DRAINING, STOPPED, Backend, Fleet
+from core.launch_backoff import LaunchBackoff
+from core.load import Meter
+from core.scaler import Policy
+from core.settings import Settings
 
 WEIGHT = 1.0  # what every backend is given; speed is for the balancers to learn
 SECRET = {"env", "command"}  # settings that may hold passwords: shown to nobody

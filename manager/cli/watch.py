@@ -25,8 +25,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from scaler import Policy
-from settings import SettingError, assignments
+from core.scaler import Policy
+from core.settings import SettingError, assignments
 
 HEALTHY, ABSENT, USAGE, DEGRADED = 0, 1, 2, 3
 LATE = 3  # intervals without a report until a balancer counts as silent

@@ -24,11 +24,12 @@ import docker
 import docker.errors
 import docker.utils
 
-import swarm_balancer
-from docker_engine import engine_errors
-from engine import PIDS, SYSCTLS, BalancerOptions, Engine, EngineError, Event, TakenOver, advice, options
-from fleet import Container
-from settings import Settings
+from core.engine import Engine, EngineError, Event, TakenOver
+from core.fleet import Container
+from core.settings import Settings
+from engines import path_probe, swarm_balancer
+from engines.docker_engine import engine_errors
+from engines.options import PIDS, SYSCTLS, BalancerOptions, advice, options
 
 LINGER = 3  # seconds the sample server goes on serving after SIGTERM: news travels further here
 LOOK, LOOK_COST = 0.2, 0.1  # seconds between looks at the tasks, and the most of the time that looking may take
@@ -93,9 +94,13 @@ class SwarmEngine(Engine):
         self._claim: tuple[int, str] | None = None
         self._label = f"lbscaler.manager.{settings.project}"
         self._ends_logged: set[str] | None = None
+        self._check_targets: list[tuple[str, int]] = []
         self._tried = ""  # the spec of the last update
         with engine_errors():
             self._client = docker.from_env(timeout=30)
+
+    def check_path(self) -> Mapping[str, str]:
+        return path_probe.check(self._check_targets, self.gateway())
 
     def gateway(self) -> str:
         """This node's address among the others, where their balancers find the manager."""
@@ -150,7 +155,7 @@ class SwarmEngine(Engine):
         addresses = {node["ID"]: str(node["Status"].get("Addr", "")) for node in nodes}
         serving = [task["NodeID"] for task in running if task["DesiredState"] == "running"]
         known = [node for node in serving if addresses.get(node, "") not in swarm_balancer.NO_ADDRESS]
-        self.check_targets = [(addresses[node], self._settings.port) for node in known]
+        self._check_targets = [(addresses[node], self._settings.port) for node in known]
 
     @cached_property
     def _balancer_spec(self) -> dict[str, Any]:

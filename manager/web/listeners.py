@@ -23,7 +23,7 @@ import gevent
 import gevent.ssl
 from gevent.event import Event
 
-from http_server import Application, Limits, Server
+from web.http_server import Application, Limits, Server
 
 BACKLOG = 1024  # connections that the kernel keeps until they are accepted; net.core.somaxconn may lower it
 IP_FREEBIND = 15  # <linux/in.h>; Python has no name for it

@@ -19,8 +19,8 @@ from typing import Protocol
 import requests
 from rich.console import Console
 
-from settings import Settings, read
-from watch import Manager, NoAnswer, Status, plain, progress, view
+from cli.watch import Manager, NoAnswer, Status, plain, progress, view
+from core.settings import Settings, read
 
 POLL = 0.2  # seconds between two questions
 BALANCER_FAILED = 10.0  # seconds for which the balancer has to be failed; the manager tries again meanwhile

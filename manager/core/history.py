@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from scaler import OK, Decision
+from core.scaler import OK, Decision
 
 MINUTE, FINE, COARSE = 60, 30, 24 * 60  # seconds; minutes with every decision; minutes with one point
 CHANGES = 500

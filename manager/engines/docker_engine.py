@@ -17,7 +17,11 @@ import docker
 import docker.errors
 import requests
 
-from engine import (
+from core.engine import BalancerState, Engine, EngineError, Event, NameTaken, TakenOver
+from core.fleet import Container
+from core.settings import Settings
+from engines import path_probe
+from engines.options import (
     BALANCER_CAPABILITIES,
     BALANCER_MEMORY,
     BALANCER_PIDS,
@@ -25,17 +29,9 @@ from engine import (
     PIDS,
     SYSCTLS,
     BalancerOptions,
-    BalancerState,
-    Engine,
-    EngineError,
-    Event,
-    NameTaken,
-    TakenOver,
     advice,
     options,
 )
-from fleet import Container
-from settings import Settings
 
 STOP_GRACE = 10  # seconds between SIGTERM and SIGKILL for a backend that has drained
 SERVICE_PORT = 8000  # the balancer's, inside its container
@@ -65,8 +61,12 @@ class DockerEngine(Engine):
         self._filter = {"label": [f"{key}={value}" for key, value in self._labels.items()]}
         self._routed: dict[str, tuple[str, str]] = {}
         self._digest = ""
+        self._check_targets: list[tuple[str, int]] = []
         with engine_errors():
             self._client = docker.from_env(timeout=30)
+
+    def check_path(self) -> Mapping[str, str]:
+        return path_probe.check(self._check_targets, self.gateway())
 
     def gateway(self) -> str:
         """The host's address on the backends' network, where the balancer finds the manager."""
@@ -106,7 +106,7 @@ class DockerEngine(Engine):
             self.balancer = BalancerState.STOPPED if list(rows) else BalancerState.MISSING
         # A container reports by its host name, which is its short id.
         self.balancers = frozenset(row["Id"][:12] for row in running)
-        self.check_targets = [(self._container(row).ip, SERVICE_PORT) for row in current]
+        self._check_targets = [(self._container(row).ip, SERVICE_PORT) for row in current]
 
     def _balancer_spec(self) -> dict[str, Any]:
         """What the balancer is created from: least privilege, and the settings that concern it."""

@@ -1,18 +1,12 @@
-"""What the engines have in common: what the manager may ask of one, its errors, and what a backend is made from.
-
-Pure, but for what the engines themselves do.
-"""
+"""What backends and the balancer are created from, on either engine: least privilege, kernel settings, limits. Pure."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any
 
-from fleet import Container
-from settings import Settings
+from core.settings import Settings
 
 PIDS = 128
 STRANGER = "10001:10001"  # who an image runs as that names nobody but root
@@ -56,27 +50,6 @@ BALANCER_MEMORY = 512 << 20  # bytes
 BALANCER_PIDS = 256
 
 
-class EngineError(Exception):
-    """The engine refused, failed or is unreachable; the message is its own."""
-
-
-class NameTaken(EngineError):
-    """A container that is not ours has the name."""
-
-
-class TakenOver(Exception):
-    """Another manager has the fleet now, so this one ends. No EngineError: trying again is wrong."""
-
-
-class BalancerState(StrEnum):
-    """What the engine's list shows of the balancer, or of the service that runs one on each node."""
-
-    RUNNING = "running"
-    STOPPED = "stopped"
-    MISSING = "missing"
-    OUTDATED = "made from other settings"
-
-
 @dataclass(frozen=True)
 class BalancerOptions:
     """What the settings do not hold of what a balancer is made from. `secrets` are names of a Swarm's secrets: the
@@ -86,49 +59,6 @@ class BalancerOptions:
     token: str
     manager: str = ""  # ADDRESS:PORT, or several with commas, where the balancers find the manager
     secrets: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Event:
-    """A hint that something happened: `die` of container `id` with its exit code, `kill` with its signal, or whatever
-    else is worth a look at the list."""
-
-    action: str
-    id: str
-    code: int
-
-
-class Engine(Protocol):
-    """What the manager needs of whoever runs the backends. Every call may be slow and may raise EngineError.
-
-    One kind of engine does as it is told, backend by backend: `replicas` is None, `launch` and `stop` are called. The
-    other keeps a number of them by itself, picks who leaves and replaces what fails: `replicas` says how many it was
-    told to keep when last listed, and only `resize` is called.
-
-    As of the last list: `balancer` is the balancer's state, `balancers` are the names by which the running ones report
-    (None: the engine cannot tell), and `check_targets` are the addresses at which they serve.
-    """
-
-    replicas: int | None = None
-    balancer: BalancerState = BalancerState.RUNNING
-    balancers: frozenset[str] | None = None
-    check_targets: Sequence[tuple[str, int]] = ()
-    refused: str = ""  # for an engine that keeps a number: the digest of the update's spec that it has gone back from
-
-    def list(self) -> Sequence[Container]: ...
-    def spec(self) -> str: ...
-    def last_log_line(self, container_id: str) -> str: ...
-    def repair_balancer(self) -> None: ...
-    def events(self) -> Iterator[Event]: ...
-
-    def launch(self, name: str, spec: str) -> Container:  # noqa: ARG002 - the twin uses it
-        raise EngineError(f"{name}: this engine launches by itself")
-
-    def stop(self, container_id: str) -> None:
-        raise EngineError(f"{container_id}: this engine stops by itself")
-
-    def resize(self, count: int, spec: str) -> None:  # noqa: ARG002 - the twin uses it
-        raise EngineError(f"{count}: this engine keeps no number of backends by itself")
 
 
 def ended_by_itself(exit_code: int) -> bool:

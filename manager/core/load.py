@@ -15,8 +15,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from fleet import Backend, Verdict
-from scaler import Load
+from core.fleet import Backend, Verdict
+from core.scaler import Load
 
 MISSED = 1.5  # intervals without a report until a balancer counts as silent
 FINEST = 2.0**-24  # of a rate or a share: sums of its multiples are exact, and so back at zero without any balancer

@@ -14,10 +14,10 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, disable_cre
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from fleet import SPARE, STARTING, STATES, Backend, Fleet
-from meter import Report, Sample
-from scaler import Decision
-from settings import ROOT
+from core.fleet import SPARE, STARTING, STATES, Backend, Fleet
+from core.load import Report, Sample
+from core.scaler import Decision
+from core.settings import ROOT
 
 TRAFFIC = {
     "connections": "Connections dealt to a backend.",

@@ -28,8 +28,8 @@ from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import preflight
-from settings import ROOT, SettingError, Settings, read
+from cli import host_checks as preflight
+from core.settings import ROOT, SettingError, Settings, read
 
 OK, WARN, FAULT = "ok", "warn", "fault"
 INFO = "docker info --format '{{json .}}'"

@@ -19,7 +19,7 @@ import pytest
 from controller import Controller
 from docker_engine import DockerEngine
 from e2e.conftest import until
-from engine import EngineError
+from engine import BalancerOptions, EngineError
 from fakes import settings
 from meter import Report, Sample
 from swarm.cluster import Cluster, Node
@@ -37,7 +37,8 @@ class Driven:
             project=self.project, orchestrator=kind, image=image, min=1, max=5, target=1e6, interval=0.5,
             panic_window=1, drain_timeout=4, constraint=f"node.hostname=={node.name}", **changes,
         )  # fmt: skip
-        self.engine = ENGINES[kind](self.settings)
+        self.engine = ENGINES[kind](self.settings, BalancerOptions("none", "the token"))
+        self.engine._note_balancers = lambda *_: None  # there are none here, and none are missed
         self.controller = Controller(self.engine, self.settings, place / "ip.txt")
         self.views: list[dict[str, str]] = []  # id → state, as a balancer would have been told
         self.controller.adopt(None)

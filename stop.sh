@@ -131,9 +131,23 @@ remove_when_free() {
     return 1
 }
 
-# Processes, containers and networks of this project, whoever started them meanwhile.
+# Processes, containers and networks of this project, whoever started them meanwhile. A network of a Swarm is listed
+# for a moment after its removal.
 check_nothing_is_left() {
-    local program pids left=() network names
+    local tries left=() names
+    for ((tries = 0; tries < 20; tries++)); do
+        find_what_is_left
+        [ ${#left[@]} -gt 0 ] || return 0
+        sleep 0.5
+    done
+    names=$(printf '%s, ' "${left[@]}")
+    die "project $LB_PROJECT is not down, left: ${names%, }; run ./stop.sh again"
+}
+
+# Sets `left` of the function that calls it.
+find_what_is_left() {
+    local program pids network
+    left=()
     for program in "$SUPERVISOR" "$MANAGER"; do
         mapfile -t pids < <(our_processes "$program")
         left+=("${pids[@]/#/process }")
@@ -147,9 +161,6 @@ check_nothing_is_left() {
         network=$(docker network ls --filter "label=lbscaler.project=$LB_PROJECT" --format 'network {{.Name}}')
         [ -z "$network" ] || [ -n "$NETWORK_KEPT" ] || left+=("$network")
     fi
-    [ ${#left[@]} -gt 0 ] || return 0
-    names=$(printf '%s, ' "${left[@]}")
-    die "project $LB_PROJECT is not down, left: ${names%, }; run ./stop.sh again"
 }
 
 our_images() { docker image ls -q --filter label=lbscaler.image | sort -u; }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,12 +28,14 @@ class Answer(Enum):
     REFUSED = "asks for no new connections"  # it says so itself: no second probe needed
     FAILED = "does not answer"
     TIMED_OUT = "does not answer in time"
+    UNREACHABLE = "cannot be connected to"
 
 
 class Cause(Enum):
     """Why a backend is unhealthy, as reports name it."""
 
     PROBE_FAILED = "probe_failed"
+    UNREACHABLE = "unreachable"  # not even its kernel answers
     REFUSED = "refused"
     NO_FIRST_REPLY = "no_first_reply"  # its connections show it, not its probes
 
@@ -41,6 +44,7 @@ _CAUSES = {
     Answer.REFUSED: Cause.REFUSED,
     Answer.FAILED: Cause.PROBE_FAILED,
     Answer.TIMED_OUT: Cause.PROBE_FAILED,
+    Answer.UNREACHABLE: Cause.UNREACHABLE,
 }
 
 
@@ -57,7 +61,7 @@ class Health:
         """The health once `answer` has come in; `why` says what was asked and what came back.
 
         With a full connection table a probe that timed out says nothing about the backend: the kernel drops packets."""
-        if table_full and answer is Answer.TIMED_OUT:
+        if table_full and answer in (Answer.TIMED_OUT, Answer.UNREACHABLE):
             return self
         why = why or answer.value
         good = answer is Answer.GOOD
@@ -79,17 +83,22 @@ async def ask(ip: str, port: int, method: str) -> tuple[Answer, str]:
     """One probe of at most TIMEOUT seconds, and its result as a text."""
     port, path = (SYNC_PORT, "/sync") if method == "sync" else (port, method.removeprefix("http:"))
     asked = f"port {port}" if method == "tcp" else f"GET {path} on port {port}"
+    connected = False
     try:
         async with asyncio.timeout(TIMEOUT):
+            reader, writer = await asyncio.open_connection(ip, port)
+            connected = True
             if method == "tcp":
-                _, writer = await asyncio.open_connection(ip, port)
                 await _close(writer)
                 return Answer.GOOD, f"{asked}: open"
-            status = await _get(ip, port, path)
+            status = await _get(reader, writer, f"{ip}:{port}", path)
     except TimeoutError:
-        return Answer.TIMED_OUT, f"{asked}: no answer within {TIMEOUT:g} s"
+        answer = Answer.TIMED_OUT if connected else Answer.UNREACHABLE
+        return answer, f"{asked}: no {'answer' if connected else 'connection'} within {TIMEOUT:g} s"
     except (OSError, ValueError, IndexError) as error:
-        return Answer.FAILED, f"{asked}: {error.strerror if isinstance(error, OSError) else 'no HTTP'}"
+        unreachable = isinstance(error, OSError) and error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH)
+        answer = Answer.UNREACHABLE if unreachable else Answer.FAILED
+        return answer, f"{asked}: {error.strerror if isinstance(error, OSError) else 'no HTTP'}"
     if method == "sync":
         answer = {200: Answer.GOOD, 503: Answer.REFUSED}.get(status, Answer.FAILED)
     else:
@@ -97,10 +106,9 @@ async def ask(ip: str, port: int, method: str) -> tuple[Answer, str]:
     return answer, f"{asked}: status {status}"
 
 
-async def _get(ip: str, port: int, path: str) -> int:
-    reader, writer = await asyncio.open_connection(ip, port)
+async def _get(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, host: str, path: str) -> int:
     try:
-        writer.write(f"GET {path} HTTP/1.1\r\nHost: {ip}:{port}\r\nConnection: close\r\n\r\n".encode())
+        writer.write(f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
         return int((await reader.readline()).split()[1])
     finally:
         await _close(writer)

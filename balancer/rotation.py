@@ -3,11 +3,14 @@
 An unhealthy backend leaves rotation at once while at least half of the candidates are healthy. Below half all of them
 stay, which is called panic: it is then more likely that the health checks are wrong or that the load is too high, and
 fewer backends would make an overload worse. (Envoy's panic threshold, at its default of 50 %.)
+
+Dead backends leave in panic, too, as when half of the nodes are lost: nothing can be connected to them, and they answer
+no client, while others do. An overloaded backend is not dead: it still answers some of its clients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from ruleset import Endpoint
@@ -29,15 +32,16 @@ class Rotation:
         return 2 * self.healthy < self.candidates
 
 
-def rotation(view: View, healthy: Mapping[str, bool | None], node: str = "") -> Rotation:
-    """`healthy` is by id: None, or no entry, where no probe has been answered yet.
+def rotation(view: View, healthy: Mapping[str, bool | None], node: str = "", dead: Collection[str] = ()) -> Rotation:
+    """`healthy` is by id: None, or no entry, where no probe has been answered yet. `dead` are ids.
 
     Candidates are the active backends, and starting ones that a probe found healthy; never spares or draining ones.
     An active backend without a verdict counts as healthy: it was in rotation before this client began."""
     candidates = [b for b in view.backends if _is_candidate(b, healthy.get(b.id))]
     good = [b for b in candidates if healthy.get(b.id) is not False]
     panic = Rotation((), len(good), len(candidates)).panic
-    chosen = candidates if panic else good
+    alive = [b for b in candidates if b.id not in dead]
+    chosen = (alive or candidates) if panic else good
     return Rotation(_endpoints(view, chosen, node), len(good), len(candidates))
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 STALL_SECONDS = 10.0  # without a packet, after which a connection that waits counts as stalled; and without a reply
 MIN_STALLED = 3  # stalled connections: one or two may be long polls
+ANSWERS_WITHIN = 3.0  # seconds since a backend's newest first reply in which it counts as answering
 RETRY_SECONDS = 60.0  # after which a backend is tried anew, for without connections it cannot show that it answers
 
 
@@ -49,6 +50,10 @@ class StallDetector:
             for id_, seen in newly.items():
                 self._verdicts[id_] = _Verdict(now, seen.stalled)
         return {id_: verdict.stalled for id_, verdict in self._verdicts.items()}
+
+    def answering(self, now: float) -> frozenset[str]:
+        """The ids of the backends that gave a client a first reply lately."""
+        return frozenset(id_ for id_, at in self._replied_at.items() if now - at < ANSWERS_WITHIN)
 
     def _note_replies(self, backends: Mapping[str, Replies], now: float) -> None:
         """A counter that fell began anew: what it shows since then are replies, too."""

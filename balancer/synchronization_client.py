@@ -79,6 +79,7 @@ class _Sampled:
 
     live: Mapping[str, int] = field(default_factory=dict)  # flows by address
     stalled: Mapping[str, int] = field(default_factory=dict)  # by id: backends that do not answer their connections
+    answering: frozenset[str] = frozenset()  # ids of the backends that answer clients now
 
 
 class Balancer:
@@ -140,7 +141,7 @@ class Balancer:
         """One pass over tables, sets and flows towards what is wanted now; changes nothing when all is as it should."""
         view, before = self.view, self._converged
         health = self._health()
-        chosen = self._weighted(rotation(view, _healthy(health), self._node), health, view)
+        chosen = self._weighted(rotation(view, _healthy(health), self._node, self._dead(health)), health, view)
         ids = {backend.ip: backend.id for backend in view.backends}
         nat = parse_table(self._netfilter.table("nat"))
         self._note_rules(nat)
@@ -232,6 +233,12 @@ class Balancer:
         for id_, stalled in self._sampled.stalled.items():
             health[id_] = Health(False, 0, stalls.why(stalled), Cause.NO_FIRST_REPLY)
         return health
+
+    def _dead(self, health: Mapping[str, Health]) -> set[str]:
+        """The ids of backends that cannot be connected to and answer no client, while others do."""
+        answering = self._sampled.answering
+        unreachable = {id_ for id_, verdict in health.items() if verdict.cause is Cause.UNREACHABLE}
+        return unreachable - answering if answering else set()
 
     def _health_changed(self) -> None:
         self._wake.set()
@@ -356,11 +363,13 @@ class Balancer:
         for b in view.backends:
             first_replies, _ = replied.get(b.ip, (0, 0))
             seen[b.id] = Replies(counts.stalled.get(b.ip, 0), first_replies, b.ip in serving)
-        stalled = self._detector.judge(seen, time.monotonic(), self._table_full())
-        changed = stalled.keys() != self._sampled.stalled.keys()
-        self._sampled = replace(self._sampled, stalled=stalled)
-        if changed:
+        now, before = time.monotonic(), self._sampled
+        stalled = self._detector.judge(seen, now, self._table_full())
+        self._sampled = replace(before, stalled=stalled, answering=self._detector.answering(now))
+        if stalled.keys() != before.stalled.keys():
             self._health_changed()
+        if self._converged.rotation.panic and self._sampled.answering != before.answering:
+            self._wake.set()  # a dead backend can be told from an overloaded one now
 
     def _count_all(self, view: View) -> None:
         self._sampled = replace(self._sampled, live=self._netfilter.all_flows(view.check_source).live)

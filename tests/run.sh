@@ -38,6 +38,7 @@ say "ruff, mypy, shellcheck, hadolint"
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .
 "$VENV/bin/mypy"
+PYTHONPATH=manager "$VENV/bin/lint-imports" --no-cache
 git ls-files -co --exclude-standard -z '*.sh' .ci/run | xargs -0 shellcheck -x
 "$VENV/bin/hadolint" balancer/Dockerfile server/Dockerfile
 

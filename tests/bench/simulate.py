@@ -35,6 +35,7 @@ from core.fleet import Container
 from core.load import Report
 from fakes import Clock, settings
 from web.app import BODY_MAX, parse_report
+from web.metrics import Tally
 
 SHAPES = ("3x30", "10x100", "100x2000", "1000x20000x200")
 ROUNDS, INTERVAL = 3, 2.0
@@ -79,7 +80,7 @@ class Site:
         self.nodes, self.rows = nodes, rows
         self.clock, self.engine = Clock(), Still(backends)
         asked = replace(settings(orchestrator="swarm"), min=1, max=backends, interval=INTERVAL)
-        self.controller = Controller(self.engine, asked, place / "ip.txt", self.clock)
+        self.controller = Controller(self.engine, asked, place / "ip.txt", Tally(), self.clock)
         self.controller.adopt(None)
 
     def message(self, node: int, round_: int) -> dict[str, Any]:

@@ -21,10 +21,12 @@ from core.engine import EngineError
 from core.load import Report, Sample
 from e2e.conftest import until
 from engines.docker_engine import DockerEngine
+from engines.options import BalancerOptions
 from engines.swarm_engine import SwarmEngine
 from fakes import settings
 from swarm.cluster import Cluster, Node
 from swarm.conftest import image_of
+from web.metrics import Tally
 
 ENGINES = {"docker": DockerEngine, "swarm": SwarmEngine}
 
@@ -37,8 +39,9 @@ class Driven:
             project=self.project, orchestrator=kind, image=image, min=1, max=5, target=1e6, interval=0.5,
             panic_window=1, drain_timeout=4, constraint=f"node.hostname=={node.name}", **changes,
         )  # fmt: skip
-        self.engine = ENGINES[kind](self.settings)
-        self.controller = Controller(self.engine, self.settings, place / "ip.txt")
+        self.engine = ENGINES[kind](self.settings, BalancerOptions("none", "the token"))
+        self.engine._note_balancers = lambda *_: None  # there are none here, and none are missed
+        self.controller = Controller(self.engine, self.settings, place / "ip.txt", Tally())
         self.views: list[dict[str, str]] = []  # id → state, as a balancer would have been told
         self.controller.adopt(None)
 

@@ -15,6 +15,7 @@ import requests
 
 import app
 import ruleset
+import stalls
 import synchronization_client as client
 from fakes_netfilter import FakeNetfilter, flow, waiting
 from listings import connections, parse_table
@@ -321,6 +322,29 @@ def test_below_half_healthy_all_stay_in_rotation_and_panic_is_logged_once_and_re
         ("INFO", "panic over: 2 of 3 backends healthy"),
         ("INFO", f"rotation {B} {C}"),
     ]
+
+
+def test_in_panic_backends_that_answer_nobody_leave_once_others_are_seen_to_answer(world: World) -> None:
+    """As when the node of two of three backends is lost: to keep them would lose two thirds of the requests."""
+    unreachable = Health(False, 0, "port 8000: no connection within 1 s", Cause.UNREACHABLE)
+    backends = (f"a {A}", f"b {B}", f"c {C}")
+    world.see(*backends)
+    world.converge()
+    world.see(*backends, a=unreachable, b=unreachable)
+    world.converge()
+    assert world.dispatched() == {A, B, C}, "nobody is known to answer: the fault may be ours"
+    world.sample()
+    world.kernel.reply(B)  # a is dead, b overloaded: it still answers some clients
+    world.kernel.reply(C)
+    world.sample()
+    world.converge()
+    assert world.dispatched() == {B, C}
+    assert world.balancer.report()["panic"] is True
+    world.sample(stalls.ANSWERS_WITHIN + 1)
+    world.kernel.reply(C)
+    world.sample()
+    world.converge()
+    assert world.dispatched() == {C}, "b answers nobody any more"
 
 
 def test_a_draining_backend_keeps_every_flow_answered_or_not(world: World) -> None:

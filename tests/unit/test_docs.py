@@ -37,7 +37,7 @@ def pattern(text: str, value: re.Pattern[str]) -> re.Pattern[str]:
 
 
 def nodes(folder: str) -> Iterator[ast.AST]:
-    for path in sorted((ROOT / folder).glob("*.py")):
+    for path in sorted((ROOT / folder).rglob("*.py")):
         yield from ast.walk(ast.parse(path.read_text()))
 
 

@@ -341,8 +341,8 @@ def test_it_examines_this_host_with_nothing_but_the_standard_library(tmp_path: P
     (tmp_path / "docker").write_text("#!/bin/sh\necho nobody is at home >&2\nexit 1\n")
     (tmp_path / "docker").chmod(0o755)
     environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LB_PROJECT": "p"}
-    command = [sys.executable, "-I", "-S", "-c", f"import runpy, sys; sys.path.insert(0, {str(DOCTOR.parent)!r}); "]
-    command[-1] += f"sys.argv[1:] = ['--json']; runpy.run_path({str(DOCTOR)!r}, run_name='__main__')"
+    command = [sys.executable, "-I", "-S", "-c", f"import runpy, sys; sys.path.insert(0, {str(DOCTOR.parents[1])!r}); "]
+    command[-1] += "sys.argv[1:] = ['--json']; runpy.run_module('cli.doctor', run_name='__main__')"
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environ)
     assert done.stderr == ""
     checks = json.loads(done.stdout)["checks"]

@@ -54,6 +54,22 @@ def test_unhealthy_candidates_are_left_out_while_at_least_half_are_healthy(
     assert result.panic == panic
 
 
+@pytest.mark.parametrize(
+    ("dead", "chosen"),
+    [
+        ("", "0123"),
+        ("12", "03"),
+        ("3", "012"),
+        ("0123", "0123"),  # a fault of our own network, more likely: better a chance than none
+    ],
+)
+def test_in_panic_only_dead_backends_leave_rotation(dead: str, chosen: str) -> None:
+    view = fleet("active", "active", "active", "active")
+    result = rotation(view, {"0": GOOD, "1": BAD, "2": BAD, "3": BAD}, dead=set(dead))
+    assert [endpoint.ip for endpoint in result.endpoints] == [f"198.18.0.{i}" for i in chosen]
+    assert result.panic
+
+
 @given(st.lists(st.tuples(st.sampled_from(STATES), st.sampled_from([GOOD, BAD, UNKNOWN])), max_size=12))
 def test_never_does_more_than_half_of_the_active_backends_leave_rotation(
     backends: list[tuple[str, bool | None]],

@@ -25,7 +25,8 @@ from core import settings
 from fakes import TOKEN, Clock, FakeEngine, controller, report, sample
 from web.app import create_app
 
-PYTHON = [sys.executable, "-W", "error", watch.__file__]
+PYTHON = [sys.executable, "-W", "error", "-m", "cli.watch"]
+MODULES = {"PYTHONPATH": str(Path(watch.__file__).parents[1])}
 NOW = 1_800_000_000.0
 
 
@@ -252,7 +253,7 @@ def environ(port: int, project: str = "p") -> dict[str, str]:
 
 def buffered(port: int) -> dict[str, str]:
     """A process's environment, in which its output waits until it is flushed."""
-    return {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"} | environ(port)
+    return {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"} | environ(port) | MODULES
 
 
 def test_the_status_of_a_manager_that_answers_is_printed_once(

@@ -56,7 +56,6 @@ main() {
     printf '%s\n' "$SNAPSHOT" | program python3 core.settings --store "$RUN/settings.json" || exit 1
     UNDO=()
     rm -f "$RUN/balancer/orders.before"
-    ! swarm || remove_old_secrets
     summary
     exec 9>&-
     [ -z "$FOLLOW" ] || exec tail -n 20 -F "$RUN/manager.log"

@@ -35,27 +35,44 @@ publish_images() {
 
 publish() { docker tag "$1" "$LB_REGISTRY/$1" && docker push "$LB_REGISTRY/$1"; }
 
-# share_secrets: makes the token and the certificate known to the balancers, by the names in LB_TOKEN_SECRET and
-# LB_CERTIFICATE_SECRET. Every manager of the project has the same token, and a key pair of its own, whose key stays on
-# its node: one that takes over on another node has the balancers get its certificate.
+# share_secrets: the token and the certificate go to the balancers, by the names in LB_TOKEN_SECRET and
+# LB_CERTIFICATE_SECRET. The certificate with its key is a secret of its own that no balancer gets: a manager that takes
+# over on another node goes on with it, so that no balancer has to be updated while a node is lost.
 share_secrets() {
-    fetch_token
+    export LB_TOKEN_SECRET=$LB_PROJECT-token LB_CERTIFICATE_SECRET=$LB_PROJECT-certificate
+    local key=$LB_PROJECT-manager
+    if ! { [ -s "$RUN/token" ] && [ -s "$RUN/manager.pem" ]; } && docker secret inspect "$key" >/dev/null 2>&1; then
+        step "Fetching the project's secrets from the Swarm" fetch_secrets "$LB_TOKEN_SECRET" "$key"
+    fi
     make_token
     make_certificate
-    export LB_TOKEN_SECRET=$LB_PROJECT-token LB_CERTIFICATE_SECRET
-    LB_CERTIFICATE_SECRET=$LB_PROJECT-certificate-$(secret_digest certificate.pem) # a secret cannot be changed
     share_secret "$LB_TOKEN_SECRET" token
     share_secret "$LB_CERTIFICATE_SECRET" certificate.pem
+    share_secret "$key" manager.pem
 }
 
-# fetch_token: from a balancer on this node, where another node has run the manager so far.
-fetch_token() {
-    local balancer
-    if [ -s "$RUN/token" ] || ! docker secret inspect "$LB_PROJECT-token" >/dev/null 2>&1; then return 0; fi
-    balancer=$(ours balancer | head -n 1)
-    [ -z "$balancer" ] || (umask 077 && docker exec "$balancer" cat /run/secrets/token >"$RUN/token") || true
-    [ -s "$RUN/token" ] ||
-        die "project $LB_PROJECT runs in this Swarm, and no balancer on this node knows its token; run this on a node that has one, or bring $RUN/token from where the manager was"
+# fetch_secrets TOKEN KEY: Swarm hands secrets to tasks alone, so a task on this node has them for a moment.
+fetch_secrets() {
+    local service=$LB_PROJECT-secrets status=0
+    docker service create --detach --name "$service" --label "lbscaler.project=$LB_PROJECT" --label lbscaler.role=secrets \
+        --no-resolve-image --constraint "node.id==$(docker info --format '{{.Swarm.NodeID}}')" --restart-condition none \
+        --secret "source=$1,target=token" --secret "source=$2,target=manager.pem" --entrypoint "sleep 120" "$BALANCER_IMAGE"
+    read_secrets "$service" || status=$?
+    docker service rm "$service"
+    return "$status"
+}
+
+read_secrets() {
+    local tries container file
+    for ((tries = 0; tries < 600; tries++)); do
+        container=$(docker ps -q --filter "label=com.docker.swarm.service.name=$1")
+        [ -z "$container" ] || break
+        sleep 0.1
+    done
+    for file in token manager.pem; do
+        [ ! -s "$RUN/$file" ] || continue
+        (umask 077 && docker exec "$container" cat "/run/secrets/$file" >"$RUN/$file.new") && mv "$RUN/$file.new" "$RUN/$file" || return 1
+    done
 }
 
 make_certificate() {
@@ -84,15 +101,6 @@ share_secret() {
 
 secret_digest() { sha256sum <"$RUN/$1" | cut -c1-16; }
 
-# remove_old_secrets: certificates of managers before this one. The engine keeps what a balancer still uses.
-remove_old_secrets() {
-    local name
-    for name in $(docker secret ls --filter "label=lbscaler.project=$LB_PROJECT" --format '{{.Name}}'); do
-        case "$name" in "$LB_TOKEN_SECRET" | "$LB_CERTIFICATE_SECRET") continue ;; esac
-        docker secret rm "$name" >>"$LOG" 2>&1 || true
-    done
-}
-
 # -- stop.sh ------------------------------------------------------------------------------------------------------------
 
 # Whether the project's tasks here are a Swarm's that this node may not give orders to.
@@ -109,9 +117,9 @@ remove_services() {
     self=$(docker info --format '{{.Swarm.NodeID}}')
     docker node update --label-add "lbscaler.manager.$LB_PROJECT=$(($(date +%s) + 86400)) stop.sh" "$self" >>"$LOG"
     sleep 5
-    for role in balancer backend; do
+    for role in secrets balancer backend; do
         for service in $(our_services "$role"); do
-            [ "$role" = backend ] || [ "$DRAIN" -eq 0 ] || step "Letting connections in hand finish on every node" send_away "$service"
+            [ "$role" != balancer ] || [ "$DRAIN" -eq 0 ] || step "Letting connections in hand finish on every node" send_away "$service"
             step "Removing the service $LB_PROJECT-$role" docker service rm "$service"
         done
     done

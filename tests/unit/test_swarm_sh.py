@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# Secrets are files of $STATE, their labels beside them. A balancer on this node, if there is one, has the token.
+# Secrets are files of $STATE, their labels beside them. The only service there may be reads them.
 DOCKER = r"""#!/bin/bash
 words="$*" name=${*: -1}
 case "$words" in
@@ -23,8 +23,14 @@ case "$words" in
         for name in "${@:3}"; do rm "$STATE/$name" "$STATE/$name.digest"; done ;;
     "node ls "*) echo this-node ;;
     "node update "*) echo "$words" >>"$STATE.nodes" ;;
-    "ps "*) cat "$STATE.balancer" 2>/dev/null || true ;;
-    "exec "*) cat "$STATE/p-token" ;;
+    "info "*) echo this-node ;;
+    "service create "*)
+        echo "$words" >>"$STATE.services"
+        touch "$STATE.task" ;;
+    "service rm p-secrets") rm "$STATE.task" ;;
+    "ps "*) [ ! -e "$STATE.task" ] || echo a-task ;;
+    "exec a-task cat /run/secrets/token") cat "$STATE/p-token" ;;
+    "exec a-task cat /run/secrets/manager.pem") cat "$STATE/p-manager" ;;
     *) exit 1 ;;
 esac
 """
@@ -47,12 +53,12 @@ def share(state: Path, run: Path, after: str = "") -> subprocess.CompletedProces
     make_token = 'make_token() { [ -s "$RUN/token" ] || echo "made in $RUN" >"$RUN/token"; }'
     script = f"""
     set -euo pipefail
-    LB_PROJECT=p RUN='{run}' LOG='{run}/log'
+    LB_PROJECT=p RUN='{run}' LOG='{run}/log' BALANCER_IMAGE=balancer-image
     export STATE='{state}' PATH='{state.parent / "bin"}':"$PATH"
     . manager/host.sh
     . manager/swarm.sh
     {make_token}
-    share_secrets
+    share_secrets >&2
     echo "$LB_TOKEN_SECRET $LB_CERTIFICATE_SECRET"
     {after}
     """
@@ -74,40 +80,35 @@ def test_balancers_get_the_certificate_and_never_the_key(state: Path, tmp_path: 
     assert token == "p-token"
     assert (state / token).read_text() == (run / "token").read_text()
     assert (state / certificate).read_text() == (run / "certificate.pem").read_text()
-    for name in secrets(state):
+    for name in (token, certificate):
         assert "PRIVATE KEY" not in (state / name).read_text()
     both = (run / "manager.pem").read_text()
     assert ("PRIVATE KEY" in both, "BEGIN CERTIFICATE" in both) == (True, True)
     assert (run / "manager.pem").stat().st_mode & 0o777 == 0o600
     assert names(share(state, run)) == [token, certificate], "again nothing changes"
-    assert secrets(state) == {token, certificate}
+    assert secrets(state) == {token, certificate, "p-manager"}
+    assert not (state.parent / "state.services").exists(), "nothing had to be fetched"
 
 
-def test_a_manager_that_moves_takes_the_token_along_and_makes_a_certificate_of_its_own(
-    state: Path, tmp_path: Path
-) -> None:
-    _, before = names(share(state, tmp_path / "first"))
-    (state.parent / "state.balancer").write_text("balancer-id\n")
-    token, after = names(share(state, tmp_path / "second"))
-    assert (tmp_path / "second" / "token").read_text() == (tmp_path / "first" / "token").read_text()
-    assert after != before
-    assert secrets(state) == {token, before, after}
+def test_manager_that_moves_goes_on_with_the_same_token_key_and_certificate(state: Path, tmp_path: Path) -> None:
+    before = names(share(state, tmp_path / "first"))
+    assert names(share(state, tmp_path / "second")) == before, "so that no balancer has to be updated"
+    for name in ("token", "manager.pem", "certificate.pem"):
+        assert (tmp_path / "second" / name).read_text() == (tmp_path / "first" / name).read_text()
+    for name in ("token", "manager.pem"):
+        assert (tmp_path / "second" / name).stat().st_mode & 0o777 == 0o600
+    (created,) = (state.parent / "state.services").read_text().splitlines()
+    assert "--constraint node.id==this-node" in created
+    assert not (state.parent / "state.task").exists(), "the task that had the secrets is gone"
 
 
-def test_secrets_that_no_balancer_uses_any_more_are_removed(state: Path, tmp_path: Path) -> None:
+def test_task_with_the_secrets_is_removed_where_they_cannot_be_read(state: Path, tmp_path: Path) -> None:
     names(share(state, tmp_path / "first"))
-    (state / "p-manager.pem").write_text("with a key, from before an upgrade")
-    (state / "p-manager.pem.digest").write_text("x")
-    (state.parent / "state.balancer").write_text("balancer-id\n")
-    token, certificate = names(share(state, tmp_path / "second", after="remove_old_secrets"))
-    assert secrets(state) == {token, certificate}
-
-
-def test_a_node_without_a_balancer_cannot_take_over_without_the_token(state: Path, tmp_path: Path) -> None:
-    names(share(state, tmp_path / "first"))
+    (state / "p-token").rename(state / "p-token.digest.gone")
     done = share(state, tmp_path / "second")
     assert done.returncode == 1
-    assert "no balancer on this node knows its token" in done.stderr
+    assert "Fetching the project's secrets from the Swarm: failed" in done.stderr
+    assert not (state.parent / "state.task").exists()
 
 
 def test_another_token_than_the_balancers_have_is_refused(state: Path, tmp_path: Path) -> None:

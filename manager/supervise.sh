@@ -8,8 +8,8 @@ cd "$(dirname "$0")/.."
 RUN=run/$LB_PROJECT
 manager='' pause=1
 
-# For people. Where the disk is full or the folder is gone, the manager runs on all the same.
-note_pid() { echo "$2" >"$RUN/$1.pid" || true; }
+# For people, and never half written. Where the disk is full or the folder is gone, the manager runs on all the same.
+note_pid() { { echo "$2" >"$RUN/$1.pid.new" && mv -f "$RUN/$1.pid.new" "$RUN/$1.pid"; } || true; }
 
 note_pid supervisor "$$"
 trap 'trap "" TERM INT; [ -z "$manager" ] || kill -TERM "$manager" 2>/dev/null || true; wait; exit 0' TERM INT

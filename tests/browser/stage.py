@@ -11,7 +11,8 @@ from pathlib import Path
 from core.engine import EngineError
 from core.load import Report, Sample
 from fakes import TOKEN, Clock, FakeEngine, controller, eventually
-from web.app import create_app, start_log
+from script import start_log
+from web.app import create_app
 from web.listeners import Listeners, bind_tcp
 
 

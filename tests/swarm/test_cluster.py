@@ -219,6 +219,42 @@ def test_a_lost_node_leaves_every_rotation_before_swarm_notices_and_comes_back_w
     assert system.replicas() == 6
 
 
+def serving(nodes: list[Node]) -> list[bool]:
+    return [bool(who(node)) for node in nodes]
+
+
+def test_balancers_are_created_again_where_somebody_removed_their_service(
+    cluster: Cluster, system: System, figure: Figure
+) -> None:
+    system.settled(3)
+    began = time.monotonic()
+    system.node.docker("service", "rm", f"{system.project}-balancer")
+    until(lambda: not any(serving(cluster.nodes)), "none serves", 30)
+    until(lambda: all(serving(cluster.nodes)), "every node serves again", 60)
+    figure(f"Swarm, the balancers' service removed: every node served again {time.monotonic() - began:.1f} s later")
+    system.settled(3)
+
+
+def test_changed_balancers_are_updated_one_node_at_a_time(cluster: Cluster, system: System, figure: Figure) -> None:
+    system.settled(3)
+
+    def tasks() -> set[str]:
+        listed = ("service", "ps", "-q", "--filter", "desired-state=running", f"{system.project}-balancer")
+        return set(system.node.docker(*listed).split())
+
+    before, fewest = tasks(), 3
+    system.up("--drain-timeout", "4")
+    deadline = time.monotonic() + 120
+    while tasks() & before or not all(now := serving(cluster.nodes)):
+        fewest = min(fewest, sum(serving(cluster.nodes)))
+        assert time.monotonic() < deadline, "the update does not end"
+    figure(f"Swarm, balancers updated: at least {fewest} of 3 nodes served at any time")
+    assert fewest >= 2
+    assert len(now) == 3
+    system.up("--drain-timeout", "8")
+    until(lambda: all(serving(cluster.nodes)), "every node serves", 90)
+
+
 @pytest.fixture
 def elsewhere(cluster: Cluster, system: System, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     """The same project's files on another node, where the manager has never run."""

@@ -267,6 +267,14 @@ def test_a_name_that_a_stranger_bears_is_passed_over() -> None:
     assert fleets.plan({}, Goal(2), Namer("p-", {"p-1", "p-3"}), 30, NOW) == [Launch("p-2"), Launch("p-4")]
 
 
+def test_only_so_many_names_of_foreign_containers_are_remembered() -> None:
+    namer = Namer("p-")
+    for number in range(1, 3 * fleets.TAKEN_NAMES):
+        namer.take(f"p-{number}")
+        assert namer.free({}, 1) == [f"p-{number + 1}"] or len(namer.taken) < number
+    assert len(namer.taken) <= fleets.TAKEN_NAMES
+
+
 def crew(*words: str) -> dict[str, Backend]:
     """One backend for each word: its state and, after a colon, `ready` or `old` (else it is made from "new")."""
     made = {}

@@ -154,6 +154,8 @@ def test_counters_neither_move_by_being_read_nor_fall_when_balancers_go_and_star
     scraped.hear("b1", _2=sample(20))
     scraped.controller.step()
     assert (scraped.told()["balancers",], packets()) == (1, 1150)
+    kept = [set(samples) for samples in scraped.controller.recorder._heard.values()]
+    assert kept == [{"b1"}], "what a balancer that is gone had counted is forgotten"
 
 
 def test_a_backends_counters_go_with_it_and_its_names_next_bearer_begins_at_zero(scraped: Scraped) -> None:

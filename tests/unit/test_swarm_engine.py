@@ -388,6 +388,16 @@ def test_each_end_with_an_error_is_told_once_with_what_may_help(
     assert "--allow write" in caplog.messages[-1]
 
 
+def test_what_swarm_no_longer_lists_is_not_remembered(engine: SwarmEngine) -> None:
+    engine.resize(2, SPEC)
+    for n in range(5):
+        ended = task(f"task{n}", "failed")
+        ended["Status"]["Err"] = "exit code 3"
+        api(engine).listed = [ended]
+        engine.list()
+    assert engine._ends_logged == {"task4"}
+
+
 def test_a_claim_is_newer_than_any_clock_before_it() -> None:
     assert swarm_engine._claim("12 vm, pid 3") < swarm_engine._claim("13 a")
     assert swarm_engine._claim("") == swarm_engine._claim("x y") == (0, "")

@@ -443,7 +443,7 @@ class Controller:
     def history(self) -> list[dict[str, Any]]:
         """The last decisions, oldest first, with every number; `time` in seconds since 1970."""
         with self._lock:
-            return [{**vars(decision), "time": round(self._epoch + decision.at, 3)} for decision in self.decisions]
+            return [{**asdict(decision), "time": round(self._epoch + decision.at, 3)} for decision in self.decisions]
 
     def past(self, since: float) -> dict[str, Any]:
         """What charts are drawn from, as `History.since` tells it."""
@@ -476,7 +476,7 @@ class Controller:
                 },
                 "backends": show.backends(self._fleet, self._meter),
                 "balancers": show.balancers(self._meter, now),
-                "last_decision": vars(decision) if decision else None,
+                "last_decision": asdict(decision) if decision else None,
                 "settings": show.settings_in_force(self.settings, self.policy),
             }
 
@@ -644,8 +644,8 @@ class Controller:
 
 
 def _kinds(decision: Decision) -> tuple[str, ...]:
-    """What bent a decision, without the numbers."""
-    return (decision.verdict, *(clamp.split(" ")[0] for clamp in decision.clamps))
+    """The verdict and which limits applied, without the numbers."""
+    return (decision.verdict, *(clamp.kind for clamp in decision.clamps))
 
 
 def _log_change(before: Backend | None, after: Backend | None, now: float) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 
 CREATE, STOP, OK = "CREATE_SERVER", "STOP_SERVER", "OK"
 TOLERANCE = 0.1  # HPA's default: a ratio this little under 1 is no reason to shrink
@@ -55,9 +56,47 @@ class Memory:
     panic_since: float | None = None  # the last time the load crossed twice the capacity
 
 
+class ClampKind(StrEnum):
+    """A limit that changes the number of backends which the formula gives."""
+
+    STEP = "step_limit"  # value: the most in one step
+    MIN = "min"  # value: the policy's
+    MAX = "max"  # value: the policy's
+    LOAD_UNKNOWN = "load_unknown"  # detail: whose report is missing
+    NO_HISTORY = "no_history"  # value: seconds since the manager started
+    PANIC = "panic"
+    STABLE_WINDOW = "stable_window"  # value: the most that were wanted within it; detail: its length
+
+
+@dataclass(frozen=True)
+class Clamp:
+    """One limit that applied. The sentence for people is made from these fields, and from nothing else."""
+
+    kind: ClampKind
+    value: float = 0
+    detail: str = ""
+
+    @property
+    def sentence(self) -> str:
+        match self.kind:
+            case ClampKind.STEP:
+                return f"at most {self.value:g} in one step"
+            case ClampKind.MIN | ClampKind.MAX:
+                return f"{self.kind.value} {self.value:g}"
+            case ClampKind.LOAD_UNKNOWN:
+                return f"load unknown: no report from {self.detail}"
+            case ClampKind.NO_HISTORY:
+                return f"no history yet: started {self.value:.0f} s ago"
+            case ClampKind.PANIC:
+                return "panic: the load passed twice the capacity within the stable window"
+            case ClampKind.STABLE_WINDOW:
+                return f"{self.value:g} wanted within the last {self.detail}"
+
+
 @dataclass(frozen=True)
 class Decision:
-    """What to do, and every number that led there; `clamps` are the limits that changed `raw`, in order."""
+    """What to do, and every number that led there; `clamps` are the limits that changed `raw`, in order. `reason` is
+    the sentence made from them."""
 
     at: float
     verdict: str
@@ -66,21 +105,21 @@ class Decision:
     rate: float
     ratio: float
     raw: int
-    clamps: tuple[str, ...]
+    clamps: tuple[Clamp, ...]
     reason: str
 
 
 @dataclass
 class _Course:
-    """The number of backends on its way from the formula to the decision, and what bent it."""
+    """The number of backends on its way from the formula to the decision, and the limits that changed it."""
 
     value: int
-    clamps: list[str] = field(default_factory=list)
+    clamps: list[Clamp] = field(default_factory=list)
 
-    def limit(self, value: int, why: str) -> None:
+    def limit(self, value: int, clamp: Clamp) -> None:
         if value != self.value:
             self.value = value
-            self.clamps.append(why)
+            self.clamps.append(clamp)
 
 
 def decide(policy: Policy, memory: Memory, load: Load, capacity: int, now: float) -> tuple[Decision, Memory]:
@@ -97,33 +136,35 @@ def decide(policy: Policy, memory: Memory, load: Load, capacity: int, now: float
     course = _Course(raw)
     if raw > capacity:
         step = max(2 * capacity, capacity + 4)
-        course.limit(min(raw, step), f"at most {step} in one step")
-    course.limit(max(course.value, policy.min), f"min {policy.min}")
-    course.limit(min(course.value, policy.max), f"max {policy.max}")
+        course.limit(min(raw, step), Clamp(ClampKind.STEP, step))
+    course.limit(max(course.value, policy.min), Clamp(ClampKind.MIN, policy.min))
+    course.limit(min(course.value, policy.max), Clamp(ClampKind.MAX, policy.max))
     memory = replace(memory, recommended=(*memory.recommended, (now, course.value)))
     if course.value < capacity:
-        value, why = _shrink_limit(policy, memory, load, panic, capacity)
-        course.limit(max(course.value, value), why)
+        value, clamp = _shrink_limit(policy, memory, load, panic, capacity)
+        course.limit(max(course.value, value), clamp)
 
     desired = course.value
     verdict = CREATE if desired > capacity else STOP if desired < capacity else OK
     each = f"{rate:.4g} {policy.unit} over {capacity} backend{'s' * (capacity != 1)} = {rate / capacity:.4g} each"
-    reason = f"{each}, target {policy.target:g} ({ratio:.2f}×)" + "".join(f"; {clamp}" for clamp in course.clamps)
+    reason = f"{each}, target {policy.target:g} ({ratio:.2f}×)" + "".join(
+        f"; {clamp.sentence}" for clamp in course.clamps
+    )
     decision = Decision(now, verdict, capacity, desired, rate, ratio, raw, tuple(course.clamps), reason)
     return decision, memory
 
 
-def _shrink_limit(policy: Policy, memory: Memory, load: Load, panic: bool, capacity: int) -> tuple[int, str]:
+def _shrink_limit(policy: Policy, memory: Memory, load: Load, panic: bool, capacity: int) -> tuple[int, Clamp]:
     """The fewest backends to go down to, and why: shrinking waits for data, for history, for calm, for agreement."""
     now, _ = memory.recommended[-1]
     if load.missing:
-        return capacity, f"load unknown: no report from {load.missing}"
+        return capacity, Clamp(ClampKind.LOAD_UNKNOWN, detail=load.missing)
     if now - memory.started < policy.stable_window:
-        return capacity, f"no history yet: started {now - memory.started:.0f} s ago"
+        return capacity, Clamp(ClampKind.NO_HISTORY, now - memory.started)
     if panic:
-        return capacity, "panic: the load passed twice the capacity within the stable window"
+        return capacity, Clamp(ClampKind.PANIC)
     highest = min(capacity, max(value for _, value in memory.recommended))
-    return highest, f"{highest} wanted within the last {policy.stable_window:g} s"
+    return highest, Clamp(ClampKind.STABLE_WINDOW, highest, f"{policy.stable_window:g} s")
 
 
 def _remember(policy: Policy, memory: Memory, load: Load, now: float) -> Memory:

@@ -24,15 +24,6 @@ TRAFFIC = {
     "packets": "Packets from clients to a backend.",
     "bytes": "Bytes from clients to a backend.",
 }
-# The first word of a clamp → the kind of reason; the one that begins with a number is the stable window's.
-REASONS = {
-    "at": "step_limit",
-    "min": "min",
-    "max": "max",
-    "load": "load_unknown",
-    "no": "no_history",
-    "panic:": "panic",
-}
 LAUNCH_SECONDS = (0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more for each counter, that nobody asks for
@@ -122,7 +113,7 @@ def registry(tally: Tally, status: Callable[[], dict[str, Any]]) -> CollectorReg
 
 def reason(decision: Decision) -> str:
     """The kind of limit that had the last word; `load` where none had."""
-    return REASONS.get(decision.clamps[-1].split(" ")[0], "stable_window") if decision.clamps else "load"
+    return decision.clamps[-1].kind.value if decision.clamps else "load"
 
 
 def gauges(status: Mapping[str, Any]) -> Iterable[Metric]:

@@ -84,7 +84,11 @@ def test_every_branch_gives_its_number_and_its_sentence(case: str) -> None:
         f"target {rules.target:g} ({ratio}×)"
     )
     assert decision.reason == "; ".join([numbers, *limits])
-    assert (decision.verdict, decision.desired, list(decision.clamps)) == (verdict, desired, limits)
+    assert (decision.verdict, decision.desired, [clamp.sentence for clamp in decision.clamps]) == (
+        verdict,
+        desired,
+        limits,
+    )
     assert (decision.at, decision.current) == (NOW, capacity)
 
 

@@ -58,7 +58,7 @@ function showDecision(status) {
 /* A voice reads what is new, not the same troubles and numbers every second. */
 function speak(troubles, decision) {
   const titles = troubles.map(([, title]) => title), spoken = $('spoken');
-  const clamps = decision ? decision.clamps.map((clamp) => clamp.split(' ')[0]) : [];
+  const clamps = decision ? decision.clamps.map((clamp) => clamp.kind) : [];
   const kind = [...titles, decision?.verdict, ...clamps].join();
   if (spoken.dataset.kind === kind && (!decision || decision.verdict === 'OK')) return;
   spoken.dataset.kind = kind;

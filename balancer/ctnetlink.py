@@ -22,6 +22,7 @@ RECEIVE_BUFFER = 1 << 20
 BATCH = 100  # deletions a send
 SCAN_SECONDS = 30.0  # the most that one listing may take
 NLMSG_ERROR, NLMSG_DONE = 2, 3
+DONE_WITH_CODE = 20  # bytes of an NLMSG_DONE that has an error number
 
 
 class ConntrackError(Exception):
@@ -37,6 +38,8 @@ def listing(request: bytes) -> Iterator[bytes]:
             block = _receive(netlink, deadline)
             kind = _kind(block)
             if kind == NLMSG_DONE:
+                if len(block) >= DONE_WITH_CODE and _code(block):
+                    raise ConntrackError(f"listing of flows: {os.strerror(_code(block))}")
                 return
             if kind == NLMSG_ERROR:
                 raise ConntrackError(f"listing of flows: {os.strerror(_code(block))}")

@@ -33,6 +33,8 @@ HEADERS = 20  # bytes before a message's attributes
 # enum tcp_conntrack. A flow in one of the last states is over; in any other, somebody may still wait for an answer.
 SYN_SENT, SYN_RECV, ESTABLISHED, FIN_WAIT, CLOSE_WAIT, LAST_ACK, TIME_WAIT, CLOSE = range(1, 9)
 OVER = (LAST_ACK, TIME_WAIT, CLOSE)
+# The backend's kernel has accepted. A client that gave up has sent its FIN, and still got no reply.
+ACCEPTED = (ESTABLISHED, FIN_WAIT, CLOSE_WAIT)
 STATE_NAMES = ("syn_sent", "syn_recv", "established", "fin_wait", "close_wait", "last_ack", "time_wait", "close")
 
 SILENT_SECONDS = 10  # without a packet in either direction, after which a flow counts as stalled or silent
@@ -68,7 +70,7 @@ class Timeouts:
     def idle(self, flow: Flow) -> int:
         """Seconds since the flow's last packet. Each packet sets the entry's timeout to that of its state, or to the
         shorter one for unacknowledged data (nf_conntrack_proto_tcp.c)."""
-        full = self.by_state[flow.state]
+        full = self.by_state.get(flow.state, self.by_state[SYN_SENT])
         if flow.remaining <= self.unacknowledged < full:
             full = self.unacknowledged
         return max(0, full - flow.remaining)
@@ -81,7 +83,7 @@ class FlowCounts:
     live: dict[str, int] = field(default_factory=dict)
     silent: dict[str, int] = field(default_factory=dict)  # live, without a packet for SILENT_SECONDS
     waiting: dict[str, int] = field(default_factory=dict)  # live, a request sent, no first reply yet
-    stalled: dict[str, int] = field(default_factory=dict)  # waiting, established, silent
+    stalled: dict[str, int] = field(default_factory=dict)  # waiting, accepted, silent
 
 
 # -- requests --------------------------------------------------------------------------------------------------------
@@ -159,7 +161,7 @@ def count(seen: Iterable[Flow], timeouts: Timeouts, check_source: str = "") -> F
             _add(counts.silent, ip, number)
         if waits:
             _add(counts.waiting, ip, number)
-        if waits and silent and state == ESTABLISHED:
+        if waits and silent and state in ACCEPTED:
             _add(counts.stalled, ip, number)
     return counts
 

@@ -9,12 +9,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
 from exposition import FAILED_PROBES
+
+log = logging.getLogger("balancer")
 
 SYNC_PORT = 5000
 FALL, RISE = 3, 2  # failed probes that end a healthy spell, good ones that begin the next
@@ -29,6 +32,9 @@ class Answer(Enum):
     FAILED = "does not answer"
     TIMED_OUT = "does not answer in time"
     UNREACHABLE = "cannot be connected to"
+
+
+LOST_PACKETS = (Answer.TIMED_OUT, Answer.UNREACHABLE)  # what a full connection table can look like
 
 
 class Cause(Enum):
@@ -61,7 +67,7 @@ class Health:
         """The health once `answer` has come in; `why` says what was asked and what came back.
 
         With a full connection table a probe that timed out says nothing about the backend: the kernel drops packets."""
-        if table_full and answer in (Answer.TIMED_OUT, Answer.UNREACHABLE):
+        if table_full and answer in LOST_PACKETS:
             return self
         why = why or answer.value
         good = answer is Answer.GOOD
@@ -158,13 +164,22 @@ class Prober(threading.Thread):
 
     async def _keep_asking(self, id_: str, target: _Target) -> None:
         while True:
-            answer, why = await ask(*target)
-            if answer in (Answer.FAILED, Answer.TIMED_OUT):  # one that refuses has answered
-                FAILED_PROBES.inc()
-            table_full = answer is Answer.TIMED_OUT and self._table_full()
-            with self._lock:
-                before = self._health[id_]
-                after = self._health[id_] = before.after(answer, why, table_full)
-            if after.healthy != before.healthy:
-                self._changed()
-            await asyncio.sleep(after.pause())
+            try:
+                pause = await self._ask_once(id_, target)
+            except Exception:  # a task that ended would leave its backend with the last verdict for ever
+                log.exception("a probe failed; trying again")
+                pause = PERIOD
+            await asyncio.sleep(pause)
+
+    async def _ask_once(self, id_: str, target: _Target) -> float:
+        """One probe and what follows from it; the seconds until the next one."""
+        answer, why = await ask(*target)
+        if answer not in (Answer.GOOD, Answer.REFUSED):  # one that refuses has answered
+            FAILED_PROBES.inc()
+        table_full = answer in LOST_PACKETS and self._table_full()
+        with self._lock:
+            before = self._health[id_]
+            after = self._health[id_] = before.after(answer, why, table_full)
+        if after.healthy != before.healthy:
+            self._changed()
+        return after.pause()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 STALL_SECONDS = 10.0  # without a packet, after which a connection that waits counts as stalled; and without a reply
 MIN_STALLED = 3  # stalled connections: one or two may be long polls
-ANSWERS_WITHIN = 3.0  # seconds since a backend's newest first reply in which it counts as answering
+ANSWERS_WITHIN = 5.0  # seconds since a backend's newest first reply in which it counts as answering
 RETRY_SECONDS = 60.0  # after which a backend is tried anew, for without connections it cannot show that it answers
 
 
@@ -82,7 +82,9 @@ class StallDetector:
         if just_watched or self._replied_lately(id_, now):
             return False
         others = [other for other in backends if other != id_ and backends[other].in_rotation]
-        answering = [other for other in others if self._replied_lately(other, now) and not backends[other].stalled]
+        answering = [
+            other for other in others if self._replied_lately(other, now) and backends[other].stalled < MIN_STALLED
+        ]
         return 2 * len(answering) > len(others)
 
     def _replied_lately(self, id_: str, now: float) -> bool:

@@ -22,7 +22,6 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +150,9 @@ class Balancer:
         known = dict.fromkeys((*connections(nat), *sets[SET]), "") if before.ids is None else before.ids
 
         self._take_in(ids, known, sets)
+        if before.ids is not None:
+            # From now on these may have flows, also where this pass fails below: the next must not delete them.
+            self._converged = replace(before, ids={**known, **ids})
         wanted = self._wanted(chosen, view)
         repaired = self._write(wanted, nat) and before.nat == wanted[0]
         unhealthy = {b.ip for b in view.backends if health.get(b.id, Health()).healthy is False}
@@ -235,10 +237,12 @@ class Balancer:
         return health
 
     def _dead(self, health: Mapping[str, Health]) -> set[str]:
-        """The ids of backends that cannot be connected to and answer no client, while others do."""
+        """The ids of backends that cannot be connected to and answer no client, while others answer: else the fault may
+        be this node's own network."""
         answering = self._sampled.answering
+        others_answer = bool(answering) or any(verdict.healthy for verdict in health.values())
         unreachable = {id_ for id_, verdict in health.items() if verdict.cause is Cause.UNREACHABLE}
-        return unreachable - answering if answering else set()
+        return unreachable - answering if others_answer else set()
 
     def _health_changed(self) -> None:
         self._wake.set()
@@ -388,11 +392,16 @@ class Balancer:
         self._sampled = replace(self._sampled, live={**self._sampled.live, **live})
         states = {}
         for ip, id_ in draining.items():
-            unhealthy = health.get(id_, Health()).healthy is False
+            verdict = health.get(id_, Health())
+            unhealthy = verdict.healthy is False and verdict.cause is not Cause.REFUSED  # that one is alive
             states[ip] = Draining(self._draining_since[ip], live[ip], counts.silent.get(ip, 0), unhealthy)
         for departure in departures(states, now, view.drain_timeout):
-            # Each by itself: a stop that the manager refuses keeps no other from being asked for.
-            _attempt(partial(self._manager.stop, departure.ip, departure.sentence()))
+            try:
+                self._manager.stop(departure.ip, departure.sentence())
+            except requests.HTTPError as error:
+                # A stop that the manager refuses keeps no other from being asked for. A manager that does not answer
+                # ends this sample: each wait for it would keep the others from being made.
+                log.warning("manager: %s", error)
 
     # -- what port 5000 serves -------------------------------------------------------------------------------------
 

@@ -324,27 +324,64 @@ def test_below_half_healthy_all_stay_in_rotation_and_panic_is_logged_once_and_re
     ]
 
 
-def test_in_panic_backends_that_answer_nobody_leave_once_others_are_seen_to_answer(world: World) -> None:
+UNREACHABLE = Health(False, 0, "port 8000: no connection within 1 s", Cause.UNREACHABLE)
+
+
+def test_in_panic_backends_that_answer_nobody_leave_while_others_answer(world: World) -> None:
     """As when the node of two of three backends is lost: to keep them would lose two thirds of the requests."""
-    unreachable = Health(False, 0, "port 8000: no connection within 1 s", Cause.UNREACHABLE)
     backends = (f"a {A}", f"b {B}", f"c {C}")
     world.see(*backends)
     world.converge()
-    world.see(*backends, a=unreachable, b=unreachable)
-    world.converge()
-    assert world.dispatched() == {A, B, C}, "nobody is known to answer: the fault may be ours"
     world.sample()
     world.kernel.reply(B)  # a is dead, b overloaded: it still answers some clients
     world.kernel.reply(C)
     world.sample()
+    world.see(*backends, a=UNREACHABLE, b=UNREACHABLE)
     world.converge()
     assert world.dispatched() == {B, C}
     assert world.balancer.report()["panic"] is True
     world.sample(stalls.ANSWERS_WITHIN + 1)
-    world.kernel.reply(C)
-    world.sample()
     world.converge()
-    assert world.dispatched() == {C}, "b answers nobody any more"
+    assert world.dispatched() == {C}, "b answers nobody any more, and c is healthy"
+
+
+def test_in_panic_all_stay_where_nobody_is_known_to_answer(world: World) -> None:
+    """The fault may be this node's own network."""
+    world.see(f"a {A}", f"b {B}")
+    world.converge()
+    world.see(f"a {A}", f"b {B}", a=UNREACHABLE, b=UNREACHABLE)
+    world.sample(stalls.ANSWERS_WITHIN + 1)
+    world.converge()
+    assert world.dispatched() == {A, B}
+
+
+def test_a_pass_that_fails_has_no_later_one_delete_the_flows_of_a_new_backend(world: World) -> None:
+    world.see(f"a {A}", f"b {B}")
+    world.converge()
+    world.see(f"new {A}", f"b {B}")
+    world.kernel.flows = []
+    forgotten: list[set[str]] = []
+    forget = world.kernel.forget_flows
+
+    def note(ips: Any, unanswered_only: bool = False) -> None:
+        forgotten.append(set(ips))
+        forget(ips, unanswered_only)
+
+    world.kernel.forget_flows = note  # type: ignore[method-assign]
+    world.balancer._write = lambda *_: (_ for _ in ()).throw(NetfilterError("no"))  # type: ignore[method-assign]
+    for _ in range(3):
+        with pytest.raises(NetfilterError):
+            world.converge()
+    assert [ips for ips in forgotten if A in ips] == [{A}], "once, before it could have any"
+
+
+def test_a_draining_backend_that_refuses_new_connections_is_not_cut(world: World) -> None:
+    """It answers its probes with 503, so it is alive; its streams may be silent for long."""
+    world.see(f"a {A} draining", f"b {B}", a=Health(False, 0, "status 503", Cause.REFUSED))
+    world.converge()
+    world.kernel.flows = [flow(A, idle=60)]
+    world.sample(20)
+    assert world.manager.stops == []
 
 
 def test_a_draining_backend_keeps_every_flow_answered_or_not(world: World) -> None:

@@ -140,3 +140,14 @@ def test_a_request_names_the_service_and_what_the_kernel_should_pick_out() -> No
     assert IPv4Address(A).packed not in everything + waits
     assert struct.pack("!I", REQUEST_MARK | REPLY_MARK) in waits
     assert struct.pack("!I", REQUEST_MARK | REPLY_MARK) not in everything + one
+
+
+@pytest.mark.parametrize("state", ["FIN_WAIT", "CLOSE_WAIT"])
+def test_connection_whose_client_gave_up_is_stalled_too(state: str) -> None:
+    """Clients with timeouts shorter than ten seconds would hide a frozen backend otherwise."""
+    assert count([flow(A, state, mark=REQUEST_MARK, idle=10)], TIMEOUTS).stalled == {A: 1}
+
+
+def test_state_without_a_timeout_of_its_own_is_counted() -> None:
+    simultaneous_open = flow(A)._replace(state=9, remaining=50)
+    assert count([simultaneous_open], TIMEOUTS).live == {A: 1}

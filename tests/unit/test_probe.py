@@ -300,16 +300,16 @@ def test_a_backend_still_watched_keeps_its_health_and_a_changed_setting_asks_ane
     assert watch.healthy("a") is None
 
 
-@pytest.mark.parametrize(("full", "healthy"), [(True, True), (False, False)])
-def test_the_prober_asks_whether_the_connection_table_is_full(
-    monkeypatch: pytest.MonkeyPatch, full: bool, healthy: bool
-) -> None:
-    answers = iter([G, T, T, T, T])
+def probed(monkeypatch: pytest.MonkeyPatch, full: bool, *answers: Answer | Exception) -> bool | None:
+    """Whether a prober finds a backend healthy after these answers; `full`: the connection table is."""
+    remaining = iter(answers)
 
     async def ask(*target: object) -> tuple[Answer, str]:
-        answer = next(answers, None)
+        answer = next(remaining, None)
         if answer is None:
-            raise EOFError
+            raise asyncio.CancelledError
+        if isinstance(answer, Exception):
+            raise answer
         return answer, ""
 
     monkeypatch.setattr(probe, "ask", ask)
@@ -317,7 +317,19 @@ def test_the_prober_asks_whether_the_connection_table_is_full(
     monkeypatch.setattr(probe, "RETRY", 0.0)
     prober = Prober(lambda: None, lambda: full)
     prober._health["a"] = Health()
-    with pytest.raises(EOFError):
+    with pytest.raises(asyncio.CancelledError):
         prober._loop.run_until_complete(prober._keep_asking("a", ("198.18.0.2", 8000, "tcp")))
     prober._loop.close()
-    assert prober.health()["a"].healthy is healthy
+    return prober.health()["a"].healthy
+
+
+@pytest.mark.parametrize("answer", [Answer.TIMED_OUT, Answer.UNREACHABLE])
+@pytest.mark.parametrize(("full", "healthy"), [(True, True), (False, False)])
+def test_the_prober_asks_whether_the_connection_table_is_full(
+    monkeypatch: pytest.MonkeyPatch, answer: Answer, full: bool, healthy: bool
+) -> None:
+    assert probed(monkeypatch, full, G, answer, answer, answer, answer) is healthy
+
+
+def test_probe_that_fails_itself_is_followed_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert probed(monkeypatch, False, OSError("too many open files"), G) is True

@@ -54,6 +54,7 @@ share_secrets() {
 # fetch_secrets TOKEN KEY: Swarm hands secrets to tasks alone, so a task on this node has them for a moment.
 fetch_secrets() {
     local service=$LB_PROJECT-secrets status=0
+    docker service rm "$service" 2>/dev/null || true # of a start that was killed
     docker service create --detach --name "$service" --label "lbscaler.project=$LB_PROJECT" --label lbscaler.role=secrets \
         --no-resolve-image --constraint "node.id==$(docker info --format '{{.Swarm.NodeID}}')" --restart-condition none \
         --secret "source=$1,target=token" --secret "source=$2,target=manager.pem" --entrypoint "sleep 120" "$BALANCER_IMAGE"
@@ -141,7 +142,8 @@ forget_in_swarm() {
 # longer than its grace.
 send_away() {
     local tries
-    docker service update --detach --constraint-add node.role==nowhere "$1"
+    # With another digest, so that a manager that comes back after all updates it again.
+    docker service update --detach --label-add lbscaler.config=leaving --constraint-add node.role==nowhere "$1"
     for ((tries = 0; tries < 600; tries++)); do
         docker service ps --format '{{.CurrentState}}' "$1" | grep -q '^Running' || return 0
         sleep 0.2

@@ -130,6 +130,7 @@ class Controller:
         self._balancer_state = BalancerState.RUNNING
         self.path = PathCheck()
         self._panic: list[str] = []
+        self._judged_since: float | None = None  # since when a balancer has reported without a gap
         self._failed_name = ""  # the backend that the backoff's newest reason is about
         self.desired = self.policy.min
         self._chance = random.Random()  # noqa: S311 - jitter
@@ -147,6 +148,7 @@ class Controller:
         with self._lock:
             now = self._clock()
             self._publish(fleets.observe({}, containers, now, now, serving))
+            self._balancer_state = self._engine.balancer
             found = fleets.live(self._fleet)
             # Of what they are made that would be gone back to; an engine that keeps a number goes back by itself.
             others = [backend.spec for backend in found if backend.spec != spec and not self._by_itself]
@@ -301,6 +303,7 @@ class Controller:
 
     def _balancer_repaired(self, problem: str, now: float) -> None:
         if problem:
+            self._balancer_repaired_at = float("-inf")  # it never ran, which is counted here
             log.error("the balancer cannot be started: %s", problem)
             self._balancer_backoff.failed("", problem, now, self._chance.random())
 
@@ -324,6 +327,8 @@ class Controller:
                     self._hint(event)
             except (EngineError, TakenOver):
                 pass  # the loop's own list meets the same error and logs it
+            except Exception:
+                log.exception("an event could not be handled; the engine's list shows what happened")
             self._wake.set()
             time.sleep(PAUSE)
 
@@ -489,8 +494,12 @@ class Controller:
 
     def _judged(self, fleet: Fleet, now: float) -> Fleet:
         """In the light of the balancers' reports. What the engine launched by itself is waited for, never given up."""
-        judged = bool(self._meter.balancers) and not self._by_itself
-        return fleets.apply_health(fleet, self._meter.verdict, judged, self.settings.ready_timeout, now)
+        if not self._meter.reports(now):
+            self._judged_since = None
+        elif self._judged_since is None:
+            self._judged_since = now
+        since = None if self._by_itself else self._judged_since
+        return fleets.apply_health(fleet, self._meter.verdict, since, self.settings.ready_timeout, now)
 
     def _note_panic(self) -> None:
         """Logs once when balancers begin, and once when they cease, to keep unhealthy backends in rotation."""

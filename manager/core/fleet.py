@@ -20,7 +20,7 @@ SPARE, STARTING, ACTIVE, DRAINING, STOPPED, FAILED = "spare", "starting", "activ
 STATES = (SPARE, STARTING, ACTIVE, DRAINING, STOPPED, FAILED)
 PAUSED = "somebody paused its container"
 LEAVING = "its engine is about to stop it"
-KILLED = "somebody killed its container"
+NO_ADDRESS = "its container has no address"
 REPLACE_AFTER = 10.0  # seconds an active backend may be unhealthy until it is replaced
 REPLACED_AT_A_TIME = 0.1  # part of the desired number that may be replaced at the same time; at least one backend
 TAKEN_NAMES = 1000  # names of foreign containers that are remembered at most
@@ -211,23 +211,26 @@ def ended(backend: Backend, exit_code: int | None, now: float) -> Backend:
 
 
 def apply_health(
-    fleet: Fleet, verdict: Callable[[Backend], Verdict], judged: bool, ready_timeout: float, now: float
+    fleet: Fleet, verdict: Callable[[Backend], Verdict], judged_since: float | None, ready_timeout: float, now: float
 ) -> Fleet:
-    """The fleet in the light of what the balancers find: who has become ready, who is unhealthy and since when, and,
-    where they are `judged`, who has not become ready within `ready_timeout` seconds."""
+    """The fleet in the light of what the balancers find: who has become ready, who is unhealthy and since when, and who
+    has not become ready within `ready_timeout` seconds. These count from `judged_since` at the earliest: since then a
+    balancer has reported without a gap. None: none reports now, and nobody is given up."""
     result = dict(fleet)
     for name, backend in fleet.items():
         found = verdict(backend)
         if backend.state == ACTIVE:
             result[name] = _active(backend, found, ready_timeout, now)
-        elif backend.state in (SPARE, STARTING) and backend.ip and not backend.ready:
-            result[name] = _not_ready_yet(backend, found, judged, ready_timeout, now)
+        elif backend.state == SPARE and backend.ready and found.healthy is False:
+            result[name] = replace(backend, ready=False, since=now)  # not to be admitted; it gets time to recover
+        elif backend.state in (SPARE, STARTING) and backend.id and not backend.ready:
+            result[name] = _not_ready_yet(backend, found, judged_since, ready_timeout, now)
     return result
 
 
 def _active(backend: Backend, found: Verdict, ready_timeout: float, now: float) -> Backend:
-    if not backend.ip and now - backend.since > ready_timeout:
-        return backend.to(FAILED, now, "its container has no address")
+    if _has_no_address(backend, ready_timeout, now):
+        return backend.to(FAILED, now, NO_ADDRESS)
     if found.healthy is not False:
         ready = backend.ready or bool(found.healthy)
         return replace(backend, ready=ready, unhealthy_since=None, unhealthy_why="")
@@ -235,14 +238,23 @@ def _active(backend: Backend, found: Verdict, ready_timeout: float, now: float) 
     return replace(backend, unhealthy_since=since, unhealthy_why=found.why)
 
 
-def _not_ready_yet(backend: Backend, found: Verdict, judged: bool, ready_timeout: float, now: float) -> Backend:
-    if found.healthy:
+def _not_ready_yet(
+    backend: Backend, found: Verdict, judged_since: float | None, ready_timeout: float, now: float
+) -> Backend:
+    if _has_no_address(backend, ready_timeout, now):
+        return backend.to(FAILED, now, NO_ADDRESS)
+    if found.healthy and backend.ip:
         ready = replace(backend, ready=True)
         return ready.to(ACTIVE, now) if backend.state == STARTING else ready
-    if judged and now - backend.since > ready_timeout:
+    if judged_since is not None and backend.ip and now - max(backend.since, judged_since) > ready_timeout:
         reason = f"not ready within {ready_timeout:g} s"
         return backend.to(FAILED, now, f"{reason}: {found.why}" if found.why else reason)
     return backend
+
+
+def _has_no_address(backend: Backend, ready_timeout: float, now: float) -> bool:
+    """Whether it has been without one for too long, which says enough where no balancer can probe it."""
+    return not backend.ip and now - backend.since > ready_timeout
 
 
 def skip(fleet: Fleet, seconds: float) -> Fleet:

@@ -26,11 +26,13 @@ class LaunchBackoff:
     spec: str = ""
     previous: str = ""
     failures: int = 0
+    update_failures: int = 0  # of the unproven update alone
     retry_at: float = 0.0
     why: str = ""
     failed_at: float = float("-inf")
     given_up: str = ""
     refused: str = ""
+    update_failed_at: float = 0.0
     settled_since: float | None = None
 
     def failed(self, spec: str, why: str, now: float, chance: float, served: bool = False) -> None:
@@ -40,15 +42,29 @@ class LaunchBackoff:
         self.why = why
         self.failed_at = now
         self.settled_since = None
+        if self._gives_up(spec, why, now):
+            self.failures, self.retry_at = 0, now
+            return
         if now < self.retry_at or together:
             return  # the same event as a failure that was counted already
         self.failures += 1
         wait = min(MOST, FIRST * 2 ** min(self.failures - 1, 10)) * (0.5 + chance)
         self.retry_at = now if served and self.failures == 1 else now + wait
-        if self.previous and spec == self.spec and self.failures >= GIVE_UP:
-            self.refused, self.given_up = spec, why
-            self.spec, self.previous = self.previous, ""
-            self.failures, self.retry_at = 0, now
+
+    def _gives_up(self, spec: str, why: str, now: float) -> bool:
+        """Counts a failure of the unproven update; whether the update is given up with it. Failures of what is made
+        from the old spec do not count: they may be why there is an update."""
+        if not self.previous or spec != self.spec:
+            return False
+        if self.update_failures and now - self.update_failed_at < FIRST:
+            return False  # launched together with one that failed just now
+        self.update_failures += 1
+        self.update_failed_at = now
+        if self.update_failures < GIVE_UP:
+            return False
+        self.refused, self.given_up = spec, why
+        self.spec, self.previous = self.previous, ""
+        return True
 
     def explain(self, detail: str) -> None:
         """More about the newest failure."""

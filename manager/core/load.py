@@ -164,6 +164,10 @@ class Meter:
             return None
         return Load(sum(getattr(load, metric) for load in measured), ", ".join(sorted(silent)))
 
+    def reports(self, now: float) -> bool:
+        """Whether a balancer reports that is not silent."""
+        return any(now - entry.at <= MISSED * entry.report.interval for entry in self.balancers.values())
+
     @property
     def panic(self) -> list[str]:
         """The balancers that keep unhealthy backends in rotation because fewer than half are healthy."""

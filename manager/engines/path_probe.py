@@ -25,15 +25,19 @@ def check(targets: Iterable[Target], source: str) -> dict[str, str]:
 def connect(target: tuple[str, int], source: str) -> str:
     """Opens and closes one connection; why it failed, or nothing. A backend has accepted it, for the balancer itself
     accepts none on this port."""
-    with socket.socket() as connection:
-        connection.settimeout(TIMEOUT)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            _bind(connection, source)
-            connection.connect(target)
-        except OSError as error:
-            return error.strerror or str(error)
-    return ""
+    for _ in SOURCE_PORTS:
+        with socket.socket() as connection:
+            connection.settimeout(TIMEOUT)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                _bind(connection, source)
+                connection.connect(target)
+            except OSError as error:
+                if error.errno == errno.EADDRNOTAVAIL:
+                    continue  # this port was used for the same target less than a minute ago
+                return error.strerror or str(error)
+        return ""
+    return "no free source port"
 
 
 def _bind(connection: socket.socket, source: str) -> None:

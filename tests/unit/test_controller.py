@@ -757,6 +757,7 @@ def test_balancer_that_cannot_be_started_is_tried_again_with_growing_waits(
         assert r.controller.status()["balancer"]["problem"] == "port is already allocated"
         r.controller.step()
         assert len(r.engine.calls) == attempt, "before its time"
+        assert r.controller._balancer_backoff.failures == attempt, "each counts once"
         r.clock.pass_by(30)
     assert "the balancer cannot be started: port is already allocated" in caplog.text
     r.engine.balancer_error = ""

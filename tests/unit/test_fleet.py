@@ -138,14 +138,14 @@ LATE = 5.0 + READY_TIMEOUT
 FIT = backend(SPARE, ready=True)
 
 
-def judge(fleet: fleets.Fleet, healthy: bool | None, now: float, judged: bool = True) -> fleets.Fleet:
-    return fleets.apply_health(fleet, lambda _: Verdict(healthy, "a why"), judged, READY_TIMEOUT, now)
+def judge(fleet: fleets.Fleet, healthy: bool | None, now: float, judged: bool = True, since: float = 0) -> fleets.Fleet:
+    judged_since = since if judged else None
+    return fleets.apply_health(fleet, lambda _: Verdict(healthy, "a why"), judged_since, READY_TIMEOUT, now)
 
 
 JUDGED = {
     "a spare not yet": (backend(SPARE), False, True, 10, SPARE),
     "a spare never ready": (backend(SPARE), False, True, LATE + 1, FAILED),
-    "a ready spare that is unhealthy now stays a spare": (FIT, False, True, LATE + 1, SPARE),
     "ready": (backend(STARTING), True, True, 10, ACTIVE),
     "not yet": (backend(STARTING), False, True, 10, STARTING),
     "in time still": (backend(STARTING), None, True, LATE, STARTING),
@@ -172,6 +172,28 @@ def test_balancers_say_who_has_become_ready_and_who_never_does(
         fit = replace(fit, unhealthy_since=now, unhealthy_why="a why")
     assert after == (fit if state == known.state else fit.to(state, now, after.reason))
     assert after.reason == ("not ready within 60 s: a why" if state == FAILED != known.state else "")
+
+
+def test_ready_timeout_counts_from_the_first_report_after_a_time_without_any() -> None:
+    """After an outage of the balancer, backends that could not be judged are not given up at once."""
+    starting = {"p-1": backend(STARTING)}
+    assert judge(starting, None, 200, since=195)["p-1"].state == STARTING
+    assert judge(starting, None, 195 + READY_TIMEOUT + 1, since=195)["p-1"].state == FAILED
+
+
+@pytest.mark.parametrize("state", [SPARE, STARTING, ACTIVE])
+def test_backend_without_an_address_is_given_up_after_the_ready_timeout(state: str) -> None:
+    known = {"p-1": backend(state, ip="")}
+    assert judge(known, None, LATE, judged=False)["p-1"].state == state
+    after = judge(known, None, LATE + 1, judged=False)["p-1"]
+    assert (after.state, after.reason) == (FAILED, "its container has no address")
+
+
+def test_spare_that_becomes_unhealthy_is_not_admitted_and_is_replaced_if_it_stays_so() -> None:
+    spare = judge({"p-1": FIT}, False, 100)["p-1"]
+    assert (spare.state, spare.ready, spare.since) == (SPARE, False, 100)
+    assert judge({"p-1": spare}, True, 110)["p-1"].ready
+    assert judge({"p-1": spare}, False, 101 + READY_TIMEOUT)["p-1"].state == FAILED
 
 
 def test_a_spare_found_healthy_is_ready_and_stays_out_of_rotation() -> None:
@@ -422,7 +444,7 @@ class World:
     def manage(self) -> Iterator[None]:
         """One pass of the manager, with a pause after each of its acts."""
         seen = fleets.observe(self.fleet, self.containers.values(), self.now, self.now, self.in_ip_file)
-        self.fleet = fleets.apply_health(seen, self.verdict, True, READY_TIMEOUT, self.now)
+        self.fleet = fleets.apply_health(seen, self.verdict, 0, READY_TIMEOUT, self.now)
         self.in_ip_file = {b.ip for b in self.fleet.values() if b.state == ACTIVE}
         for one in self.fleet.values():
             if one.state == FAILED and seen[one.name].state != FAILED:

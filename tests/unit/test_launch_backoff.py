@@ -108,8 +108,12 @@ def test_update_that_fails_again_and_again_is_given_up_at_once() -> None:
 
 def test_failure_of_an_old_backend_does_not_count_against_the_update() -> None:
     backoff = LaunchBackoff("new", previous="old")
-    fail(backoff, 10, "old")
+    last = fail(backoff, 10, "old")
     assert (backoff.spec, backoff.previous) == ("new", "old")
+    backoff.failed("new", "not ready", last + 60, 0.5)
+    assert (backoff.spec, backoff.given_up) == ("new", ""), "its first failure"
+    backoff.failed("new", "not ready", last + 120, 0.5)
+    assert (backoff.spec, backoff.given_up) == ("old", "not ready")
 
 
 def test_proven_update_is_not_given_up() -> None:

@@ -64,13 +64,13 @@ PYTHON3 = r"""#!/bin/bash
 if [ "$1 $2" = "-m venv" ]; then
     mkdir -p "$3/bin" && cp "$FAKE_STATE/venv-python" "$3/bin/python"
 else
-    exec PYTHON "$@"
+    exec "PYTHON" "$@"
 fi
 """
 
 VENV_PYTHON = r"""#!/bin/bash
 if [ "$1 $2" = "-m pip" ]; then exit "$(cat "$FAKE_STATE/pip_status" 2>/dev/null || echo 0)"; fi
-exec PYTHON "$@"
+exec "PYTHON" "$@"
 """
 
 MANAGER = r'''"""Two backends in rotation. By the image: good; bad: an update to it is given up after half a second;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -313,14 +314,14 @@ def test_probes_that_fail_are_counted_and_refusals_are_not(monkeypatch: pytest.M
     async def ask(*target: object) -> tuple[Answer, str]:
         answer = next(answers, None)
         if answer is None:
-            raise EOFError
+            raise asyncio.CancelledError
         return answer, ""
 
     monkeypatch.setattr(probe, "ask", ask)
     monkeypatch.setattr(probe, "PERIOD", 0.0)
     prober, before = Prober(lambda: None), value(FAILED_PROBES)
     prober._health["a"] = Health()
-    with pytest.raises(EOFError):
+    with pytest.raises(asyncio.CancelledError):
         prober._loop.run_until_complete(prober._keep_asking("a", ("198.18.0.2", 8000, "tcp")))
     prober._loop.close()
     assert value(FAILED_PROBES) == before + 2

@@ -10,7 +10,7 @@ cd "$(dirname "$0")"
 
 # Equal shares for the addresses in ip.txt, spelled as in ruleset.py, which takes these chains over as they are.
 first_rules() {
-    awk -v port="${LB_BACKEND_PORT:-8000}" -v inside="${LB_INSIDE:+-s $LB_INSIDE }" '
+    awk -v port="${LB_BACKEND_PORT:-8000}" -v inside="${LB_BACKEND_SUBNET:+-s $LB_BACKEND_SUBNET }" '
         NF { ip[++n] = $1 }
         END {
             print "*nat"

@@ -5,10 +5,11 @@
     in:   probed ready → its address forgotten by the kernel → in the sets → its chain and its share, in one step
     out:  share and chain gone, in one step → its flows deleted → out of the sets
 
-Fails static: without the manager the last view stands; when fewer than half of the backends are healthy, all are kept.
+Fails static: without the manager the last snapshot stays in force; when fewer than half of the backends are healthy,
+all are kept.
 
-What threads share is either an immutable value that one thread replaces at once (the view, `_Converged`, `_Sampled`),
-or an object with a lock of its own (the prober's health, the learner).
+What threads share is either an immutable value that one thread replaces at once (the snapshot,
+`_Converged`, `_Sampled`), or an object with a lock of its own (the prober's health, the learner).
 """
 
 from __future__ import annotations
@@ -35,15 +36,15 @@ from departures import Draining, departures
 from exposition import APPLY_SECONDS, FAILED_PASSES, REPAIRS, Gauges
 from findings import Finding
 from listings import Listing, connections, parse_set, parse_table
+from manager_client import ManagerClient
 from netfilter import Netfilter, NetfilterError
-from probe import Cause, Health, Prober
+from prober import Cause, Health, Prober
 from rotation import Rotation, rotation
 from ruleset import REPLIES, SET, Endpoint, Features, Table
 from schedule import Pace, ReportSchedule
+from snapshot import Snapshot
 from stalls import Replies, StallDetector
-from view import View
 from weights import Learner
-from wire import Manager
 
 HERE = Path(__file__).parent
 SECRETS = Path("/run/secrets")  # where a Swarm puts them
@@ -82,10 +83,10 @@ class _Sampled:
 
 
 class Balancer:
-    """Keeps the kernel at what the view and the probes ask for, and reports to the manager what it sees."""
+    """Keeps the kernel at what the snapshot and the probes ask for, and reports to the manager what it sees."""
 
-    def __init__(self, netfilter: Netfilter, manager: Manager, name: str, node: str = "") -> None:
-        self.view = View()
+    def __init__(self, netfilter: Netfilter, manager: ManagerClient, name: str, node: str = "") -> None:
+        self.snapshot = Snapshot()
         self._netfilter, self._manager, self._name, self._node = netfilter, manager, name, node
         self._features = Features()
         self._began = time.monotonic()
@@ -104,7 +105,7 @@ class Balancer:
         self._paces = {name: Pace(SAMPLE_PERIOD) for name in ("waiting", "all", "draining")}
         self._draining_since: dict[str, float] = {}
         # Of the reporting thread alone:
-        self._schedule = ReportSchedule(self._began, self.view.interval)
+        self._schedule = ReportSchedule(self._began, self.snapshot.interval)
 
     def run(self) -> None:
         """Converges for ever: at once when something changed, and every interval to repair what others changed."""
@@ -129,19 +130,19 @@ class Balancer:
 
     def _converge_once(self) -> None:
         ramping = self._learner.ramping(time.monotonic())
-        self._wake.wait(min(1.0, self.view.interval) if ramping else self.view.interval)
+        self._wake.wait(min(1.0, self.snapshot.interval) if ramping else self.snapshot.interval)
         self._wake.clear()
-        if self.view.revision:
+        if self.snapshot.revision:
             self.converge()
         else:
             self._note_rules(parse_table(self._netfilter.table("nat")))
 
     def converge(self) -> None:
         """One pass over tables, sets and flows towards what is wanted now; changes nothing when all is as it should."""
-        view, before = self.view, self._converged
+        snapshot, before = self.snapshot, self._converged
         health = self._health()
-        chosen = self._weighted(rotation(view, _healthy(health), self._node, self._dead(health)), health, view)
-        ids = {backend.ip: backend.id for backend in view.backends}
+        chosen = self._weighted(rotation(snapshot, _healthy(health), self._node, self._dead(health)), health, snapshot)
+        ids = {backend.ip: backend.id for backend in snapshot.backends}
         nat = parse_table(self._netfilter.table("nat"))
         self._note_rules(nat)
         self._netfilter.make_sets()
@@ -153,9 +154,9 @@ class Balancer:
         if before.ids is not None:
             # From now on these may have flows, also where this pass fails below: the next must not delete them.
             self._converged = replace(before, ids={**known, **ids})
-        wanted = self._wanted(chosen, view)
+        wanted = self._wanted(chosen, snapshot)
         repaired = self._write(wanted, nat) and before.nat == wanted[0]
-        unhealthy = {b.ip for b in view.backends if health.get(b.id, Health()).healthy is False}
+        unhealthy = {b.ip for b in snapshot.backends if health.get(b.id, Health()).healthy is False}
         in_rotation = {endpoint.ip for endpoint in chosen.endpoints}
         self._let_go(ids, known, sets, (before.serving & unhealthy & ids.keys()) - in_rotation)
 
@@ -187,11 +188,11 @@ class Balancer:
         removals = (ruleset.set_changes(ids, {*members, *ids}, name) for name, members in sets.items())
         self._netfilter.change_sets("".join(removals))
 
-    def _wanted(self, chosen: Rotation, view: View) -> list[Table]:
+    def _wanted(self, chosen: Rotation, snapshot: Snapshot) -> list[Table]:
         """The nat table first."""
         in_rotation = {endpoint.ip for endpoint in chosen.endpoints}
-        others = [Endpoint(b.ip, view.port) for b in view.backends if b.ip not in in_rotation]
-        return ruleset.tables(chosen.endpoints, others, view.backend_subnet, view.check_source, self._features)
+        others = [Endpoint(b.ip, snapshot.port) for b in snapshot.backends if b.ip not in in_rotation]
+        return ruleset.tables(chosen.endpoints, others, snapshot.backend_subnet, snapshot.check_source, self._features)
 
     def _write(self, wanted: list[Table], nat: Listing) -> bool:
         """Writes what differs; whether the nat table did."""
@@ -217,12 +218,12 @@ class Balancer:
         text = self._netfilter.sets()
         return {name: parse_set(text, name) for name in (SET, REPLIES)}
 
-    def _weighted(self, chosen: Rotation, health: Mapping[str, Health], view: View) -> Rotation:
+    def _weighted(self, chosen: Rotation, health: Mapping[str, Health], snapshot: Snapshot) -> Rotation:
         """`chosen` with the weights learnt from their speed, and with new backends held back a little: those that have
         not been healthy for long. A spare has had its time before it enters."""
-        now, adaptive = time.monotonic(), view.weights == "adaptive"
-        ids = {backend.ip: backend.id for backend in view.backends}
-        healthy = {b.id for b in view.backends if health.get(b.id, Health()).healthy}
+        now, adaptive = time.monotonic(), snapshot.weights == "adaptive"
+        ids = {backend.ip: backend.id for backend in snapshot.backends}
+        healthy = {b.id for b in snapshot.backends if health.get(b.id, Health()).healthy}
         self._learner.ready(healthy | {ids[e.ip] for e in chosen.endpoints}, now)
         weights = {e.ip: e.weight * self._learner.weight(ids[e.ip], now, adaptive) for e in chosen.endpoints}
         return replace(chosen, endpoints=tuple(replace(e, weight=weights[e.ip]) for e in chosen.endpoints))
@@ -255,14 +256,14 @@ class Balancer:
     # -- the manager -----------------------------------------------------------------------------------------------
 
     def _follow(self) -> None:
-        """Takes the manager's next view; logs once when the manager cannot be reached and once when it can again."""
+        """Takes the manager's next snapshot. Logs when it becomes unreachable and when it answers again."""
         try:
-            # After a silence ask for the view as if for the first time: the answer comes at once, and so does a change.
-            message = self._manager.sync(self.view.revision if self._reachable else "")
+            # After a silence ask as if for the first time: the answer comes at once, and so does a change.
+            message = self._manager.sync(self.snapshot.revision if self._reachable else "")
             if message is not None:
-                self.view = View.parse(message)
-                backends = {b.id: b.ip for b in self.view.backends}
-                self._prober.watch(backends, self.view.port, self.view.health)
+                self.snapshot = Snapshot.parse(message)
+                backends = {b.id: b.ip for b in self.snapshot.backends}
+                self._prober.watch(backends, self.snapshot.port, self.snapshot.health)
                 self._wake.set()
         except (requests.RequestException, KeyError, TypeError, ValueError) as error:
             if self._reachable:
@@ -280,8 +281,8 @@ class Balancer:
         if early:
             time.sleep(self._schedule.early_pause(time.monotonic()))
         self._changed.clear()
-        regular = self._schedule.send(time.monotonic(), self.view.interval)
-        if not self.view.revision:
+        regular = self._schedule.send(time.monotonic(), self.snapshot.interval)
+        if not self.snapshot.revision:
             return
         report = self.report()
         if regular:
@@ -290,14 +291,14 @@ class Balancer:
             self._manager.report(report)
 
     def report(self) -> dict[str, Any]:
-        """The message of POST /pkts_info: absolute counters of every backend in the view."""
-        view, health, converged = self.view, self._health(), self._converged
+        """The message of POST /pkts_info: absolute counters of every backend in the snapshot."""
+        snapshot, health, converged = self.snapshot, self._health(), self._converged
         counted = connections(parse_table(self._netfilter.table("nat")))
         traffic = self._sets()[SET]
         weights = {endpoint.ip: endpoint.weight for endpoint in converged.rotation.endpoints}
         total = sum(weights.values()) or 1.0
         backends = []
-        for backend in view.backends:
+        for backend in snapshot.backends:
             packets, size = traffic.get(backend.ip, (0, 0))
             row = {
                 "id": backend.id,
@@ -311,8 +312,8 @@ class Balancer:
             backends.append(row | _health_fields(health.get(backend.id, Health())))
         return {
             "balancer": self._name,
-            "revision": view.revision,
-            "interval": view.interval,
+            "revision": snapshot.revision,
+            "interval": snapshot.interval,
             "uptime": time.monotonic() - self._began,
             "panic": converged.rotation.panic,
             "findings": [finding.message() for finding in self._findings],
@@ -339,32 +340,32 @@ class Balancer:
         """Takes each sample that is due. At a million flows a count of all takes seconds, and is made seldom; those
         that wait, and those of a draining backend, are picked out by the kernel."""
         time.sleep(SAMPLE_PERIOD)
-        view = self.view
+        snapshot = self.snapshot
         count_load = COUNT_LOAD - DRAINING_LOAD if self._draining_since else COUNT_LOAD
-        self._take_sample("waiting", self._sample_waiting, view, WAITING_LOAD)
-        self._take_sample("draining", self._sample_draining, view, DRAINING_LOAD)
-        self._take_sample("all", self._count_all, view, count_load)
+        self._take_sample("waiting", self._sample_waiting, snapshot, WAITING_LOAD)
+        self._take_sample("draining", self._sample_draining, snapshot, DRAINING_LOAD)
+        self._take_sample("all", self._count_all, snapshot, count_load)
 
-    def _take_sample(self, name: str, body: Callable[[View], None], view: View, share: float) -> None:
+    def _take_sample(self, name: str, body: Callable[[Snapshot], None], snapshot: Snapshot, share: float) -> None:
         pace = self._paces[name]
         began = time.monotonic()
         if not pace.is_due(began):
             return
         try:
-            body(view)
+            body(snapshot)
         finally:  # a sample that fails has cost time, too
             pace.done(began, time.monotonic(), share)
 
-    def _sample_waiting(self, view: View) -> None:
+    def _sample_waiting(self, snapshot: Snapshot) -> None:
         """For the weights and the detector of frozen backends."""
         if not self._features.marks:
             return
-        counts = self._netfilter.waiting_flows(view.check_source)
-        self._learner.sample({b.id: counts.waiting.get(b.ip, 0) for b in view.backends})
+        counts = self._netfilter.waiting_flows(snapshot.check_source)
+        self._learner.sample({b.id: counts.waiting.get(b.ip, 0) for b in snapshot.backends})
         replied = self._sets()[REPLIES]
         serving = self._converged.serving
         seen = {}
-        for b in view.backends:
+        for b in snapshot.backends:
             first_replies, _ = replied.get(b.ip, (0, 0))
             seen[b.id] = Replies(counts.stalled.get(b.ip, 0), first_replies, b.ip in serving)
         now, before = time.monotonic(), self._sampled
@@ -375,15 +376,17 @@ class Balancer:
         if self._converged.rotation.panic and self._sampled.answering != before.answering:
             self._wake.set()  # a dead backend can be told from an overloaded one now
 
-    def _count_all(self, view: View) -> None:
-        self._sampled = replace(self._sampled, live=self._netfilter.all_flows(view.check_source).live)
+    def _count_all(self, snapshot: Snapshot) -> None:
+        self._sampled = replace(self._sampled, live=self._netfilter.all_flows(snapshot.check_source).live)
 
-    def _sample_draining(self, view: View) -> None:
+    def _sample_draining(self, snapshot: Snapshot) -> None:
         """Asks the manager to stop the draining backends that are done."""
         if self._converged.ids is None or not self._reachable:
             return  # before the first pass nobody has left dispatch yet; without a manager there is nobody to ask
         now, health = time.monotonic(), self._health()
-        draining = {b.ip: b.id for b in view.backends if b.state == "draining" and b.ip not in self._converged.serving}
+        draining = {
+            b.ip: b.id for b in snapshot.backends if b.state == "draining" and b.ip not in self._converged.serving
+        }
         self._draining_since = {ip: self._draining_since.get(ip, now) for ip in draining}
         if not draining:
             return
@@ -395,7 +398,7 @@ class Balancer:
             verdict = health.get(id_, Health())
             unhealthy = verdict.healthy is False and verdict.cause is not Cause.REFUSED  # that one is alive
             states[ip] = Draining(self._draining_since[ip], live[ip], counts.silent.get(ip, 0), unhealthy)
-        for departure in departures(states, now, view.drain_timeout):
+        for departure in departures(states, now, snapshot.drain_timeout):
             try:
                 self._manager.stop(departure.ip, departure.sentence())
             except requests.HTTPError as error:
@@ -409,12 +412,12 @@ class Balancer:
         """The answer to GET /sync, and its status: 503 when a loop is stuck or our rules are gone. Whether the manager
         can be reached does not matter: traffic flows without it."""
         now, converged = time.monotonic(), self._converged
-        longest = LOOP_SECONDS + self.view.interval
+        longest = LOOP_SECONDS + self.snapshot.interval
         loops_alive = all(now - beat < longest for beat in dict(self._beats).values())
         healthy = loops_alive and self._rules_in_place
         message = {
             "converged_s_ago": round(now - converged.at, 3),
-            "revision": self.view.revision,
+            "revision": self.snapshot.revision,
             "rotation": sorted(converged.serving),
             "panic": converged.rotation.panic,
             "loops_alive": loops_alive,
@@ -493,7 +496,7 @@ def main() -> None:
     name, node = socket.gethostname(), os.environ.get("LB_NODE", "")
     token = os.environ.get("LB_TOKEN") or (SECRETS / "token").read_text().strip()
     certificate = str(SECRETS / "certificate.pem") if node else ""
-    manager = Manager(addresses.split(","), token, name, certificate)
+    manager = ManagerClient(addresses.split(","), token, name, certificate)
     balancer = Balancer(Netfilter(os.environ["IPTABLES"]), manager, name, node)
     log.info("balancer started, iptables-%s, manager at %s", os.environ["IPTABLES"], addresses)
     serve_in_thread(create_app(balancer))

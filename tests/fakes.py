@@ -162,7 +162,7 @@ def controller(engine: FakeEngine, place: Path, clock: Clock, inside: str = "", 
     ip_file = place / "ip.txt"
     if not ip_file.exists() and isinstance(engine, FakeEngine):
         ip_file.write_text("".join(f"{container.ip}\n" for container in engine.containers.values()))
-    made = Controller(engine, settings(**changes), ip_file, Tally(), clock, inside=inside)
+    made = Controller(engine, settings(**changes), ip_file, Tally(), clock, backend_subnet=inside)
     made._chance = Chance()  # type: ignore[assignment]
     return made
 

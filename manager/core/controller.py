@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 from core import fleet as fleets
 from core import path_check, scaler
-from core import snapshot as show
+from core import snapshot as snapshots
 from core.engine import BalancerState, Engine, EngineError, Event, TakenOver
 from core.fleet import (
     ACTIVE,
@@ -44,7 +44,7 @@ from core.fleet import (
 )
 from core.history import History, Point
 from core.launch_backoff import STABLE, LaunchBackoff
-from core.load import Meter, Report
+from core.load import LoadTracker, Report
 from core.path_check import PathCheck
 from core.scaler import Decision, Memory, Policy
 from core.settings import Settings
@@ -89,7 +89,7 @@ class Controller:
         recorder: Recorder,
         clock: Clock = time.monotonic,
         *,
-        inside: str = "",
+        backend_subnet: str = "",
         check_source: str = "",
     ) -> None:
         self.settings = settings
@@ -106,7 +106,7 @@ class Controller:
         self.decisions: deque[Decision] = deque(maxlen=1000)
         self._history = History()
         self._epoch = time.time() - clock()  # what the clock counts from, for showing dates only
-        self._engine, self._ip_file, self._clock, self._inside = engine, ip_file, clock, inside
+        self._engine, self._ip_file, self._clock, self._backend_subnet = engine, ip_file, clock, backend_subnet
         self._check_source = check_source
         self._orders_file = ip_file.with_name("orders.json")
         self._refused_file = ip_file.with_name("refused_update.json")
@@ -114,11 +114,11 @@ class Controller:
         self._fleet: Fleet = {}
         self._at: dict[str, list[str]] = {}  # address → names of the backends that have, or had, it
         self.recorder = recorder
-        self._meter = Meter()
+        self._load = LoadTracker()
         self._memory = Memory(started=clock())
         self._lock = threading.Condition()
         self._subscribers: list[Callable[[], None]] = []
-        self._revision, self._view = "", show.view({}, settings, inside, check_source)
+        self._revision, self._snapshot = "", snapshots.for_balancers({}, settings, backend_subnet, check_source)
         self._wake = threading.Event()
         self._hinted = False  # an event came since the last list began
         self._stopping = False
@@ -209,7 +209,7 @@ class Controller:
             now = self._clock()
             seen = fleets.observe(self._fleet, containers, listed_at, now)
             if self._engine.balancers is not None:
-                self._meter.keep(self._engine.balancers, listed_at)
+                self._load.keep(self._engine.balancers, listed_at)
                 self.recorder.keep(self._engine.balancers)
             self._publish(self._judged(seen, now))
             if self._engine.refused and not self._backoff.given_up:
@@ -350,7 +350,7 @@ class Controller:
 
     # -- what HTTP handlers call -------------------------------------------------------------------------------------
 
-    def wait_for_view(self, have: str, timeout: float) -> dict[str, Any] | None:
+    def wait_for_snapshot(self, have: str, timeout: float) -> dict[str, Any] | None:
         """The view as soon as its revision is another than `have`; None after `timeout` seconds, at once with 0.
 
         Raises Closing as soon as the manager ends. Blocks the thread; who must not asks with 0, and again when notified
@@ -360,7 +360,7 @@ class Controller:
             changed = self._lock.wait_for(lambda: self._revision != have or self._stopping, timeout)
             if self._stopping:
                 raise Closing
-            return {"revision": self._revision, **self._view} if changed else None
+            return {"revision": self._revision, **self._snapshot} if changed else None
 
     def subscribe(self, callback: Callable[[], None]) -> None:
         """Has `callback` called when the view changes or the manager ends; from any thread, and it must not block."""
@@ -370,9 +370,9 @@ class Controller:
         """Takes a balancer's report in and decides; the decision before where it is too soon for one, None at first."""
         with self._lock:
             now = self._clock()
-            for warning in set(report.warnings) - set(self._meter.warnings(report.balancer)):
+            for warning in set(report.warnings) - set(self._load.warnings(report.balancer)):
                 log.warning("balancer %s: %s", report.balancer, warning)
-            measured = self._meter.add(report, now)
+            measured = self._load.add(report, now)
             self._note_panic()
             reported = {name: self._fleet[name] for ip in report.backends for name in self._at.get(ip, ())}
             self.recorder.reported(report, reported)
@@ -382,7 +382,7 @@ class Controller:
             last = self.decisions[-1] if self.decisions else None
             # One decision an interval, however many balancers report: the limits to growth are per decision.
             soon = last is not None and now - last.at < 0.75 * self.settings.interval
-            load = self._meter.load(self.settings.metric, now) if measured and not soon else None
+            load = self._load.load(self.settings.metric, now) if measured and not soon else None
             if load is None:
                 return last
             decision, self._memory = scaler.decide(self.policy, self._memory, load, self.desired, now)
@@ -407,7 +407,7 @@ class Controller:
                 raise Unknown(ip)
             if backend.state == DRAINING:
                 done = backend.drained_by | {balancer}
-                if balancer and not done >= self._meter.balancers.keys():
+                if balancer and not done >= self._load.balancers.keys():
                     self._fleet = {**self._fleet, backend.name: replace(backend, drained_by=done)}
                 else:
                     self._set(backend.to(STOPPED, self._clock(), reason))
@@ -471,18 +471,18 @@ class Controller:
                 "paused": self.paused,
                 "revision": self._revision,
                 "engine": self.engine_trouble or "ok",
-                "launches": show.launches(self._fleet, self._backoff, now),
+                "launches": snapshots.launches(self._fleet, self._backoff, now),
                 "balancer": self._balancer_status(),
-                "rotation_panic": self._meter.panic,
+                "rotation_panic": self._load.panic,
                 "data_path": {
                     "working": self.path.working,
                     "problem": self.path.problem,
-                    "findings": [asdict(finding) for finding in self._meter.findings],
+                    "findings": [asdict(finding) for finding in self._load.findings],
                 },
-                "backends": show.backends(self._fleet, self._meter),
-                "balancers": show.balancers(self._meter, now),
+                "backends": snapshots.backends(self._fleet, self._load),
+                "balancers": snapshots.balancers(self._load, now),
                 "last_decision": asdict(decision) if decision else None,
-                "settings": show.settings_in_force(self.settings, self.policy),
+                "settings": snapshots.settings_in_force(self.settings, self.policy),
             }
 
     @property
@@ -494,16 +494,16 @@ class Controller:
 
     def _judged(self, fleet: Fleet, now: float) -> Fleet:
         """In the light of the balancers' reports. What the engine launched by itself is waited for, never given up."""
-        if not self._meter.reports(now):
+        if not self._load.reports(now):
             self._judged_since = None
         elif self._judged_since is None:
             self._judged_since = now
         since = None if self._by_itself else self._judged_since
-        return fleets.apply_health(fleet, self._meter.verdict, since, self.settings.ready_timeout, now)
+        return fleets.apply_health(fleet, self._load.verdict, since, self.settings.ready_timeout, now)
 
     def _note_panic(self) -> None:
         """Logs once when balancers begin, and once when they cease, to keep unhealthy backends in rotation."""
-        panic = self._meter.panic
+        panic = self._load.panic
         if panic and not self._panic:
             log.warning("fewer than half of the backends are healthy: all stay in rotation (panic)")
         elif self._panic and not panic:
@@ -539,7 +539,7 @@ class Controller:
             before = self.path.problem
             if failed:
                 target, error = next(iter(failed.items()))
-                self.path.failed(target, error, self._meter.findings)
+                self.path.failed(target, error, self._load.findings)
             elif errors:
                 self.path.passed()
             if self.path.problem and not before:
@@ -547,7 +547,7 @@ class Controller:
                 log.error("connections through the balancer at %s fail: %s; found: %s", *found)
             elif before and not self.path.problem:
                 log.info("connections through the balancer work again")
-            kinds = {finding.kind for finding in self._meter.findings}
+            kinds = {finding.kind for finding in self._load.findings}
             if self.path.problem and kinds & path_check.REPAIRABLE:
                 self._repair_balancer(self._clock())
 
@@ -575,9 +575,9 @@ class Controller:
             if was and is_ and was.state != FAILED == is_.state and not is_.external:
                 served = was.state == ACTIVE and now - was.since >= STABLE
                 self._launch_failed(is_, is_.reason, now, served)
-        view = show.view(after, self.settings, self._inside, self._check_source)
-        if (revision := show.revision(view)) != self._revision:
-            self._revision, self._view = revision, view
+        view = snapshots.for_balancers(after, self.settings, self._backend_subnet, self._check_source)
+        if (revision := snapshots.revision(view)) != self._revision:
+            self._revision, self._snapshot = revision, view
             self._notify()
             try:
                 _write(self._ip_file, "".join(f"{b['ip']}\n" for b in view["backends"] if b["state"] == ACTIVE))

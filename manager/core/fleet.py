@@ -88,7 +88,7 @@ class Backend:
         return self.state == ACTIVE and self.ready and self.unhealthy_since is None
 
     @property
-    def in_view(self) -> bool:
+    def known_to_balancers(self) -> bool:
         """Whether the balancers are told of it."""
         return bool(self.ip) and self.running and self.state != FAILED
 

@@ -115,7 +115,7 @@ TOTALS = ("connections", "packets", "bytes", "active", "connections_rate", "pack
 
 
 @dataclass
-class Meter:
+class LoadTracker:
     balancers: dict[str, _Balancer] = field(default_factory=dict)
     _sums: defaultdict[str, _Sums] = field(default_factory=lambda: defaultdict(_Sums))  # by address
 

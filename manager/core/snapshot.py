@@ -9,7 +9,7 @@ from typing import Any
 from core import fleet as fleets
 from core.fleet import DRAINING, STOPPED, Backend, Fleet
 from core.launch_backoff import LaunchBackoff
-from core.load import Meter
+from core.load import LoadTracker
 from core.scaler import Policy
 from core.settings import Settings
 
@@ -17,7 +17,7 @@ WEIGHT = 1.0  # what every backend is given; speed is for the balancers to learn
 SECRET = {"env", "command"}  # settings that may hold passwords: shown to nobody
 
 
-def view(fleet: Fleet, settings: Settings, inside: str, check_source: str) -> dict[str, Any]:
+def for_balancers(fleet: Fleet, settings: Settings, backend_subnet: str, check_source: str) -> dict[str, Any]:
     """The body of GET /sync, but for the revision. One whose container is being stopped still shows as draining."""
     return {
         "service": {
@@ -26,7 +26,7 @@ def view(fleet: Fleet, settings: Settings, inside: str, check_source: str) -> di
             "interval": settings.interval,
             "drain_timeout": settings.drain_timeout,
             "weights": settings.weights,
-            "inside": inside,
+            "backend_subnet": backend_subnet,
             "locality": settings.locality,
             "check_source": check_source,
         },
@@ -39,7 +39,7 @@ def view(fleet: Fleet, settings: Settings, inside: str, check_source: str) -> di
                 **({"node": backend.node} if backend.node else {}),
             }
             for backend in sorted(fleet.values(), key=lambda b: b.name)
-            if backend.in_view
+            if backend.known_to_balancers
         ],
     }
 
@@ -50,12 +50,12 @@ def revision(shown: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:12]
 
 
-def backends(fleet: Fleet, meter: Meter) -> list[dict[str, Any]]:
-    return [_backend(fleet[name], meter) for name in sorted(fleet, key=fleets.by_number)]
+def backends(fleet: Fleet, load: LoadTracker) -> list[dict[str, Any]]:
+    return [_backend(fleet[name], load) for name in sorted(fleet, key=fleets.by_number)]
 
 
-def _backend(backend: Backend, meter: Meter) -> dict[str, Any]:
-    verdict = meter.verdict(backend)
+def _backend(backend: Backend, load: LoadTracker) -> dict[str, Any]:
+    verdict = load.verdict(backend)
     return {
         "name": backend.name,
         "ip": backend.ip,
@@ -63,17 +63,17 @@ def _backend(backend: Backend, meter: Meter) -> dict[str, Any]:
         "node": backend.node,
         "reason": backend.reason,
         "weight": WEIGHT,
-        "share": round(meter.share(backend), 4),
-        **{name: round(value, 2) for name, value in meter.backend(backend.ip).items()},
+        "share": round(load.share(backend), 4),
+        **{name: round(value, 2) for name, value in load.backend(backend.ip).items()},
         "healthy": verdict.healthy,
         "why": verdict.why,
     }
 
 
-def balancers(meter: Meter, now: float) -> list[dict[str, Any]]:
+def balancers(load: LoadTracker, now: float) -> list[dict[str, Any]]:
     return [
         {"id": name, "last_seen": round(now - entry.at, 1), "revision": entry.report.revision}
-        for name, entry in sorted(meter.balancers.items())
+        for name, entry in sorted(load.balancers.items())
     ]
 
 

@@ -117,7 +117,7 @@ class DockerEngine(Engine):
             "environment": {
                 "LB_TOKEN": given.token,
                 "LB_BACKEND_PORT": str(settings.backend_port),
-                "LB_INSIDE": self.subnet() if settings.preserve_client_ip else "",
+                "LB_BACKEND_SUBNET": self.subnet() if settings.preserve_client_ip else "",
             },
             "volumes": [f"{settings.run_dir / 'balancer'}:/balancer/run:ro"],
             "restart_policy": {"Name": "always"},

@@ -37,19 +37,19 @@ POLICY = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
-View = dict[str, Any]
-WaitForView = Callable[[str, float], View | None]
+Snapshot = dict[str, Any]
+WaitForSnapshot = Callable[[str, float], Snapshot | None]
 
 
 def create_app(  # noqa: PLR0915 - a list of routes
-    controller: Controller, token: str, hosts: Iterable[str], wait_for_view: WaitForView | None = None
+    controller: Controller, token: str, hosts: Iterable[str], wait_for_snapshot: WaitForSnapshot | None = None
 ) -> Flask:
-    """The routes. `hosts` are the names and addresses a Host header may bear (else: DNS rebinding). `wait_for_view` is
-    how a long poll waits: by default as Controller.wait_for_view does, which blocks the thread."""
+    """The routes. `hosts` are the names and addresses a Host header may bear (else: DNS rebinding). `wait_for_snapshot`
+    is how a long poll waits: by default as Controller.wait_for_snapshot does, which blocks the thread."""
     app = Flask(__name__)
     app.config["MAX_CONTENT_LENGTH"] = BODY_MAX
     allowed_hosts = {"127.0.0.1", "localhost", *hosts}
-    wait_for_view = wait_for_view or controller.wait_for_view
+    wait_for_snapshot = wait_for_snapshot or controller.wait_for_snapshot
     told = metrics.registry(cast("metrics.Tally", controller.recorder), controller.status)
 
     @app.before_request
@@ -75,7 +75,7 @@ def create_app(  # noqa: PLR0915 - a list of routes
         if not g.get("trusted"):
             wait = 0  # a long poll holds a connection: not for everybody on this host, or any page they visit
         try:
-            view = wait_for_view(request.args.get("have", ""), wait)
+            view = wait_for_snapshot(request.args.get("have", ""), wait)
         except Closing:
             _refuse(503, "this manager ends; ask again in a few seconds")
         return jsonify(view) if view is not None else ("", 204)
@@ -285,10 +285,10 @@ def as_operator(app: Flask) -> Callable[..., Any]:
     return operated
 
 
-def waits_in(listeners: Listeners, controller: Controller) -> WaitForView:
+def waits_in(listeners: Listeners, controller: Controller) -> WaitForSnapshot:
     """Waits for a view without blocking the thread that all listeners share."""
 
-    def wait_for_view(have: str, seconds: float) -> View | None:
-        return listeners.wait_for(lambda: controller.wait_for_view(have, 0), seconds)
+    def wait_for_snapshot(have: str, seconds: float) -> Snapshot | None:
+        return listeners.wait_for(lambda: controller.wait_for_snapshot(have, 0), seconds)
 
-    return wait_for_view
+    return wait_for_snapshot

@@ -158,7 +158,7 @@ def measure(nodes: int, backends: int, rows: int) -> dict[str, float]:
             status = times("status", lambda: answer(site.controller.status()))
         site.engine.move()
         times("change", site.controller.step)
-        view = answer(site.controller.wait_for_view("", 0))
+        view = answer(site.controller.wait_for_snapshot("", 0))
     busy = sum(sum(times.of.get(what, ())) for what in ("parse", "report", "decision")) / ROUNDS
     return {
         **{"nodes": nodes, "backends": backends, "rows": rows},

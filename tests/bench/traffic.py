@@ -24,18 +24,18 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "balancer"))
 from simulate import Site, answer
 
-import wire
+import manager_client
 from certificates import make_certificate
 from fakes import TOKEN
+from manager_client import ManagerClient
 from web.app import create_app, waits_in
 from web.listeners import Listeners, bind_tcp, raise_file_limit, tls_context
-from wire import Manager
 
 CALLS, POLL, POLLS = 300, 4.0, 500
 # What a balancer in a process of its own calls, so that the manager's time is told apart from its.
 CLIENT = """
-import sys, wire
-manager = wire.Manager([sys.argv[1]], sys.argv[2], "b", sys.argv[3])
+import sys, manager_client
+manager = manager_client.ManagerClient([sys.argv[1]], sys.argv[2], "b", sys.argv[3])
 for _ in range({}):
     manager.report({})
 """
@@ -72,7 +72,7 @@ class Relay:
 
 def of_a_report(address: str, pem: str, report: dict[str, Any]) -> float:
     """Milliseconds of this process's time for each report that another sends."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(wire.__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(manager_client.__file__).parent)}
     argv = [sys.executable, "-c", CLIENT.format(CALLS, report), address, TOKEN, pem]
     began = time.process_time()
     subprocess.run(argv, check=True, env=environment)
@@ -93,7 +93,9 @@ class Waiting:
             self.count -= 1
 
 
-def under(polls: int, waiting: Waiting, revision: str, connect: Callable[[], Manager], report: dict[str, Any]) -> float:
+def under(
+    polls: int, waiting: Waiting, revision: str, connect: Callable[[], ManagerClient], report: dict[str, Any]
+) -> float:
     """Seconds a report takes while so many long polls wait."""
     balancers = [threading.Thread(target=lambda: connect().sync(revision)) for _ in range(polls)]
     for thread in balancers:
@@ -111,7 +113,7 @@ def under(polls: int, waiting: Waiting, revision: str, connect: Callable[[], Man
 def main() -> int:
     logging.disable()
     raise_file_limit()
-    wire.LONG_POLL = POLL
+    manager_client.LONG_POLL = POLL
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
         pem, site, listeners = make_certificate(place), Site(1, 30, 30, place), Listeners()
@@ -121,14 +123,14 @@ def main() -> int:
         listeners.start()
         address = f"127.0.0.1:{port}"
         relay = Relay(port)
-        relayed = Manager([f"127.0.0.1:{relay.port}"], TOKEN, "b", str(pem))
-        empty, view = {**site.message(0, 1), "backends": []}, site.controller.wait_for_view("", 0)
+        relayed = ManagerClient([f"127.0.0.1:{relay.port}"], TOKEN, "b", str(pem))
+        empty, view = {**site.message(0, 1), "backends": []}, site.controller.wait_for_snapshot("", 0)
         revision = view["revision"]
         print("report without rows:", relay.count(lambda: relayed.report(empty)))
         print(f"view of {len(answer(view))} bytes:", relay.count(lambda: relayed.sync("")))
         print("poll without a change:", relay.count(lambda: relayed.sync(revision)))
         print(f"manager's time for a report without rows: {of_a_report(address, str(pem), empty):.2f} ms")
-        took = under(POLLS, waiting, revision, lambda: Manager([address], TOKEN, "b", str(pem)), empty)
+        took = under(POLLS, waiting, revision, lambda: ManagerClient([address], TOKEN, "b", str(pem)), empty)
         print(f"a report while {POLLS} polls of {POLL:g} s wait: {took:.2f} s")
     return 0
 

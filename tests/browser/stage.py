@@ -66,7 +66,7 @@ class Stage:
         assert eventually(launched)
 
     def _samples(self, rate: float, seconds: float) -> dict[str, Sample]:
-        view = self.controller.wait_for_view("", 0)
+        view = self.controller.wait_for_snapshot("", 0)
         assert view is not None
         weights = {
             b["ip"]: 1 + 0.25 * math.sin(int(b["id"][:6], 16)) for b in view["backends"] if b["state"] == "active"

@@ -9,7 +9,7 @@ import pytest
 
 from netns.conftest import VIP
 from netns.lab import Lab, Namespace, Server
-from probe import Answer, ask
+from prober import Answer, ask
 
 
 @pytest.mark.parametrize("method", ["tcp", "http:/"])

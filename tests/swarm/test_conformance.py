@@ -57,7 +57,7 @@ class Driven:
     def turn(self) -> None:
         """One pass, and what balancers would say to its outcome."""
         self.controller.step()
-        view = self.controller.wait_for_view("", 0)
+        view = self.controller.wait_for_snapshot("", 0)
         assert view is not None
         self.views.append({b["id"]: b["state"] for b in view["backends"]})
         samples = {b["ip"]: Sample(0, 0, 0, 0, True, id=b["id"]) for b in view["backends"]}

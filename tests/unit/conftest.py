@@ -13,4 +13,6 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--update-golden", action="store_true", help="write tests/unit/golden/ anew from today's rules")
+    parser.addoption(
+        "--update-golden", action="store_true", help="write tests/unit/balancer/golden/ anew from today's rules"
+    )

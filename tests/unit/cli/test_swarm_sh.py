@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 # Secrets are files of $STATE, their labels beside them. The only service there may be reads them.
 DOCKER = r"""#!/bin/bash
 words="$*" name=${*: -1}

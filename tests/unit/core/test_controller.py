@@ -67,7 +67,7 @@ class Rig:
         return next(b["reason"] for b in self.controller.status()["backends"] if b["name"].endswith(f"-{number}"))
 
     def view(self) -> dict[str, str]:
-        view = self.controller.wait_for_view("", 0)
+        view = self.controller.wait_for_snapshot("", 0)
         assert view is not None
         return {backend["ip"]: backend["state"] for backend in view["backends"]}
 
@@ -76,7 +76,7 @@ class Rig:
 
     def hear(self, **backends: Sample) -> Decision | None:
         """A report as a balancer makes it that has the newest view: with the id of who has the address now."""
-        view = self.controller.wait_for_view("", 0)
+        view = self.controller.wait_for_snapshot("", 0)
         assert view is not None
         ids = {f"_{b['ip'].rpartition('.')[2]}": b["id"] for b in view["backends"]}
         return self.controller.report(
@@ -307,7 +307,7 @@ def test_an_event_moves_the_revision_before_the_engine_lists_what_happened(
     r.engine.gate.clear()  # nobody is launched in its place yet
     before = r.revision()
     r.engine.tell(Event(event[0], r.id(2), event[1]))  # while the list goes on to say that it runs
-    after = r.controller.wait_for_view(before, 3)
+    after = r.controller.wait_for_snapshot(before, 3)
     assert after is not None
     assert [b["ip"] for b in after["backends"]] == ["198.18.0.2"]
     assert after["revision"] != before
@@ -345,7 +345,7 @@ def test_any_other_event_is_a_reason_to_look_at_the_list(looping: Callable[..., 
     assert eventually(lambda: r.engine.lists == 2)  # adopted, and the first pass; the next would come in a minute
     r.engine.containers["p-backend-2"] = replace(r.engine.containers["p-backend-2"], ip="")
     r.engine.tell(Event("disconnect", "a network", 0))
-    assert r.controller.wait_for_view(before, 3) is not None
+    assert r.controller.wait_for_snapshot(before, 3) is not None
     assert eventually(lambda: sorted(r.engine.containers) == ["p-backend-1", "p-backend-3"])
 
 
@@ -367,7 +367,7 @@ def test_events_are_listened_for_again_after_the_stream_broke(looping: Callable[
         r.engine.tell(end)
     before = r.revision()
     r.engine.tell(Event("die", r.id(2), 1))
-    assert r.controller.wait_for_view(before, 3) is not None
+    assert r.controller.wait_for_snapshot(before, 3) is not None
 
 
 def make_unhealthy(r: Rig, *numbers: int, seconds: float, why: str = "refused") -> None:
@@ -1171,11 +1171,11 @@ def test_a_restarted_manager_comes_to_the_same_revision_and_orders_nothing(
 
 def test_the_view_tells_what_serves_and_how(rig: Callable[..., Rig]) -> None:
     r = rig(1, min=1, health="http:/ok", backend_port=80, interval=3, drain_timeout=4, weights="equal", inside="i")
-    assert r.controller.wait_for_view("", 0) == {
+    assert r.controller.wait_for_snapshot("", 0) == {
         "revision": r.revision(),
         "service": {
             **{"port": 80, "health": "http:/ok", "interval": 3, "drain_timeout": 4},
-            **{"weights": "equal", "inside": "i", "locality": "", "check_source": ""},
+            **{"weights": "equal", "backend_subnet": "i", "locality": "", "check_source": ""},
         },
         "backends": [{"id": r.id(1)[:12], "ip": "198.18.0.2", "state": "active", "weight": 1.0}],
     }
@@ -1199,7 +1199,7 @@ def test_a_place_that_cannot_be_written_to_keeps_nobody_from_the_news(
     monkeypatch.setattr(module, "_write", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     before = r.revision()
     r.controller.drain("198.18.0.3")
-    assert r.controller.wait_for_view(before, 0) is not None
+    assert r.controller.wait_for_snapshot(before, 0) is not None
     assert r.ip_file.read_text() == "198.18.0.2\n198.18.0.3\n"
     assert "ip.txt cannot be written, so a balancer that starts now begins with old rules: disk full" in caplog.text
 
@@ -1213,7 +1213,7 @@ def test_the_revision_moves_only_when_a_balancer_has_something_to_learn(rig: Cal
     r.engine.die("p-backend-7", 0)  # left over: nothing that a balancer knows of
     r.step_until(lambda: r.calls("stop") == [7])
     assert r.revision() == before
-    assert r.controller.wait_for_view(before, 0.01) is None
+    assert r.controller.wait_for_snapshot(before, 0.01) is None
     r.controller.drain("198.18.0.2")
     assert r.revision() != before
 
@@ -1229,7 +1229,7 @@ def test_a_long_poll_ends_with_the_news_or_with_the_controller(rig: Callable[...
         def wait() -> None:
             waiting.set()
             try:
-                answers.append(r.controller.wait_for_view(have, 5))
+                answers.append(r.controller.wait_for_snapshot(have, 5))
             except Closing:
                 answers.append(None)
 

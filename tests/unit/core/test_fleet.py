@@ -118,18 +118,20 @@ def test_the_engines_list_is_the_truth_about_containers(
 )
 def test_an_ended_container_is_a_failure_unless_it_was_leaving(state: str, after: str, reason: str) -> None:
     seen = fleets.ended(backend(state), 137, NOW)
-    assert (seen.state, seen.reason, seen.running, seen.in_view) == (after, reason, False, False)
+    assert (seen.state, seen.reason, seen.running, seen.known_to_balancers) == (after, reason, False, False)
     assert seen.since == (NOW if state != after else 5.0)
 
 
 @pytest.mark.parametrize(
-    ("state", "in_view"),
+    ("state", "known_to_balancers"),
     [(SPARE, True), (STARTING, True), (ACTIVE, True), (DRAINING, True), (STOPPED, True), (FAILED, False)],
 )
-def test_balancers_see_a_backend_until_its_container_has_ended_or_it_failed(state: str, in_view: bool) -> None:
-    assert backend(state).in_view is in_view
-    assert not backend(state, ip="").in_view
-    assert not backend(state, running=False).in_view
+def test_balancers_see_a_backend_until_its_container_has_ended_or_it_failed(
+    state: str, known_to_balancers: bool
+) -> None:
+    assert backend(state).known_to_balancers is known_to_balancers
+    assert not backend(state, ip="").known_to_balancers
+    assert not backend(state, running=False).known_to_balancers
 
 
 LATE = 5.0 + READY_TIMEOUT
@@ -462,7 +464,7 @@ class World:
             yield
 
     def verdict(self, one: Backend) -> Verdict:
-        return Verdict(one.in_view and one.spec != "bad" and self.now - one.since >= self.warm_up)
+        return Verdict(one.known_to_balancers and one.spec != "bad" and self.now - one.since >= self.warm_up)
 
     def launch(self, step: Launch) -> Iterator[None]:
         assert step.name not in self.containers, f"{step.name} doubled"

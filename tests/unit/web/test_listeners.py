@@ -24,11 +24,11 @@ import pytest
 
 from certificates import make_certificate
 from fakes import TOKEN, Clock, FakeEngine, controller, eventually
+from manager_client import ManagerClient
 from web import listeners as module
 from web.app import as_operator, create_app, waits_in
 from web.http_server import BODY_MAX, HEADERS_MAX, Limits
 from web.listeners import Listeners, bind_tcp, bind_unix, connections_each, tls_context
-from wire import Manager
 
 BEARER = f"Authorization: Bearer {TOKEN}\r\n"
 REPORT = {"balancer": "b1", "revision": "r", "interval": 2, "backends": []}
@@ -553,7 +553,7 @@ def test_a_caller_of_either_version_is_answered_and_its_connection_closed_on_req
 
 def test_a_client_that_asks_for_the_end_is_told_of_it_and_keeps_no_connection(begin: Callable[..., Site]) -> None:
     site = begin()
-    manager = Manager([f"127.0.0.1:{site.tls}"], TOKEN, "b", str(site.pem))  # as a balancer has it
+    manager = ManagerClient([f"127.0.0.1:{site.tls}"], TOKEN, "b", str(site.pem))  # as a balancer has it
     for _ in range(300):
         assert manager.report(REPORT)["desired"] == 2
     for version in ("1.0", "1.1"):
@@ -690,7 +690,7 @@ class ManagerProcess:
             self.port = free.getsockname()[1]
         chosen = {"LB_PROJECT": "p", "LB_MANAGER_PORT": str(self.port), "LB_ORCHESTRATOR": orchestrator}
         chosen |= {"LB_BALANCER_IMAGE": "image", "LB_TOKEN_SECRET": "token", "LB_CERTIFICATE_SECRET": "certificate"}
-        path = os.pathsep.join(str(Path(__file__).parents[2] / name) for name in ("manager", "tests"))
+        path = os.pathsep.join(str(Path(__file__).parents[3] / name) for name in ("manager", "tests"))
         argv = [sys.executable, "-c", MANAGER, str(place), *arguments]
         self.process = subprocess.Popen(argv, env={**os.environ, **chosen, "PYTHONPATH": path})
 
@@ -746,7 +746,7 @@ def test_in_a_swarm_the_nodes_listener_is_within_tls(manager: Callable[..., Mana
     (tmp_path / "run" / "p").mkdir(parents=True)
     pem = certificate(tmp_path / "run" / "p")
     made = manager("swarm")
-    assert Manager([f"127.0.0.2:{made.port}"], TOKEN, "b", str(pem)).sync("") is not None
+    assert ManagerClient([f"127.0.0.2:{made.port}"], TOKEN, "b", str(pem)).sync("") is not None
     assert made.status() == 200
     assert made.status("127.0.0.2") == 0
 

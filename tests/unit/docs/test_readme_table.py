@@ -5,7 +5,7 @@ from pathlib import Path
 
 from core.settings import SETTINGS, flag
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+README = (Path(__file__).parents[3] / "README.md").read_text()
 
 
 def test_the_readme_lists_every_setting_with_its_default() -> None:

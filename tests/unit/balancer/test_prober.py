@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-import probe
-from probe import Answer, Cause, Health, Prober
+import prober
+from prober import Answer, Cause, Health, Prober
 
 G, R, F, T = Answer.GOOD, Answer.REFUSED, Answer.FAILED, Answer.TIMED_OUT
 
@@ -185,10 +185,10 @@ def test_an_answer_is_judged_by_the_health_setting(
 ) -> None:
     backend = door(reply)
     port, sync_port = (closed_port, backend.port) if method == "sync" else (backend.port, closed_port)
-    monkeypatch.setattr(probe, "SYNC_PORT", sync_port)
-    monkeypatch.setattr(probe, "TIMEOUT", 0.15)
+    monkeypatch.setattr(prober, "SYNC_PORT", sync_port)
+    monkeypatch.setattr(prober, "TIMEOUT", 0.15)
     began = time.monotonic()
-    assert asyncio.run(probe.ask("127.0.0.1", port, method))[0] is answer
+    assert asyncio.run(prober.ask("127.0.0.1", port, method))[0] is answer
     assert time.monotonic() - began < 2
     assert backend.first_line == asked
 
@@ -199,8 +199,8 @@ def test_a_port_nobody_listens_on_is_a_failure(
 ) -> None:
     other = door(http("200 OK")).port
     port, sync_port = (other, closed_port) if method == "sync" else (closed_port, other)
-    monkeypatch.setattr(probe, "SYNC_PORT", sync_port)
-    assert asyncio.run(probe.ask("127.0.0.1", port, method))[0] is F
+    monkeypatch.setattr(prober, "SYNC_PORT", sync_port)
+    assert asyncio.run(prober.ask("127.0.0.1", port, method))[0] is F
 
 
 class Watch:
@@ -228,8 +228,8 @@ class Watch:
 
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
-    monkeypatch.setattr(probe, "PERIOD", 0.01)
-    monkeypatch.setattr(probe, "RETRY", 0.005)
+    monkeypatch.setattr(prober, "PERIOD", 0.01)
+    monkeypatch.setattr(prober, "RETRY", 0.005)
     watch = Watch()
     yield watch
     watch.close()
@@ -246,8 +246,8 @@ def test_a_hung_backend_delays_no_other(
     monkeypatch: pytest.MonkeyPatch, door: Callable[..., Door], watch: Watch
 ) -> None:
     good = door(http("200 OK"))
-    monkeypatch.setattr(probe, "SYNC_PORT", good.port)
-    monkeypatch.setattr(probe, "TIMEOUT", 60.0)
+    monkeypatch.setattr(prober, "SYNC_PORT", good.port)
+    monkeypatch.setattr(prober, "TIMEOUT", 60.0)
     hung = [door(None, f"127.0.0.{number}", good.port) for number in range(2, 12)]
     watch.prober.watch({**{f"hung{i}": f"127.0.0.{i + 2}" for i in range(10)}, "good": "127.0.0.1"}, 0, "sync")
     until(lambda: good.requests >= 5 and all(one.requests for one in hung))
@@ -312,15 +312,15 @@ def probed(monkeypatch: pytest.MonkeyPatch, full: bool, *answers: Answer | Excep
             raise answer
         return answer, ""
 
-    monkeypatch.setattr(probe, "ask", ask)
-    monkeypatch.setattr(probe, "PERIOD", 0.0)
-    monkeypatch.setattr(probe, "RETRY", 0.0)
-    prober = Prober(lambda: None, lambda: full)
-    prober._health["a"] = Health()
+    monkeypatch.setattr(prober, "ask", ask)
+    monkeypatch.setattr(prober, "PERIOD", 0.0)
+    monkeypatch.setattr(prober, "RETRY", 0.0)
+    probing = Prober(lambda: None, lambda: full)
+    probing._health["a"] = Health()
     with pytest.raises(asyncio.CancelledError):
-        prober._loop.run_until_complete(prober._keep_asking("a", ("198.18.0.2", 8000, "tcp")))
-    prober._loop.close()
-    return prober.health()["a"].healthy
+        probing._loop.run_until_complete(probing._keep_asking("a", ("198.18.0.2", 8000, "tcp")))
+    probing._loop.close()
+    return probing.health()["a"].healthy
 
 
 @pytest.mark.parametrize("answer", [Answer.TIMED_OUT, Answer.UNREACHABLE])

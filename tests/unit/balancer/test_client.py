@@ -19,13 +19,13 @@ import stalls
 import synchronization_client as client
 from fakes_netfilter import FakeNetfilter, flow, waiting
 from listings import connections, parse_table
+from manager_client import ManagerClient
 from netfilter import NetfilterError
-from probe import Cause, Health, Prober
+from prober import Cause, Health, Prober
 from ruleset import REPLIES, Features
+from snapshot import Backend, Snapshot
 from synchronization_client import Balancer
-from view import Backend, View
 from weights import Estimate, Learner
-from wire import Manager
 
 HEALTHY, UNKNOWN = Health(True), Health()
 UNHEALTHY = Health(False, 0, "does not answer", Cause.PROBE_FAILED)
@@ -56,7 +56,7 @@ class FakeProber(Prober):
         self.watched.append((backends, port, method))
 
 
-class FakeManager(Manager):
+class FakeManager(ManagerClient):
     def __init__(self) -> None:
         self.answers: list[Any] = []  # of sync: a message, None, or an exception
         self.asked: list[str] = []  # the revisions that sync was told
@@ -92,8 +92,8 @@ class World:
 
     def see(self, *backends: str, **health: Health) -> None:
         """Backends as "id ip [state [weight]]"; those whose health is not given are healthy."""
-        self.balancer.view = View("r1", tuple(backend(words) for words in backends))
-        self.prober.verdicts = {b.id: health.get(b.id, HEALTHY) for b in self.balancer.view.backends}
+        self.balancer.snapshot = Snapshot("r1", tuple(backend(words) for words in backends))
+        self.prober.verdicts = {b.id: health.get(b.id, HEALTHY) for b in self.balancer.snapshot.backends}
 
     def converge(self) -> list[str]:
         """What one pass changed, in order."""
@@ -141,14 +141,14 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
 @pytest.mark.parametrize(("inside", "hidden"), [("", "-p tcp"), ("198.18.0.0/24", "-s 198.18.0.0/24 -p tcp")])
 def test_only_clients_within_the_views_inside_are_hidden(world: World, inside: str, hidden: str) -> None:
     world.see(f"a {A}")
-    world.balancer.view = replace(world.balancer.view, backend_subnet=inside)
+    world.balancer.snapshot = replace(world.balancer.snapshot, backend_subnet=inside)
     world.converge()
     assert world.kernel.rules("nat", "LB-MASQ")[0].startswith(f"{hidden} -m conntrack ")
 
 
 SERVICE = {
     **{"port": 8000, "health": "tcp", "interval": 2, "drain_timeout": 30},
-    **{"weights": "adaptive", "inside": "198.18.0.0/24"},
+    **{"weights": "adaptive", "backend_subnet": "198.18.0.0/24"},
 }
 ONE = {"id": "a", "ip": A, "state": "active", "weight": 1}
 MESSAGE: dict[str, Any] = {"revision": "r7", "service": SERVICE, "backends": [ONE]}
@@ -156,13 +156,13 @@ MESSAGE: dict[str, Any] = {"revision": "r7", "service": SERVICE, "backends": [ON
 
 def test_a_view_is_read_from_the_managers_message() -> None:
     backends = (Backend("a", A, "active", 1.0),)
-    assert View.parse(MESSAGE) == View("r7", backends, 8000, "tcp", 2.0, 30.0, "adaptive", "198.18.0.0/24")
-    assert View.parse({**MESSAGE, "backends": [], "more": 1}).backends == ()
+    assert Snapshot.parse(MESSAGE) == Snapshot("r7", backends, 8000, "tcp", 2.0, 30.0, "adaptive", "198.18.0.0/24")
+    assert Snapshot.parse({**MESSAGE, "backends": [], "more": 1}).backends == ()
 
 
 @pytest.mark.parametrize(("given", "source"), [({}, ""), ({"check_source": ""}, ""), ({"check_source": A}, A)])
 def test_a_view_may_name_the_source_of_self_checks(given: dict[str, str], source: str) -> None:
-    assert View.parse({**MESSAGE, "service": {**SERVICE, **given}}).check_source == source
+    assert Snapshot.parse({**MESSAGE, "service": {**SERVICE, **given}}).check_source == source
 
 
 @pytest.mark.parametrize(
@@ -185,14 +185,14 @@ def test_a_view_may_name_the_source_of_self_checks(given: dict[str, str], source
 )
 def test_a_message_that_is_no_view_raises_what_the_loop_expects(message: Any) -> None:
     with pytest.raises((KeyError, TypeError, ValueError)):
-        View.parse(message)
+        Snapshot.parse(message)
 
 
 def test_a_new_view_is_taken_and_watched_and_silence_changes_nothing(world: World) -> None:
     world.manager.answers = [MESSAGE, None]
     for _ in range(2):
         world.balancer._follow()
-    assert world.balancer.view == View.parse(MESSAGE)
+    assert world.balancer.snapshot == Snapshot.parse(MESSAGE)
     assert world.prober.watched == [({"a": A}, 8000, "tcp")]
     assert world.balancer._wake.is_set()
 
@@ -210,7 +210,7 @@ def test_a_lost_manager_is_logged_once_and_leaves_the_last_view_standing(
         "manager reachable again",
         "manager unreachable, keeping the last rules: no route",
     ]
-    assert world.balancer.view == View.parse(MESSAGE)
+    assert world.balancer.snapshot == Snapshot.parse(MESSAGE)
     assert world.manager.asked == ["", "r7", "", "", "", "r7", "r7"]  # after a silence as if for the first time
     assert 4 * 0.2 <= world.clock.now - 1000.0 <= 4.0  # it does not hammer
 
@@ -540,7 +540,7 @@ def test_a_newcomer_gets_a_quarter_of_its_share_at_first_and_all_of_it_after_thr
 @pytest.mark.parametrize(("weights", "chance"), [("adaptive", 0.75), ("equal", 0.5)])
 def test_learnt_weights_reach_the_rules_only_where_that_is_wanted(world: World, weights: str, chance: float) -> None:
     world.see(f"a {A}", f"b {B}")
-    world.balancer.view = replace(world.balancer.view, weights=weights)
+    world.balancer.snapshot = replace(world.balancer.snapshot, weights=weights)
     estimates = {"a": Estimate(9.0, 1.0, weight=1.5), "b": Estimate(3.0, 1.0, weight=0.5)}
     world.balancer._learner = Learner(estimates)
     assert first_chance(world) == pytest.approx(chance)
@@ -548,7 +548,7 @@ def test_learnt_weights_reach_the_rules_only_where_that_is_wanted(world: World, 
 
 def test_a_backend_that_answers_slowly_loses_share_and_one_that_answers_fast_gains_it(world: World) -> None:
     world.see(f"a {A}", f"b {B}")
-    world.balancer.view = replace(world.balancer.view, weights="adaptive")
+    world.balancer.snapshot = replace(world.balancer.snapshot, weights="adaptive")
     world.converge()
     for _ in range(10):  # 200 connections each an interval; of a's, twelve wait at any time
         world.kernel.flows = [waiting(A)] * 12 + [waiting(B)] + [flow(B)] * 20
@@ -657,7 +657,7 @@ def test_at_a_million_flows_samples_take_a_twentieth_of_the_time_and_a_drain_end
     slow("waiting_flows", 0.4)
     slow("flows_of", 0.8)
     world.see(f"a {A} draining", f"b {B} draining", f"c {C}")
-    world.balancer.view = replace(world.balancer.view, drain_timeout=3600.0)
+    world.balancer.snapshot = replace(world.balancer.snapshot, drain_timeout=3600.0)
     world.converge()
     world.kernel.flows = [flow(A), flow(B)]
     world.sample(2000.0)
@@ -737,7 +737,7 @@ def test_what_the_kernel_lacks_is_logged(
 
 def test_self_check_connections_are_no_load(world: World) -> None:
     world.see(f"a {A}", f"b {B}")
-    world.balancer.view = replace(world.balancer.view, check_source="198.18.0.1")
+    world.balancer.snapshot = replace(world.balancer.snapshot, check_source="198.18.0.1")
     world.converge()
     assert world.kernel.rules("nat", "PREROUTING")[0].endswith("-j LB-CHECK")
     world.kernel.flows = [flow(A, client="198.18.0.1", client_port=port) for port in (60999, 61000, 61063, 61064)]
@@ -868,23 +868,23 @@ def test_the_health_check_fails_while_a_loop_is_stuck(world: World) -> None:
     assert health_check(world)[0] == 200
 
 
-@pytest.mark.parametrize("view", [True, False], ids=["with a view", "before a view"])
-def test_the_health_check_fails_while_our_rules_are_gone_and_cannot_be_written(world: World, view: bool) -> None:
+@pytest.mark.parametrize("snapshot", [True, False], ids=["with a snapshot", "before a snapshot"])
+def test_the_health_check_fails_while_our_rules_are_gone_and_cannot_be_written(world: World, snapshot: bool) -> None:
     first_rules(world)
-    if view:
+    if snapshot:
         world.see(f"a {A}")
         world.converge()
     _hookless(world.kernel)
     world.kernel.break_at = len(world.kernel.calls) + 1
     world.balancer._wake.set()
-    if view:
+    if snapshot:
         with pytest.raises(NetfilterError):
             world.balancer._converge_once()
     else:
         world.balancer._converge_once()
     status, message = health_check(world)
     assert (status, message["loops_alive"], message["rules_in_place"]) == (503, True, False)
-    if view:
+    if snapshot:
         world.converge()
         assert health_check(world)[0] == 200
 
@@ -930,14 +930,14 @@ class Answers(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def real_manager() -> Iterator[tuple[Manager, type[Answers]]]:
+def real_manager() -> Iterator[tuple[ManagerClient, type[Answers]]]:
     class Handler(Answers):
         seen = []  # noqa: RUF012
 
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
-        yield Manager([f"127.0.0.1:{server.server_port}"], "secret", "b1"), Handler
+        yield ManagerClient([f"127.0.0.1:{server.server_port}"], "secret", "b1"), Handler
         server.shutdown()
         thread.join()
 
@@ -958,7 +958,11 @@ def real_manager() -> Iterator[tuple[Manager, type[Answers]]]:
     ],
 )
 def test_an_answer_of_the_managers_is_a_value_or_a_request_exception(
-    real_manager: tuple[Manager, type[Answers]], call: Callable[[Manager], Any], status: int, body: bytes, result: Any
+    real_manager: tuple[ManagerClient, type[Answers]],
+    call: Callable[[ManagerClient], Any],
+    status: int,
+    body: bytes,
+    result: Any,
 ) -> None:
     manager, answers = real_manager
     answers.status, answers.body = status, body
@@ -970,7 +974,7 @@ def test_an_answer_of_the_managers_is_a_value_or_a_request_exception(
 
 
 def test_every_call_to_the_manager_bears_the_token_and_a_stop_names_its_balancer(
-    real_manager: tuple[Manager, type[Answers]],
+    real_manager: tuple[ManagerClient, type[Answers]],
 ) -> None:
     manager, answers = real_manager
     manager.sync("r1")

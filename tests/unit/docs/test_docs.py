@@ -11,7 +11,7 @@ import pytest
 
 from core import settings
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OPERATIONS = ROOT / "docs" / "operations.md"
 LEVELS = {"debug": "", "info": "INFO", "warning": "WARNING", "error": "ERROR", "exception": "ERROR", "log": ""}
@@ -120,7 +120,7 @@ def known() -> set[str]:
         ours |= flags("".join(line for line in script.read_text().splitlines(keepends=True) if line.startswith("#")))
     for program in (ROOT / "tests").glob("*/*.py"):
         ours |= set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', program.read_text()))
-    for text in (ROOT / "tests" / "unit" / "golden").glob("*.rules"):
+    for text in (ROOT / "tests" / "unit" / "balancer" / "golden").glob("*.rules"):
         ours |= flags(text.read_text())
     # Words of iptables and conntrack that only stand in code.
     return ours | flags((ROOT / "balancer" / "netfilter.py").read_text()) | {"--comment", "--notrack"} | TOOLS
@@ -132,6 +132,8 @@ def test_every_flag_that_is_named_exists(page: Path) -> None:
 
 
 def test_every_rule_of_ours_that_is_quoted_is_rendered() -> None:
-    golden = {line for path in (ROOT / "tests/unit/golden").glob("*.rules") for line in path.read_text().splitlines()}
+    golden = {
+        line for path in (ROOT / "tests/unit/balancer/golden").glob("*.rules") for line in path.read_text().splitlines()
+    }
     quoted = re.findall(r"^ +(-A (?:LB-.*|.* -j LB-\S+))$", (ROOT / "docs" / "packets.md").read_text(), re.MULTILINE)
     assert ([rule for rule in quoted if rule not in golden], len(quoted) > 10) == ([], True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def shell(script: str, tmp_path: Path, **variables: str) -> subprocess.CompletedProcess[str]:

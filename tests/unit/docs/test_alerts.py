@@ -13,12 +13,12 @@ from prometheus_client import generate_latest
 
 from exposition import exposition
 from fakes import Clock, FakeEngine, controller
+from manager_client import ManagerClient
 from netfilter import Netfilter
 from synchronization_client import Balancer
 from web.metrics import registry
-from wire import Manager
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 RULES, CASES = (ROOT / "docs" / "alerts.yml").read_text(), (ROOT / "tests" / "alerts.yml").read_text()
 ALERTS = re.findall(r"alert: (\w+)", RULES)
 
@@ -48,7 +48,7 @@ def test_the_alerts_ask_for_nothing_that_is_not_told(tmp_path: Path, monkeypatch
     monkeypatch.setattr(Netfilter, "conntrack_use", lambda self: (1, 2))
     manager = controller(FakeEngine(), tmp_path, Clock())
     manager.path.passed()
-    balancer = Balancer(Netfilter("nft"), Manager("127.0.0.1:1", "token", "b1"), "b1")
+    balancer = Balancer(Netfilter("nft"), ManagerClient("127.0.0.1:1", "token", "b1"), "b1")
     balancer._prober._loop.close()  # nobody is probed
     told = (generate_latest(registry(manager.recorder, manager.status)) + exposition(balancer.gauges())).decode()
     assert set(re.findall(r"lbscaler_\w+", RULES)) <= set(re.findall(r"# TYPE (\w+)", told))

@@ -12,14 +12,14 @@ from requests.adapters import HTTPAdapter
 LONG_POLL = 25.0  # seconds the manager may take to answer that nothing changed
 
 
-class _Pinned(HTTPAdapter):
+class _PinnedCertificate(HTTPAdapter):
     """The name in the manager's certificate is always the same; its address is not."""
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         super().init_poolmanager(*args, assert_hostname="lbscaler-manager", **kwargs)
 
 
-class Manager:
+class ManagerClient:
     """The manager's HTTP interface. Every call raises requests.RequestException when the manager is unreachable, or
     answers with an error: 503 while it is ending."""
 
@@ -33,10 +33,10 @@ class Manager:
         self._session.headers.update({"Authorization": f"Bearer {token}", "Connection": "close"})
         if certificate:
             self._session.verify = certificate
-            self._session.mount("https://", _Pinned())
+            self._session.mount("https://", _PinnedCertificate())
 
     def sync(self, have: str) -> Mapping[str, Any] | None:
-        """The view, as soon as it is another than `have`; None when it stayed the same for LONG_POLL seconds."""
+        """The snapshot, as soon as it is another than `have`; None when it stayed the same for LONG_POLL seconds."""
         query = {"have": have, "wait": str(LONG_POLL)}
         try:
             answer = self._session.get(f"{self._urls[0]}/sync", params=query, timeout=(3, LONG_POLL + 10))

@@ -14,9 +14,9 @@ import pytest
 import requests
 
 from certificates import make_certificate
+from manager_client import ManagerClient
 from rotation import rotation
-from view import Backend, View
-from wire import Manager
+from snapshot import Backend, Snapshot
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # a server ends with a TLS client half-way
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # a server e
 def shares(locality: str, node: str, *nodes: str, unhealthy: str = "") -> list[float]:
     backends = tuple(Backend(f"b{i}", f"198.18.0.{i + 2}", "active", 2.0, name) for i, name in enumerate(nodes))
     healthy: dict[str, bool | None] = {b.id: b.id != unhealthy for b in backends}
-    return [e.weight for e in rotation(View("r", backends, locality=locality), healthy, node).endpoints]
+    return [e.weight for e in rotation(Snapshot("r", backends, locality=locality), healthy, node).endpoints]
 
 
 @pytest.mark.parametrize(
@@ -92,21 +92,21 @@ def door(pem: Path) -> Iterator[str]:
 
 
 def test_the_manager_is_known_by_its_certificate_at_whatever_address(pem: Path, door: str) -> None:
-    assert Manager([door], "t", "b", str(pem)).sync("") == {"revision": "r2"}
+    assert ManagerClient([door], "t", "b", str(pem)).sync("") == {"revision": "r2"}
 
 
 def test_another_certificate_is_not_believed_nor_one_of_another_name(tmp_path: Path, door: str) -> None:
     other = certificate(tmp_path / "other", "lbscaler-manager")
     with pytest.raises(requests.exceptions.SSLError):
-        Manager([door], "t", "b", str(other)).sync("")
+        ManagerClient([door], "t", "b", str(other)).sync("")
     strange = certificate(tmp_path / "strange", "somebody-else")
     for address in serve(strange):
         with pytest.raises(requests.exceptions.SSLError):
-            Manager([address], "t", "b", str(strange)).sync("")
+            ManagerClient([address], "t", "b", str(strange)).sync("")
 
 
 def test_the_next_address_is_tried_when_one_does_not_answer_and_kept_when_it_does(pem: Path, door: str) -> None:
-    manager = Manager(["127.0.0.1:1", "127.0.0.1:2", door], "t", "b", str(pem))
+    manager = ManagerClient(["127.0.0.1:1", "127.0.0.1:2", door], "t", "b", str(pem))
     for _ in range(2):
         with pytest.raises(requests.RequestException):
             manager.sync("")

@@ -14,7 +14,7 @@ from werkzeug.exceptions import HTTPException
 
 from bench.simulate import COLUMNS, PACKETS, Site, Times, hear_all, main, measure, read_shape, table
 
-MANAGER = str(Path(__file__).parents[2] / "manager")
+MANAGER = str(Path(__file__).parents[3] / "manager")
 
 
 @pytest.fixture(autouse=True)
@@ -89,17 +89,17 @@ def test_all_balancers_together_know_every_backend_and_each_as_many_as_asked(sha
 
 def test_a_move_is_a_change_that_the_balancers_are_told_of(tmp_path: Path) -> None:
     site = Site(1, 3, 3, tmp_path)
-    before = site.controller.wait_for_view("", 0)
+    before = site.controller.wait_for_snapshot("", 0)
     site.controller.step()
-    assert site.controller.wait_for_view("", 0) == before
+    assert site.controller.wait_for_snapshot("", 0) == before
     site.engine.move()
     site.controller.step()
-    assert site.controller.wait_for_view("", 0) != before
+    assert site.controller.wait_for_snapshot("", 0) != before
 
 
 def test_a_manager_of_nobody_says_so_from_the_start(tmp_path: Path) -> None:
     (tmp_path / "ip.txt").write_text("198.18.0.2\n")  # of a manager before it
-    view = Site(1, 0, 0, tmp_path).controller.wait_for_view("", 0)
+    view = Site(1, 0, 0, tmp_path).controller.wait_for_snapshot("", 0)
     assert view is not None
     assert (view["backends"], (tmp_path / "ip.txt").read_text()) == ([], "")
 

@@ -89,7 +89,7 @@ class Rig:
         self.controller.step()
 
     def all_well(self) -> None:
-        view = self.controller.wait_for_view("", 0)
+        view = self.controller.wait_for_snapshot("", 0)
         assert view is not None
         self.controller.report(report(**{"_" + b["ip"].split(".")[-1]: sample(id=b["id"]) for b in view["backends"]}))
 
@@ -124,7 +124,7 @@ def test_who_the_engine_lets_go_drains_in_the_view_until_it_has_ended(rig: Rig) 
     assert rig.engine.resizes == [(2, "image-1")]
     leaver = next(b for b in rig.controller.status()["backends"] if b["state"] == DRAINING)
     assert leaver["reason"] == LEAVING
-    view = rig.controller.wait_for_view("", 0)
+    view = rig.controller.wait_for_snapshot("", 0)
     assert view is not None
     assert leaver["ip"] in {b["ip"] for b in view["backends"] if b["state"] == DRAINING}
     rig.controller.stop(leaver["ip"], "drained")
@@ -253,5 +253,5 @@ def test_a_manager_ends_where_another_has_taken_over(rig: Rig, caplog: pytest.Lo
     loop.join(5)
     assert not loop.is_alive()
     with pytest.raises(Closing):  # it gives no balancer a view any more
-        rig.controller.wait_for_view("x", 0)
+        rig.controller.wait_for_snapshot("x", 0)
     assert "has taken over" in caplog.text

@@ -9,16 +9,16 @@ import pytest
 from hypothesis import strategies as st
 
 from core.fleet import ACTIVE, Backend, Verdict
-from core.load import MISSED, Finding, Meter, Sample
+from core.load import MISSED, Finding, LoadTracker, Sample
 from core.scaler import Load
 from fakes import report, sample
 
 TWO = Backend("p-1", ACTIVE, 0, id="a" * 64, ip="198.18.0.2")
 
 
-def metered(*reports: tuple) -> Meter:
+def metered(*reports: tuple) -> LoadTracker:
     """A meter that was given (time, report) pairs."""
-    meter = Meter()
+    meter = LoadTracker()
     for at, given in reports:
         meter.add(given, at)
     return meter
@@ -36,7 +36,7 @@ def test_rates_are_differences_of_absolute_counters_over_the_time_between(metric
 
 
 def test_one_report_is_no_rate_and_nobody_is_no_load() -> None:
-    meter = Meter()
+    meter = LoadTracker()
     assert meter.load("packets", 0) is None
     assert meter.add(report(_2=sample(1000)), 100) is False
     assert meter.load("packets", 100) is None
@@ -120,7 +120,7 @@ def test_balancer_that_reported_after_the_list_began_is_kept() -> None:
 
 @pytest.mark.parametrize("interval", [0.5, 2.0, 30.0, 60.0])
 def test_rate_is_measured_at_any_interval(interval: float) -> None:
-    meter = Meter()
+    meter = LoadTracker()
     for n in range(4):
         now = 100 + n * interval
         meter.keep({"b1"}, now)
@@ -130,7 +130,7 @@ def test_rate_is_measured_at_any_interval(interval: float) -> None:
 
 def test_report_that_waited_on_its_way_changes_no_rate() -> None:
     """As after the manager's process was stopped: a report of long ago is read together with a new one."""
-    meter = Meter()
+    meter = LoadTracker()
     for at, uptime, packets in ((100, 50, 0), (102, 52, 200), (110, 54, 400), (110.1, 60, 1000)):
         meter.add(replace(report(_2=sample(packets)), uptime=float(uptime)), at)
         load = meter.load("packets", at)
@@ -138,7 +138,7 @@ def test_report_that_waited_on_its_way_changes_no_rate() -> None:
 
 
 def test_rate_is_measured_by_our_clock_after_the_senders_began_anew() -> None:
-    meter = Meter()
+    meter = LoadTracker()
     for at, uptime, packets in ((100, 500, 0), (102, 1, 200), (104, 3, 500)):
         meter.add(replace(report(_2=sample(packets)), uptime=float(uptime)), at)
     assert meter.load("packets", 104) == Load(150)
@@ -215,7 +215,7 @@ REPORTS = st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from([0.1, 0.7, 
 
 @hypothesis.given(REPORTS)
 def test_what_all_say_of_a_backend_is_what_adding_up_their_newest_reports_would_say(reports: list) -> None:
-    meter, now = Meter(), 100.0
+    meter, now = LoadTracker(), 100.0
     for balancer, pause, rows in reports:
         now += pause
         if pause == 15.0:
@@ -236,7 +236,7 @@ def test_what_all_say_of_a_backend_is_what_adding_up_their_newest_reports_would_
 
 
 def test_rates_add_up_and_leave_again_without_a_rest_of_rounding() -> None:
-    meter = Meter()
+    meter = LoadTracker()
     for at, packets in ((100, (0, 0, 0)), (103, (1, 2, 4)), (106, (1, 2, 4))):
         for name, count in zip("abc", packets, strict=True):
             meter.add(report(name, _2=sample(count, share=count / 30)), at)

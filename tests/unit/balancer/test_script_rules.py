@@ -13,7 +13,7 @@ import ruleset
 from listings import Listing
 from ruleset import Endpoint
 
-SCRIPT = Path(__file__).parents[2] / "balancer" / "script.sh"
+SCRIPT = Path(__file__).parents[3] / "balancer" / "script.sh"
 
 
 def run(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -58,7 +58,7 @@ def rounded(text: str) -> str:
 def test_the_first_rules_are_the_ones_the_client_would_write(folder: Path, count: int, port: int, inside: str) -> None:
     addresses = [f"198.18.0.{number}" for number in range(2, 2 + count)]
     (folder / "ip.txt").write_text("".join(f"{ip}\n" for ip in addresses))
-    done = run(folder, "rules", LB_BACKEND_PORT=str(port), LB_INSIDE=inside)
+    done = run(folder, "rules", LB_BACKEND_PORT=str(port), LB_BACKEND_SUBNET=inside)
     assert (done.returncode, done.stderr) == (0, "")
     assert rounded(done.stdout) == rounded(first_rules(addresses, port, inside))
 

@@ -18,7 +18,7 @@ class Backend:
 
 
 @dataclass(frozen=True)
-class View:
+class Snapshot:
     """One answer of the manager to GET /sync. Times in seconds."""
 
     revision: str = ""
@@ -33,7 +33,7 @@ class View:
     check_source: str = ""  # the address from which the manager checks the path through the balancer; "": it does not
 
     @classmethod
-    def parse(cls, message: Mapping[str, Any]) -> View:
+    def parse(cls, message: Mapping[str, Any]) -> Snapshot:
         """Reads the manager's answer to GET /sync. Raises KeyError, TypeError or ValueError when it is not one."""
         service = dict(message["service"])
         backends = (
@@ -49,7 +49,7 @@ class View:
             float(service["interval"]),
             float(service["drain_timeout"]),
             service["weights"],
-            service["inside"],
+            service["backend_subnet"],
             service.get("locality", ""),
             str(IPv4Address(check_source)) if check_source else "",
         )

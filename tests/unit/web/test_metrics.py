@@ -14,7 +14,7 @@ import pytest
 from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 
-import probe
+import prober
 import synchronization_client as client
 from app import create_app as create_balancer_app
 from core.engine import EngineError
@@ -24,14 +24,14 @@ from core.scaler import Decision, Load, Memory, Policy, decide
 from exposition import APPLY_SECONDS, FAILED_PASSES, FAILED_PROBES, REPAIRS
 from fakes import TOKEN, Clock, FakeEngine, controller, eventually, report, sample
 from fakes_netfilter import FakeNetfilter
+from manager_client import ManagerClient
 from netfilter import NetfilterError
-from probe import Answer, Health, Prober
+from prober import Answer, Health, Prober
+from snapshot import Backend as Seen
+from snapshot import Snapshot
 from synchronization_client import Balancer
-from view import Backend as Seen
-from view import View
 from web import metrics
 from web.app import create_app
-from wire import Manager
 
 Told = dict[tuple[str, ...], float]
 
@@ -70,9 +70,9 @@ def scraped(tmp_path: Path) -> Scraped:
 
 def balancer() -> Balancer:
     """With two backends, over a kernel in memory."""
-    made = Balancer(FakeNetfilter(), Manager("127.0.0.1:1", TOKEN, "b1"), "b1")
+    made = Balancer(FakeNetfilter(), ManagerClient("127.0.0.1:1", TOKEN, "b1"), "b1")
     made._prober._loop.close()  # nobody is probed
-    made.view = View("r1", (Seen("a", "198.18.0.2", "active", 1.0), Seen("b", "198.18.0.3", "active", 1.0)))
+    made.snapshot = Snapshot("r1", (Seen("a", "198.18.0.2", "active", 1.0), Seen("b", "198.18.0.3", "active", 1.0)))
     return made
 
 
@@ -286,8 +286,8 @@ def test_a_repair_is_counted_and_a_change_of_ours_is_not() -> None:
     made, before = balancer(), value(REPAIRS)
     made.converge()
     for weight, count in ((1.0, 2), (1.0, 1), (3.0, 2), (1.0, 2)):  # another rotation, other shares
-        backends = (replace(made.view.backends[0], weight=weight), Seen("b", "198.18.0.3", "active", 1.0))
-        made.view = View("r2", backends[:count])
+        backends = (replace(made.snapshot.backends[0], weight=weight), Seen("b", "198.18.0.3", "active", 1.0))
+        made.snapshot = Snapshot("r2", backends[:count])
         made.converge()
     assert value(REPAIRS) == before
     made._netfilter.tables["nat"]["PREROUTING"].clear()  # type: ignore[attr-defined]
@@ -317,11 +317,11 @@ def test_probes_that_fail_are_counted_and_refusals_are_not(monkeypatch: pytest.M
             raise asyncio.CancelledError
         return answer, ""
 
-    monkeypatch.setattr(probe, "ask", ask)
-    monkeypatch.setattr(probe, "PERIOD", 0.0)
-    prober, before = Prober(lambda: None), value(FAILED_PROBES)
-    prober._health["a"] = Health()
+    monkeypatch.setattr(prober, "ask", ask)
+    monkeypatch.setattr(prober, "PERIOD", 0.0)
+    probing, before = Prober(lambda: None), value(FAILED_PROBES)
+    probing._health["a"] = Health()
     with pytest.raises(asyncio.CancelledError):
-        prober._loop.run_until_complete(prober._keep_asking("a", ("198.18.0.2", 8000, "tcp")))
-    prober._loop.close()
+        probing._loop.run_until_complete(probing._keep_asking("a", ("198.18.0.2", 8000, "tcp")))
+    probing._loop.close()
     assert value(FAILED_PROBES) == before + 2

@@ -12,7 +12,7 @@ import pytest
 
 from bench.replay import compare, main, read_trace
 
-TRACES = sorted((Path(__file__).parents[1] / "bench" / "traces").glob("*.csv"))
+TRACES = sorted((Path(__file__).parents[2] / "bench" / "traces").glob("*.csv"))
 TARGET = 10.0  # the course project's
 
 
@@ -92,7 +92,7 @@ def test_the_picture_shows_the_need_and_the_three_fleets(
 def test_without_a_picture_the_standard_library_will_do(
     words: list[str], status: int, errors: str, tmp_path: Path
 ) -> None:
-    script = Path(__file__).parents[1] / "bench" / "replay.py"
+    script = Path(__file__).parents[2] / "bench" / "replay.py"
     command = [sys.executable, "-I", "-S", str(script), str(TRACES[-1]), *words]  # -S: no installed package is found
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (status, errors)

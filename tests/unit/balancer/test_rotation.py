@@ -6,17 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from probe import Answer, Health
+from prober import Answer, Health
 from rotation import rotation
 from ruleset import Endpoint
-from view import Backend, View
+from snapshot import Backend, Snapshot
 
 GOOD, BAD, UNKNOWN = True, False, None
 STATES = ("active", "starting", "spare", "draining", "stopped")
 
 
-def fleet(*states: str) -> View:
-    return View("r1", tuple(Backend(str(i), f"198.18.0.{i}", state, 1.0) for i, state in enumerate(states)))
+def fleet(*states: str) -> Snapshot:
+    return Snapshot("r1", tuple(Backend(str(i), f"198.18.0.{i}", state, 1.0) for i, state in enumerate(states)))
 
 
 @pytest.mark.parametrize(
@@ -48,8 +48,8 @@ def fleet(*states: str) -> View:
 def test_unhealthy_candidates_are_left_out_while_at_least_half_are_healthy(
     backends: list[tuple[str, bool | None]], chosen: str, panic: bool
 ) -> None:
-    view = fleet(*(state for state, _ in backends))
-    result = rotation(view, {str(i): verdict for i, (_, verdict) in enumerate(backends)})
+    snapshot = fleet(*(state for state, _ in backends))
+    result = rotation(snapshot, {str(i): verdict for i, (_, verdict) in enumerate(backends)})
     assert [endpoint.ip for endpoint in result.endpoints] == [f"198.18.0.{i}" for i in chosen]
     assert result.panic == panic
 
@@ -64,8 +64,8 @@ def test_unhealthy_candidates_are_left_out_while_at_least_half_are_healthy(
     ],
 )
 def test_in_panic_only_dead_backends_leave_rotation(dead: str, chosen: str) -> None:
-    view = fleet("active", "active", "active", "active")
-    result = rotation(view, {"0": GOOD, "1": BAD, "2": BAD, "3": BAD}, dead=set(dead))
+    snapshot = fleet("active", "active", "active", "active")
+    result = rotation(snapshot, {"0": GOOD, "1": BAD, "2": BAD, "3": BAD}, dead=set(dead))
     assert [endpoint.ip for endpoint in result.endpoints] == [f"198.18.0.{i}" for i in chosen]
     assert result.panic
 
@@ -74,8 +74,8 @@ def test_in_panic_only_dead_backends_leave_rotation(dead: str, chosen: str) -> N
 def test_never_does_more_than_half_of_the_active_backends_leave_rotation(
     backends: list[tuple[str, bool | None]],
 ) -> None:
-    view = fleet(*(state for state, _ in backends))
-    result = rotation(view, {str(i): verdict for i, (_, verdict) in enumerate(backends)})
+    snapshot = fleet(*(state for state, _ in backends))
+    result = rotation(snapshot, {str(i): verdict for i, (_, verdict) in enumerate(backends)})
     states = {f"198.18.0.{i}": state for i, (state, _) in enumerate(backends)}
     assert {states[endpoint.ip] for endpoint in result.endpoints} <= {"active", "starting"}
     assert 2 * len(result.endpoints) >= sum(state == "active" for state, _ in backends)
@@ -87,8 +87,8 @@ def test_the_numbers_behind_a_panic_are_given() -> None:
 
 
 def test_rotation_carries_the_views_port_and_weights() -> None:
-    view = View("r1", (Backend("a", "198.18.0.2", "active", 2.5),), port=9090)
-    assert rotation(view, {}).endpoints == (Endpoint("198.18.0.2", 9090, 2.5),)
+    snapshot = Snapshot("r1", (Backend("a", "198.18.0.2", "active", 2.5),), port=9090)
+    assert rotation(snapshot, {}).endpoints == (Endpoint("198.18.0.2", 9090, 2.5),)
 
 
 @pytest.mark.parametrize("answer", [Answer.FAILED, Answer.TIMED_OUT, Answer.REFUSED])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -31,11 +29,6 @@ def engine_errors() -> Iterator[None]:
         raise EngineError(str(error.explanation or error)) from error
     except Exception as error:  # the SDK lets through what its own dependencies raise, down to KeyError
         raise EngineError(f"{type(error).__name__}: {error}") from error
-
-
-def config_digest(config: Mapping[str, Any]) -> str:
-    """A short hash. As a label, it shows whether a balancer was created from the current settings."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
 
 
 class BaseEngine(Engine):

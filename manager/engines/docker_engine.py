@@ -21,13 +21,14 @@ from core.fleet import Container
 from core.settings import Settings
 from engines import options
 from engines.backend_routes import BackendRoutes
-from engines.base import BaseEngine, config_digest, engine_errors
+from engines.base import BaseEngine, engine_errors
 from engines.failure_hints import failure_hint, with_hint
 from engines.options import SERVICE_PORT, BalancerOptions
 
 STOP_GRACE = 10  # seconds between SIGTERM and SIGKILL for a backend that has drained
-LOG_LINES = 20  # of a failed backend's log, in which the reason is searched
-EVENTS = ("die", "kill", "pause", "oom", "destroy", "disconnect")  # those that change which backends can serve
+LOG_LINES = 20  # the end of a failed backend's log, which may show why it failed
+# Docker's events after which a backend may no longer serve; "disconnect" is one of its network.
+EVENTS = ("die", "kill", "pause", "oom", "destroy", "disconnect")
 # HTTP status of the Engine API. For a new container: its name is in use. For a removal: another one is in progress.
 CONFLICT = 409
 REMOVAL_TRIES, REMOVAL_PAUSE = 40, 0.1  # number, seconds
@@ -69,7 +70,7 @@ class DockerEngine(BaseEngine):
         return rows
 
     def _note_balancers(self, rows: Iterable[Row]) -> None:
-        """Keeps what the list shows of the balancers; `rows` are running or not."""
+        """Keeps the balancer's state, as the list shows it. `rows`: its containers, running or not."""
         running = [row for row in rows if row["State"] == "running" and self._ip(row)]
         current = [row for row in running if self._is_current(row)]
         if current:
@@ -78,7 +79,7 @@ class DockerEngine(BaseEngine):
             self.balancer = BalancerState.OUTDATED
         else:
             self.balancer = BalancerState.STOPPED if list(rows) else BalancerState.MISSING
-        # A balancer's name in its reports is its host name, which is the short id of its container.
+        # A balancer reports under its host name, which is the short id of its container.
         self.balancers = frozenset(row["Id"][:12] for row in running)
         self._check_targets = [(self._ip(row), SERVICE_PORT) for row in current]
 
@@ -87,7 +88,7 @@ class DockerEngine(BaseEngine):
 
     @cached_property
     def _balancer_digest(self) -> str:
-        return config_digest(self._balancer_spec())
+        return options.config_digest(self._balancer_spec())
 
     def _balancer_spec(self) -> dict[str, Any]:
         """The balancer's options, as keyword arguments of the SDK's `containers.create`."""
@@ -214,7 +215,7 @@ class DockerEngine(BaseEngine):
         return with_hint(line, failure_hint(text, exit_code, bool(state.get("OOMKilled"))))
 
     def events(self) -> Iterator[Event]:
-        """Changes of containers from now on. Ends, or raises EngineError, when the engine is unreachable."""
+        """The changes of containers from now on. Ends, or raises EngineError, when the engine becomes unreachable."""
         filters = {"type": ["container", "network"], "event": list(EVENTS)}
         with (
             engine_errors(),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +46,11 @@ BALANCER_SYSCTLS = {
 def labels(project: str, role: str) -> dict[str, str]:
     """What marks a container or service as ours. `role`: backend or balancer."""
     return {"lbscaler.project": project, "lbscaler.role": role}
+
+
+def config_digest(config: Mapping[str, Any]) -> str:
+    """A short hash. As a balancer's label, it shows whether the balancer was created from the current settings."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)

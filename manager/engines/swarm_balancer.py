@@ -13,7 +13,6 @@ from typing import Any
 from core.engine import BalancerState
 from core.settings import Settings
 from engines import options
-from engines.base import config_digest
 from engines.options import SERVICE_PORT, BalancerOptions
 from engines.swarm_services import SECOND, ApiObject, Spec
 from engines.swarm_tasks import Task
@@ -45,7 +44,7 @@ def service_spec(settings: Settings, balancer: BalancerOptions, manager: str, se
         "Mode": {"Global": {}},
         "EndpointSpec": {"Mode": "dnsrr", "Ports": [port]},
     }
-    return {**spec, "Labels": {**labels, "lbscaler.config": config_digest(spec)}, "UpdateConfig": UPDATE}
+    return {**spec, "Labels": {**labels, "lbscaler.config": options.config_digest(spec)}, "UpdateConfig": UPDATE}
 
 
 def _container(settings: Settings, balancer: BalancerOptions, manager: str, secret_ids: Iterable[str]) -> Spec:
@@ -74,6 +73,7 @@ def _secret(id_: str, name: str, file: str) -> dict[str, Any]:
 
 
 def state(service: ApiObject | None, wanted: Spec) -> BalancerState:
+    """The state of the service, which has to match `wanted`. Swarm itself restarts its tasks."""
     if service is None:
         return BalancerState.MISSING
     if service["Spec"]["Labels"].get("lbscaler.config") != wanted["Labels"]["lbscaler.config"]:
@@ -82,7 +82,7 @@ def state(service: ApiObject | None, wanted: Spec) -> BalancerState:
 
 
 def report_name(task: Task) -> str:
-    """A balancer's name in its reports: its host name, which is the short id of its container."""
+    """The name under which a balancer reports: its host name, which is the short id of its container."""
     return task.container[:12]
 
 

@@ -182,7 +182,7 @@ class SwarmEngine(BaseEngine):
         if self.refused or not self._tried_spec or not rolled_back:
             return
         self.refused = _digest(self._tried_spec)
-        log.error("update given up, Swarm goes back: its backends did not stay up")
+        log.error("update given up, Swarm rolls back: its backends did not stay up")
         # Swarm rolls back to the spec before the last change of the service. If that change was only to the number of
         # tasks, the spec before it was the failed one as well.
         labels = service["Spec"]["Labels"]

@@ -361,7 +361,7 @@ def test_rollback_to_the_failed_spec_is_corrected_to_the_spec_before_it(
     engine.list()
     assert service["Spec"]["TaskTemplate"] == json.loads(SPEC)
     assert service["Spec"]["Mode"] == {"Replicated": {"Replicas": 3}}
-    assert "update given up, Swarm goes back" in caplog.text
+    assert "update given up, Swarm rolls back" in caplog.text
 
 
 def test_manager_that_starts_after_a_rollback_does_not_change_the_spec(engine: SwarmEngine) -> None:

@@ -54,7 +54,8 @@ class Handler(WSGIHandler):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)  # header and body are sent one after the other
+        # Header and body are two packets: without this, the second waits for the first's delayed acknowledgement.
+        self.socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
         self.socket.setsockopt(SOL_SOCKET, SO_SNDBUF, SEND_BUFFER)
         self.rfile = self.socket.makefile("rb", READ_BUFFER)
         self.above_limit = self.server.connections > self.server.max_connections

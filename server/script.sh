@@ -1,10 +1,10 @@
 #!/bin/bash
-# The container's first process: runs the backend's two programs, passes SIGTERM on to both, and ends with the workload.
+# Runs the backend's two programs, passes SIGTERM on to both, and ends when the workload has ended.
 #   script.sh         serve                      script.sh alive           Docker's health check
 set -euo pipefail
 cd "$(dirname "$0")"
 
-# Any status will do: a draining or saturated backend does not have to be replaced.
+# Healthy with any HTTP status: a draining or saturated backend does not have to be replaced.
 if [ "${1:-}" = alive ]; then
     exec 3<>/dev/tcp/127.0.0.1/5000
     printf 'GET /sync HTTP/1.0\r\n\r\n' >&3

@@ -36,7 +36,7 @@ MAX_REQUESTS = int(os.environ.get("MAX_REQUESTS", "512"))  # in progress: receiv
 MAX_CONNECTIONS = int(os.environ.get("MAX_CONNECTIONS", "8000"))  # fewer where the limit of open files is lower
 IDLE_TIMEOUT = 120.0  # seconds between two requests on one connection
 READY_AGAIN = 0.8  # share of either limit; a backend that was saturated is ready again below it
-COMPUTE_SLICE = 0.01  # seconds, at least, of computing before the event loop runs again
+COMPUTE_SLICE = 0.01  # seconds of computing, at least, before the event loop runs again
 
 app = Flask(__name__)
 draining = Event()
@@ -56,6 +56,7 @@ def count_primes(limit: int) -> int:
 
 @cache  # a lookup blocks all other requests
 def own_address() -> str:
+    """The address of this container's name, or a text that there is none."""
     try:
         return socket.gethostbyname(socket.gethostname())
     except OSError:
@@ -69,9 +70,9 @@ def index() -> Response | tuple[str, int]:
         limit = int(request.args.get("limit", LIMIT_DEFAULT))
         seconds = float(request.args.get("seconds", 0))
     except ValueError:
-        return "limit takes a whole number, seconds a number\n", 400
+        return "limit must be a whole number, seconds a number\n", 400
     if not (0 <= limit <= LIMIT_MAX and 0 <= seconds <= SECONDS_MAX):
-        return f"limit goes from 0 to {LIMIT_MAX}, seconds from 0 to {SECONDS_MAX:g}\n", 400
+        return f"limit must be from 0 to {LIMIT_MAX}, seconds from 0 to {SECONDS_MAX:g}\n", 400
     line = (
         f"{socket.gethostname()} at {own_address()}: {count_primes(limit)} primes up to {limit}, "
         f"for {request.remote_addr}\n"
@@ -80,6 +81,7 @@ def index() -> Response | tuple[str, int]:
 
 
 def slowly(line: str, seconds: float) -> Iterator[str]:
+    """Sends ten dots a second for that time, then the line."""
     for _ in range(int(seconds * 10)):
         yield "."
         gevent.sleep(0.1)
@@ -95,7 +97,7 @@ def close_while_draining(response: Response) -> Response:
 
 
 class Turns:
-    """Lets one request compute at a time, and the event loop read and answer others in between.
+    """Lets one request compute at a time, and lets the event loop read and answer others in between.
 
     Computing and the event loop share one thread. The loop gets one pass after each slice of computing, so that
     readiness checks are answered. A slice lasts at least as long as that pass did, so that many refusals do not use up
@@ -115,14 +117,19 @@ class Turns:
 
     def _run_event_loop(self) -> None:
         began = time.monotonic()
-        gevent.idle(priority=2)  # the highest: the wait ends after one pass, even when more has come in
+        gevent.idle(priority=2)  # the highest priority: waits for one pass only, even if more events are pending
         resumed = time.monotonic()
         self._slice_ends = resumed + max(COMPUTE_SLICE, resumed - began)
 
 
+def saturated(**headers: str) -> Response:
+    headers = {"Retry-After": RETRY_AFTER, **headers}
+    return Response("saturated: try again later\n", 503, headers, mimetype="text/plain")
+
+
 READY = Response("ready\n", mimetype="text/plain")
-SATURATED = Response("saturated: try again later\n", 503, {"Retry-After": RETRY_AFTER}, mimetype="text/plain")
-REFUSED = Response(SATURATED.response, 503, {**SATURATED.headers, "Connection": "close"})
+NOT_READY = saturated()  # the synchronization server keeps its connection
+REFUSED = saturated(Connection="close")
 
 
 class Backend:
@@ -136,7 +143,7 @@ class Backend:
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         if environ["PATH_INFO"] == "/ready":
-            readiness = SATURATED if self.is_saturated() else READY
+            readiness = NOT_READY if self.is_saturated() else READY
             return readiness(environ, start_response)
         if self.in_progress >= MAX_REQUESTS:
             return REFUSED(environ, start_response)
@@ -153,7 +160,7 @@ class Backend:
             self.in_progress -= 1
 
     def is_saturated(self) -> bool:
-        """True from the time that a limit is reached until both numbers are well below it."""
+        """True from the time that a limit is reached until both numbers are below READY_AGAIN of their limits."""
         share = READY_AGAIN if self._saturated else 1.0
         too_many_requests = self.in_progress >= share * MAX_REQUESTS
         too_many_connections = self.server.connections >= share * self.server.max_connections

@@ -24,7 +24,7 @@ trap 'stopping=1; kill -TERM "$server" "$sync" 2>/dev/null || true' TERM INT
 while kill -0 "$server" 2>/dev/null && kill -0 "$sync" 2>/dev/null; do
     wait -n "$server" "$sync" || true
 done
-[ -n "$stopping" ] || echo "script.sh: a program ended without a signal; ending the container so that it is replaced" >&2
+[ -n "$stopping" ] || echo "script.sh: a program has ended; ending the container so that it is replaced" >&2
 
 status=0
 kill -TERM "$server" 2>/dev/null || true

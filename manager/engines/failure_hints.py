@@ -1,6 +1,7 @@
 """Which setting may help a backend that failed, found in the last lines of its log. Pure.
 
-Programs report their errors in sentences only, so this is the one place of the engines that reads sentences.
+It searches text that is meant for people, because a program reports the reason of its end nowhere else. The result is
+text for people again: nothing but the log depends on it.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from engines.swarm_services import ApiObject, retry_when_overtaken
 Claim = tuple[int, str]
 
 
-def parse(label: str) -> Claim:
+def parse_claim(label: str) -> Claim:
     """The claim in a label's text; the lowest one for any other text."""
     number, _, owner = label.partition(" ")
     return (int(number), owner) if number.isdecimal() else (0, "")
@@ -34,7 +34,7 @@ class FleetClaim:
     def hold(self, nodes: Iterable[ApiObject]) -> None:
         """Claims the fleet at the first call. Raises TakenOver at a later one if a newer claim is there."""
         labels = [node["Spec"].get("Labels", {}).get(self._label, "") for node in nodes]
-        newest = max(map(parse, labels), default=(0, ""))
+        newest = max(map(parse_claim, labels), default=(0, ""))
         if self._own is None:
             own = (max(int(time.time()), newest[0] + 1), f"{socket.gethostname()}, pid {os.getpid()}")
             retry_when_overtaken(lambda: self._write(own))

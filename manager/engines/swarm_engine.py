@@ -26,7 +26,7 @@ from engines.failure_hints import failure_hint, with_hint
 from engines.options import BalancerOptions
 from engines.swarm_claim import FleetClaim
 from engines.swarm_services import ApiObject, Spec, SwarmServices
-from engines.swarm_tasks import Task, parse
+from engines.swarm_tasks import Task, parse_task
 
 POLL_INTERVAL = 0.2  # seconds, at least, between two lists of the tasks
 MAX_POLLING_LOAD = 0.1  # the largest share of the time that listing may take
@@ -94,7 +94,7 @@ class SwarmEngine(BaseEngine):
 
     def _tasks(self, service: ApiObject | None) -> Sequence[Task]:
         listed = self._client.api.tasks(filters={"service": service["ID"]}) if service else ()
-        return tuple(map(parse, listed))
+        return tuple(map(parse_task, listed))
 
     def _container(self, task: Task, spec: str) -> Container:
         return Container(

@@ -36,7 +36,7 @@ class Task:
         return self.desired_state != "running"
 
 
-def parse(listed: Mapping[str, Any]) -> Task:
+def parse_task(listed: Mapping[str, Any]) -> Task:
     """A task from the Engine API's description of it."""
     status = listed["Status"]
     container = status.get("ContainerStatus", {})

@@ -406,5 +406,5 @@ def test_logged_errors_of_tasks_that_swarm_no_longer_lists_are_forgotten(engine:
 
 
 def test_claim_with_the_higher_number_is_newer_and_an_invalid_label_is_the_oldest_claim() -> None:
-    assert swarm_claim.parse("12 vm, pid 3") < swarm_claim.parse("13 a")
-    assert swarm_claim.parse("") == swarm_claim.parse("x y") == (0, "")
+    assert swarm_claim.parse_claim("12 vm, pid 3") < swarm_claim.parse_claim("13 a")
+    assert swarm_claim.parse_claim("") == swarm_claim.parse_claim("x y") == (0, "")

@@ -23,7 +23,7 @@ class ManagerClient:
     """Every call raises requests.RequestException when the manager is unreachable or answers with an error, such as 503
     while it shuts down."""
 
-    def __init__(self, addresses: Sequence[str], token: str, balancer: str = "", certificate: str = "") -> None:
+    def __init__(self, addresses: Sequence[str], token: str, balancer: str, certificate: str = "") -> None:
         """`addresses` are those that the manager may have, tried in turn. `certificate` is a file with the manager's
         certificate: calls then use TLS and accept no other certificate."""
         self._balancer = balancer
@@ -47,14 +47,13 @@ class ManagerClient:
         message: Mapping[str, Any] | None = None if answer.status_code == 204 else answer.json()
         return message
 
-    def report(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
-        answer = self._session.post(f"{self._urls[0]}/pkts_info", json=message, timeout=(3, 5))
-        answer.raise_for_status()
-        decision: Mapping[str, Any] = answer.json()
-        return decision
+    def report(self, message: Mapping[str, Any]) -> None:
+        self._post("/pkts_info", message).raise_for_status()
 
     def stop(self, ip: str, reason: str) -> None:
-        message = {"ip": ip, "reason": reason} | ({"balancer": self._balancer} if self._balancer else {})
-        answer = self._session.post(f"{self._urls[0]}/stop", json=message, timeout=(3, 5))
+        answer = self._post("/stop", {"ip": ip, "reason": reason, "balancer": self._balancer})
         if answer.status_code != 404:  # unknown to the manager: already removed
             answer.raise_for_status()
+
+    def _post(self, path: str, message: Mapping[str, Any]) -> requests.Response:
+        return self._session.post(self._urls[0] + path, json=message, timeout=(3, 5))

@@ -136,11 +136,6 @@ class Learner:
         self._counted: dict[str, int] = {}
         self._since: float | None = None
 
-    @property
-    def estimates(self) -> Estimates:
-        with self._lock:
-            return self._estimates
-
     def sample(self, waiting: Mapping[str, int]) -> None:
         """Adds one sample of the flows that wait for their first reply; an interval's samples are averaged."""
         with self._lock:

@@ -54,9 +54,8 @@ class FakeManager(ManagerClient):
             raise answer
         return answer  # type: ignore[no-any-return]
 
-    def report(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
+    def report(self, message: Mapping[str, Any]) -> None:
         self.reports.append(message)
-        return {}
 
     def stop(self, ip: str, reason: str) -> None:
         self.stops.append((ip, reason))

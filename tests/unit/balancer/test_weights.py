@@ -238,7 +238,7 @@ def test_learner_averages_samples_and_takes_differences_of_counters() -> None:
     for waiting in (1, 3):
         learner.sample({"a": waiting})
     learner.learn({"a": 140}, 2.0)
-    assert learner.estimates["a"] == Estimate(20.0, 2.0)
+    assert learner._estimates["a"] == Estimate(20.0, 2.0)
 
 
 def test_new_counter_counts_no_connections() -> None:
@@ -246,7 +246,7 @@ def test_new_counter_counts_no_connections() -> None:
     learner.learn({}, 0.0)
     learner.sample({})
     learner.learn({"a": 5000}, 2.0)
-    assert learner.estimates["a"].rate == 0
+    assert learner._estimates["a"].rate == 0
 
 
 def test_only_new_backends_start_slowly() -> None:
@@ -277,4 +277,4 @@ def test_threads_share_a_learner_without_losing_samples() -> None:
     for thread in threads:
         thread.join()
     learner.learn({"a": 10}, 2.0)
-    assert learner.estimates["a"] == Estimate(5.0, 1.0)
+    assert learner._estimates["a"] == Estimate(5.0, 1.0)

@@ -51,6 +51,7 @@ def connection_limit() -> int:
 
 
 def make_server(app: Flask, port: int = PORT) -> WSGIServer:
+    # Errors of clients are not logged.
     pool = Pool(connection_limit())
     quiet = {"log": None, "error_log": None}
     return WSGIServer(("0.0.0.0", port), app, spawn=pool, backlog=BACKLOG, handler_class=_Handler, **quiet)

@@ -3,7 +3,6 @@ happens, or in `gauges`, if its value is read at each scrape."""
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -25,15 +24,14 @@ FAILED_PASSES = Counter(f"{PREFIX}failed_passes", "Passes of a loop that ended w
 
 def gauges(state: State) -> tuple[tuple[str, str, float], ...]:
     """(name, meaning, value) of each gauge."""
-    rotation = state.converged.rotation
     used, limit = state.netfilter.conntrack_use()
     return (
-        ("rotation_backends", "Backends that get new connections.", len(rotation.endpoints)),
-        ("panic", "1 while fewer than half of the backends are healthy, so that all stay.", rotation.panic),
-        ("flows", "Live flows to backends.", sum(state.sampled.live.values())),
+        ("rotation_backends", "Backends that get new connections.", len(state.rotation.endpoints)),
+        ("panic", "1 while fewer than half of the backends are healthy, so that all stay.", state.rotation.panic),
+        ("flows", "Live flows to backends.", sum(state.live.values())),
         ("conntrack_entries", "Entries in the connection table.", used),
         ("conntrack_entries_limit", "Entries that the connection table can hold.", limit),
-        ("converged_seconds", "Time since the last successful pass.", time.monotonic() - state.converged.at),
+        ("converged_seconds", "Time since the last successful pass.", state.since_converged()),
     )
 
 

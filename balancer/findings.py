@@ -45,6 +45,7 @@ def find(ip_forward: bool, listings: Mapping[str, Listing]) -> list[Finding]:
     forward_policy = listings.get("filter", Listing()).policies.get("FORWARD")
     if forward_policy == "DROP":
         found.append(Finding(Kind.FORWARD_POLICY_DROP, "filter FORWARD has the policy DROP"))
+    # Foreign rules on the path of the service's packets.
     for table, chains in PASSED.items():
         for chain in chains:
             for rule in _foreign_rules(chain, listings.get(table, Listing()), {chain}):

@@ -106,13 +106,16 @@ def listing_request(backend: str = "", waiting_only: bool = False) -> bytes:
 
     The kernel does the filtering: by address and port since Linux 5.8, by mark in all versions. An older kernel sends
     more flows than requested, so `count` and `deletions` check each flow themselves."""
+    # All flows of the service, by protocol and port.
     ports = attribute(PROTO_NUMBER, bytes([TCP])) + attribute(PROTO_DESTINATION_PORT, struct.pack("!H", SERVICE_PORT))
     attributes = attribute(NESTED | ORIGINAL, attribute(NESTED | TUPLE_PROTO, ports))
     flags = attribute(FILTER_ORIGINAL, _LENGTH.pack(MATCH_PROTO_NUMBER | MATCH_DESTINATION_PORT))
+    # Of one backend: replies come from its address.
     if backend:
         source = attribute(IP_SOURCE, IPv4Address(backend).packed)
         attributes += attribute(NESTED | REPLY, attribute(NESTED | TUPLE_IP, source))
         flags += attribute(FILTER_REPLY, _LENGTH.pack(MATCH_IP_SOURCE))
+    # That wait for a first reply: of the two bits of the mark, only that of the request is set.
     if waiting_only:
         attributes += attribute(MARK, _NUMBER.pack(REQUEST_MARK))
         attributes += attribute(MARK_MASK, _NUMBER.pack(REQUEST_MARK | REPLY_MARK))
@@ -156,6 +159,7 @@ def count(seen: Iterable[Flow], timeouts: Timeouts, check_source: str = "") -> F
         waits = flow.mark & (REQUEST_MARK | REPLY_MARK) == REQUEST_MARK
         silent = timeouts.idle(flow) >= SILENT_SECONDS
         kinds[flow.backend, flow.state, waits, silent] += 1
+    # Then by backend.
     counts = FlowCounts()
     for (backend, state, waits, silent), number in kinds.items():
         ip = str(IPv4Address(backend))

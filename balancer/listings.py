@@ -22,11 +22,12 @@ def parse_table(text: str) -> Listing:
     packets: dict[str, int] = {}
     policies: dict[str, str] = {}
     for line in text.splitlines():
-        if line.startswith(":"):
+        if line.startswith(":"):  # a chain, and its policy if it is built in
             chain, policy = line[1:].split(" ")[:2]
             chains.setdefault(chain, [])
             if policy != "-":
                 policies[chain] = policy
+        # A rule, with the packets that it counted.
         elif match := re.match(r"\[(\d+):\d+\] -A (\S+) ?(.*)", line):
             chain = match[2]
             packets.setdefault(chain, int(match[1]))

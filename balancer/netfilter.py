@@ -42,6 +42,7 @@ def run(argv: Sequence[str], text: str = "") -> str:
             return done.stdout
         if done.returncode != LOCKED:
             break
+    # A failed restore names the line by its number.
     numbered = "".join(f"\n{number:5} {line}" for number, line in enumerate(text.splitlines(), 1))
     raise NetfilterError(f"{' '.join(argv)}: exit code {done.returncode}: {done.stderr.strip()}{numbered}")
 

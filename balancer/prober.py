@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 
 from exposition import FAILED_PROBES
 from health import PERIOD, Answer, Cause, Health
+from snapshot import Snapshot
 
 log = logging.getLogger("balancer")
 
@@ -77,9 +78,9 @@ class Prober(threading.Thread):
         with self._lock:
             return dict(self._health)
 
-    def watch(self, backends: Mapping[str, str], port: int, method: str) -> None:
-        """Watches `backends` (id → address) and no others."""
-        targets = {id_: (ip, port, method) for id_, ip in backends.items()}
+    def watch(self, snapshot: Snapshot) -> None:
+        """Watches the backends of the snapshot and no others."""
+        targets = {backend.id: (backend.ip, snapshot.port, snapshot.health) for backend in snapshot.backends}
         self._loop.call_soon_threadsafe(self._retarget, targets)
 
     def _retarget(self, targets: Mapping[str, _Target]) -> None:

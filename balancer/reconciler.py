@@ -25,7 +25,7 @@ from listings import Listing, connections
 from rotation import Rotation, rotation
 from ruleset import REPLIES, SET, Endpoint, Table
 from snapshot import Snapshot
-from state import Converged, State
+from state import State
 
 SLOW_START_STEP = 1.0  # seconds between passes while a backend is in its slow start
 
@@ -37,6 +37,9 @@ class Reconciler:
 
     def __init__(self, state: State, node: str = "") -> None:
         self._state, self._netfilter, self._node = state, state.netfilter, node
+        # What the kernel has: address → id of each backend that it may know (None after a start), and the nat table.
+        self._known: Mapping[str, str] | None = None
+        self._nat: Table | None = None
 
     def wait_and_reconcile(self) -> None:
         """Makes one pass: when something changed, or after an interval, which repairs what other programs changed."""
@@ -52,39 +55,43 @@ class Reconciler:
 
     def reconcile(self) -> None:
         """Makes one pass; changes nothing when everything is in place."""
-        state, snapshot, before = self._state, self._state.snapshot, self._state.converged
+        state, snapshot, before = self._state, self._state.snapshot, self._state.rotation
         health = state.health(snapshot)
-        chosen = rotation(snapshot, health, self._node, state.sampled.answering)
+        chosen = rotation(snapshot, health, self._node, state.answering)
         chosen = self._weighted(chosen, snapshot, health)
-        ids = {backend.ip: backend.id for backend in snapshot.backends}
+        ids = snapshot.ids
 
         # After a start, the kernel has the first rules of script.sh, or what an earlier client left.
         nat = self._netfilter.listing("nat")
         state.rules_in_place = ruleset.is_hooked(nat)
         self._netfilter.make_sets()
         members = {name: self._netfilter.members(name) for name in (SET, REPLIES)}
-        known = dict.fromkeys((*connections(nat), *members[SET]), "") if before.ids is None else before.ids
+        known = dict.fromkeys((*connections(nat), *members[SET]), "") if self._known is None else self._known
 
+        # Add the new backends: first to the sets, which rules need.
         self._prepare(ids, known)
         self._change_sets({*members[SET], *ids}, members)
-        if before.ids is not None:
+        if self._known is not None:
             # The new backends may get flows from now on. If this pass fails below, the next must not delete them.
-            state.converged = replace(before, ids={**known, **ids})
+            self._known = {**known, **ids}
+        # Write the rules. If the wanted nat table is that of the last pass, another program had changed the kernel's.
         tables = self._tables(chosen, snapshot)
-        repaired = self._write(tables, nat) and before.nat == tables[0]
+        repaired = self._write(tables, nat) and self._nat == tables[0]
+        # Remove the old backends: no rule leads to them now.
         unhealthy = {backend.ip for backend in snapshot.backends if health[backend.id].healthy is False}
-        ejected = (before.rotation.ips & unhealthy) - chosen.ips
+        ejected = (before.ips & unhealthy) - chosen.ips
         self._remove(known.keys() - ids.keys(), ejected)
         self._change_sets(ids, {name: {*members[name], *ids} for name in members})
 
-        state.converged = Converged(chosen, ids, tables[0], time.monotonic())
-        _log_changes(before.rotation, chosen, repaired)
+        self._known, self._nat = ids, tables[0]
+        state.rotation, state.converged_at = chosen, time.monotonic()
+        _log_changes(before, chosen, repaired)
 
     def _weighted(self, chosen: Rotation, snapshot: Snapshot, health: Mapping[str, Health]) -> Rotation:
         """`chosen` with weights by the backends' speed. Backends that became healthy a moment ago get a part of their
         share; a spare was healthy long before it enters rotation."""
         learner, now, adaptive = self._state.learner, time.monotonic(), snapshot.weights == "adaptive"
-        ids = {backend.ip: backend.id for backend in snapshot.backends}
+        ids = snapshot.ids
         healthy = {id_ for id_, one in health.items() if one.healthy}
         learner.ready(healthy | {ids[ip] for ip in chosen.ips}, now)
         endpoints = []

@@ -41,11 +41,12 @@ class Reporter:
 
     def report(self) -> dict[str, Any]:
         """The message of POST /pkts_info."""
-        state, snapshot, converged = self._state, self._state.snapshot, self._state.converged
+        state, snapshot, rotation = self._state, self._state.snapshot, self._state.rotation
         health = state.health(snapshot)
         counted = connections(state.netfilter.listing("nat"))
         traffic = state.netfilter.members(SET)
-        weights = {endpoint.ip: endpoint.weight for endpoint in converged.rotation.endpoints}
+        # The share of each backend, by its weight.
+        weights = {endpoint.ip: endpoint.weight for endpoint in rotation.endpoints}
         total = sum(weights.values()) or 1.0
         rows = []
         for backend in snapshot.backends:
@@ -57,7 +58,7 @@ class Reporter:
                 "connections": counted.get(backend.ip, 0),
                 "packets": packets,
                 "bytes": size,
-                "active": state.sampled.live.get(backend.ip, 0),
+                "active": state.live.get(backend.ip, 0),
             }
             rows.append(row | _health_fields(health[backend.id]))
         return {
@@ -65,7 +66,7 @@ class Reporter:
             "revision": snapshot.revision,
             "interval": snapshot.interval,
             "uptime": time.monotonic() - state.began,
-            "panic": converged.rotation.panic,
+            "panic": rotation.panic,
             "findings": [finding.message() for finding in state.findings],
             "warnings": self._warnings(),
             "backends": rows,
@@ -73,7 +74,7 @@ class Reporter:
 
     def learn(self, report: Mapping[str, Any]) -> None:
         """Ends a learning interval of the weights."""
-        in_rotation = self._state.converged.rotation.ips
+        in_rotation = self._state.rotation.ips
         counted = {row["id"]: row["connections"] for row in report["backends"] if row["ip"] in in_rotation}
         self._state.learner.learn(counted, time.monotonic())
         self._state.reconcile_due.set()

@@ -91,12 +91,14 @@ def nat(
     Self-check connections from `check_source` have rules of their own, so that they do not count as load.
     """
     chains = dispatch(rotation)
+    # The chain of each known backend.
     for backend in sorted({*rotation, *draining}, key=_address):
         chains[backend_chain(backend.ip)] = (f"-p tcp -j {_dnat(backend)}",)
-    # Only connections to the service: Docker's DNS has its own DNAT in this table.
+    # Masquerade only connections to the service: Docker's DNS has its own DNAT in this table.
     dispatched = f"-p tcp -m conntrack --ctstate DNAT --ctorigdstport {SERVICE_PORT}"
     source = f"-s {backend_subnet} " if backend_subnet else ""
     chains[MASQUERADE] = (f"{source}{dispatched} -j MASQUERADE --to-ports {MASQUERADE_PORTS} --random-fully",)
+    # From PREROUTING into dispatch, and first self-checks into their own chain.
     entry = [f"-p tcp -m tcp --dport {SERVICE_PORT} -m addrtype --dst-type LOCAL -j {DISPATCH}"]
     if check_source:
         # Equal shares over a few backends, by DNAT directly: the backends' own chains count connections.
@@ -127,7 +129,7 @@ def mangle(check_source: str = "", marks: bool = True) -> Table:
             f"{reply} -m set --match-set {REPLIES} src",
             f"{reply} -m set --match-set {SET} src ! --update-counters {_set_mark(REPLY_MARK)}",
         )
-    if check_source:
+    if check_source:  # before the counting rules
         ports = f"{CHECK_PORTS[0]}:{CHECK_PORTS[1]}"
         is_check = f"-p tcp -m conntrack --ctorigsrc {check_source} --ctorigsrcport {ports}"
         chains[COUNT] = (f"{is_check} -j RETURN", *chains[COUNT])
@@ -179,6 +181,7 @@ def dispatch(rotation: Sequence[Endpoint]) -> Chains:
             for member in members:
                 groups.setdefault(_digit(member, digit), []).append(member)
             path += next(iter(groups))
+        # One child chain for each value of the digit, with the sum of its members' weights.
         targets = []
         for value, group in sorted(groups.items()):
             child = f"LB-T-{path[:-1]}{value}"
@@ -220,9 +223,11 @@ def restore(table: Table, actual: Listing) -> str:
     for chain in (*changed, *stale):  # creates the chain, or empties it
         lines.append(f":{chain} - [0:0]")
     for chain in changed:
-        lines += [f"-A {chain} {rule}" for rule in table.chains[chain]]
+        for rule in table.chains[chain]:
+            lines.append(f"-A {chain} {rule}")
     lines += hooks
-    lines += [f"-X {chain}" for chain in stale]
+    for chain in stale:  # last: by now no rule leads to it
+        lines.append(f"-X {chain}")
     return "\n".join([*lines, "COMMIT", ""])
 
 
@@ -232,6 +237,7 @@ def _hook_changes(chain: str, wanted: Rules, actual: Rules) -> list[str]:
     ours = [rule for rule in actual if is_ours(rule)]
     if without_docker[: len(wanted)] == wanted and len(ours) == len(wanted):
         return []
+    # Also deletes duplicates, and hooks of an earlier version.
     deletes = [f"-D {chain} {rule}" for rule in ours]
     return deletes + [f"-I {chain} {place} {rule}" for place, rule in enumerate(wanted, 1)]
 
@@ -258,10 +264,12 @@ def target_of(rule: str) -> str:
 
 def set_changes(wanted: Iterable[str], present: Iterable[str], name: str = SET) -> str:
     """`ipset restore` text. Adds no present member again, which would zero its counters."""
-    wanted, present = set(wanted), set(present)
-    lines = [f"add {name} {ip}" for ip in sorted(wanted - present)]
-    lines += [f"del {name} {ip}" for ip in sorted(present - wanted)]
-    return "".join(line + "\n" for line in lines)
+    wanted, present, lines = set(wanted), set(present), ""
+    for ip in sorted(wanted - present):
+        lines += f"add {name} {ip}\n"
+    for ip in sorted(present - wanted):
+        lines += f"del {name} {ip}\n"
+    return lines
 
 
 def _address(endpoint: Endpoint) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 import requests
 
@@ -18,12 +17,11 @@ from features import MARKS
 from health import Cause, Health
 from manager_client import ManagerClient
 from ruleset import REPLIES
-from schedule import Pace
+from schedule import SAMPLE_PERIOD, Pace
 from snapshot import Snapshot
 from stalls import Replies, StallDetector
 from state import State
 
-SAMPLE_PERIOD = 0.5  # seconds between samples while they are cheap
 # The largest shares of the time: of samples of waiting flows, and of all flows and draining backends together.
 WAITING_LOAD, COUNT_LOAD = 0.01, 0.04
 DRAINING_LOAD = 0.03  # of COUNT_LOAD, while there are draining backends
@@ -35,7 +33,7 @@ class Sampler:
     def __init__(self, state: State, manager: ManagerClient) -> None:
         self._state, self._netfilter, self._manager = state, state.netfilter, manager
         self._detector = StallDetector()
-        self._waiting_pace, self._draining_pace, self._count_pace = (Pace(SAMPLE_PERIOD) for _ in range(3))
+        self._waiting_pace, self._draining_pace, self._count_pace = Pace(), Pace(), Pace()
         self._draining_since: dict[str, float] = {}  # by address
 
     def wait_and_sample(self) -> None:
@@ -61,46 +59,44 @@ class Sampler:
         if MARKS in state.missing:
             return
         counts = self._netfilter.waiting_flows(snapshot.check_source)
+        # How many wait: for the weights.
         state.learner.sample({backend.id: counts.waiting[backend.ip] for backend in snapshot.backends})
+        # How many stalled, and how many got their first reply: for the detector.
         replied = self._netfilter.members(REPLIES)
-        rotation = state.converged.rotation
         seen = {}
         for backend in snapshot.backends:
             first_replies, _ = replied.get(backend.ip, (0, 0))
-            seen[backend.id] = Replies(counts.stalled[backend.ip], first_replies, backend.ip in rotation.ips)
-        now, before = time.monotonic(), state.sampled
-        frozen = self._detector.frozen(seen, now, state.table_full())
-        answering = self._detector.answering(now)
-        state.sampled = replace(before, stalled=frozen, answering=answering)
-        if frozen.keys() != before.stalled.keys():
+            seen[backend.id] = Replies(counts.stalled[backend.ip], first_replies, backend.ip in state.rotation.ips)
+        now, frozen_before, answering_before = time.monotonic(), state.frozen, state.answering
+        state.frozen = self._detector.frozen(seen, now, state.table_full())
+        state.answering = self._detector.answering(now)
+        if state.frozen.keys() != frozen_before.keys():
             state.health_changed()
-        if rotation.panic and answering != before.answering:
+        if state.rotation.panic and state.answering != answering_before:
             state.reconcile_due.set()  # in panic, rotation depends on which backends answer
 
     def _count_all(self, snapshot: Snapshot) -> None:
-        live = self._netfilter.all_flows(snapshot.check_source).live
-        self._state.sampled = replace(self._state.sampled, live=live)
+        self._state.live = self._netfilter.all_flows(snapshot.check_source).live
 
     def _sample_draining(self, snapshot: Snapshot) -> None:
         """Requests a stop of the draining backends whose drain is over."""
-        converged, sampled = self._state.converged, self._state.sampled
+        state, now = self._state, time.monotonic()
         # Before the first pass they are still in rotation. Without a manager there is nothing to request.
-        if converged.ids is None or not self._state.manager_reachable:
+        if state.converged_at is None or not state.manager_reachable:
             return
-        now = time.monotonic()
+        # Since when each draining backend has been out of rotation.
         draining = {}
         for backend in snapshot.backends:
-            if backend.state == "draining" and backend.ip not in converged.rotation.ips:
+            if backend.state == "draining" and backend.ip not in state.rotation.ips:
                 draining[backend.ip] = backend.id
         self._draining_since = {ip: self._draining_since.get(ip, now) for ip in draining}
         if not draining:
             return
-        counts, health = self._netfilter.flows_of(draining), self._state.health(snapshot)
-        live = {ip: counts.live[ip] for ip in draining}
-        self._state.sampled = replace(sampled, live={**sampled.live, **live})
+        counts, health = self._netfilter.flows_of(draining), state.health(snapshot)
+        state.live = {**state.live, **{ip: counts.live[ip] for ip in draining}}
         for ip, id_ in draining.items():
             seconds = now - self._draining_since[ip]
-            drain = Draining(seconds, live[ip], counts.silent[ip], _is_failed(health[id_]))
+            drain = Draining(seconds, counts.live[ip], counts.silent[ip], _is_failed(health[id_]))
             reason = drain.stop_reason(snapshot.drain_timeout)
             if reason:
                 self._request_stop(ip, reason)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+SAMPLE_PERIOD = 0.5  # seconds between samples of one kind, while they are cheap
 EARLY_GAP = 0.25  # seconds between an early report and the one before it
 
 
@@ -31,14 +32,13 @@ class ReportSchedule:
 
 
 class Pace:
-    """Limits costly work: at most once in `period` seconds, and at most a share of the time."""
+    """Limits costly samples: at most one in SAMPLE_PERIOD, and at most a share of the time."""
 
-    def __init__(self, period: float) -> None:
-        self._period = period
+    def __init__(self) -> None:
         self._due = -math.inf
 
     def is_due(self, now: float) -> bool:
         return now >= self._due
 
     def done(self, began: float, now: float, share: float) -> None:
-        self._due = now + max(self._period, (now - began) / share)
+        self._due = now + max(SAMPLE_PERIOD, (now - began) / share)

@@ -31,6 +31,11 @@ class Snapshot:
     locality: str = ""  # prefer: the balancer's own node first
     check_source: str = ""  # the address of the manager's self-check connections; empty where there are none
 
+    @property
+    def ids(self) -> dict[str, str]:
+        """Address → id of every backend."""
+        return {backend.ip: backend.id for backend in self.backends}
+
     @classmethod
     def parse(cls, message: Mapping[str, Any]) -> Snapshot:
         """Reads the manager's message. Raises KeyError, TypeError or ValueError when it is malformed."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 import stalls
 from features import Feature
@@ -18,30 +17,10 @@ from health import Health
 from netfilter import Netfilter
 from prober import Prober
 from rotation import Rotation
-from ruleset import Table
 from snapshot import Snapshot
 from weights import Learner
 
 FULL = 0.98  # of the connection table: above it the kernel may drop packets
-
-
-@dataclass(frozen=True)
-class Converged:
-    """What the last successful pass left in the kernel."""
-
-    rotation: Rotation = field(default_factory=Rotation)
-    ids: Mapping[str, str] | None = None  # address → id of each backend that the kernel may know; None before a pass
-    nat: Table | None = None
-    at: float = 0.0
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """The results of the last samples of flows."""
-
-    live: Mapping[str, int] = field(default_factory=dict)  # flows by address
-    stalled: Mapping[str, int] = field(default_factory=dict)  # stalled connections of frozen backends, by id
-    answering: frozenset[str] = frozenset()  # ids of the backends that answer clients now
 
 
 class State:
@@ -52,12 +31,16 @@ class State:
         # Written by the thread that follows the manager:
         self.snapshot = Snapshot()
         self.manager_reachable = True
-        # Written by the reconciler:
-        self.converged = Converged(at=self.began)
+        # Written by the reconciler, after each successful pass:
+        self.rotation = Rotation()
+        self.converged_at: float | None = None
+        # ... and during a pass:
         self.rules_in_place = False
         self.findings: tuple[Finding, ...] = ()
         # Written by the sampler:
-        self.sampled = Sampled()
+        self.live: Mapping[str, int] = {}  # flows by address
+        self.frozen: Mapping[str, int] = {}  # stalled connections of each frozen backend, by id
+        self.answering: frozenset[str] = frozenset()  # ids of the backends that answer clients now
         # Set when there is work before the next interval:
         self.reconcile_due, self.report_due = threading.Event(), threading.Event()
         self.learner = Learner()
@@ -65,12 +48,16 @@ class State:
 
     def health(self, snapshot: Snapshot) -> dict[str, Health]:
         """The health of each backend of the snapshot, by id: by its probes, and frozen ones by their connections."""
-        probed, frozen = self.prober.health(), self.sampled.stalled
+        probed, frozen = self.prober.health(), self.frozen
         health = {}
         for backend in snapshot.backends:
             id_ = backend.id
             health[id_] = stalls.health(frozen[id_]) if id_ in frozen else probed.get(id_, Health())
         return health
+
+    def since_converged(self) -> float:
+        """Seconds since the last successful pass over the rules, or since the start."""
+        return time.monotonic() - (self.converged_at or self.began)
 
     def health_changed(self) -> None:
         self.reconcile_due.set()

@@ -80,8 +80,7 @@ class Balancer:
             message = self._manager.sync(state.snapshot.revision if state.manager_reachable else "")
             if message is not None:
                 snapshot = state.snapshot = Snapshot.parse(message)
-                backends = {backend.id: backend.ip for backend in snapshot.backends}
-                state.prober.watch(backends, snapshot.port, snapshot.health)
+                state.prober.watch(snapshot)
                 state.reconcile_due.set()
         except (requests.RequestException, KeyError, TypeError, ValueError) as error:
             if state.manager_reachable:
@@ -101,10 +100,10 @@ class Balancer:
         loops_alive = all(now - beat < longest for beat in dict(self._beats).values())
         healthy = loops_alive and state.rules_in_place
         message = {
-            "converged_s_ago": round(now - state.converged.at, 3),
+            "converged_s_ago": round(state.since_converged(), 3),
             "revision": state.snapshot.revision,
-            "rotation": sorted(state.converged.rotation.ips),
-            "panic": state.converged.rotation.panic,
+            "rotation": sorted(state.rotation.ips),
+            "panic": state.rotation.panic,
             "loops_alive": loops_alive,
             "rules_in_place": state.rules_in_place,
         }

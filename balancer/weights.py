@@ -76,6 +76,7 @@ def adapt(before: Estimates, rates: Mapping[str, float], flows: Mapping[str, flo
     idle = sum(estimate.flows for estimate in now.values()) < BUSY * len(now)
     if len(now) < 2 or idle:
         return now
+    # The weights that follow from the capacities.
     capacities = _capped(now)
     total = sum(capacities.values())
     if total <= 0:
@@ -89,6 +90,7 @@ def adapt(before: Estimates, rates: Mapping[str, float], flows: Mapping[str, flo
         if overloaded and weight == estimate.weight:
             weight += RETURN_STEP * (1 - weight)
         weights[id_] = weight
+    # Back to a mean of 1.
     mean = sum(weights.values()) / len(weights)
     return {id_: replace(estimate, weight=_bounded(weights[id_] / mean)) for id_, estimate in now.items()}
 

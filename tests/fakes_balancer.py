@@ -31,13 +31,13 @@ class Clock:
 class FakeProber(Prober):
     def __init__(self, changed: Callable[[], None], table_full: Callable[[], bool]) -> None:
         self.results: dict[str, Health] = {}
-        self.watched: list[tuple[Mapping[str, str], int, str]] = []
+        self.watched: list[Snapshot] = []
 
     def health(self) -> dict[str, Health]:
         return dict(self.results)
 
-    def watch(self, backends: Mapping[str, str], port: int, method: str) -> None:
-        self.watched.append((backends, port, method))
+    def watch(self, snapshot: Snapshot) -> None:
+        self.watched.append(snapshot)
 
 
 class FakeManager(ManagerClient):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-import exposition
 import reconciler
 import reporter
 import sampler
@@ -16,7 +15,7 @@ from fakes_balancer import Clock, FakeProber, World
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> World:
     clock = Clock()
-    for module in (client, exposition, reconciler, reporter, sampler, state):
+    for module in (client, reconciler, reporter, sampler, state):
         monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(state, "Prober", FakeProber)
     return World(clock)

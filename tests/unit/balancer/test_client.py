@@ -36,7 +36,7 @@ def test_new_snapshot_is_probed_and_an_unchanged_one_is_kept(world: World) -> No
     for _ in range(2):
         world.balancer.follow()
     assert world.state.snapshot == Snapshot.parse(MESSAGE)
-    assert world.prober.watched == [({"a": A}, 8000, "tcp")]
+    assert world.prober.watched == [Snapshot.parse(MESSAGE)]
     assert world.state.reconcile_due.is_set()
 
 

@@ -15,6 +15,7 @@ import prober
 from exposition import FAILED_PROBES
 from health import Answer, Cause, Health
 from prober import Prober
+from snapshot import Backend, Snapshot
 
 GOOD = Answer()
 REFUSED, FAILED = Cause.REFUSED, Cause.PROBE_FAILED
@@ -141,12 +142,17 @@ class Watch:
     def _count_change(self) -> None:
         self.changes += 1
 
+    def watch(self, backends: dict[str, str], port: int, method: str) -> None:
+        """`backends` are id → address."""
+        rows = tuple(Backend(id_, ip, "active") for id_, ip in backends.items())
+        self.prober.watch(Snapshot("r1", rows, port, method))
+
     def healthy(self, id_: str) -> bool | None:
         return self.prober.health().get(id_, Health()).healthy
 
     def close(self) -> None:
         loop = self.prober._loop
-        self.prober.watch({}, 0, "tcp")
+        self.watch({}, 0, "tcp")
         loop.call_soon_threadsafe(loop.stop)
         self.prober.join(2)
         loop.run_until_complete(asyncio.sleep(0.01))  # lets the cancelled probes end
@@ -175,7 +181,7 @@ def test_backend_that_hangs_delays_no_other(
     monkeypatch.setattr(prober, "SYNC_PORT", good.port)
     monkeypatch.setattr(prober, "TIMEOUT", 60.0)
     hung = [listen(None, f"127.0.0.{number}", good.port) for number in range(2, 12)]
-    watch.prober.watch({**{f"hung{i}": f"127.0.0.{i + 2}" for i in range(10)}, "good": "127.0.0.1"}, 0, "sync")
+    watch.watch({**{f"hung{i}": f"127.0.0.{i + 2}" for i in range(10)}, "good": "127.0.0.1"}, 0, "sync")
     until(lambda: good.requests >= 5 and all(one.requests for one in hung))
     assert watch.healthy("good") is True
     assert [one.requests for one in hung] == [1] * 10  # each still in its first probe
@@ -186,7 +192,7 @@ def test_each_change_of_health_is_reported_once(
     monkeypatch: pytest.MonkeyPatch, listen: Callable[..., Listener], watch: Watch
 ) -> None:
     backend = listen(http("200 OK"))
-    watch.prober.watch({"a": "127.0.0.1"}, backend.port, "http:/")
+    watch.watch({"a": "127.0.0.1"}, backend.port, "http:/")
     until(lambda: backend.requests >= 4)
     assert (watch.healthy("a"), watch.changes) == (True, 1)
     backend.reply = http("500 Oops")
@@ -198,10 +204,10 @@ def test_each_change_of_health_is_reported_once(
 
 def test_new_backend_on_an_old_address_starts_without_health(listen: Callable[..., Listener], watch: Watch) -> None:
     backend = listen(http("200 OK"))
-    watch.prober.watch({"old": "127.0.0.1"}, backend.port, "http:/")
+    watch.watch({"old": "127.0.0.1"}, backend.port, "http:/")
     until(lambda: watch.healthy("old"))
     backend.reply = None
-    watch.prober.watch({"new": "127.0.0.1"}, backend.port, "http:/")
+    watch.watch({"new": "127.0.0.1"}, backend.port, "http:/")
     until(lambda: "new" in watch.prober.health())
     assert watch.prober.health() == {"new": Health()}
 
@@ -210,13 +216,13 @@ def test_watched_backend_keeps_its_health_until_its_target_changes(
     listen: Callable[..., Listener], watch: Watch
 ) -> None:
     backend, other = listen(http("200 OK")), listen(None)
-    watch.prober.watch({"a": "127.0.0.1"}, backend.port, "http:/")
+    watch.watch({"a": "127.0.0.1"}, backend.port, "http:/")
     until(lambda: watch.healthy("a"))
     changes = watch.changes
-    watch.prober.watch({"a": "127.0.0.1", "b": "127.0.0.1"}, backend.port, "http:/")
+    watch.watch({"a": "127.0.0.1", "b": "127.0.0.1"}, backend.port, "http:/")
     until(lambda: watch.healthy("b") and watch.changes > changes)
     assert (watch.healthy("a"), watch.changes) == (True, changes + 1)
-    watch.prober.watch({"a": "127.0.0.1"}, other.port, "http:/")
+    watch.watch({"a": "127.0.0.1"}, other.port, "http:/")
     until(lambda: other.requests)
     seen = backend.requests
     time.sleep(0.1)

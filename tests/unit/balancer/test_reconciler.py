@@ -125,7 +125,7 @@ def test_below_half_healthy_all_stay_in_rotation_and_panic_is_logged_once_and_re
         assert world.reconcile() == []
     assert world.dispatched() == {A, B, C}
     assert world.report()["panic"] is True
-    assert world.state.converged.rotation.panic
+    assert world.state.rotation.panic
     assert len(world.kernel.flows) == 1
     world.set_backends(f"a {A}", f"b {B}", f"c {C}", f"s {D} spare", a=UNHEALTHY)
     world.reconcile()

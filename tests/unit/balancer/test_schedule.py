@@ -45,7 +45,7 @@ def test_report_after_a_late_one_is_sent_at_the_next_deadline() -> None:
 
 @pytest.mark.parametrize(("cost", "pause"), [(0.001, 0.5), (0.01, 0.5), (0.4, 20.0), (4.0, 200.0)])
 def test_pause_after_a_sample_grows_with_its_cost(cost: float, pause: float) -> None:
-    pace = Pace(0.5)
+    pace = Pace()
     assert pace.is_due(0.0)
     pace.done(0.0, cost, 0.02)
     assert not pace.is_due(cost + pause - 0.01)

@@ -84,7 +84,7 @@ class Prober(threading.Thread):
         self._loop.call_soon_threadsafe(self._retarget, targets)
 
     def _retarget(self, targets: Mapping[str, _Target]) -> None:
-        # End the probes of backends that are gone, or whose address, port or method changed.
+        # End the probes of backends that were removed, or whose address, port or method changed.
         for id_, (target, task) in list(self._tasks.items()):
             if targets.get(id_) != target:
                 task.cancel()

@@ -107,11 +107,11 @@ class Reconciler:
         self._netfilter.delete_flows(reused)
         self._netfilter.delete_neighbours((ids.keys() - known.keys()) | reused)
 
-    def _remove(self, gone: Collection[str], ejected: Collection[str]) -> None:
-        """Deletes what the kernel has of backends that are gone, and the unanswered connections of ejected ones: the
+    def _remove(self, removed: Collection[str], ejected: Collection[str]) -> None:
+        """Deletes what the kernel has of removed backends, and the unanswered connections of ejected ones: the
         client's next SYN is then sent to another backend."""
-        self._netfilter.delete_flows(gone)
-        self._netfilter.delete_neighbours(gone)
+        self._netfilter.delete_flows(removed)
+        self._netfilter.delete_neighbours(removed)
         self._netfilter.delete_flows(ejected, unanswered_only=True)
 
     def _change_sets(self, wanted: Iterable[str], members: Mapping[str, Iterable[str]]) -> None:

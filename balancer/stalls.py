@@ -68,7 +68,7 @@ class StallDetector:
             self._watched_since.setdefault(id_, now)
 
     def _release(self, backends: Mapping[str, Replies], now: float) -> None:
-        """Ends the freeze of backends that replied, that are gone, and that are to be tried again."""
+        """Releases frozen backends that replied, that were removed, and that are to be tried again."""
         for id_, frozen in list(self._frozen.items()):
             replied = self._replied_at.get(id_, frozen.since) > frozen.since
             retried = now - frozen.since >= RETRY_SECONDS

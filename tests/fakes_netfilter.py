@@ -122,31 +122,36 @@ class FakeNetfilter(Netfilter):
         lines = text.splitlines()
         assert text.endswith("\nCOMMIT\n")
         for number, line in enumerate(lines[1:-1], 2):
-            word, _, rest = line.partition(" ")
-            if word.startswith(":") and rest == "- [0:0]" and len(word) - 1 <= NAME_MAX and word[1:] not in BUILT_IN:
-                chains[word[1:]] = []
-            elif word == "-A" and self._valid(chains, rest):
+            command, _, rest = line.partition(" ")
+            if (
+                command.startswith(":")
+                and rest == "- [0:0]"
+                and len(command) - 1 <= NAME_MAX
+                and command[1:] not in BUILT_IN
+            ):
+                chains[command[1:]] = []
+            elif command == "-A" and self._valid(chains, rest):
                 chain, rule = rest.split(" ", 1)
                 chains[chain].append((0, rule))
-            elif word == "-I":
+            elif command == "-I":
                 chain, place, rule = rest.split(" ", 2)
                 if not self._valid(chains, f"{chain} {rule}"):
                     raise NetfilterError(f"iptables-restore: line {number} failed: {line}")
                 chains[chain].insert(int(place) - 1, (0, rule))
-            elif word == "-D" and rest.split(" ", 1)[1] in [rule for _, rule in chains[rest.split(" ", 1)[0]]]:
+            elif command == "-D" and rest.split(" ", 1)[1] in [rule for _, rule in chains[rest.split(" ", 1)[0]]]:
                 chain, rule = rest.split(" ", 1)
                 del chains[chain][[r for _, r in chains[chain]].index(rule)]
-            elif word == "-X" and chains.get(rest) == [] and not self._leading_to(chains, rest):
+            elif command == "-X" and chains.get(rest) == [] and not self._leading_to(chains, rest):
                 del chains[rest]
             else:
                 raise NetfilterError(f"iptables-restore: line {number} failed: {line}")
         return chains
 
-    def _valid(self, chains: dict[str, list[Rule]], words: str) -> bool:
-        chain = words.split(" ", 1)[0]
-        jump = re.search(r"-j (\S+)", words)
+    def _valid(self, chains: dict[str, list[Rule]], rule: str) -> bool:
+        chain = rule.split(" ", 1)[0]
+        jump = re.search(r"-j (\S+)", rule)
         known = not jump or jump[1] in chains or jump[1] in TARGETS
-        return chain in chains and known and ("--match-set" not in words or len(self.all_sets) == 2)
+        return chain in chains and known and ("--match-set" not in rule or len(self.all_sets) == 2)
 
     @staticmethod
     def _leading_to(chains: dict[str, list[Rule]], chain: str) -> bool:
@@ -170,10 +175,10 @@ class FakeNetfilter(Netfilter):
         both = [line for line in text.splitlines() if line.split(" ")[1] == SET]
         self._change(" ".join(line.replace(f" {SET}", "") for line in both))
         for line in text.splitlines():
-            word, name, ip = line.split(" ")
-            assert word in ("add", "del")
+            command, name, ip = line.split(" ")
+            assert command in ("add", "del")
             self.all_sets[name].pop(ip, None)
-            if word == "add":
+            if command == "add":
                 self.all_sets[name][ip] = (0, 0)  # adding a member again zeroes it, -exist or not
 
     def missing(self, features: Iterable[Feature]) -> tuple[Feature, ...]:
@@ -193,9 +198,10 @@ class FakeNetfilter(Netfilter):
         if not ips:
             return
         self._change(f"delete flows {' '.join(sorted(ips))}{' unanswered' if unanswered_only else ''}")
-        gone = [flow for flow in self.flows if str(IPv4Address(flow.backend)) in ips]
-        gone = [flow for flow in gone if flow.state == flows.SYN_SENT] if unanswered_only else gone
-        self.flows = [flow for flow in self.flows if flow not in gone]
+        deleted = [flow for flow in self.flows if str(IPv4Address(flow.backend)) in ips]
+        if unanswered_only:
+            deleted = [flow for flow in deleted if flow.state == flows.SYN_SENT]
+        self.flows = [flow for flow in self.flows if flow not in deleted]
 
     def delete_neighbours(self, ips: Iterable[str]) -> None:
         if ips := sorted(ips):

@@ -24,12 +24,12 @@ A, B, C, D = (f"198.18.0.{number}" for number in (2, 3, 4, 5))
 UNREACHABLE = Health(False, 0, "port 8000: no connection within 1 s", Cause.UNREACHABLE)
 
 
-@pytest.mark.parametrize(("inside", "hidden"), [("", "-p tcp"), ("198.18.0.0/24", "-s 198.18.0.0/24 -p tcp")])
-def test_with_a_backend_subnet_only_its_clients_are_masqueraded(world: World, inside: str, hidden: str) -> None:
+@pytest.mark.parametrize(("subnet", "rule"), [("", "-p tcp"), ("198.18.0.0/24", "-s 198.18.0.0/24 -p tcp")])
+def test_with_a_backend_subnet_only_its_clients_are_masqueraded(world: World, subnet: str, rule: str) -> None:
     world.set_backends(f"a {A}")
-    world.state.snapshot = replace(world.state.snapshot, backend_subnet=inside)
+    world.state.snapshot = replace(world.state.snapshot, backend_subnet=subnet)
     world.reconcile()
-    assert world.kernel.rules("nat", "LB-MASQ")[0].startswith(f"{hidden} -m conntrack ")
+    assert world.kernel.rules("nat", "LB-MASQ")[0].startswith(f"{rule} -m conntrack ")
 
 
 def test_first_pass_writes_the_sets_before_the_rules_and_all_tables(world: World) -> None:

@@ -16,9 +16,9 @@ from ruleset import Endpoint
 BALANCER = Path(__file__).parents[3] / "balancer"
 
 
-def run(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     path = f"{folder}:{os.environ['PATH']}"
-    command = ["bash", str(folder / "script.sh"), *words]
+    command = ["bash", str(folder / "script.sh"), *arguments]
     environment = {"PATH": path, **environment}
     return subprocess.run(command, capture_output=True, text=True, timeout=20, check=False, env=environment)
 

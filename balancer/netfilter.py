@@ -89,9 +89,10 @@ class Netfilter:
         """The text of all sets."""
         return run(["ipset", "save"])
 
-    def members(self, name: str) -> dict[str, tuple[int, int]]:
-        """(packets, bytes) of each member of one set, by address."""
-        return parse_set(self.sets(), name)
+    def members(self) -> dict[str, dict[str, tuple[int, int]]]:
+        """Of both sets, by name: (packets, bytes) of each member, by address."""
+        text = self.sets()
+        return {name: parse_set(text, name) for name in (SET, REPLIES)}
 
     def change_sets(self, text: str) -> None:
         if text:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import findings
@@ -23,7 +23,7 @@ from exposition import APPLY_SECONDS, REPAIRS
 from health import Health
 from listings import Listing, connections
 from rotation import Rotation, rotation
-from ruleset import REPLIES, SET, Endpoint, Table
+from ruleset import SET, Endpoint, Table
 from snapshot import Snapshot
 from state import State
 
@@ -65,12 +65,13 @@ class Reconciler:
         nat = self._netfilter.listing("nat")
         state.rules_in_place = ruleset.is_hooked(nat)
         self._netfilter.make_sets()
-        members = {name: self._netfilter.members(name) for name in (SET, REPLIES)}
+        members = self._netfilter.members()
         known = dict.fromkeys((*connections(nat), *members[SET]), "") if self._known is None else self._known
 
         # Add the new backends: first to the sets, which rules need.
         self._prepare(ids, known)
-        self._change_sets({*members[SET], *ids}, members)
+        additions = [ruleset.set_changes({*present, *ids}, present, name) for name, present in members.items()]
+        self._netfilter.change_sets("".join(additions))
         if self._known is not None:
             # The new backends may get flows from now on. If this pass fails below, the next must not delete them.
             self._known = {**known, **ids}
@@ -81,7 +82,8 @@ class Reconciler:
         unhealthy = {backend.ip for backend in snapshot.backends if health[backend.id].healthy is False}
         ejected = (before.ips & unhealthy) - chosen.ips
         self._remove(known.keys() - ids.keys(), ejected)
-        self._change_sets(ids, {name: {*members[name], *ids} for name in members})
+        removals = [ruleset.set_changes(ids, {*present, *ids}, name) for name, present in members.items()]
+        self._netfilter.change_sets("".join(removals))
 
         self._known, self._nat = ids, tables[0]
         state.rotation, state.converged_at = chosen, time.monotonic()
@@ -113,10 +115,6 @@ class Reconciler:
         self._netfilter.delete_flows(removed)
         self._netfilter.delete_neighbours(removed)
         self._netfilter.delete_flows(ejected, unanswered_only=True)
-
-    def _change_sets(self, wanted: Iterable[str], members: Mapping[str, Iterable[str]]) -> None:
-        changes = [ruleset.set_changes(wanted, present, name) for name, present in members.items()]
-        self._netfilter.change_sets("".join(changes))
 
     def _tables(self, chosen: Rotation, snapshot: Snapshot) -> list[Table]:
         """The wanted tables, the nat table first."""

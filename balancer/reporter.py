@@ -44,7 +44,7 @@ class Reporter:
         state, snapshot, rotation = self._state, self._state.snapshot, self._state.rotation
         health = state.health(snapshot)
         counted = connections(state.netfilter.listing("nat"))
-        traffic = state.netfilter.members(SET)
+        traffic = state.netfilter.members()[SET]
         # The share of each backend, by its weight.
         weights = {endpoint.ip: endpoint.weight for endpoint in rotation.endpoints}
         total = sum(weights.values()) or 1.0

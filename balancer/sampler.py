@@ -62,7 +62,7 @@ class Sampler:
         # How many wait: for the weights.
         state.learner.sample({backend.id: counts.waiting[backend.ip] for backend in snapshot.backends})
         # How many stalled, and how many got their first reply: for the detector.
-        replied = self._netfilter.members(REPLIES)
+        replied = self._netfilter.members()[REPLIES]
         seen = {}
         for backend in snapshot.backends:
             first_replies, _ = replied.get(backend.ip, (0, 0))

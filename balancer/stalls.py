@@ -6,6 +6,7 @@ for a while, and most other backends do answer. So long polls, slow applications
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -26,73 +27,59 @@ class Replies:
     in_rotation: bool
 
 
-@dataclass(frozen=True)
-class _Frozen:
-    since: float
-    stalled: int
+@dataclass
+class _Watched:
+    """What the samples showed of one backend. Times are in seconds on the clock of `now`."""
+
+    first_replies: int
+    since: float  # of the first sample, or of the last retry
+    replied_at: float = -math.inf
+    frozen_at: float | None = None
+    stalled: int = 0  # connections, when it was found frozen
 
 
 class StallDetector:
-    """Keeps, by id, when each backend last gave a first reply, since when it is watched, and which ones are frozen."""
-
     def __init__(self) -> None:
-        self._counted: dict[str, int] = {}
-        self._replied_at: dict[str, float] = {}
-        self._watched_since: dict[str, float] = {}
-        self._frozen: dict[str, _Frozen] = {}
+        self._watched: dict[str, _Watched] = {}  # by id
 
     def frozen(self, backends: Mapping[str, Replies], now: float, table_full: bool = False) -> dict[str, int]:
         """Takes one sample. Returns the ids of the frozen backends, with how many connections stalled when each was
         found. With a full connection table none is added: packets are then dropped before a backend gets them."""
-        self._note_replies(backends, now)
-        self._release(backends, now)
+        self._update(backends, now)
         if not table_full:
             found = [id_ for id_ in backends if self._is_frozen(id_, backends, now)]
             for id_ in found:
-                self._frozen[id_] = _Frozen(now, backends[id_].stalled)
-        return {id_: frozen.stalled for id_, frozen in self._frozen.items()}
+                self._watched[id_].frozen_at, self._watched[id_].stalled = now, backends[id_].stalled
+        return {id_: one.stalled for id_, one in self._watched.items() if one.frozen_at is not None}
 
     def answering(self, now: float) -> frozenset[str]:
         """The ids of the backends that gave a client a first reply within ANSWERS_WITHIN."""
-        return frozenset(id_ for id_, at in self._replied_at.items() if now - at < ANSWERS_WITHIN)
+        return frozenset(id_ for id_, one in self._watched.items() if now - one.replied_at < ANSWERS_WITHIN)
 
-    def _note_replies(self, backends: Mapping[str, Replies], now: float) -> None:
-        """Any other counter than before is a reply; one that fell was restarted."""
-        for id_ in self._watched_since.keys() - backends.keys():
-            del self._watched_since[id_], self._counted[id_]
-            self._replied_at.pop(id_, None)
+    def _update(self, backends: Mapping[str, Replies], now: float) -> None:
+        watched = {}
         for id_, seen in backends.items():
-            if self._counted.get(id_, seen.first_replies) != seen.first_replies:
-                self._replied_at[id_] = now
-            self._counted[id_] = seen.first_replies
-            self._watched_since.setdefault(id_, now)
-
-    def _release(self, backends: Mapping[str, Replies], now: float) -> None:
-        """Releases frozen backends that replied, that were removed, and that are to be tried again."""
-        for id_, frozen in list(self._frozen.items()):
-            replied = self._replied_at.get(id_, frozen.since) > frozen.since
-            retried = now - frozen.since >= RETRY_SECONDS
-            if id_ not in backends or replied or retried:
-                del self._frozen[id_]
-            if id_ in backends and retried:
-                self._watched_since[id_] = now  # gives it STALL_SECONDS to answer
+            one = watched[id_] = self._watched.get(id_) or _Watched(seen.first_replies, now)
+            # Any other counter than before is a reply; one that fell was restarted. A reply ends the frozen state.
+            if seen.first_replies != one.first_replies:
+                one.first_replies, one.replied_at, one.frozen_at = seen.first_replies, now, None
+            # A retry gives the backend STALL_SECONDS to answer.
+            if one.frozen_at is not None and now - one.frozen_at >= RETRY_SECONDS:
+                one.frozen_at, one.since = None, now
+        self._watched = watched
 
     def _is_frozen(self, id_: str, backends: Mapping[str, Replies], now: float) -> bool:
-        seen = backends[id_]
-        just_watched = now - self._watched_since[id_] < STALL_SECONDS
-        if id_ in self._frozen or not seen.in_rotation or seen.stalled < MIN_STALLED:
-            return False
-        if just_watched or self._replied_lately(id_, now):
+        seen, one = backends[id_], self._watched[id_]
+        suspicious = seen.in_rotation and seen.stalled >= MIN_STALLED and one.frozen_at is None
+        if not suspicious or now - max(one.since, one.replied_at) < STALL_SECONDS:
             return False
         # Most of the others in rotation have to answer.
         others = [other for other in backends if other != id_ and backends[other].in_rotation]
         answering = 0
         for other in others:
-            answering += self._replied_lately(other, now) and backends[other].stalled < MIN_STALLED
+            replied = now - self._watched[other].replied_at < STALL_SECONDS
+            answering += replied and backends[other].stalled < MIN_STALLED
         return 2 * answering > len(others)
-
-    def _replied_lately(self, id_: str, now: float) -> bool:
-        return id_ in self._replied_at and now - self._replied_at[id_] < STALL_SECONDS
 
 
 def health(stalled: int) -> Health:

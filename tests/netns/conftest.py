@@ -59,7 +59,7 @@ class Balancer:
         others = [Endpoint(ip, 8000) for ip in draining]
         self.make_sets()
         for name in (SET, REPLIES):
-            present = self.members(name)
+            present = self.members()[name]
             self.change_sets(ruleset.set_changes({*present, *ips}, present, name))
         for table in ruleset.tables(endpoints, others, check_source=check_source):
             self.apply(ruleset.restore(table, self.listing(table.name)))
@@ -68,10 +68,10 @@ class Balancer:
         return listings.connections(self.listing("nat"))
 
     def traffic(self) -> dict[str, tuple[int, int]]:
-        return self.members(SET)
+        return self.members()[SET]
 
     def first_replies(self) -> dict[str, int]:
-        return {ip: packets for ip, (packets, _) in self.members(REPLIES).items()}
+        return {ip: packets for ip, (packets, _) in self.members()[REPLIES].items()}
 
     def live(self) -> dict[str, int]:
         return self.all_flows().live

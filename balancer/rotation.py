@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from health import Cause, Health
 from ruleset import Endpoint
@@ -32,7 +33,7 @@ class Rotation:
     def panic(self) -> bool:
         return 2 * self.healthy < self.candidates
 
-    @property
+    @cached_property
     def ips(self) -> frozenset[str]:
         return frozenset(endpoint.ip for endpoint in self.endpoints)
 

@@ -28,7 +28,7 @@ RETRIES = Feature(
 NOTRACK = Feature("CT target", "raw", "-p tcp -j CT --notrack", "probes and reports need room in the connection table")
 OPTIONAL = (MARKS, RETRIES, NOTRACK)
 
-_LOST_REPLIES = "answers do not find the way back"
+_LOST_REPLIES = "replies do not reach the client"
 _MATCH = "-p tcp -m conntrack --ctstate DNAT --ctorigdstport 8000"
 _MASQUERADE = "-p tcp -j MASQUERADE --to-ports 1024-59999 --random-fully"
 REQUIRED = (

@@ -69,8 +69,9 @@ def test_deleting_a_flow_that_has_ended_is_no_error(open_flows: dict[str, int], 
             for block in ctnetlink.listing(flows.listing_request())
             for deletion in flows.deletions(block, [ONE, TWO])
         ]
-        assert ctnetlink.delete(found) == 6
-        assert ctnetlink.delete(found) == 6
+        assert len(found) == 6
+        ctnetlink.delete(found)
+        ctnetlink.delete(found)
     assert balancer.live() == {LOST: 1}
 
 

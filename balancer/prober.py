@@ -45,7 +45,7 @@ async def probe(ip: str, port: int, method: str) -> Answer:
         return Answer(Cause.UNREACHABLE, f"{request}: no connection within {TIMEOUT:g} s")
     except OSError as error:
         unreachable = error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH)
-        return Answer(Cause.UNREACHABLE if unreachable else Cause.PROBE_FAILED, f"{request}: {error.strerror}")
+        return Answer(Cause.UNREACHABLE if unreachable else Cause.PROBE_FAILED, f"{request}: {error.strerror or error}")
     except (ValueError, IndexError):
         return Answer(Cause.PROBE_FAILED, f"{request}: no HTTP")
     return Answer(_cause(status, method), f"{request}: status {status}")

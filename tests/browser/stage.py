@@ -41,8 +41,9 @@ class Stage:
         self.controller.adopt(None)
         self.log = self.controller.settings.run_dir / "manager.log"
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        start_log(self.log)
-        self._handler = logging.getLogger().handlers[-1]
+        handlers_before = list(logging.getLogger().handlers)
+        self._recent_log = start_log(self.log)
+        self._handlers = [handler for handler in logging.getLogger().handlers if handler not in handlers_before]
         self._counted: dict[str, tuple[float, float]] = {}
         listener = bind_tcp("127.0.0.1", 0)
         self.port = listener.getsockname()[1]
@@ -93,12 +94,13 @@ class Stage:
     def close(self) -> None:
         self.controller.close()
         self.go_away()
-        logging.getLogger().removeHandler(self._handler)
-        self._handler.close()
+        for handler in self._handlers:
+            logging.getLogger().removeHandler(handler)
+            handler.close()
 
     def _serve(self, listener: socket.socket) -> None:
         self._listeners = Listeners()
-        self._listeners.add(listener, create_app(self.controller, TOKEN, []))
+        self._listeners.add(listener, create_app(self.controller, TOKEN, [], recent_log=self._recent_log))
         self._listeners.start()
 
 

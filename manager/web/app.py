@@ -111,9 +111,13 @@ class Api:
         return Response(generate_latest(self._registry), mimetype=PROMETHEUS)
 
 
+JsonObject = dict[str, Any]
+
+
 @dataclass(frozen=True)
 class Route:
-    """One call. `answer` is None where the shape of the answer is not described by a type."""
+    """One call. `answer` is the type of the body with status 200, None where there is only 204. `statuses` are further
+    statuses, beside those that any call may have. docs/openapi.yaml is generated from all this."""
 
     method: str
     path: str
@@ -121,22 +125,23 @@ class Route:
     query: type[Any] | None = None
     body: type[Any] | None = None
     answer: Any = None
+    statuses: tuple[int, ...] = ()
     operator_only: bool = False
 
 
 ROUTES = (
-    Route("GET", "/sync", Api.sync, query=schemas.SyncQuery),
+    Route("GET", "/sync", Api.sync, query=schemas.SyncQuery, answer=JsonObject, statuses=(204, 503)),
     Route("POST", "/pkts_info", Api.pkts_info, body=schemas.ReportRequest, answer=schemas.ReportAnswer),
-    Route("POST", "/stop", Api.stop, body=schemas.StopRequest),
-    Route("POST", "/drain", Api.drain, body=schemas.DrainRequest, operator_only=True),
+    Route("POST", "/stop", Api.stop, body=schemas.StopRequest, statuses=(404,)),
+    Route("POST", "/drain", Api.drain, body=schemas.DrainRequest, statuses=(404, 409), operator_only=True),
     Route("POST", "/scale", Api.scale, body=schemas.ScaleRequest, answer=schemas.ScaleAnswer, operator_only=True),
     Route("POST", "/pause", Api.pause, answer=schemas.PauseAnswer, operator_only=True),
     Route("POST", "/resume", Api.resume, answer=schemas.PauseAnswer, operator_only=True),
-    Route("GET", "/status", Api.status),
-    Route("GET", "/decisions", Api.decisions),
-    Route("GET", "/history", Api.history, query=schemas.HistoryQuery),
+    Route("GET", "/status", Api.status, answer=JsonObject),
+    Route("GET", "/decisions", Api.decisions, answer=list[JsonObject]),
+    Route("GET", "/history", Api.history, query=schemas.HistoryQuery, answer=JsonObject),
     Route("GET", "/log", Api.log, query=schemas.LogQuery, answer=list[schemas.LogRecord]),
-    Route("GET", "/metrics", Api.metrics),
+    Route("GET", "/metrics", Api.metrics, answer=str),
 )
 
 

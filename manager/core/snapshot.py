@@ -85,7 +85,8 @@ def _problems(status: Status) -> dict[ProblemKind, str]:
 
     launches = status["launches"]
     if launches["failed"]:
-        found[ProblemKind.LAUNCHES_FAIL] = f"{launches['failed']} launches failed in a row: {launches['why']}"
+        count = "a launch" if launches["failed"] == 1 else f"{launches['failed']} launches in a row"
+        found[ProblemKind.LAUNCHES_FAIL] = f"{count} failed: {launches['why']}"
     if launches["update_given_up"]:
         found[ProblemKind.UPDATE_GIVEN_UP] = f"the update was given up: {launches['update_given_up']}"
 

@@ -39,8 +39,9 @@ def launches(**changes: object) -> dict[str, Any]:
         (
             launches(failed=3, why="no such image"),
             ProblemKind.LAUNCHES_FAIL,
-            "3 launches failed in a row: no such image",
+            "3 launches in a row failed: no such image",
         ),
+        (launches(failed=1, why="no such image"), ProblemKind.LAUNCHES_FAIL, "a launch failed: no such image"),
         (launches(update_given_up="exit 3"), ProblemKind.UPDATE_GIVEN_UP, "the update was given up: exit 3"),
         (
             {"balancer": {"state": "failed", "problem": "port in use"}},

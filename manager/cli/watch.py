@@ -136,11 +136,15 @@ def cells(row: Status) -> dict[str, str]:
     }
 
 
+def _has_text(rows: Sequence[Mapping[str, str]], title: str) -> bool:
+    return any(row[title] for row in rows)
+
+
 def fleet(status: Status) -> Table:
     """A row for each backend. Columns that are empty in all rows are left out."""
     rows = [cells(backend) for backend in status["backends"]]
+    titles = [title for title in (rows[0] if rows else ()) if _has_text(rows, title)]
     table = Table(box=None, pad_edge=False, collapse_padding=True)
-    titles = [title for title in (rows[0] if rows else ()) if any(row[title] for row in rows)]
     for title in titles:
         justify: Any = "right" if title in RIGHT else "left"
         table.add_column(title, justify=justify, no_wrap=title not in WRAP, overflow="fold")
@@ -155,6 +159,7 @@ def sparkline(points: Sequence[Status], name: str, now: float, top: float) -> st
     for point in points:
         column = int((now - point["time"]) / SPAN * COLUMNS)
         highest[column] = max(point[name], highest.get(column, 0.0))
+    # The oldest column is the first character.
     line = ""
     for column in reversed(range(COLUMNS)):
         line += LEVELS[min(7, int(highest[column] / top * 8))] if column in highest else " "
@@ -164,10 +169,13 @@ def sparkline(points: Sequence[Status], name: str, now: float, top: float) -> st
 def load(points: Sequence[Status], now: float) -> Text:
     """The rate over the capacity, on one scale."""
     recent = [point for point in points if now - point["time"] < SPAN]
-    top = max((max(point["rate"], point["capacity"]) for point in recent), default=0.0) or 1.0
-    rate, capacity = (f"{name:<10}{sparkline(recent, name, now, top)}" for name in ("rate", "capacity"))
-    scale = f"{'':10}the last {SPAN / 60:g} minutes; full height is {top:.5g}"
-    return Text("\n".join([rate, capacity, scale]))
+    top = 0.0
+    for point in recent:
+        top = max(top, point["rate"], point["capacity"])
+    top = top or 1.0  # without any load, every value is at the bottom
+    rate, capacity = sparkline(recent, "rate", now, top), sparkline(recent, "capacity", now, top)
+    scale = f"the last {SPAN / 60:g} minutes; full height is {top:.5g}"
+    return Text(f"rate      {rate}\ncapacity  {capacity}\n          {scale}")
 
 
 def past(changes: Sequence[Status]) -> Text:
@@ -196,15 +204,17 @@ def watch(manager: Manager, status: Status, console: Console) -> NoReturn:
     live = Live(console=console, auto_refresh=False)
     with live if console.is_terminal else nullcontext():
         while True:
+            # Fetch the status and what is new in the history; note when the manager does not answer.
             try:
                 status = manager.status()
-                news = manager.get(f"/history?since={points[-1]['time'] if points else 0}")
-                points.extend(news["points"])
-                changes.extend(news["decisions"])
+                fresh = manager.get(f"/history?since={points[-1]['time'] if points else 0}")
+                points.extend(fresh["points"])
+                changes.extend(fresh["decisions"])
                 note, gone = f"the manager did not answer from {gone} to {clock()}" if gone else note, ""
             except NoAnswer as error:
                 gone = gone or clock()
                 note = f"{error} since {gone}; waiting"
+            # Draw, or print a line that differs from the last one.
             line = note if gone else f"{summary(status)}; last decision: {decision(status['last_decision'])}"
             if console.is_terminal:
                 heading = Text(f"{clock()}  {note}", style="yellow" if gone else "dim")

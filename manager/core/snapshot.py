@@ -62,6 +62,7 @@ def for_balancers(fleet: Fleet, settings: Settings, backend_subnet: str, check_s
 
 def _for_balancers(backend: Backend) -> dict[str, str]:
     state = DRAINING if backend.state == STOPPED else backend.state
+    # Names and addresses are used again, ids are not.
     row = {"id": backend.short_id, "ip": backend.ip, "state": state}
     return {**row, "node": backend.node} if backend.node else row
 
@@ -94,6 +95,7 @@ def _problems(status: Status) -> dict[ProblemKind, str]:
     if balancer["state"] != "running":
         detail = f": {balancer['problem']}" if balancer["problem"] else ""
         found[ProblemKind.BALANCER_NOT_RUNNING] = f"the balancer does not run ({balancer['state']}){detail}"
+    # One balancer that reports is enough: the others may just have been removed.
     longest = SILENT_AFTER * status["settings"]["interval"]
     if not any(one["last_seen"] <= longest for one in status["balancers"]):
         found[ProblemKind.NO_BALANCER_REPORTS] = "no balancer reports"
@@ -139,6 +141,7 @@ def balancers(load: LoadTracker, now: float) -> list[dict[str, Any]]:
 def settings_in_force(settings: Settings, policy: Policy) -> dict[str, Any]:
     """The settings with the limits in force, which the operator may have changed."""
     in_force = {**vars(settings), "min": policy.min, "max": policy.max, "target": policy.target}
+    # Sets have no order, and JSON has no sets.
     public = {}
     for name, value in in_force.items():
         if name not in SECRET:

@@ -177,10 +177,13 @@ def _guard(token: str, allowed_hosts: set[str]) -> Callable[[], None]:
     def guard() -> None:
         if request.environ.get(OPERATOR):
             return
+        # A page of another site could let its name point to this host, and read through a browser here.
         if request.host not in allowed_hosts and request.host.rpartition(":")[0] not in allowed_hosts:
             _refuse(403, "the Host header is not an address of this manager")
+        # The comparison takes the same time for every wrong token, so its time does not help to guess one.
         sent = request.headers.get("Authorization", "").encode()
         g.has_token = hmac.compare_digest(sent, f"Bearer {token}".encode())
+        # Any user of this host may read, which is what Prometheus and a browser on it do.
         is_read = request.method in ("GET", "HEAD")
         is_local = str(request.remote_addr).startswith("127.")
         if not g.has_token and not (is_read and is_local):
@@ -201,11 +204,11 @@ def _view(route: Route, api: Api) -> Callable[[], Response]:
         if route.body is not None:
             arguments.append(schemas.decode(request.get_data(), route.body))
         answer = route.handler(api, *arguments)
-        if isinstance(answer, Response):
+        if isinstance(answer, Response):  # not JSON
             return answer
         if answer is None:
             return Response(status=204)
-        body = msgspec.json.encode(answer, enc_hook=str)  # msgspec does not encode schemas.Text by itself
+        body = msgspec.json.encode(answer, enc_hook=str)  # for schemas.Text, which msgspec does not know
         return Response(body + b"\n", mimetype="application/json")
 
     return view

@@ -28,16 +28,17 @@ disable_created_metrics()  # type: ignore[no-untyped-call] # else each counter h
 
 Values = Mapping[tuple[str, ...], float]  # by the labels' values
 Source = Mapping[str, Any]  # /status with Tally.counts
+Read = Callable[[Source], Values | float | None]
 
 
-class Tally(Collector):
+class Tally:
     """Counts what happens from the manager's start on, as core.controller.Recorder."""
 
     def __init__(self) -> None:
         self._traffic: dict[str, dict[str, int]] = {}  # by backend, then by TRAFFIC's names
         self._decisions: Counter[tuple[str, ...]] = Counter()  # by verdict and reason
         self._launch_failures = 0
-        self._launches = Histogram(
+        self.launches = Histogram(
             "lbscaler_launch_seconds",
             "Time from the creation of a backend's container to the first report that it is healthy.",
             buckets=LAUNCH_SECONDS,
@@ -45,16 +46,10 @@ class Tally(Collector):
         )
         self._newest: dict[str, dict[str, Sample]] = {}  # backend -> balancer -> its newest sample
 
-    def collect(self) -> Iterable[Metric]:
-        return self._launches.collect()
-
     def counts(self) -> dict[str, Any]:
         # Copies, because reports change the originals at the same time.
-        return {
-            "traffic": dict(self._traffic),
-            "decisions": dict(self._decisions),
-            "launch_failures": self._launch_failures,
-        }
+        traffic, decisions = dict(self._traffic), dict(self._decisions)
+        return {"traffic": traffic, "decisions": decisions, "launch_failures": self._launch_failures}
 
     def changed(self, before: Backend | None, after: Backend | None, now: float) -> None:
         """A backend was added, removed or changed."""
@@ -66,14 +61,15 @@ class Tally(Collector):
         elif before is not None and after is not None:
             became_ready = after.ready and not before.ready
             if became_ready and before.state in (SPARE, STARTING):
-                self._launches.observe(now - after.launched)
+                self.launches.observe(now - after.launched)
 
     def reported(self, report: Report, fleet: Fleet) -> None:
         """Adds what a balancer counted since its last report. A counter that went down was restarted at zero."""
         for backend in fleet.values():
             sample = report.backends.get(backend.ip)
+            # An address may have had another backend before, which the balancer still reports.
             if sample is None or sample.id not in ("", backend.short_id):
-                continue  # the sample is of an earlier backend with the same address
+                continue
             newest = self._newest.setdefault(backend.name, {})
             last = newest.get(report.balancer)
             counted = self._traffic.setdefault(backend.name, dict.fromkeys(TRAFFIC, 0))
@@ -117,17 +113,29 @@ class Row:
     family: type[GaugeMetricFamily] | type[CounterMetricFamily]
     name: str
     help: str
-    values: Callable[[Source], Values | float | None]
-    labels: tuple[str, ...] = ()
+    values: Read
+    labels: tuple[str, ...]
 
     def metric(self, source: Source) -> Metric:
         values = self.values(source)
         if not isinstance(values, Mapping):
+            # One number has no labels. An unknown number is left out: a zero would be wrong.
             values = {} if values is None else {(): values}
         family = self.family(f"lbscaler_{self.name}", self.help, labels=self.labels)
         for labels, value in values.items():
             family.add_metric(labels, value)
         return family
+
+
+def _gauge(name: str, help_: str, values: Read, *labels: str) -> Row:
+    return Row(GaugeMetricFamily, name, help_, values, labels)
+
+
+def _counter(name: str, help_: str, values: Read, *labels: str) -> Row:
+    return Row(CounterMetricFamily, name, help_, values, labels)
+
+
+# -- how a row's values are read ---------------------------------------------------------------------------------------
 
 
 def _number(*path: str) -> Callable[[Source], float | None]:
@@ -167,42 +175,33 @@ def _last_seen(source: Source) -> Values:
     return {(balancer["id"],): balancer["last_seen"] for balancer in source["balancers"]}
 
 
-def _update_given_up(source: Source) -> float:
-    return bool(source["launches"]["update_given_up"])
-
-
-def _balancer_runs(source: Source) -> float:
-    return bool(source["balancer"]["state"] == "running")
-
-
 PANIC = "1 while fewer than half of the backends are healthy, so that all stay in rotation."
-G, C = GaugeMetricFamily, CounterMetricFamily
 METRICS = (
-    Row(C, "backend_connections", "Connections sent to a backend.", _traffic("connections"), ("backend",)),
-    Row(C, "backend_packets", "Packets from clients to a backend.", _traffic("packets"), ("backend",)),
-    Row(C, "backend_bytes", "Bytes from clients to a backend.", _traffic("bytes"), ("backend",)),
-    Row(C, "decisions", "Decisions, and the limit applied last.", lambda s: s["decisions"], ("verdict", "reason")),
-    Row(C, "launch_failures", "Backends that failed to start, or soon after.", _number("launch_failures")),
-    Row(G, "build_info", "Always 1, with the manager's version.", lambda s: {(s["version"],): 1}, ("version",)),
-    Row(G, "backend_share", "Part of the new connections, 0 to 1.", _by_backend("share"), ("backend",)),
-    Row(G, "backend_active", "Open connections.", _by_backend("active"), ("backend",)),
-    Row(G, "backends", "Backends by state.", _by_state, ("state",)),
-    Row(G, "ready_backends", "Backends in rotation that a balancer reports healthy.", _ready),
-    Row(G, "desired_backends", "Backends wanted in rotation.", _number("desired")),
-    Row(G, "min_backends", "Fewest backends allowed.", _number("min")),
-    Row(G, "max_backends", "Most backends allowed.", _number("max")),
-    Row(G, "load", "Load at the last decision: per second, or open connections.", _load, ("metric",)),
-    Row(G, "target", "Wanted load of one backend, in the load's unit.", _number("target")),
-    Row(G, "paused", "1 while decisions are not carried out.", _number("paused")),
-    Row(G, "engine_reachable", "1 while the container engine answers.", lambda s: s["engine"] == "ok"),
-    Row(G, "launch_backoff_seconds", "Time until the next launch, after failures.", _number("launches", "retry_in")),
-    Row(G, "failed_launches", "Launches that failed in a row.", _number("launches", "failed")),
-    Row(G, "update_given_up", "1 after an update was given up and undone.", _update_given_up),
-    Row(G, "balancers", "Balancers that have reported.", lambda s: len(s["balancers"])),
-    Row(G, "balancer_running", "1 while the balancer runs with the current settings.", _balancer_runs),
-    Row(G, "balancer_last_seen_seconds", "Time since a balancer's newest report.", _last_seen, ("balancer",)),
-    Row(G, "rotation_panic", PANIC, lambda s: bool(s["rotation_panic"])),
-    Row(G, "data_path_working", "1 while the balancer forwards connections.", _number("data_path", "working")),
+    _counter("backend_connections", "Connections sent to a backend.", _traffic("connections"), "backend"),
+    _counter("backend_packets", "Packets from clients to a backend.", _traffic("packets"), "backend"),
+    _counter("backend_bytes", "Bytes from clients to a backend.", _traffic("bytes"), "backend"),
+    _counter("decisions", "Decisions, and the limit applied last.", lambda s: s["decisions"], "verdict", "reason"),
+    _counter("launch_failures", "Backends that failed to start, or soon after.", _number("launch_failures")),
+    _gauge("build_info", "Always 1, with the manager's version.", lambda s: {(s["version"],): 1}, "version"),
+    _gauge("backend_share", "Part of the new connections, 0 to 1.", _by_backend("share"), "backend"),
+    _gauge("backend_active", "Open connections.", _by_backend("active"), "backend"),
+    _gauge("backends", "Backends by state.", _by_state, "state"),
+    _gauge("ready_backends", "Backends in rotation that a balancer reports healthy.", _ready),
+    _gauge("desired_backends", "Backends wanted in rotation.", _number("desired")),
+    _gauge("min_backends", "Fewest backends allowed.", _number("min")),
+    _gauge("max_backends", "Most backends allowed.", _number("max")),
+    _gauge("load", "Load at the last decision: per second, or open connections.", _load, "metric"),
+    _gauge("target", "Wanted load of one backend, in the load's unit.", _number("target")),
+    _gauge("paused", "1 while decisions are not carried out.", _number("paused")),
+    _gauge("engine_reachable", "1 while the container engine answers.", lambda s: s["engine"] == "ok"),
+    _gauge("launch_backoff_seconds", "Time until the next launch, after failures.", _number("launches", "retry_in")),
+    _gauge("failed_launches", "Launches that failed in a row.", _number("launches", "failed")),
+    _gauge("update_given_up", "1 after an update was undone.", lambda s: s["launches"]["update_given_up"] != ""),
+    _gauge("balancers", "Balancers that have reported.", lambda s: len(s["balancers"])),
+    _gauge("balancer_running", "1 while the balancer runs.", lambda s: s["balancer"]["state"] == "running"),
+    _gauge("balancer_last_seen_seconds", "Time since a balancer's newest report.", _last_seen, "balancer"),
+    _gauge("rotation_panic", PANIC, lambda s: bool(s["rotation_panic"])),
+    _gauge("data_path_working", "1 while the balancer forwards connections.", _number("data_path", "working")),
 )
 
 
@@ -221,6 +220,6 @@ class Exposition(Collector):
 def registry(tally: Tally, status: Callable[[], dict[str, Any]]) -> CollectorRegistry:
     """The metrics of one manager."""
     made = CollectorRegistry()
-    made.register(tally)
+    made.register(tally.launches)
     made.register(Exposition(tally, status))
     return made

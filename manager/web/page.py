@@ -46,6 +46,7 @@ def _plotly() -> bytes:
 def _cacheable(name: str, content: bytes, max_age: int) -> Response:
     """The file, or 304 where the browser has it already."""
     answer = Response(content, mimetype=TYPES[name.rpartition(".")[2]])
+    # With 0, a browser checks the tag each time, so a new manager never works with an old page.
     answer.cache_control.max_age = max_age
     answer.add_etag()
     answer.make_conditional(request)

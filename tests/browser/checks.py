@@ -72,9 +72,9 @@ _NUMBERS = ("connections_rate", "packets_rate", "active")
 
 
 def _number(text: str) -> float:
-    """The number that a cell begins with; 0 for the dash that says there is none."""
-    word = text.split(maxsplit=1)[0].replace(",", "")
-    return 0.0 if word == "–" else float(word)
+    """The number at the start of a cell; 0 for a dash."""
+    number = text.split(maxsplit=1)[0].replace(",", "")
+    return 0.0 if number == "–" else float(number)
 
 
 def marks_the_last_decision(page: Page, base_url: str) -> None:

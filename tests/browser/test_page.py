@@ -34,12 +34,12 @@ def busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
 
 def test_the_page_agrees_with_the_status(page: Page, busy: Stage) -> None:
     checks.agrees_with_the_status(page, busy.base_url)
-    shown = {row["name"]: row for row in checks.rows(page)}
-    assert shown[f"{busy.name}1"]["state"] == "◑ draining"
-    assert shown[f"{busy.name}1"]["note"] == "drained by hand"
-    assert any(row["state"] == "✕ failed" and "exit code 137" in row["note"] for row in shown.values())
+    displayed = {row["name"]: row for row in checks.rows(page)}
+    assert displayed[f"{busy.name}1"]["state"] == "◑ draining"
+    assert displayed[f"{busy.name}1"]["note"] == "drained by hand"
+    assert any(row["state"] == "✕ failed" and "exit code 137" in row["note"] for row in displayed.values())
     widths = page.eval_on_selector_all(".share i i", "bars => bars.map(bar => parseFloat(bar.style.width))")
-    assert widths == pytest.approx([float(row["share"].split()[0]) for row in shown.values()], abs=0.06)
+    assert widths == pytest.approx([float(row["share"].split()[0]) for row in displayed.values()], abs=0.06)
     assert page.inner_text("#settings div:has(dt:text-is('stable-window')) dd") == "60"
     headers = page.eval_on_selector_all("thead th[scope=col]", "cells => cells.map(cell => cell.textContent)")
     assert headers == ["name", "address", "state", "share", "conn/s", "packets/s", "active"]

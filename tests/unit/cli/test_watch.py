@@ -30,7 +30,7 @@ MODULES = {"PYTHONPATH": str(Path(watch.__file__).parents[1])}
 NOW = 1_800_000_000.0
 
 
-def shown(thing: RenderableType, width: int = 100) -> str:
+def rendered(thing: RenderableType, width: int = 100) -> str:
     console = Console(width=width, color_system=None)
     with console.capture() as capture:
         console.print(thing)
@@ -115,16 +115,16 @@ def test_control_characters_from_a_container_never_reach_the_terminal() -> None:
         {"balancers": [{**calm["balancers"][0], "id": evil}]},
         {"last_decision": {**calm["last_decision"], "reason": evil}},
     ):
-        text = shown(watch.render_status(status(**changes), watch.past([change(1)])), 200)
+        text = rendered(watch.render_status(status(**changes), watch.past([change(1)])), 200)
         assert not {"\x1b", "\x07", "\r"} & set(text)
         assert "[red]" in text, "brackets are not markup"
-    assert shown(watch.past([{**change(1), "reason": evil}])).endswith("CREATE_SERVER 1→2   ]0;title  [2J  [red]")
+    assert rendered(watch.past([{**change(1), "reason": evil}])).endswith("CREATE_SERVER 1→2   ]0;title  [2J  [red]")
 
 
 def test_the_output_has_every_backend_the_balancers_and_the_last_decision() -> None:
     failed = backend(2, state="failed", share=0.0, healthy=False, ip="", why="refused", reason="exit 1")
     behind = {"id": "b2", "last_seen": 2.5, "revision": "old"}
-    text = shown(
+    text = rendered(
         watch.render_status(status(backends=[backend(1), failed], balancers=[*status()["balancers"], behind])), 200
     )
     first, reports, last, header, *rows = text.splitlines()
@@ -135,7 +135,7 @@ def test_the_output_has_every_backend_the_balancers_and_the_last_decision() -> N
     assert rows[0].split() == ["p-backend-1", "198.18.0.2", "active", "25.0%", "3.5", "35.25", "2", "yes"]
     assert rows[1].split() == ["p-backend-2", "-", "failed", "0.0%", "3.5", "35.25", "2", "no", "refused;", "exit", "1"]
     assert header.index("conn/s") + len("conn/s") == rows[0].index(" 3.5 ") + len(" 3.5"), "figures are flush right"
-    nothing = shown(watch.render_status(status(backends=[], balancers=[], last_decision=None)), 200).splitlines()
+    nothing = rendered(watch.render_status(status(backends=[], balancers=[], last_decision=None)), 200).splitlines()
     assert nothing[1:3] == ["last reports of the balancers: none", "last decision: none yet"]
 
 
@@ -147,15 +147,15 @@ def test_a_probes_result_is_left_out_for_a_healthy_backend() -> None:
 
 def test_the_node_column_exists_only_where_a_backend_has_a_node() -> None:
     rows = [backend(1, node="abcdefghijklmnop"), backend(2)]
-    header, first, second = shown(watch.fleet(status(backends=rows))).splitlines()
+    header, first, second = rendered(watch.fleet(status(backends=rows))).splitlines()
     assert header.split()[:4] == ["backend", "address", "node", "state"]
     assert (first.split()[2:4], second.split()[2]) == (["abcdefgh", "active"], "active")
-    assert "node" not in shown(watch.fleet(status()))
+    assert "node" not in rendered(watch.fleet(status()))
 
 
 def test_a_narrow_terminal_wraps_and_cuts_nothing() -> None:
     why = f"a long story of {'x' * 70}"
-    text = shown(watch.fleet(status(backends=[backend(1, healthy=False, why=why)])), 80)
+    text = rendered(watch.fleet(status(backends=[backend(1, healthy=False, why=why)])), 80)
     assert (text.count("x"), text.count("story")) == (70, 1)
     assert max(map(len, text.splitlines())) <= 80
 
@@ -171,15 +171,15 @@ def test_a_sparkline_column_is_its_highest_point_and_blank_without_points(
 def test_load_and_capacity_have_one_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "COLUMNS", 3)
     points = [point(1000, 9999), point(100, 100), point(10, 400)]
-    rate, capacity, scale = shown(watch.load(points, NOW)).splitlines()
+    rate, capacity, scale = rendered(watch.load(points, NOW)).splitlines()
     assert (rate, capacity) == ("rate       ▃█", "capacity   ▅▅")
     assert scale.endswith("the last 5 minutes; full height is 400"), "older points do not count"
-    assert shown(watch.load([], NOW)).startswith("rate")
-    assert shown(watch.load([point(1, 0.0, 0.0)], NOW)).startswith("rate        ▁")
+    assert rendered(watch.load([], NOW)).startswith("rate")
+    assert rendered(watch.load([point(1, 0.0, 0.0)], NOW)).startswith("rate        ▁")
 
 
 def test_changes_are_one_line_each_newest_first() -> None:
-    rows = shown(Group(watch.past([change(1), {**change(2), "reason": "a long story " * 20}])), 60).splitlines()
+    rows = rendered(Group(watch.past([change(1), {**change(2), "reason": "a long story " * 20}])), 60).splitlines()
     assert [row[10:27] for row in rows] == ["CREATE_SERVER 2→3", "CREATE_SERVER 1→2"]
     assert rows[0].endswith("…")
 

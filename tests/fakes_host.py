@@ -77,6 +77,8 @@ MANAGER = r'''"""Two backends in rotation. By the image: good; bad: an update to
 never: no backend gets ready; broken: the balancer cannot be started; hung: nothing happens."""
 import http.server, json, os, signal, sys, threading, time
 
+from core.snapshot import with_problems
+
 image, began = os.environ["LB_IMAGE"], time.monotonic()
 name = os.path.join(os.environ["FAKE_STATE"], f"id-of-{image}")
 if os.path.exists(name):
@@ -102,14 +104,14 @@ def status():
         {"name": f"p-{n}", "ip": "198.18.0.9", "state": state, "healthy": state == "active", **row}
         for n, state in enumerate(states)
     ]
-    return {
+    return with_problems({
         "project": os.environ["LB_PROJECT"], "image": image, "pid": os.getpid(), "desired": 2, "current": 2, "min": 2,
         "max": 10, "metric": "packets", "rate": None, "target": 100.0, "paused": False, "engine": "ok",
         "revision": "a", "launches": launches, "balancer": balancer, "backends": backends, "last_decision": None,
         "balancers": [{"id": "b", "last_seen": 0.1, "revision": "a"}], "settings": {"interval": 2.0},
         "environment": {name: value for name, value in os.environ.items() if name.startswith("LB_")},
-        "arguments": sys.argv[1:],
-    }
+        "arguments": sys.argv[1:], "data_path": {"working": True, "problem": ""},
+    })
 
 class Answer(http.server.BaseHTTPRequestHandler):
     def do_GET(self):

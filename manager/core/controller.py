@@ -459,7 +459,7 @@ class Controller:
         with self._lock:
             now = self._clock()
             decision = self.decisions[-1] if self.decisions else None
-            return {
+            status = {
                 "project": self.settings.project,
                 "desired": self.desired,
                 "current": len(fleets.live(self._fleet)),
@@ -484,6 +484,7 @@ class Controller:
                 "last_decision": asdict(decision) if decision else None,
                 "settings": snapshots.settings_in_force(self.settings, self.policy),
             }
+            return snapshots.with_problems(status)
 
     @property
     def _by_itself(self) -> bool:

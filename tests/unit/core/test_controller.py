@@ -1177,7 +1177,7 @@ def test_the_view_tells_what_serves_and_how(rig: Callable[..., Rig]) -> None:
             **{"port": 80, "health": "http:/ok", "interval": 3, "drain_timeout": 4},
             **{"weights": "equal", "backend_subnet": "i", "locality": "", "check_source": ""},
         },
-        "backends": [{"id": r.id(1)[:12], "ip": "198.18.0.2", "state": "active", "weight": 1.0}],
+        "backends": [{"id": r.id(1)[:12], "ip": "198.18.0.2", "state": "active"}],
     }
 
 

@@ -19,8 +19,9 @@ from typing import Any, NoReturn, cast
 from flask import Flask, Response, abort, g, jsonify, request
 from prometheus_client import generate_latest
 
-from core.controller import Closing, Controller, Unknown
+from core.controller import Controller, UnknownBackend
 from core.load import Finding, Report, Sample
+from core.publisher import Closing
 from web import metrics
 from web.http_server import BODY_MAX
 from web.listeners import Listeners
@@ -265,7 +266,7 @@ def _number(value: Any, name: str, low: float, high: float) -> float:
 def _on_backend(action: Callable[[], None]) -> tuple[str, int]:
     try:
         action()
-    except Unknown as error:
+    except UnknownBackend as error:
         _refuse(404, f"no backend of ours has the address {error}")
     except ValueError as error:
         _refuse(409, str(error))

@@ -24,7 +24,8 @@ import msgspec
 from flask import Flask, Response, abort, g, request
 from prometheus_client import generate_latest
 
-from core.controller import Closing, Controller, Unknown
+from core.controller import Controller, UnknownBackend
+from core.publisher import Closing
 from web import metrics, schemas
 from web.http_server import BODY_MAX
 from web.listeners import Listeners
@@ -166,7 +167,8 @@ def create_app(
     for status in (404, 405, 413):
         app.register_error_handler(status, lambda error: _line(error.code, error.name))
     app.register_error_handler(schemas.InvalidMessage, lambda error: _line(400, str(error)))
-    app.register_error_handler(Unknown, lambda error: _line(404, f"no backend of this project has the address {error}"))
+    unknown = "no backend of this project has the address"
+    app.register_error_handler(UnknownBackend, lambda error: _line(404, f"{unknown} {error}"))
     app.register_error_handler(Closing, lambda _: _line(503, "the manager is ending; retry in a few seconds"))
     return app
 

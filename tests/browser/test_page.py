@@ -36,7 +36,7 @@ def test_the_page_agrees_with_the_status(page: Page, busy: Stage) -> None:
     checks.agrees_with_the_status(page, busy.base_url)
     displayed = {row["name"]: row for row in checks.rows(page)}
     assert displayed[f"{busy.name}1"]["state"] == "◑ draining"
-    assert displayed[f"{busy.name}1"]["note"] == "drained by hand"
+    assert displayed[f"{busy.name}1"]["note"] == "drained by the operator"
     assert any(row["state"] == "✕ failed" and "exit code 137" in row["note"] for row in displayed.values())
     widths = page.eval_on_selector_all(".share i i", "bars => bars.map(bar => parseFloat(bar.style.width))")
     assert widths == pytest.approx([float(row["share"].split()[0]) for row in displayed.values()], abs=0.06)

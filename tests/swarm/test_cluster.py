@@ -79,7 +79,7 @@ def test_three_to_nine_to_three_under_load_fails_no_request(cluster: Cluster, sy
     )
     assert others == []
     assert answered > 2500
-    assert "its engine is about to stop it" in system.log()
+    assert "the engine is stopping its container" in system.log()
 
 
 def test_somebody_elses_update_in_between_is_met_with_another_look(system: System) -> None:

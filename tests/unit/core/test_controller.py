@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,11 +18,12 @@ import pytest
 from bench.replay import read_trace
 from core import controller as module
 from core import workers
-from core.controller import Closing, Controller, Unknown
+from core.controller import Controller, UnknownBackend
 from core.engine import BalancerState, EngineError, Event
 from core.fleet import DRAIN_GRACE
-from core.launch_backoff import GIVE_UP, SETTLED, STABLE
+from core.launch_backoff import FORGET_AFTER, MAX_UPDATE_FAILURES, STABLE
 from core.load import Finding, Sample
+from core.publisher import Closing
 from core.scaler import CREATE, OK, Decision
 from fakes import Chance, Clock, FakeEngine, controller, eventually, report, sample
 
@@ -208,7 +210,7 @@ def test_failures_are_forgotten_once_the_fleet_is_at_its_size_for_a_minute(rig: 
     r.step_until(r.view)
     r.all_well()
     r.controller.step()
-    r.clock.pass_by(SETTLED - 0.1)
+    r.clock.pass_by(FORGET_AFTER - 0.1)
     r.controller.step()
     assert r.launches()["failed"] == 3, "not for long enough"
     r.clock.pass_by(0.2)
@@ -335,7 +337,7 @@ def test_a_backend_that_somebody_stops_leaves_rotation_at_once(looping: Callable
     r.engine.tell(Event("kill", r.id(1), 15))
     assert eventually(lambda: r.view().get("198.18.0.2") == "draining")
     assert r.view()["198.18.0.3"] == "active"
-    assert r.reason(1) == "somebody else is stopping its container"
+    assert r.reason(1) == "another program is stopping its container"
 
 
 def test_any_other_event_is_a_reason_to_look_at_the_list(looping: Callable[..., Rig]) -> None:
@@ -435,7 +437,7 @@ def test_report_that_an_active_backend_is_done_drains_it(rig: Callable[..., Rig]
     assert r.states()[1] == "draining"
     r.controller.stop("198.18.0.2", "drained")
     assert r.states()[1] == "stopped"
-    with pytest.raises(Unknown):
+    with pytest.raises(UnknownBackend):
         r.controller.stop("198.18.0.99", "drained")
 
 
@@ -510,7 +512,10 @@ def test_without_a_balancers_word_a_drain_ends_after_its_timeout_and_a_grace(rig
     r.engine.gate.clear()
     r.clock.pass_by(0.5)
     r.controller.step()
-    assert (r.states()[3], r.reason(3)) == ("stopped", "drain timeout, and no balancer reported the end")
+    assert (r.states()[3], r.reason(3)) == (
+        "stopped",
+        "drain timeout: a balancer did not report the end of its connections",
+    )
     r.engine.gate.set()
     r.step_until(lambda: sorted(r.engine.containers) == ["p-backend-1", "p-backend-2"])
 
@@ -536,7 +541,7 @@ def test_a_backend_drained_by_hand_is_replaced(rig: Callable[..., Rig]) -> None:
     r.step_until(lambda: "198.18.0.4" in r.view())
     assert r.states() == {1: "draining", 2: "active", 3: "starting"}
     for unknown in ("198.18.0.2", "198.18.0.99"):
-        with pytest.raises(Unknown):
+        with pytest.raises(UnknownBackend):
             r.controller.drain(unknown)
 
 
@@ -664,7 +669,7 @@ def test_an_update_whose_backends_never_get_ready_goes_back_by_itself(
     assert given_up.endswith("; last log line: goodbye")
     r.step_until(lambda: r.states() == {1: "active", 2: "active"})
     assert r.specs() == ["image-1"] * 2, "the old ones never left"
-    assert len(r.calls("launch")) == GIVE_UP
+    assert len(r.calls("launch")) == MAX_UPDATE_FAILURES
     assert not r.launches()["updating"]
     r.engine.refusals = [EngineError("no space left")]
     r.controller.drain("198.18.0.2")
@@ -757,7 +762,7 @@ def test_balancer_that_cannot_be_started_is_tried_again_with_growing_waits(
         assert r.controller.status()["balancer"]["problem"] == "port is already allocated"
         r.controller.step()
         assert len(r.engine.calls) == attempt, "before its time"
-        assert r.controller._balancer_backoff.failures == attempt, "each counts once"
+        assert r.controller._balancer._backoff.failures == attempt, "each counts once"
         r.clock.pass_by(30)
     assert "the balancer cannot be started: port is already allocated" in caplog.text
     r.engine.balancer_error = ""
@@ -816,7 +821,7 @@ def test_two_failed_connections_in_a_row_are_reported_once_with_what_was_found(
         r.controller.check_path()
     problem = (
         "connections through the balancer at 198.18.0.100:8000 fail: timed out; "
-        "found: a foreign rule stands in the way: filter FORWARD -j DROP"
+        "found: a foreign rule blocks or redirects connections: filter FORWARD -j DROP"
     )
     told = r.controller.status()["data_path"]
     assert (told["working"], told["problem"]) == (False, problem)
@@ -1107,6 +1112,7 @@ def test_backend_may_take_as_long_as_the_ready_timeout(rig: Callable[..., Rig], 
     r.hear(_2=sample(healthy=False))
     r.clock.pass_by(waited)
     r.hear(_2=sample(healthy=False))
+    r.controller.step()
     assert r.states() == {1: state}
 
 
@@ -1170,7 +1176,9 @@ def test_a_restarted_manager_comes_to_the_same_revision_and_orders_nothing(
 
 
 def test_the_view_tells_what_serves_and_how(rig: Callable[..., Rig]) -> None:
-    r = rig(1, min=1, health="http:/ok", backend_port=80, interval=3, drain_timeout=4, weights="equal", inside="i")
+    r = rig(
+        1, min=1, health="http:/ok", backend_port=80, interval=3, drain_timeout=4, weights="equal", backend_subnet="i"
+    )
     assert r.controller.wait_for_snapshot("", 0) == {
         "revision": r.revision(),
         "service": {
@@ -1196,12 +1204,12 @@ def test_a_place_that_cannot_be_written_to_keeps_nobody_from_the_news(
     rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     r = rig(2)
-    monkeypatch.setattr(module, "_write", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     before = r.revision()
     r.controller.drain("198.18.0.3")
     assert r.controller.wait_for_snapshot(before, 0) is not None
     assert r.ip_file.read_text() == "198.18.0.2\n198.18.0.3\n"
-    assert "ip.txt cannot be written, so a balancer that starts now begins with old rules: disk full" in caplog.text
+    assert "cannot write ip.txt: disk full" in caplog.text
 
 
 def test_the_revision_moves_only_when_a_balancer_has_something_to_learn(rig: Callable[..., Rig]) -> None:

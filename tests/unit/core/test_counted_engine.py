@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 
 from core import fleet as fleets
-from core.controller import Closing, Controller
+from core.controller import Controller
 from core.engine import Engine, EngineError, Event, TakenOver
-from core.fleet import ACTIVE, DRAINING, FAILED, LEAVING, STARTING, Backend, Container, Goal, Namer, Resize
+from core.fleet import ACTIVE, DRAINING, FAILED, STARTING, Backend, Container, Goal, Namer, Resize
+from core.publisher import Closing
+from core.reasons import Cause
 from fakes import Clock, controller, eventually, report, sample
 
 
@@ -122,12 +124,12 @@ def test_who_the_engine_lets_go_drains_in_the_view_until_it_has_ended(rig: Rig) 
     rig.controller.scale(1, 2, None)
     rig.step()
     assert rig.engine.resizes == [(2, "image-1")]
-    leaver = next(b for b in rig.controller.status()["backends"] if b["state"] == DRAINING)
-    assert leaver["reason"] == LEAVING
+    draining = next(b for b in rig.controller.status()["backends"] if b["state"] == DRAINING)
+    assert draining["cause"] == Cause.ENGINE_STOP
     view = rig.controller.wait_for_snapshot("", 0)
     assert view is not None
-    assert leaver["ip"] in {b["ip"] for b in view["backends"] if b["state"] == DRAINING}
-    rig.controller.stop(leaver["ip"], "drained")
+    assert draining["ip"] in {b["ip"] for b in view["backends"] if b["state"] == DRAINING}
+    rig.controller.stop(draining["ip"], "drained")
     rig.step()
     rig.engine.finish()
     rig.step()
@@ -198,7 +200,7 @@ def test_who_is_slow_to_get_ready_is_not_given_up(rig: Rig) -> None:
 
 
 def test_draining_by_hand_is_refused_for_the_engine_picks(rig: Rig) -> None:
-    with pytest.raises(ValueError, match="picks the backends to stop by itself"):
+    with pytest.raises(ValueError, match="chooses the backends to stop"):
         rig.controller.drain("198.18.0.2")
     assert rig.states()["1"] == ACTIVE
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.history import CHANGES, COARSE, FINE, MINUTE, History, Point
+from core.history import COARSE_MINUTES, FINE_MINUTES, MAX_CHANGES, MINUTE, History, Point
 from core.scaler import CREATE, OK, Decision
 
 START = 1_700_000_000.5
@@ -40,7 +40,7 @@ def test_points_are_told_oldest_first_and_each_minute_once(steps: list[tuple[flo
 def test_no_peak_of_the_last_day_is_lost(steps: list[tuple[float, int]]) -> None:
     history, points = walked(steps)
     told = history.since(0)["points"]
-    day = [point for point in points if point.minute >= points[-1].minute - COARSE]
+    day = [point for point in points if point.minute >= points[-1].minute - COARSE_MINUTES]
     for name in ("rate", "capacity"):
         assert max(point[name] for point in told) == max(getattr(point, name) for point in day)
 
@@ -49,15 +49,15 @@ def test_no_peak_of_the_last_day_is_lost(steps: list[tuple[float, int]]) -> None
 def test_every_decision_of_the_last_half_hour_is_told(steps: list[tuple[float, int]]) -> None:
     history, points = walked(steps)
     told = [point["time"] for point in history.since(0)["points"]]
-    assert {point.time for point in points if point.time > points[-1].time - FINE * MINUTE} <= set(told)
+    assert {point.time for point in points if point.time > points[-1].time - FINE_MINUTES * MINUTE} <= set(told)
 
 
 def test_two_days_at_the_shortest_interval_take_no_more_than_a_day() -> None:
     history = History()
     for number in range(2 * 24 * 3600 * 8 // 3):
         history.add(Point(START + 0.375 * number, 1, 1, 1, 1))
-    assert len(history.coarse) <= COARSE + 1
-    assert len(history.fine) <= (FINE + 1) * MINUTE / 0.375
+    assert len(history.coarse) <= COARSE_MINUTES + 1
+    assert len(history.fine) <= (FINE_MINUTES + 1) * MINUTE / 0.375
     told = history.since(0)["points"]
     assert told[-1]["time"] - told[0]["time"] >= 86400
 
@@ -87,9 +87,9 @@ def test_only_what_is_newer_is_told_and_nothing_is_told_twice() -> None:
 
 def test_the_last_decisions_that_changed_something_are_kept() -> None:
     history = History()
-    for number in range(CHANGES + 10):
+    for number in range(MAX_CHANGES + 10):
         history.note(decided(CREATE), 10 + number)
         history.note(decided(OK), 10.5 + number)
     told = history.since(0)["decisions"]
-    assert [change["time"] for change in told] == list(range(20, 20 + CHANGES))
+    assert [change["time"] for change in told] == list(range(20, 20 + MAX_CHANGES))
     assert told[0] == {"time": 20, "verdict": CREATE, "current": 2, "desired": 3, "reason": "why"}

@@ -53,9 +53,8 @@ def build(client: Any, output: Output, folder: str, base: str) -> str:
         base = _base_image(client, output, base)
         short = Path(folder).name
         with output.step(f"Building the {short} image") as step:
-            follow(step, client.api.build(
-                path=str(ROOT / folder), tag=name, labels={LABEL: short}, buildargs={"BASE": base}, rm=True, decode=True,
-            ))  # fmt: skip
+            options = {"tag": name, "labels": {LABEL: short}, "buildargs": {"BASE": base}, "rm": True}
+            follow(step, client.api.build(path=str(ROOT / folder), decode=True, **options))
     return name
 
 
@@ -91,11 +90,9 @@ def _base_image(client: Any, output: Output, wanted: str) -> str:
 
 def _make_base_image(output: Output) -> None:
     output.need("debootstrap", "making a base image without a registry", "debootstrap")
-    make = (
-        'debootstrap --variant=minbase trixie "$1" && tar -C "$1" -c . | docker import --change "LABEL $2=base" - "$3"'
-    )
+    make = 'debootstrap --variant=minbase trixie "$1" && tar -C "$1" -c . | docker import --change "$2" - "$3"'
     with output.step("Making the base image with debootstrap instead"), tempfile.TemporaryDirectory() as tree:
-        output.run("bash", "-o", "pipefail", "-c", make, "bash", tree, LABEL, OWN_BASE)
+        output.run("bash", "-o", "pipefail", "-c", make, "bash", tree, f"LABEL {LABEL}=base", OWN_BASE)
 
 
 def main(folders: Iterable[str]) -> None:

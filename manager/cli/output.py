@@ -24,7 +24,12 @@ LOG_LINES = 15  # printed of the log after a failure
 
 
 class Failed(Exception):
-    """A step failed, or the host lacks something. The message is for people; the exit code is 1."""
+    """A step failed, or the host lacks something. The message is for people; the exit code is 1. `log` has the last
+    lines of the log where they belong to it."""
+
+    def __init__(self, message: str, log: str = "") -> None:
+        super().__init__(message)
+        self.log = log
 
 
 class Output:
@@ -43,12 +48,6 @@ class Output:
         except OSError:
             os.dup2(self.log.fileno(), sys.stdout.fileno())
             print(text, end=end, flush=True)
-
-    @staticmethod
-    def complain(text: str) -> None:
-        """Prints to standard error."""
-        with suppress(OSError):  # nobody reads it
-            print(text, file=sys.stderr, flush=True)
 
     def step(self, text: str) -> Step:
         return Step(self, text)
@@ -70,7 +69,7 @@ class Output:
 
     def end_of_log(self) -> str:
         lines = self.path.read_text(errors="replace").splitlines()[-LOG_LINES:]
-        return "\n".join([f"--- the end of {self.path}:", *lines, "---"])
+        return "\n".join([f"--- the end of {self.path}:", *lines, "---", ""])
 
 
 class Step:
@@ -109,8 +108,7 @@ class Step:
         self._output.say("failed" if isinstance(error, Exception) else "interrupted")
         if isinstance(error, Exception):
             self._output.log.write(f"{error}\n")
-            self._output.complain(self._output.end_of_log())
-            raise Failed(f"{self._text}: failed: {reason(error)}") from error
+            raise Failed(f"{self._text}: failed: {reason(error)}", self._output.end_of_log()) from error
 
     def _tick(self) -> None:
         pause = 1 if self._output.terminal else 5
@@ -200,7 +198,9 @@ def main(program: str, run_dir: Path, log: str, run: Callable[[Output], None]) -
             output = Output(program, run_dir / log)
             run(output)
     except (Failed, OSError) as error:
-        Output.complain(f"{program}: {error}")
+        text = f"{getattr(error, 'log', '')}{program}: {error}"
+        with suppress(OSError):  # nobody reads it
+            print(text, file=sys.stderr, flush=True)
         return 1
     return 0
 

@@ -1,4 +1,4 @@
-"""What run.sh waits for after it has started the manager: it requests GET /status until the project serves or has failed.
+"""The waits of run.sh after it has started the manager: until the project serves, and until an update has ended.
 
 The three classes are pure: a status and a time in, a verdict out.
 """

@@ -62,8 +62,8 @@ def publish(project: Project, registry: str, name: str) -> str:
 def share_secrets(project: Project, image: str) -> dict[str, str]:
     """Makes the token and the certificate Swarm secrets; the variables that name them to the manager.
 
-    The certificate with its key is a secret that no balancer gets: a manager that takes over on another node uses it, so
-    that no balancer has to be updated while a node is lost.
+    The certificate with its key is a secret that no balancer gets: a manager that takes over on another node uses it,
+    so that no balancer has to be updated while a node is lost.
     """
     names = {"token": f"{project.name}-token", "manager.pem": f"{project.name}-manager"}
     complete = all(_has_text(project.run_dir / file) for file in names)
@@ -149,8 +149,8 @@ def _share(project: Project, name: str, file: str) -> None:
         project.docker.secrets.create(name=name, data=data, labels=labels)
     elif secret.attrs["Spec"]["Labels"].get("lbscaler.digest") != digest:
         raise Failed(
-            f"run/{project.name}/{file} is not the one that this Swarm's balancers have; copy it from the node that ran "
-            "the manager, or ./stop.sh first"
+            f"run/{project.name}/{file} is not the one that this Swarm's balancers have; copy it from the node that "
+            "ran the manager, or ./stop.sh first"
         )
 
 

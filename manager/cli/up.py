@@ -1,8 +1,8 @@
 """The start: `./run.sh`, once Docker runs and .venv is complete.
 
-Each step is named before it begins. Where one fails, or a signal comes, the run undoes what it began: a project that was
-not there before is removed, a running one goes back to the settings and the image it ran with. The settings are stored
-before the start counts as a success, so that the next run knows them.
+Each step is named before it begins. Where one fails, or a signal comes, the run undoes what it began: a new project is
+removed, a running one goes back to the settings and the image it ran with. The settings are stored before the start
+counts as a success, so that the next run knows them.
 """
 
 from __future__ import annotations
@@ -243,7 +243,8 @@ def main() -> int:
     run_dir = arguments.settings.run_dir
     status = output.main("run.sh", run_dir, "run.log", lambda out: run(arguments, out))
     if status == 0 and arguments.follow:
-        os.execvp("tail", ["tail", "-n", "20", "-F", str(run_dir / "manager.log")])
+        command = ["tail", "-n", "20", "-F", str(run_dir / "manager.log")]
+        os.execvp(command[0], command)  # noqa: S606 - a fixed program
     return status
 
 

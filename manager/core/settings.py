@@ -101,8 +101,8 @@ class Setting:
     many: bool = False  # the flag may be given several times; the variable holds all values, quoted as in a shell
 
 
-def _row(group: str, default: str, parse: Callable[[str], Any], allowed: str, meaning: str, many: bool = False) -> Any:
-    return field(metadata={"setting": Setting(group, default, parse, allowed, meaning, many)})
+def _row(*columns: Any) -> Any:
+    return field(metadata={"setting": Setting(*columns)})
 
 
 _PROJECT = _matching(r"[a-z0-9][a-z0-9_-]{0,39}")

@@ -75,8 +75,8 @@ def test_run_again_changes_only_what_settings_changed(system: System) -> None:
     assert sorted(system.containers()) == before
     assert (system.run_dir / "manager.pid").read_text() != pid
     assert system.status()["max"] == 7
-    output = system.up("--bind", "198.18.99.99", "--max", "6", status=1)  # not an address of this host
-    assert "Undoing what this run began" in output
+    output = system.up("--bind", "198.18.99.99", "--max", "6", status=1)
+    assert "give an address of this host with --bind" in output
     assert system.who(), "it serves where it served before"
     assert system.status()["max"] == 7
     assert system.status()["target"] == 100

@@ -1,4 +1,4 @@
-"""run.sh and stop.sh as a whole, with a fake Docker client and a fake manager: interrupts, failed steps, updates."""
+"""run.sh and stop.sh as a whole, with a fake engine and a fake manager: interrupts, failed steps, updates."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ FIRST_ANSWER = "Waiting for the first answer"
 def system(tmp_path: Path) -> Iterator[System]:
     made = System(tmp_path)
     yield made
-    for pid in made.processes():
-        os.kill(pid, signal.SIGKILL)
+    made.close()
 
 
 def status(system: System) -> dict[str, Any]:
@@ -67,12 +66,12 @@ def test_it_starts_the_manager_with_what_the_balancer_needs_and_stops_it(system:
 
 
 def test_a_second_interrupt_does_not_cut_the_undo_off(system: System) -> None:
-    (system.state / "slow_rm").write_text("2")
+    system.engine.removal_seconds = 2
     process = system.start("--image", "hung")
     seen = read_until(process, FIRST_ANSWER)
     os.killpg(process.pid, signal.SIGINT)
     seen += read_until(process, "Undoing")
-    until(lambda: "network rm" in system.calls(), "the undo is at work")
+    until(lambda: "DELETE /networks/network-id" in system.engine.calls, "the undo is at work")
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         os.killpg(process.pid, number)
     output, _ = process.communicate(timeout=30)
@@ -111,12 +110,13 @@ def test_an_interrupted_check_of_the_kernel_leaves_no_container(system: System) 
     (system.state / "slow_check").touch()
     process = system.start("--image", "good")
     read_until(process, "Checking that this kernel")
-    until((system.state / "checks").exists, "the check runs")
+    until((system.state / "check").exists, "the check runs")
     os.killpg(process.pid, signal.SIGINT)
     process.communicate(timeout=30)
     assert process.returncode == 130
-    assert not (system.state / "checks").exists()
-    assert "--label lbscaler.project=p --label lbscaler.role=check" in system.calls()
+    assert not (system.state / "check").exists()
+    command = (system.state / "kernel_checks").read_text()
+    assert "--label lbscaler.project=p --label lbscaler.role=check" in command
 
 
 # -- a start that fails ----------------------------------------------------------------------------------------------
@@ -155,10 +155,9 @@ def test_a_start_that_cannot_serve_ends_with_the_managers_reason(system: System,
 
 @pytest.mark.parametrize(("refusals", "asked"), [(0, 1), (3, 4), (99, 30)])
 def test_the_next_subnet_is_tried_where_another_start_took_the_first(system: System, refusals: int, asked: int) -> None:
-    (system.state / "refusal").write_text("Error response from daemon: Pool overlaps with other one on this address\n")
-    (system.state / "refusals").write_text(str(refusals))
+    system.engine.refusal, system.engine.refusals = "Pool overlaps with other one on this address", refusals
     system.up("--image", "good", status=0 if asked < 30 else 1)
-    subnets = (system.state / "asked").read_text().split()
+    subnets = system.engine.subnets_requested
     assert (len(subnets), len(set(subnets))) == (asked, asked)
 
 
@@ -169,10 +168,9 @@ def test_the_next_subnet_is_tried_where_another_start_took_the_first(system: Sys
 def test_another_refusal_or_a_subnet_that_was_named_is_not_tried_again(
     system: System, refusal: str, flags: tuple[str, ...]
 ) -> None:
-    (system.state / "refusal").write_text(f"Error response from daemon: {refusal}\n")
-    (system.state / "refusals").write_text("99")
+    system.engine.refusal, system.engine.refusals = refusal, 99
     assert refusal in system.up("--image", "good", *flags, status=1)
-    assert len((system.state / "asked").read_text().split()) == 1
+    assert len(system.engine.subnets_requested) == 1
 
 
 def test_a_manager_is_started_again_where_nothing_can_be_written(system: System) -> None:
@@ -214,6 +212,7 @@ def test_an_update_that_is_given_up_fails_and_the_old_settings_are_used_again(sy
 
 def test_the_old_image_is_used_again_even_where_its_name_means_the_new_one(system: System) -> None:
     system.up("--image", "good")
+    system.engine.ids["good"] = "sha256:bad"
     (system.state / "id-of-good").write_text("sha256:bad")
     stored = (system.run_dir / "settings.json").read_text()
     assert "what ran before is used again" in system.up(status=1)
@@ -279,16 +278,17 @@ def test_only_the_manager_of_the_project_is_stopped(system: System, tmp_path: Pa
     for name in ("manager", "supervisor"):  # numbers that come from elsewhere
         shutil.copy(system.run_dir / f"{name}.pid", other.tree / "run" / "q")
     other.down()
+    other.engine.close()
     assert len(system.processes()) == 2
 
 
 def test_what_is_left_is_named_and_no_success(system: System) -> None:
     system.up("--image", "good")
-    (system.state / "left").write_text("container p-backend-7\n")
+    system.engine.extra.append("p-backend-7")
     output = system.down(status=1)
     assert "project p is not down, left: container p-backend-7; run ./stop.sh again" in output
     assert "Project p is down" not in output
-    (system.state / "left").unlink()
+    system.engine.extra.clear()
     system.down()
 
 

@@ -36,7 +36,7 @@ step() {
 
 tick() {
     local seconds=0
-    while sleep 5 >/dev/null; do
+    while sleep 5 >/dev/null 2>&1; do
         seconds=$((seconds + 5))
         printf '%d s … ' "$seconds"
     done

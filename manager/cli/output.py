@@ -41,6 +41,12 @@ class Output:
         self.log = log.open("w", buffering=1, errors="replace")
         self.terminal = sys.stdout.isatty()
 
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.log.close()
+
     def say(self, text: str, end: str = "\n") -> None:
         """Prints a line; to the log where nobody reads the standard output any more."""
         try:
@@ -195,8 +201,8 @@ def main(program: str, run_dir: Path, log: str, run: Callable[[Output], None]) -
         run_dir.mkdir(parents=True, exist_ok=True)
         with (run_dir / "lock").open("w") as lock:
             _acquire(lock, run_dir.name)
-            output = Output(program, run_dir / log)
-            run(output)
+            with Output(program, run_dir / log) as output:
+                run(output)
     except (Failed, OSError) as error:
         text = f"{getattr(error, 'log', '')}{program}: {error}"
         with suppress(OSError):  # nobody reads it

@@ -30,13 +30,13 @@ ALT_NAME = "subjectAltName=DNS:lbscaler-manager"
 
 def join(project: Project, advertise: str, registry: str, may_init: bool, undo: Undo) -> str:
     """The address at which other nodes reach this one, which has to be a manager of a Swarm. Raises Failed."""
-    swarm = project.docker.swarm
+    api = project.docker.api
     if project.swarm_node()["LocalNodeState"] == "inactive":
         if not may_init:
             raise Failed("this host is in no Swarm; join one as a manager, or make one with --swarm-init")
-        undo.add("leave the Swarm", lambda: swarm.leave(force=True))
+        undo.add("leave the Swarm", lambda: api.leave_swarm(force=True))
         with project.output.step("Making this host a Swarm"):
-            swarm.init(advertise_addr=advertise or None)
+            api.init_swarm(advertise_addr=advertise or None)
     node = project.swarm_node()
     if node["LocalNodeState"] != "active":
         raise Failed(f"this host's state in its Swarm is '{node['LocalNodeState']}', not active; see docker info")

@@ -108,7 +108,6 @@ def test_the_files_shown_on_the_host_tell_the_rotation(system: System) -> None:
         "Creating the network",
         "Starting the manager",
         "Waiting for the first",
-        "Waiting until every",
     ],
 )
 def test_an_interrupted_start_leaves_nothing(fresh: System, moment: str) -> None:

@@ -1,4 +1,4 @@
-"""What run.sh waits for: a status and a time in, a verdict out; and once against a manager that answers on a port."""
+"""What run.sh waits for: a status and a time in, a verdict out; and once with a manager that answers on a port."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from werkzeug.serving import BaseWSGIServer, make_server
 
-from cli import startup
-from cli.startup import Checked, Outcome, Serve, Update
+from cli.output import Failed
+from cli.startup import Checked, Outcome, Serve, Update, wait_for_update, wait_until_it_serves
+from fakes import settings
 
 WAIT, REACHED, FAILED = Outcome.WAIT, Outcome.REACHED, Outcome.FAILED
 
@@ -171,50 +172,43 @@ class Answers:
 
 
 @pytest.fixture
-def run() -> Iterator[Callable[..., int]]:
-    """Runs the program against a manager that answers with those statuses, and a service that answers."""
+def wait() -> Iterator[Callable[..., list[str]]]:
+    """Waits for a goal with a manager that answers with those statuses; the lines that were logged."""
     made: list[Answers] = []
+    logged: list[str] = []
 
-    def program(goal: str, *statuses: dict[str, Any]) -> int:
+    def run(goal: Callable[..., None], *statuses: dict[str, Any]) -> list[str]:
         manager, service = Answers(*statuses), Answers(status())
         made.extend([manager, service])
-        ports = {"LB_MANAGER_PORT": str(manager.server.server_port), "LB_PORT": str(service.server.server_port)}
-        return startup.main([goal], {"LB_PROJECT": "p", **ports})
+        goal(settings(manager_port=manager.server.server_port, port=service.server.server_port), logged.append)
+        return logged
 
-    yield program
+    run.logged = logged  # type: ignore[attr-defined]
+    yield run
     for one in made:
         one.close()
 
 
-def test_each_change_is_printed_once_until_it_serves(
-    run: Callable[..., int], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_each_change_is_logged_once_until_it_serves(wait: Callable[..., list[str]]) -> None:
     starting = status("starting", "starting")
-    assert run("serve", starting, starting, status("active", "starting"), status("active", "active")) == 0
-    assert capsys.readouterr().out == "0 of 2 backends are ready\n1 of 2 backends are ready\n"
+    changes = (starting, starting, status("active", "starting"), status("active", "active"))
+    assert wait(wait_until_it_serves, *changes) == ["0 of 2 backends are ready", "1 of 2 backends are ready"]
 
 
-def test_the_progress_of_an_update_is_printed(run: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("update", updating(0, 2), updating(1, 1), updating(1, 1), updating(2, 0)) == 0
-    assert capsys.readouterr().out.splitlines() == [
+def test_progress_of_an_update_is_logged(wait: Callable[..., list[str]]) -> None:
+    assert wait(wait_for_update, updating(0, 2), updating(1, 1), updating(1, 1), updating(2, 0)) == [
         "0 of 2 backends replaced, 2 in rotation",
         "1 of 2 backends replaced, 2 in rotation",
         "2 of 2 backends replaced",
     ]
 
 
-def test_a_failure_shows_what_is_known_of_each_backend_and_ends_with_the_reason(
-    run: Callable[..., int], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_failure_logs_each_backend_and_raises_the_reason(wait: Callable[..., list[str]]) -> None:
     hint = "its container ended with exit code 1; last log line: open() failed [--allow root]"
     failed = status("starting", failed=4, why=hint)
     failed["backends"] = [backend(3, "starting", "GET / on port 80: connection refused")]
-    assert run("serve", failed) == 1
-    lines = capsys.readouterr().out.splitlines()
-    assert any("p-backend-3" in line and "connection refused" in line for line in lines)
-    assert lines[-1].startswith(f"no backend got ready: {hint}; see --backend-port")
-
-
-def test_another_word_is_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:
-    assert startup.main(["dance"], {}) == 2
-    assert "startup.py serve" in capsys.readouterr().err
+    with pytest.raises(Failed) as caught:
+        wait(wait_until_it_serves, failed)
+    assert str(caught.value).startswith(f"no backend got ready: {hint}; see --backend-port")
+    (lines,) = wait.logged  # type: ignore[attr-defined]
+    assert any("p-backend-3" in line and "connection refused" in line for line in lines.splitlines())

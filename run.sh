@@ -6,7 +6,7 @@ cd "$(dirname "$0")"
 # shellcheck source=manager/host.sh
 . manager/host.sh
 
-FLAGS_ARE_VALID=10 # exit code of cli.arguments for a start; --help, --doctor and --status end with another one
+FLAGS_ARE_VALID=10 # exit code of cli.arguments for a start; --help ends with another one
 
 finish() {
     end_step
@@ -21,10 +21,14 @@ trap 'exit 143' TERM
 trap 'exit 129' HUP
 trap : PIPE # see say
 LOG=run/setup.log
-case " $* " in *" --no-install "*) export NO_INSTALL=1 ;; esac
-
 mkdir -p run
+case " $* " in *" --no-install "*) export NO_INSTALL=1 ;; esac
 have python3 || need "reading the settings" python3 python3-venv
+for word in "$@"; do
+    case "$word" in
+        --status | --watch | --doctor | --json) PYTHONPATH=manager exec python3 -m cli.arguments run.sh "$@" ;;
+    esac
+done
 status=0
 run_module python3 cli.arguments run.sh "$@" || status=$?
 [ "$status" -eq "$FLAGS_ARE_VALID" ] || exit "$status"

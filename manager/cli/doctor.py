@@ -18,7 +18,7 @@ import socket
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from ipaddress import IPv4Network
 from pathlib import Path
@@ -305,15 +305,12 @@ def row(name: str, result: Found) -> str:
 def report(host: Host, as_json: bool) -> int:
     """Prints all checks; the exit code is 1 where one of them would stop run.sh."""
     results = {name: tried(host, check) for name, check in CHECKS.items()}
-    faults, warnings = (count(results.values(), verdict) for verdict in (FAULT, WARN))
+    verdicts = [result.verdict for result in results.values()]
+    faults = verdicts.count(FAULT)
     if as_json:
         rows = [{"name": name, **result._asdict()} for name, result in results.items()]
         print(json.dumps({"healthy": not faults, "checks": rows}, indent=1))
     else:
         print(*(row(name, result) for name, result in results.items()), sep="\n")
-        print(f"\nwould stop run.sh: {faults}; warnings: {warnings}")
+        print(f"\nwould stop run.sh: {faults}; warnings: {verdicts.count(WARN)}")
     return 1 if faults else 0
-
-
-def count(results: Iterable[Found], verdict: str) -> int:
-    return sum(result.verdict == verdict for result in results)

@@ -58,12 +58,13 @@ class Output:
     def step(self, text: str) -> Step:
         return Step(self, text)
 
-    def run(self, *command: str, **options: object) -> None:
+    def run(self, *command: str) -> None:
         """Runs a program with its output in the log. Raises Failed."""
-        streams = {"stdin": subprocess.DEVNULL, "stdout": self.log, "stderr": self.log}
-        done = subprocess.run(command, check=False, **streams, **options)  # type: ignore[call-overload]
-        if done.returncode:
-            raise Failed(f"{command[0]} ended with status {done.returncode}")
+        status = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log, check=False
+        ).returncode
+        if status:
+            raise Failed(f"{command[0]} ended with status {status}")
 
     def need(self, program: str, purpose: str, package: str) -> None:
         """Installs a Debian package unless its program is there. Raises Failed where that is not allowed."""

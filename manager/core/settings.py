@@ -143,8 +143,8 @@ class Settings:
     target: float = _row(_SCALING, "100", _number(0.001, 1e9), "a number above 0",
                          "load per backend: per second, or open connections for concurrency")
     interval: float = _row(_SCALING, "2", _number(0.5, 60), "0.5 to 60 (seconds)", "time between reports")
-    stable_window: float = _row(_SCALING, "60", _SECONDS, _SECONDS_RANGE, "a scale-in waits for this long a low load")
-    panic_window: float = _row(_SCALING, "6", _number(1, 600), "1 to 600 (seconds)", "the load is averaged over this")
+    stable_window: float = _row(_SCALING, "60", _SECONDS, _SECONDS_RANGE, "time of low load before a scale-in")
+    panic_window: float = _row(_SCALING, "6", _number(1, 600), "1 to 600 (seconds)", "time the load is averaged over")
     weights: str = _row(_SCALING, "adaptive", _matching("adaptive|equal"), "adaptive or equal",
                         "shares that follow the backends' speed, or 1/n each")
     record: str = _row(_SCALING, "", _ON, "1, or nothing", "record the load, for a replay")

@@ -62,6 +62,13 @@ def test_signal_ends_the_step_and_no_later_one_interrupts_the_undo(tmp_path: Pat
     assert done.stdout.endswith("first undone\n")
 
 
+def test_later_signal_does_not_interrupt_a_clean_up_within_the_step(tmp_path: Path) -> None:
+    clean_up = "time.sleep(0); send(signal.SIGTERM); time.sleep(0.1); print(1234)"
+    done = program(f"exec('try:\\n send(signal.SIGINT)\\nfinally:\\n {clean_up}')", tmp_path)
+    assert "1234" in done.stdout
+    assert done.returncode == 130
+
+
 def test_signal_that_python_drops_is_raised_again_by_the_step(tmp_path: Path) -> None:
     drop = "exec('class A:\\n def __del__(self): send(signal.SIGINT); time.sleep(0)\\nA()')"
     assert program(drop, tmp_path).returncode == 130

@@ -12,7 +12,7 @@ import pytest
 from cli import processes
 from cli.processes import MANAGER, SUPERVISOR, end, find
 
-SLEEPER = "import time\ntime.sleep(60)\n"
+SLEEPER = "import time\nprint(flush=True)\ntime.sleep(60)\n"
 STUBBORN = "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint(flush=True)\ntime.sleep(60)\n"
 
 Begin = Callable[..., int]
@@ -36,8 +36,8 @@ def begin(checkout: Path) -> Iterator[Begin]:
     def start(*arguments: str, cwd: Path = checkout) -> int:
         process = subprocess.Popen([sys.executable, *arguments], cwd=cwd, stdout=subprocess.PIPE)
         started.append(process)
-        while Path(f"/proc/{process.pid}/comm").read_text() == "":
-            pass
+        assert process.stdout is not None
+        process.stdout.readline()
         return process.pid
 
     yield start

@@ -1,7 +1,7 @@
 """The command lines of run.sh and stop.sh, and the first stage of both: it checks the flags before anything changes.
 
-`arguments.py run.sh FLAG...` ends with 2 and one line for a bad setting, runs --help, --doctor, --status and --watch
-itself, and ends with CONTINUE where the flags are for a start. `arguments.py stop.sh FLAG...` does the same for a stop.
+`arguments.py run.sh FLAG...` ends with 2 and one line for a bad setting, performs --help, --doctor, --status and
+--watch, and ends with CONTINUE where the flags are for a start. `arguments.py stop.sh FLAG...` checks those of a stop.
 A flag overrides its variable, that overrides what the running project was started with, that overrides the default.
 Standard library alone: the virtual environment may not exist yet.
 """

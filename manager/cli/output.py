@@ -48,7 +48,7 @@ class Output:
         self.log.close()
 
     def say(self, text: str, end: str = "\n") -> None:
-        """Prints a line; to the log where nobody reads the standard output any more."""
+        """Prints a line; to the log where the standard output was closed."""
         try:
             print(text, end=end, flush=True)
         except OSError:
@@ -206,7 +206,7 @@ def main(program: str, run_dir: Path, log: str, run: Callable[[Output], None]) -
                 run(output)
     except (Failed, OSError) as error:
         text = f"{getattr(error, 'log', '')}{program}: {error}"
-        with suppress(OSError):  # nobody reads it
+        with suppress(OSError):  # it was closed
             print(text, file=sys.stderr, flush=True)
         return 1
     return 0

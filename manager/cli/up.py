@@ -154,7 +154,7 @@ class Start:
     def _environment(self, built: Images, secrets: Mapping[str, str]) -> dict[str, str]:
         """What the manager is started with."""
         variables = {**os.environ, **self.arguments.variables, **secrets}
-        by_id = self.swarm and not self.settings.registry  # a Swarm asks a registry for a name, and not for an id
+        by_id = self.swarm and not self.settings.registry  # a Swarm looks a name up in a registry, and not an id
         balancer = self.project.docker.images.get(built.balancer).id if by_id else built.balancer
         default_health = "tcp" if self.settings.image else ""
         health = variables[variable("health")] or default_health

@@ -1,4 +1,4 @@
-"""The doctor over a host that is all text: what each listing comes to, and which fix stands beside which fault."""
+"""The doctor on a host whose programs and files are texts: which fault each text is, and which fix is given."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ STAMP = str(doctor.ROOT / ".venv" / "stamp")
 
 
 class FakeHost(Host):
-    """Answers commands by their first words, and files by their path, from what a test puts there; knows no others."""
+    """Has the outputs of commands, by the beginning of their command line, and the files that a test gives it."""
 
     def __init__(self, **changes: object) -> None:
         super().__init__(fakes.settings(**changes), {})
@@ -89,7 +89,7 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return there
 
 
-def test_the_versions_of_what_run_sh_needs_are_told(host: FakeHost) -> None:
+def test_versions_of_what_run_sh_needs_are_reported(host: FakeHost) -> None:
     host.files["/etc/os-release"] = 'NAME="Debian"\nPRETTY_NAME="Debian GNU/Linux 13 (trixie)"\n'
     host.answers("iptables --version", "iptables v1.8.11 (nf_tables)\n")
     system = f"Debian GNU/Linux 13 (trixie), Linux 6.12.0 {platform.machine()}, Python 3.13.5"
@@ -105,7 +105,7 @@ def test_a_python_that_is_too_old_is_a_fault(host: FakeHost) -> None:
     assert doctor.versions(host).verdict == OK
 
 
-def test_a_python_that_cannot_make_the_environment_matters_where_there_is_none(
+def test_python_without_ensurepip_is_a_warning_where_there_is_no_environment(
     host: FakeHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -114,9 +114,7 @@ def test_a_python_that_cannot_make_the_environment_matters_where_there_is_none(
     assert doctor.versions(host).verdict == OK
 
 
-def test_what_run_sh_would_install_is_a_warning_and_a_fault_where_it_may_not(
-    host: FakeHost, programs: set[str]
-) -> None:
+def test_missing_package_is_a_warning_where_run_sh_installs_it_else_a_fault(host: FakeHost, programs: set[str]) -> None:
     programs -= {"docker"}
     assert doctor.engine(host) == Found(WARN, "no docker", "run.sh installs docker-cli")
     programs -= {"dockerd"}
@@ -128,7 +126,7 @@ def test_what_run_sh_would_install_is_a_warning_and_a_fault_where_it_may_not(
     assert doctor.engine(host).verdict == FAULT
 
 
-def test_keeping_clients_addresses_needs_root() -> None:
+def test_preserve_client_ip_needs_root() -> None:
     host = FakeHost(preserve_client_ip=1).serves()
     host.uid = 1000
     assert doctor.engine(host)[::2] == (FAULT, "--preserve-client-ip needs root")
@@ -136,7 +134,7 @@ def test_keeping_clients_addresses_needs_root() -> None:
     assert doctor.engine(host).verdict == OK
 
 
-def test_an_engine_that_answers_is_told_with_its_versions(host: FakeHost) -> None:
+def test_engine_that_answers_is_reported_with_its_version(host: FakeHost) -> None:
     found = "26.1.5+dfsg1, storage overlay2, systemd cgroups"
     host.uid = 1000
     assert doctor.engine(host.serves()) == Found(OK, found)
@@ -152,7 +150,7 @@ def test_an_engine_that_does_not_answer_is_a_warning_only_where_run_sh_starts_it
     assert doctor.engine(host).verdict == FAULT
 
 
-def test_an_engine_elsewhere_will_not_do(host: FakeHost) -> None:
+def test_engine_of_another_host_is_a_fault(host: FakeHost) -> None:
     host.environ = {"DOCKER_HOST": "unix:///there.sock"}
     assert doctor.engine(host).verdict == FAULT
     assert doctor.engine(FakeHost().serves()).verdict == OK
@@ -161,7 +159,7 @@ def test_an_engine_elsewhere_will_not_do(host: FakeHost) -> None:
     assert doctor.engine(host)[::2] == (FAULT, "start it, or unset DOCKER_HOST")
 
 
-def test_the_kernel_is_judged_by_the_balancers_own_try_where_its_image_is_there(host: FakeHost) -> None:
+def test_kernel_is_judged_by_trying_the_rules_where_the_image_exists(host: FakeHost) -> None:
     checks = "docker run --rm --label lbscaler.project=p --label lbscaler.role=check --network none --cap-drop ALL"
     reported = "missing in iptables-nft: set: not counted\niptables-legacy has all"
     host.with_image().answers(checks, reported)
@@ -172,7 +170,7 @@ def test_the_kernel_is_judged_by_the_balancers_own_try_where_its_image_is_there(
     assert "no space left" in doctor.kernel(host.answers(checks, "", 125, "no space left")).found
 
 
-def test_without_an_image_the_kernel_is_judged_by_what_is_built_or_said_not_to_be_tried(host: FakeHost) -> None:
+def test_kernel_is_judged_by_its_list_of_modules_where_there_is_no_image(host: FakeHost) -> None:
     host.serves()
     assert doctor.kernel(host)[:2] == (WARN, "not tried: no balancer image, no list of modules")
     host.files = {f"{TREE}/modules.builtin": BUILTIN, f"{TREE}/modules.dep": DEP + IP_SET}
@@ -245,13 +243,13 @@ def test_network_of_that_name_has_to_be_of_the_project_and_keeps_its_subnet() ->
     assert moved == (FAULT, "the network p is 172.16.0.0/20", "./stop.sh, then --subnet 10.9.0.0/20 applies")
 
 
-def test_a_clock_that_nobody_sets_is_a_warning(host: FakeHost) -> None:
+def test_unsynchronised_clock_is_a_warning(host: FakeHost) -> None:
     assert doctor.clock(host).verdict == OK
     host.error = 16.0
     assert doctor.clock(host).verdict == WARN
 
 
-def test_too_little_room_is_told_of_each_place(monkeypatch: pytest.MonkeyPatch, host: FakeHost) -> None:
+def test_full_disk_is_reported_for_each_place(monkeypatch: pytest.MonkeyPatch, host: FakeHost) -> None:
     room = {str(doctor.ROOT): 1 << 40, "/docker": 1 << 30}
     monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(1 << 40, 0, room[place]))  # type: ignore[attr-defined]
     assert doctor.disk(host) == Found(OK, f"1024.0 GiB free for {doctor.ROOT}")
@@ -260,7 +258,7 @@ def test_too_little_room_is_told_of_each_place(monkeypatch: pytest.MonkeyPatch, 
     assert doctor.disk(host).verdict == WARN
 
 
-def test_a_full_connection_table_is_told_before_it_is_full(host: FakeHost) -> None:
+def test_connection_table_is_reported_before_it_is_full(host: FakeHost) -> None:
     assert doctor.conntrack(host).found.startswith("not tried")
     count, most = (f"/proc/sys/net/netfilter/nf_conntrack_{name}" for name in ("count", "max"))
     host.files = {count: "70000\n", most: "100000\n"}
@@ -300,7 +298,7 @@ def with_memory(**changes: object) -> FakeHost:
 # -- the whole -------------------------------------------------------------------------------------------------------
 
 
-def test_a_check_that_fails_itself_says_so_and_the_others_are_heard(
+def test_check_that_raises_is_a_warning_and_the_others_still_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fails(_: Host) -> Found:
@@ -315,7 +313,7 @@ def test_a_check_that_fails_itself_says_so_and_the_others_are_heard(
     assert last == "would stop run.sh: 0; warnings: 1"
 
 
-def test_the_table_is_aligned_in_a_hundred_columns_and_loses_no_word() -> None:
+def test_rows_are_wrapped_at_a_hundred_columns() -> None:
     fix = "sysctl net.ipv4.neigh.default.gc_thresh1=2024 and --manager-port if that is not enough for all of them"
     lines = doctor.row("manager port", Found(FAULT, "word " * 30, fix)).splitlines()
     assert max(map(len, lines)) <= 100
@@ -327,7 +325,7 @@ def test_the_table_is_aligned_in_a_hundred_columns_and_loses_no_word() -> None:
     assert "->" not in doctor.row("clock", Found(OK, "good"))
 
 
-def test_the_exit_code_says_whether_anything_would_stop_run_sh(
+def test_exit_code_is_1_where_something_would_stop_run_sh(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = {"a": Found(OK, "x"), "b": Found(FAULT, "u", "v")}
@@ -340,7 +338,7 @@ def test_the_exit_code_says_whether_anything_would_stop_run_sh(
     )
 
 
-def test_it_examines_this_host_with_nothing_but_the_standard_library(tmp_path: Path) -> None:
+def test_doctor_needs_the_standard_library_alone(tmp_path: Path) -> None:
     (tmp_path / "docker").write_text("#!/bin/sh\necho no daemon >&2\nexit 1\n")
     (tmp_path / "docker").chmod(0o755)
     environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LB_PROJECT": "p"}
@@ -355,7 +353,7 @@ def test_it_examines_this_host_with_nothing_but_the_standard_library(tmp_path: P
     assert [check["found"] for check in checks if "Error" in check["found"]] == []
 
 
-def test_the_real_host_runs_programs_reads_files_and_survives_what_is_not_there(tmp_path: Path) -> None:
+def test_host_runs_programs_and_reads_files_that_may_not_exist(tmp_path: Path) -> None:
     host = Host(fakes.settings(), {"PATH": os.environ["PATH"]})
     done = host.run("sh -c 'echo out; echo err >&2; exit 3'")
     assert (done.returncode, done.stdout, done.stderr) == (3, "out\n", "err\n")

@@ -1,4 +1,4 @@
-"""Steps, signals and undo, of a program that runs for itself."""
+"""Steps, signals and undo, in a process of their own."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def test_a_project_serves_once_its_balancer_runs_and_a_backend_is_in_rotation(
     assert outcome(Serve(60, 0.0), found, now) is expected
 
 
-def test_a_slow_image_has_the_time_that_ready_timeout_gives_it() -> None:
+def test_slow_image_has_its_ready_timeout() -> None:
     goal = Serve(300, 0.0)
     assert [outcome(goal, status("starting"), now) for now in (76, 314, 316)] == [WAIT, WAIT, FAILED]
 
@@ -77,12 +77,12 @@ def test_a_balancer_that_stays_failed_ends_the_wait_with_its_problem() -> None:
     goal, failed = Serve(60, 0.0), status("active", balancer="failed", problem="port 8000 is already allocated")
     assert [outcome(goal, failed, now) for now in (0, 9)] == [WAIT, WAIT]
     assert outcome(goal, status("active", balancer="starting"), 9.5) is WAIT
-    assert [outcome(goal, failed, now) for now in (10, 19)] == [WAIT, WAIT], "it had begun anew"
+    assert [outcome(goal, failed, now) for now in (10, 19)] == [WAIT, WAIT], "the time began again"
     verdict = goal.judge(failed, 20)
     assert (verdict.outcome, verdict.text) == (FAILED, "the balancer does not run: port 8000 is already allocated")
 
 
-def test_launches_that_fail_are_explained_by_what_the_manager_found() -> None:
+def test_failed_launches_are_explained_by_the_managers_reason() -> None:
     verdict = Serve(60, 0.0).judge(status("starting", failed=4, why="GET / on port 80: status 500"), 1)
     assert verdict.text.startswith("no backend got ready: GET / on port 80: status 500; see --backend-port")
 
@@ -94,7 +94,7 @@ def updating(replaced: int, to_replace: int, *states: str) -> dict[str, Any]:
     return status(*(states or ("active", "active")), updating=to_replace > 0, replaced=replaced, to_replace=to_replace)
 
 
-def test_without_an_update_there_is_nothing_to_wait_for() -> None:
+def test_wait_ends_where_there_is_no_update() -> None:
     verdict = Update(60, 30, 0.0).judge(status("active", "starting"), 0)
     assert (verdict.outcome, verdict.text) == (REACHED, "")
 
@@ -116,7 +116,7 @@ def test_an_update_that_was_given_up_has_failed_with_its_reason() -> None:
     assert verdict.text.endswith("what ran before is used again: exit code 3")
 
 
-def test_a_long_update_may_take_its_time_as_long_as_it_moves() -> None:
+def test_long_update_has_no_time_limit_while_it_progresses() -> None:
     goal = Update(60, 30, 0.0)  # 3 x 60 + 30 + 60 = 270 s without a change
     assert outcome(goal, updating(0, 5), 0) is WAIT
     assert outcome(goal, updating(1, 4), 269) is WAIT
@@ -129,7 +129,7 @@ def test_a_long_update_may_take_its_time_as_long_as_it_moves() -> None:
 # -- the manager and the service's port have to answer ----------------------------------------------------------------
 
 
-def test_a_service_port_that_does_not_answer_is_waited_for_and_then_a_failure() -> None:
+def test_service_port_that_does_not_answer_is_a_failure_after_thirty_seconds() -> None:
     answers: list[bool] = [False, False, True]
     goal = Checked(Serve(60, 0.0), lambda: answers.pop(0), 0.0)
     serving = status("active", "active")
@@ -138,13 +138,13 @@ def test_a_service_port_that_does_not_answer_is_waited_for_and_then_a_failure() 
     assert [never.judge(serving, "", now).outcome for now in (0, 29, 31)] == [WAIT, WAIT, FAILED]
 
 
-def test_a_manager_that_is_silent_for_long_is_a_failure() -> None:
+def test_silent_manager_is_a_failure_after_thirty_seconds() -> None:
     goal = Checked(Update(60, 30, 0.0), lambda: True, 0.0)
-    assert goal.judge(None, "nobody answers", 29).outcome is WAIT
+    assert goal.judge(None, "no manager answers", 29).outcome is WAIT
     assert goal.judge(updating(1, 1), "", 40).outcome is WAIT
-    assert goal.judge(None, "nobody answers", 69).outcome is WAIT
-    verdict = goal.judge(None, "nobody answers", 71)
-    assert (verdict.outcome, verdict.text) == (FAILED, "nobody answers")
+    assert goal.judge(None, "no manager answers", 69).outcome is WAIT
+    verdict = goal.judge(None, "no manager answers", 71)
+    assert (verdict.outcome, verdict.text) == (FAILED, "no manager answers")
 
 
 # -- the program -----------------------------------------------------------------------------------------------------

@@ -100,6 +100,7 @@ def stop_parser() -> argparse.ArgumentParser:
 
 def run_arguments(words: Sequence[str], environ: Mapping[str, str]) -> Arguments:
     """Raises SettingError."""
+    # Flags override variables.
     parsed = vars(run_parser().parse_args(words))
     given = dict(environ)
     for name in SETTINGS:
@@ -108,6 +109,7 @@ def run_arguments(words: Sequence[str], environ: Mapping[str, str]) -> Arguments
             value = shlex.join(item for item in value if item)
         if value is not None:
             given[variable(name)] = value
+    # What neither has is as the project was started with, or the default.
     variables = with_stored(given)
     settings = read(variables)
     backends = parsed["backends"]

@@ -148,11 +148,13 @@ def check_rules(image: str, project: str) -> list[str]:
 
 def kernel(host: Host) -> Found:
     """By trying the rules where the balancer's image exists, else by the list of modules; never by what is loaded."""
+    # The balancer's own test is the best answer: it loads modules as the real rules do.
     image = images.tag("balancer", host.settings.base_image)
     if host.run(f"docker image inspect {image}").returncode == 0:
         done = host.run(shlex.join(check_rules(image, host.settings.project)), timeout=60)
         result = "; ".join((done.stdout or done.stderr).splitlines())
         return judged(f"tried: {result}", done.returncode != 0, "load or build what is missing", FAULT)
+    # Without the image: every module has to be built, into the kernel or beside it.
     tree = Path("/lib/modules", platform.release())
     listing = f"{host.read(tree / 'modules.builtin')}\n{host.read(tree / 'modules.dep')}"
     built = set(re.findall(r"(\w+)\.ko\b", listing))
@@ -176,6 +178,7 @@ def manager_port(host: Host) -> Found:
 
 
 def port(host: Host, address: str, number: int, flag: str) -> Found:
+    # A port of a running project is taken, by its balancer or its manager.
     if not host_checks.is_taken(address, number):
         return Found(OK, f"port {number} is free")
     owner, project = host_checks.owner(number), host.settings.project
@@ -205,6 +208,7 @@ def routes(host: Host) -> Found:
     """The project's subnet, or the one it would get, against the other routes of this host. A narrower route takes the
     backends' traffic; a wider one loses what it has in common with the subnet."""
     all_routes = host_checks.host_routes()
+    # The project's own routes overlap its subnet by nature.
     if host.network:
         subnet = IPv4Network(host.network["IPAM"]["Config"][0]["Subnet"])
         own = [subnet, *(IPv4Network(subnet[n]) for n in (0, 1, -1))]  # of the bridge and its addresses

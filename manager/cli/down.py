@@ -58,12 +58,14 @@ def engine_answers(project: Project) -> bool:
 
 def _remove_from_engine(project: Project, drain: float) -> bool:
     """Whether the network had to be kept."""
+    # A worker cannot remove the services, which would start the containers again.
     if swarm.is_worker(project):
         raise Failed("this node is a worker of a Swarm; run stop.sh on a manager of it")
     if project.services():
         swarm.remove_services(project, drain > 0)
     elif drain:
         _drain(project, drain)
+    # A start that failed may have left these without any service.
     if project.is_swarm_manager():
         swarm.forget(project)
     project.remove_checks()
@@ -108,6 +110,7 @@ def _remove_network(project: Project) -> bool:
         names = " ".join(one["Name"] for one in found.attrs["Containers"].values())
         project.output.say(f"Keeping the network {project.name}: {names} is attached to it")
         return True
+    # It is in use until the last task has ended.
     with project.output.step(f"Removing the network {project.name}"):
         deadline = time.monotonic() + NETWORK_TIMEOUT
         while True:
@@ -159,6 +162,7 @@ def _remove_files(project: Project) -> None:
         link = ROOT / "balancer" / name
         if link.is_symlink() and link.readlink().parts[-3:] == (project.name, "balancer", name):
             link.unlink()
+    # The recorded load stays, beside the logs.
     with suppress(FileNotFoundError):
         (place / "trace.csv").replace(project.run_dir / "trace.csv")
     shutil.rmtree(place, ignore_errors=True)

@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +99,11 @@ def _make_base_image(output: Output) -> None:
 def main(folders: Iterable[str]) -> None:
     import docker  # noqa: PLC0415
 
-    client, output = docker.from_env(timeout=600), Output("images.py", ROOT / "run" / "images.log")
-    sys.stdout, standard_output = sys.stderr, sys.stdout  # the steps; what is printed below is for a shell to read
-    base = os.environ.get("LB_BASE_IMAGE", DEFAULT_BASE)
-    for folder in folders:
-        print(build(client, output, folder, base), file=standard_output)
+    client, base = docker.from_env(timeout=600), os.environ.get("LB_BASE_IMAGE", DEFAULT_BASE)
+    # The steps go to standard error, because a shell reads the tags from standard output.
+    with redirect_stdout(sys.stderr), Output("images.py", ROOT / "run" / "images.log") as output:
+        tags = [build(client, output, folder, base) for folder in folders]
+    print(*tags, sep="\n")
 
 
 if __name__ == "__main__":

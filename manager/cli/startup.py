@@ -59,6 +59,7 @@ class Serve:
         self._balancer_failed: float | None = None  # since when
 
     def judge(self, status: Status, now: float) -> Verdict:
+        # The manager starts a failed balancer again, so only one that stays failed counts.
         balancer = status["balancer"]
         states = [backend["state"] for backend in status["backends"]]
         if balancer["state"] != "failed":
@@ -67,8 +68,10 @@ class Serve:
             self._balancer_failed = now
         elif now - self._balancer_failed >= BALANCER_FAILED:
             return Verdict(Outcome.FAILED, f"the balancer does not run: {balancer['problem']}")
+        # One failed launch may be an accident; several in a row are not.
         if "active" not in states and status["launches"]["failed"] >= FAILED_LAUNCHES:
             return Verdict(Outcome.FAILED, f"no backend got ready: {status['launches']['why']}; {HELP}")
+        # One backend serves; the others have some more time, so that the start ends with a complete project.
         all_ready = "starting" not in states or now - self._began > OTHERS
         if balancer["state"] == "running" and "active" in states and all_ready:
             return Verdict(Outcome.REACHED)

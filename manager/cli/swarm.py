@@ -66,10 +66,12 @@ def share_secrets(project: Project, image: str) -> dict[str, str]:
     so that no balancer has to be updated while a node is lost.
     """
     names = {"token": f"{project.name}-token", "manager.pem": f"{project.name}-manager"}
+    # Where files are missing here and the Swarm has them, another node ran the manager before.
     complete = all(_has_text(project.run_dir / file) for file in names)
     if not complete and _secret(project, names["manager.pem"]) is not None:
         with project.output.step("Fetching the project's secrets from the Swarm"):
             _fetch(project, names, image)
+    # Otherwise this is the first start, which makes them.
     project.make_token()
     _make_certificate(project)
     names["certificate.pem"] = f"{project.name}-certificate"

@@ -51,23 +51,26 @@ class Start:
         self.swarm = self.settings.orchestrator == "swarm"
 
     def run(self) -> None:
-        address = self._join_swarm() if self.swarm else ""
+        settings, project = self.settings, self.project
+        address = ""
+        if self.swarm:
+            may_init = self.arguments.swarm_init
+            address = swarm.join(project, settings.advertise, settings.registry, may_init, self.undo)
+        # What can fail without a trace comes first.
         self._check_host()
         built = self._images()
+        # A balancer that runs has tried its rules.
         if not self.project.containers("balancer"):
             self._check_kernel(built.balancer)
         self._make_network()
-        secrets = swarm.share_secrets(self.project, built.balancer) if self.swarm else {}
-        self._start_manager(address or self._gateway(), built, secrets)
-        self.wait()
+        secrets = swarm.share_secrets(project, built.balancer) if self.swarm else {}
+        # The manager launches the backends and the balancer.
+        self._start_manager(address or network.gateway(project.network()), built, secrets)
+        self._wait()
+        # Part of the start: without its settings, the next run would not know the project.
         write(self.run_dir / "settings.json", self._snapshot(built, secrets))
 
     # -- before anything starts ---------------------------------------------------------------------------------------
-
-    def _join_swarm(self) -> str:
-        """The address at which other nodes reach this one."""
-        settings = self.settings
-        return swarm.join(self.project, settings.advertise, settings.registry, self.arguments.swarm_init, self.undo)
 
     def _check_host(self) -> None:
         obstacles = doctor.obstacles(doctor.Host(self.settings, os.environ))
@@ -99,14 +102,12 @@ class Start:
 
     def _make_network(self) -> None:
         project = self.project
+        # A project that exists in part is kept: what runs of it may serve.
         if not (project.containers() or project.services() or project.manager_runs()):
             self.undo.add("remove the project", lambda: down.remove(project, drain=0))
         network.make(project, self.settings.subnet, overlay=self.swarm)
         if not self.swarm:
             network.exempt_from_tracking(project)
-
-    def _gateway(self) -> str:
-        return network.gateway(self.project.network())
 
     def _snapshot(self, built: Images, secrets: Mapping[str, str]) -> str:
         """The text of settings.json: the settings and everything else that a manager is started with. Where it differs,
@@ -128,6 +129,7 @@ class Start:
                 self.undo.add("go back to the settings before", self._go_back)
             with out.step("Stopping the manager, to start it with changed settings"):
                 project.end_manager()
+        # What the manager and the balancer read at their start.
         project.make_token()
         self._write_run_time_files(f"{address}:{self.settings.manager_port}\n")
         if not unchanged:
@@ -166,11 +168,13 @@ class Start:
         command = [str(ROOT / "manager" / "supervise.sh"), "--project", project.name]
         if self.arguments.backends:
             command += ["--backends", self.arguments.backends]
+        # systemd restarts a supervisor that was killed; elsewhere the supervisor is in a session of its own.
         if os.geteuid() == 0 and SYSTEMD.is_dir():
             self.output.run(*_systemd_run(project.unit, environment), *command)
         else:
             streams = {"stdin": subprocess.DEVNULL, "stdout": self.output.log, "stderr": self.output.log}
             subprocess.Popen(command, env=environment, start_new_session=True, **streams)  # type: ignore[call-overload]
+        # A manager that cannot start ends its supervisor, too: then there is nothing to wait for.
         began = time.monotonic()
         while not self._manager_answers():
             waited = time.monotonic() - began
@@ -200,7 +204,7 @@ class Start:
 
     # -- until it serves ----------------------------------------------------------------------------------------------
 
-    def wait(self) -> None:
+    def _wait(self) -> None:
         """Until the service answers and, unless --no-wait was given, an update of the backends has ended."""
         with self.output.step(f"Waiting for the first answer on port {self.settings.port}") as step:
             startup.wait_until_it_serves(self.settings, step.log)

@@ -68,15 +68,15 @@ make_venv() {
         need "the manager's environment" python3-venv
     exec 8>run/venv.lock
     flock -n 8 || { say "Waiting for another run.sh, which installs the manager's packages" && flock 8; }
-    [ "$(venv_stamp)" = "$(wanted_stamp)" ] || step "Installing the manager's packages into .venv" install_packages
+    [ "$(venv_stamp)" = "$(wanted_stamp)" ] || step "Installing the manager's packages into .venv" install_venv
     exec 8>&-
 }
 
 venv_stamp() { cat .venv/stamp 2>/dev/null || true; }
 wanted_stamp() { sha256sum <manager/requirements.txt; }
 
-# install_packages: makes a new environment beside the one in use, which it replaces once it is complete.
-install_packages() {
+# install_venv: makes a new environment beside the one in use, which it replaces once it is complete.
+install_venv() {
     [ -e .venv ] || [ ! -e .venv.old ] || mv .venv.old .venv # a replacement that was interrupted
     rm -rf .venv.new .venv.old
     python3 -m venv .venv.new || return

@@ -188,6 +188,7 @@ def test_port_that_a_foreign_process_uses_is_a_fault_and_our_own_is_not(monkeypa
         assert taken[::2] == (FAULT, "end that, or choose another with --port PORT")
         assert taken.found.startswith(f"port {port} is taken by ")
         assert f"(pid {os.getpid()})" in taken.found
+        monkeypatch.setattr(doctor, "REQUIRED", ("engine", "service port"))
         assert doctor.obstacles(host.serves()) == [f"{taken.found}; {taken.fix}"]
         host.answers("docker ps --filter label=lbscaler.project=p", f"127.0.0.1:{port}->8000/tcp")
         assert doctor.service_port(host) == Found(OK, f"port {port} is used by this project")

@@ -22,7 +22,7 @@ step() {
     local text=$1 began=$SECONDS status=0
     shift
     printf '%s … ' "$text" 2>/dev/null || true
-    tick &
+    tick 8>&- & # it may outlive the step for a moment, and must not keep the lock of make_venv
     TICKER=$!
     "$@" >>"$LOG" 2>&1 </dev/null || status=$?
     end_step

@@ -113,17 +113,15 @@ def _remove_network(project: Project) -> bool:
     # It is in use until the last task has ended.
     with project.output.step(f"Removing the network {project.name}"):
         deadline = time.monotonic() + NETWORK_TIMEOUT
-        while True:
+        while project.network() is not None:
             try:
                 found.remove()
             except docker.errors.NotFound:
-                break
+                time.sleep(POLL)  # a Swarm lists it for a moment after its removal
             except docker.errors.APIError:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(POLL)
-            else:
-                break
     return False
 
 

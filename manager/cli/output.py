@@ -198,6 +198,7 @@ class Undo:
 def main(program: str, run_dir: Path, log: str, run: Callable[[Output], None]) -> int:
     """Calls `run` while this process holds the project's lock; the exit code."""
     handle_signals()
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr] # where the locale has no such letter
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         with (run_dir / "lock").open("w") as lock:

@@ -284,6 +284,27 @@ def test_only_the_manager_of_the_project_is_stopped(system: System, tmp_path: Pa
     assert len(system.processes()) == 2
 
 
+def test_stop_keeps_a_network_that_a_foreign_container_is_attached_to(system: System) -> None:
+    system.up("--image", "good")
+    system.engine.networks[0]["Containers"] = {"their-id": {"Name": "theirs"}}
+    assert "Keeping the network p: theirs is attached to it" in system.down()
+    assert len(system.engine.networks) == 1
+    system.engine.networks[0]["Containers"] = {}
+    system.down()
+    assert system.nothing_left()
+
+
+def test_stop_without_an_engine_ends_the_manager(system: System) -> None:
+    system.up("--image", "good")
+    environment = dict(system.environment)
+    system.environment["DOCKER_HOST"] = f"unix://{system.state / 'nothing'}"
+    assert "No Docker Engine answers" in system.down()
+    assert system.processes() == []
+    system.environment = environment
+    system.down()
+    assert system.nothing_left()
+
+
 def test_stop_fails_and_names_what_is_left(system: System) -> None:
     system.up("--image", "good")
     system.engine.extra.append("p-backend-7")

@@ -38,7 +38,9 @@ class Output:
     def __init__(self, program: str, log: Path) -> None:
         self.program, self.path = program, log
         log.parent.mkdir(parents=True, exist_ok=True)
-        self.log = log.open("w", buffering=1, errors="replace")
+        log.write_text("")
+        # In append mode, because a supervisor from an earlier run writes to the same file.
+        self.log = log.open("a", buffering=1, errors="replace")
         self.terminal = sys.stdout.isatty()
 
     def __enter__(self) -> Output:
@@ -97,6 +99,7 @@ class Step:
 
     def __enter__(self) -> Step:
         raise_pending_signal()
+        # The name comes before the work, so that a step that hangs is known.
         self._output.say(f"{self._text} … ", end="")
         self._began = time.monotonic()
         self._ticker = threading.Thread(target=self._tick, daemon=True)
@@ -182,6 +185,7 @@ class Undo:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None or not self._actions:
             return
+        # From here on no signal may leave half a system.
         shield()
         _pending.clear()
         self._output.say("Undoing what this run began")

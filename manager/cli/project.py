@@ -87,6 +87,7 @@ class Project:
 
     def end_manager(self) -> None:
         """Ends the supervisor first, so that it does not start the manager again."""
+        # systemd would start the supervisor again.
         if SYSTEMD.is_dir():
             subprocess.run(["systemctl", "stop", self.unit], capture_output=True, check=False)
         for program in (SUPERVISOR, MANAGER):

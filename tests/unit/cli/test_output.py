@@ -91,6 +91,14 @@ def test_program_that_fails_within_a_step_is_named_with_its_status(tmp_path: Pat
     assert "some output" in caught.value.log
 
 
+def test_log_that_an_earlier_program_still_writes_to_has_no_gap(tmp_path: Path) -> None:
+    with Output("run.sh", tmp_path / "log") as first:
+        first.log.write("a long line of the first run\n")
+        with Output("run.sh", tmp_path / "log"):
+            first.log.write("late\n")
+    assert (tmp_path / "log").read_text() == "late\n"
+
+
 def test_success_undoes_nothing(tmp_path: Path) -> None:
     undone: list[int] = []
     with Output("run.sh", tmp_path / "log") as out, Undo(out) as undo:

@@ -26,7 +26,7 @@ from rich.text import Text
 
 from core import snapshot
 from core.scaler import Policy
-from core.settings import SettingError, assignments
+from core.settings import SettingError, read, with_stored
 
 HEALTHY, ABSENT, USAGE, DEGRADED = 0, 1, 2, 3
 SPAN, COLUMNS = 300.0, 60  # seconds of the past in the sparkline, and its width in characters
@@ -243,7 +243,8 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     chosen = parser.parse_args(arguments)
     console = Console(force_terminal=sys.stdout.isatty(), width=None if sys.stdout.isatty() else 200)
     try:
-        settings = assignments([], environ)
+        settings = with_stored(environ)
+        read(settings)
     except SettingError as error:
         print(f"watch.py: {error}", file=sys.stderr)
         return USAGE

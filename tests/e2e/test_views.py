@@ -66,4 +66,4 @@ def test_the_doctor_finds_nothing_that_would_stop_a_system_that_runs(system: Sys
     assert code == 1, text
     (fault,) = [check for check in json.loads(text)["checks"] if check["verdict"] == "fault"]
     assert taken in fault["found"]
-    assert "--port" in fault["mend"]
+    assert "--port" in fault["fix"]

@@ -305,7 +305,7 @@ def test_what_a_swarm_needs_and_has_not_is_told_before_anything_is_touched(clust
     until(cluster.whole, "every node is there", 90)
     system = System(cluster, cluster.nodes[0], tree)
     told = system.up("--project", "other", "--port", "8001", "--manager-port", "5001", "--registry", "", status=1)
-    assert "the Swarm has 3 nodes, which need a place to get the images from: --registry HOST:PORT" in told
+    assert "the Swarm has 3 nodes, which need a registry to get the images from: --registry HOST:PORT" in told
     told = system.up("--project", "other", "--spares", "1", status=2)
     assert "--spares, --preserve-client-ip and --bind are for --orchestrator docker" in told
     until(cluster.whole, "every node is there", 90)

@@ -60,7 +60,7 @@ def start_log(path: Path) -> RecentLog:
 
 
 def make_engine(settings: Settings, token: str) -> DockerEngine | SwarmEngine:
-    """The engine that the settings name, with what run.sh tells in variables of its own. Raises EngineError."""
+    """The engine that the settings name, with the variables that only run.sh sets. Raises EngineError."""
     image = os.environ.get("LB_BALANCER_IMAGE", "")
     if not image:
         raise EngineError("LB_BALANCER_IMAGE is not set: it names the balancer's image, and run.sh sets it")

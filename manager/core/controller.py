@@ -298,12 +298,8 @@ class Controller:
     def scale(self, minimum: int | None, maximum: int | None, target: float | None) -> Policy:
         """Changes the policy's limits until run.sh sets others. Raises ValueError if min would be above max."""
         with self._lock:
-            new = replace(
-                self.policy,
-                min=self.policy.min if minimum is None else minimum,
-                max=self.policy.max if maximum is None else maximum,
-                target=self.policy.target if target is None else target,
-            )
+            old = self.policy
+            new = replace(old, min=minimum or old.min, max=maximum or old.max, target=target or old.target)
             if new.min > new.max:
                 raise ValueError(f"min {new.min} would be above max {new.max}")
             self.policy = new

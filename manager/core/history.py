@@ -56,15 +56,8 @@ class History:
     def note(self, decision: Decision, time: float) -> None:
         """Keeps a decision that changed something."""
         if decision.verdict != OK:
-            self.changes.append(
-                {
-                    "time": round(time, 3),
-                    "verdict": decision.verdict,
-                    "current": decision.current,
-                    "desired": decision.desired,
-                    "reason": decision.reason,
-                }
-            )
+            change = {"verdict": decision.verdict, "current": decision.current, "desired": decision.desired}
+            self.changes.append({"time": round(time, 3), **change, "reason": decision.reason})
 
     def since(self, time: float) -> dict[str, list[dict[str, Any]]]:
         """The body of GET /history: all that is newer than `time`, oldest first."""

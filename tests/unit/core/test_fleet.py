@@ -154,9 +154,9 @@ JUDGED = {
     "not yet": (backend(STARTING), False, True, 10, STARTING),
     "in time still": (backend(STARTING), None, True, LATE, STARTING),
     "never ready": (backend(STARTING), None, True, LATE + 1, FAILED),
-    "ill from the start": (backend(STARTING), False, True, LATE + 1, FAILED),
+    "unhealthy from the start": (backend(STARTING), False, True, LATE + 1, FAILED),
     "ready late is ready": (backend(STARTING), True, True, LATE + 1, ACTIVE),
-    "nobody probes": (backend(STARTING), None, False, LATE + 1, STARTING),
+    "no balancer reports": (backend(STARTING), None, False, LATE + 1, STARTING),
     "still being launched": (PLACEHOLDER, None, True, LATE + 1, STARTING),
     **{
         f"{state}, {healthy}": (backend(state, ready=state == ACTIVE), healthy, True, LATE + 1, state)
@@ -167,7 +167,7 @@ JUDGED = {
 
 
 @pytest.mark.parametrize(("known", "healthy", "probed", "now", "state"), JUDGED.values(), ids=JUDGED)
-def test_balancers_say_who_has_become_ready_and_who_never_does(
+def test_reports_make_a_backend_ready_or_failed(
     known: Backend, healthy: bool | None, probed: bool, now: float, state: str
 ) -> None:
     after = judge({"p-1": known}, healthy, now, probed)["p-1"]
@@ -234,8 +234,8 @@ PLANS: dict[str, tuple[dict[str, Backend], int, float, list[Step]]] = {
     "grow": (fleet_of(ACTIVE, ACTIVE), 3, 10, [Launch("p-3")]),
     "lowest free numbers": ({"p-2": backend(name="p-2")}, 3, 10, [Launch("p-1"), Launch("p-3")]),
     "a draining is no capacity, nor is its name free": (fleet_of(ACTIVE, DRAINING), 2, 10, [Launch("p-3")]),
-    "the dead are replaced and removed": (fleet_of(FAILED, ACTIVE), 2, 10, [Launch("p-3"), Stop("p-1")]),
-    "who has drained is stopped": (fleet_of(STOPPED, ACTIVE), 1, 10, [Stop("p-1")]),
+    "failed ones are replaced and removed": (fleet_of(FAILED, ACTIVE), 2, 10, [Launch("p-3"), Stop("p-1")]),
+    "a drained one is stopped": (fleet_of(STOPPED, ACTIVE), 1, 10, [Stop("p-1")]),
     "nothing there to stop yet": (fleet_of(STOPPED, FAILED, DRAINING, STARTING, id="", ip=""), 1, 1e9, []),
     "the youngest first, by number": (fleet_of(*[ACTIVE] * 11), 9, 10, drains(11, 10, to=9)),
     "the unhealthy before those not yet ready": (
@@ -290,7 +290,7 @@ def test_the_plan_leads_from_the_fleet_to_the_desired_number(
     assert fleets.plan(known, Goal(desired), Namer("p-"), 30, now) == steps
 
 
-def test_a_name_that_a_stranger_bears_is_passed_over() -> None:
+def test_name_of_a_foreign_container_is_skipped() -> None:
     assert fleets.plan({}, Goal(2), Namer("p-", {"p-1", "p-3"}), 30, NOW) == [Launch("p-2"), Launch("p-4")]
 
 
@@ -336,7 +336,7 @@ WITH_SPARES: dict[str, tuple[dict[str, Backend], int, int, list[Step]]] = {
         *(crew(FAILED, ACTIVE, "spare:ready"), 2, 1),
         [Admit("p-3"), Launch("p-4", spare=True), Stop("p-1")],
     ),
-    "a dead spare is replaced and removed": (crew(ACTIVE, FAILED), 1, 1, [Launch("p-3", spare=True), Stop("p-2")]),
+    "a failed spare is replaced and removed": (crew(ACTIVE, FAILED), 1, 1, [Launch("p-3", spare=True), Stop("p-2")]),
     "a surplus drains, those not ready first": (crew(ACTIVE, SPARE, "spare:ready", "spare:ready"), 1, 2, unwanted(2)),
     "none wanted any more": (crew(ACTIVE, SPARE, "spare:ready"), 1, 0, unwanted(3, 2)),
     "a stale one drains and is replaced, not admitted": (
@@ -348,7 +348,7 @@ WITH_SPARES: dict[str, tuple[dict[str, Backend], int, int, list[Step]]] = {
 
 
 @pytest.mark.parametrize(("known", "desired", "spares", "steps"), WITH_SPARES.values(), ids=WITH_SPARES)
-def test_spares_stand_by_are_admitted_when_missed_and_are_replaced(
+def test_spares_are_launched_admitted_when_needed_and_replaced(
     known: dict[str, Backend], desired: int, spares: int, steps: list[Step]
 ) -> None:
     assert fleets.plan(known, Goal(desired, spares, "new"), Namer("p-"), 30, 10) == steps
@@ -540,7 +540,7 @@ COURSES: dict[str, tuple[tuple[int, int, int, str, str], int]] = {
 
 
 @pytest.mark.parametrize(("course", "acts"), COURSES.values(), ids=COURSES)
-def test_a_manager_that_crashes_after_any_single_act_still_comes_to_the_desired_number(
+def test_manager_that_crashes_after_any_step_reaches_the_desired_number(
     course: tuple[int, int, int, str, str], acts: int
 ) -> None:
     calm = World(*course)
@@ -554,7 +554,7 @@ def test_a_manager_that_crashes_after_any_single_act_still_comes_to_the_desired_
 
 
 @given(st.integers(0, 6), st.integers(1, 6), st.integers(0, 2), st.booleans(), st.sets(st.integers(1, 60)))
-def test_a_manager_that_crashes_again_and_again_still_comes_to_the_desired_number(
+def test_manager_that_crashes_repeatedly_reaches_the_desired_number(
     running: int, desired: int, spares: int, update: bool, crashes: set[int]
 ) -> None:
     world = World(running, desired, spares, "old" if update else "new", "new")

@@ -66,20 +66,20 @@ def test_launches_that_fail_together_count_as_one_failure() -> None:
     assert backoff.wait(last) == FIRST_WAIT
 
 
-def test_first_death_of_a_serving_backend_costs_no_wait() -> None:
+def test_first_failure_of_a_serving_backend_costs_no_wait() -> None:
     backoff = LaunchBackoff("new")
     backoff.failed("new", because("killed"), NOW, 0.5, served=True)
     assert (backoff.failures, backoff.why, backoff.wait(NOW)) == (1, "killed", 0)
 
 
-def test_serving_backends_that_die_within_a_second_count_as_one_failure() -> None:
+def test_serving_backends_that_fail_within_a_second_count_as_one_failure() -> None:
     backoff = LaunchBackoff("new")
     for n in range(5):
         backoff.failed("new", because("killed"), NOW + n * 0.9 * TOGETHER, 0.5, served=True)
     assert (backoff.failures, backoff.wait(NOW + 4)) == (1, 0)
 
 
-def test_serving_backends_that_die_again_and_again_back_off() -> None:
+def test_serving_backends_that_fail_repeatedly_back_off() -> None:
     backoff = LaunchBackoff("new")
     now, waits = NOW, []
     for _ in range(8):

@@ -181,12 +181,12 @@ def test_a_backend_is_healthy_when_any_balancer_finds_it_so(opinions: list, heal
     assert tracker.verdict(replace(TWO, ip="198.18.0.3")) == Verdict()
 
 
-@pytest.mark.parametrize(("told", "healthy"), [("", True), ("a" * 12, True), ("b" * 12, None)])
-def test_health_is_the_backends_own_and_not_of_who_had_its_address(told: str, healthy: bool | None) -> None:
-    assert tracked((100, report(_2=sample(healthy=True, id=told)))).verdict(TWO).healthy is healthy
+@pytest.mark.parametrize(("listed", "healthy"), [("", True), ("a" * 12, True), ("b" * 12, None)])
+def test_health_of_an_earlier_backend_at_the_address_does_not_count(listed: str, healthy: bool | None) -> None:
+    assert tracked((100, report(_2=sample(healthy=True, id=listed)))).verdict(TWO).healthy is healthy
 
 
-def test_a_share_is_the_mean_over_the_balancers_that_tell_one() -> None:
+def test_share_is_the_mean_over_the_balancers_that_report_one() -> None:
     tracker = tracked(*((100, report(f"b{n}", _2=sample(share=share))) for n, share in enumerate((0.2, 0.4, None))))
     assert tracker.share(TWO) == pytest.approx(0.3)
     assert tracker.share(replace(TWO, ip="198.18.0.3")) == 0

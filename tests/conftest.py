@@ -1,4 +1,8 @@
-"""Figures that tests come by are printed at the end of the run, so that each claim has a command that shows it."""
+"""What all tests share: their order, the figures printed at the end of a run, and a browser.
+
+The tests run in several processes. Tests that share a running system are one group, which one process runs (see
+tests/e2e/conftest.py and tests/swarm/conftest.py). The longest groups start first, so that none runs alone at the end.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +16,35 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 CHROMIUM = Path("/usr/bin/chromium")
+FOLDERS = ("swarm", "e2e", "browser", "netns", "unit")  # in the order in which they start
+FIGURE = "figure"
 _figures: list[str] = []
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests first: by folder, and within one folder the groups before the single tests."""
+
+    def rank(item: pytest.Item) -> tuple[int, bool]:
+        folder = next((number for number, name in enumerate(FOLDERS) if name in item.path.parts), len(FOLDERS))
+        return folder, item.get_closest_marker("xdist_group") is None
+
+    items.sort(key=rank)
+
+
 @pytest.fixture
-def figure() -> Callable[[str], None]:
-    return _figures.append
+def figure(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Adds a line to the figures at the end of the run, so that each claim has a command that shows it."""
+
+    def add(line: str) -> None:
+        request.node.user_properties.append((FIGURE, line))
+
+    return add
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Collects the figures of a test that has ended, whichever process ran it."""
+    if report.when == "teardown":
+        _figures.extend(str(value) for name, value in report.user_properties if name == FIGURE)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

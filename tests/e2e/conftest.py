@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+SHARED_SYSTEMS = {"shared", "three"}  # the fixtures of systems that several tests use
 FAST = ("--interval", "1", "--panic-window", "3", "--stable-window", "6", "--drain-timeout", "15")
 
 
@@ -25,11 +28,16 @@ def _engine_answers() -> bool:
     return bool(shutil.which("docker")) and not subprocess.run(asked, capture_output=True, check=False).returncode
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in a hook of its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips what cannot run here, and makes one group of a module's tests that share a system."""
+    ours = [item for item in items if "e2e" in item.path.parts]
     why = "needs root" if os.geteuid() else "" if _engine_answers() else "needs a Docker Engine that answers"
-    for item in items:
-        if why and "e2e" in item.path.parts:
+    for item in ours:
+        if why:
             item.add_marker(pytest.mark.skip(reason=why))
+        for system in sorted(SHARED_SYSTEMS & set(getattr(item, "fixturenames", ()))):
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {system}"))
 
 
 def docker(*arguments: str) -> str:
@@ -197,10 +205,31 @@ def copy_tree(place: Path) -> Path:
     return place
 
 
+@contextmanager
+def machine_lock(name: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Lets one test process in at a time; yields a folder that all processes of this run share."""
+    place = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        place = place.parent
+    with (place / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield place
+
+
 @pytest.fixture(scope="session")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy under a path with a space."""
-    return copy_tree(tmp_path_factory.mktemp("e2e") / "a checkout")
+    """A copy under a path with a space. The first process makes the images and the environment for all of them."""
+    place = copy_tree(tmp_path_factory.mktemp("e2e") / "a checkout")
+    with machine_lock("images", tmp_path_factory) as common:
+        made = common / "venv"
+        if made.is_dir():
+            shutil.copytree(made, place / ".venv", symlinks=True)
+        else:
+            first = System(place, "lbtestimages")
+            first.up("1", "--min", "1")
+            first.down("--now")
+            shutil.copytree(place / ".venv", made, symlinks=True)
+    return place
 
 
 @pytest.fixture(scope="session")

@@ -146,17 +146,17 @@ BAD_IMAGES = {
     "crash": ('ENTRYPOINT ["/bin/sh", "-c", "echo no such luck; exit 3"]', (), "no such luck"),
     "loopback": (
         'ENTRYPOINT ["python3", "-m", "http.server", "--bind", "127.0.0.1", "8000"]',
-        ("--health", "tcp", "--ready-timeout", "8"),
-        "not ready within 8 s",
+        ("--health", "tcp", "--ready-timeout", "4"),
+        "not ready within 4 s",
     ),
     "slow": (
         'ENTRYPOINT ["/bin/sh", "-c", "sleep 90; exec python3 -m http.server 8000"]',
-        ("--health", "tcp", "--ready-timeout", "8"),
-        "not ready within 8 s",
+        ("--health", "tcp", "--ready-timeout", "4"),
+        "not ready within 4 s",
     ),
     "error": (
         f"ENTRYPOINT {json.dumps(['python3', '-c', FAILING_SERVER])}",
-        ("--health", "http:/", "--ready-timeout", "8"),
+        ("--health", "http:/", "--ready-timeout", "4"),
         "status 500",
     ),
 }
@@ -210,6 +210,7 @@ def test_a_manager_whose_files_were_deleted_is_found_by_run_sh(fresh: System) ->
 OWN_ENGINE = os.environ.get("LBTEST_OWN_ENGINE")
 
 
+@pytest.mark.serial
 @pytest.mark.skipif(not OWN_ENGINE, reason="would kill an engine that tests/run.sh did not start")
 @pytest.mark.parametrize("live_restore", [True, False])
 def test_a_killed_engine_is_survived(system: System, live_restore: bool) -> None:

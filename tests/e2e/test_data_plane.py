@@ -179,6 +179,7 @@ def throughput(system: System, seconds: int) -> float:
     return float(rate[1])
 
 
+@pytest.mark.serial
 def test_shares_that_follow_speed_double_what_a_slow_backend_lets_through(system: System, figure: Figure) -> None:
     names = [backend["name"] for backend in system.active()]
     for name, cpus in zip(names, ("0.1", "0.4", "0.4"), strict=True):

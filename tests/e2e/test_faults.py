@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,8 @@ Figure = Callable[[str], None]
 
 # Answers after 50 ms; at once with an error while /tmp/broken is there; its health path while /tmp/ok is there.
 SLEEPER = """
-import asyncio, os
+import asyncio, os, signal
+signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # as process 1 it would be ignored
 open("/tmp/ok", "w").close()
 async def answer(reader, writer):
     request = await reader.readuntil(b"\\r\\n\\r\\n")
@@ -39,7 +41,7 @@ asyncio.run(main())
 
 
 @pytest.fixture(scope="module")
-def sleeper(shared: System) -> str:
+def sleeper(tree: Path) -> str:
     image = docker("images", "-q", "--filter", "label=lbscaler.image=server").split()[0]
     entrypoint = json.dumps(["python3", "-c", SLEEPER])
     recipe = f"FROM {image}\nLABEL lbscaler.image=test\nENTRYPOINT {entrypoint}\n"
@@ -73,7 +75,7 @@ def test_four_unhealthy_of_five_stay_in_rotation_and_are_replaced_one_at_a_time(
     sleepers.up("5", *FAST, "--min", "5", "--health", "http:/ok")
     victims = sleepers.active()[:4]
     names = {victim["name"] for victim in victims}
-    load = Load(sleepers.port, seconds=40, per_second=60)
+    load = Load(sleepers.port, seconds=30, per_second=60)
     time.sleep(2)
     began = time.time()
     for name in names:
@@ -104,7 +106,7 @@ def test_backend_that_fails_at_once_gets_no_more_than_its_share(sleepers: System
     time.sleep(5)  # past the slow start
     hole = sleepers.active()[0]["name"]
     docker("exec", hole, "touch", "/tmp/broken")
-    load = Load(sleepers.port, seconds=25, per_second=110)
+    load = Load(sleepers.port, seconds=20, per_second=110)
     highest = 0.0
     while load.running():
         highest = max(highest, shares(sleepers).get(hole, 0.0))
@@ -120,7 +122,7 @@ def test_frozen_backend_is_found_by_its_waiting_connections_and_replaced(sleeper
     sleepers.up("3", *FAST, "--min", "3", "--health", "tcp")
     time.sleep(5)
     victim = sleepers.active()[0]
-    load = Load(sleepers.port, seconds=40, per_second=50)
+    load = Load(sleepers.port, seconds=30, per_second=50)
     time.sleep(2)
     os.kill(process_of(victim["name"]), signal.SIGSTOP)
     began = time.time()

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from e2e.conftest import FAST, Load, System, docker, until
+from e2e.conftest import FAST, Load, System, docker, machine_lock, until
 
 
 @pytest.fixture(scope="module")
-def images(shared: System) -> dict[str, str]:
+def images(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """nginx and redis as anybody would package them: root, logs in their usual places."""
     base = docker("image", "ls", "-q", "--filter", "label=lbscaler.image=base") or "debian:trixie-slim"
     recipes = {
@@ -28,9 +28,9 @@ def images(shared: System) -> dict[str, str]:
             f"FROM {base.split()[0]}\nLABEL lbscaler.image=test\n"
             f"RUN apt-get update && apt-get install -y --no-install-recommends {name}\n{rest}\n"
         )
-        subprocess.run(
-            ["docker", "build", "-q", "-t", f"lbtest-{package}", "-"], input=recipe, text=True, check=True, timeout=300
-        )
+        command = ["docker", "build", "-q", "-t", f"lbtest-{package}", "-"]
+        with machine_lock("images", tmp_path_factory):
+            subprocess.run(command, input=recipe, text=True, check=True, timeout=300)
     return {package: f"lbtest-{package}" for package in recipes}
 
 
@@ -109,7 +109,7 @@ def test_an_image_that_cannot_live_with_the_rules_fails_with_the_reason_and_the_
 
 
 def test_a_wrong_port_or_a_wrong_path_is_told_as_such(nginx: System) -> None:
-    process = nginx.start("2", *FAST, *NGINX, "--health", "http:/nothing-here")
+    process = nginx.start("2", *FAST, *NGINX, "--health", "http:/nothing-here", "--ready-timeout", "6")
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 1
     assert "GET /nothing-here on port 80: status 404" in output

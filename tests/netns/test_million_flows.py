@@ -102,6 +102,7 @@ def crowded() -> Iterator[Namespace]:
         LIMIT.write_text(before)
 
 
+@pytest.mark.serial
 def test_a_million_flows_are_counted_and_deleted_by_a_process_that_does_not_grow(
     crowded: Namespace, figure: Callable[[str], None]
 ) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from e2e.conftest import copy_tree, until
+from e2e.conftest import copy_tree, machine_lock, until
 from swarm.cluster import REGISTRY, Cluster, System
 
 TOOLS = ("dockerd", "docker", "docker-registry", "nsenter", "ip", "hey", "curl", "openssl")
@@ -27,12 +27,14 @@ def _obstacle() -> str:
     return ""
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in a hook of its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     ours = [item for item in items if "swarm" in item.path.parts]
     why = _obstacle() if ours else ""
     for item in ours:
         if why:
             item.add_marker(pytest.mark.skip(reason=why))
+        item.add_marker(pytest.mark.xdist_group(f"swarm {item.path.stem}"))
 
 
 # The nodes have no way out to install or build anything: that is done here, with this host's engine.
@@ -56,11 +58,12 @@ def image_of(tree: Path, folder: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
+@pytest.fixture(scope="module")
+def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    """One Swarm of three nodes for a module's tests, or of as many as its NODES says."""
     # Short, and not below pytest's own folder: a socket's path has no more than 107 characters.
     with tempfile.TemporaryDirectory(prefix="lbswarm") as place:
-        made = Cluster(Path(place))
+        made = Cluster(Path(place), getattr(request.module, "NODES", 3))
         try:
             made.open()
             made.join()
@@ -69,18 +72,17 @@ def cluster() -> Iterator[Cluster]:
             made.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def tree(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = copy_tree(tmp_path_factory.mktemp("swarm") / "a checkout")
-    done = subprocess.run(
-        ["/bin/bash", "-euc", PREPARE, "prepare", f"unix://{cluster.nodes[0].socket}"], cwd=place, capture_output=True,
-        text=True, timeout=300, check=False,
-    )  # fmt: skip
+    command = ["/bin/bash", "-euc", PREPARE, "prepare", f"unix://{cluster.nodes[0].socket}"]
+    with machine_lock("images", tmp_path_factory):
+        done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return place
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def running(cluster: Cluster, tree: Path) -> Iterator[System]:
     """Three backends that no load moves, on three nodes."""
     system = System(cluster, cluster.nodes[0], tree)

@@ -28,6 +28,7 @@ from swarm.cluster import Cluster, Node
 from swarm.conftest import image_of
 from web.metrics import Tally
 
+NODES = 1
 ENGINES = {"docker": DockerEngine, "swarm": SwarmEngine}
 
 

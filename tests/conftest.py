@@ -1,14 +1,14 @@
-"""What all tests share: their order, the figures printed at the end of a run, and a browser.
+"""What all tests share: their order, their spread over several processes, the figures printed at the end, a browser.
 
-The tests run in several processes. Tests that share a running system are one group, which one process runs (see
-tests/e2e/conftest.py and tests/swarm/conftest.py). The longest groups start first, so that none runs alone at the end.
+Tests of a module in WHOLE_MODULES share a running system, so one process runs the whole module. All other tests run in
+whichever process is free. The longest modules start first, so that none of them runs alone at the end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -17,18 +17,33 @@ if TYPE_CHECKING:
 
 CHROMIUM = Path("/usr/bin/chromium")
 FOLDERS = ("swarm", "e2e", "browser", "netns", "unit")  # in the order in which they start
+WHOLE_MODULES = ("swarm", "e2e", "browser")
 FIGURE = "figure"
 _figures: list[str] = []
 
 
+def folder_of(test: str) -> str:
+    """The folder below tests/ of a test with this path or id, such as tests/e2e/test_system.py."""
+    _, _, rest = test.rpartition("tests/")
+    return rest.partition("/")[0]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long tests first: by folder, and within one folder the groups before the single tests."""
+    """Sorts the tests by folder: long tests first. Within a folder the order stays."""
+    items.sort(key=lambda item: FOLDERS.index(folder) if (folder := folder_of(str(item.path))) in FOLDERS else 0)
 
-    def rank(item: pytest.Item) -> tuple[int, bool]:
-        folder = next((number for number, name in enumerate(FOLDERS) if name in item.path.parts), len(FOLDERS))
-        return folder, item.get_closest_marker("xdist_group") is None
 
-    items.sort(key=rank)
+@pytest.hookimpl(optionalhook=True)  # it is pytest-xdist's
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Distributes whole modules or single tests. (xdist's own groups by mark need a pytest before 9.2.)"""
+    from xdist.scheduler import LoadScopeScheduling  # noqa: PLC0415  -- only where tests run in several processes
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            module, _, _ = nodeid.partition("::")
+            return module if folder_of(module) in WHOLE_MODULES else nodeid
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture

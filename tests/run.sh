@@ -29,10 +29,9 @@ install_packages() {
     sha256sum <tests/requirements.txt >"$VENV/stamp"
 }
 
-# --dist loadgroup: tests of one group run in one process, the others wherever a process is free; tests/conftest.py
-# orders them, longest first, so xdist must not.
+# tests/conftest.py says which tests stay together, and orders them, longest first, so xdist must not.
 run_parallel() {
-    "$VENV/bin/python" -m pytest -n "$WORKERS" --dist loadgroup --no-loadscope-reorder "$@"
+    "$VENV/bin/python" -m pytest -n "$WORKERS" --dist loadscope --no-loadscope-reorder "$@"
 }
 
 if [ -n "$FAST" ]; then

@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SHARED_SYSTEMS = {"shared", "three"}  # the fixtures of systems that several tests use
 FAST = ("--interval", "1", "--panic-window", "3", "--stable-window", "6", "--drain-timeout", "15")
 
 
@@ -28,16 +27,11 @@ def _engine_answers() -> bool:
     return bool(shutil.which("docker")) and not subprocess.run(asked, capture_output=True, check=False).returncode
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in a hook of its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips what cannot run here, and makes one group of a module's tests that share a system."""
-    ours = [item for item in items if "e2e" in item.path.parts]
     why = "needs root" if os.geteuid() else "" if _engine_answers() else "needs a Docker Engine that answers"
-    for item in ours:
-        if why:
+    for item in items:
+        if why and "e2e" in item.path.parts:
             item.add_marker(pytest.mark.skip(reason=why))
-        for system in sorted(SHARED_SYSTEMS & set(getattr(item, "fixturenames", ()))):
-            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {system}"))
 
 
 def docker(*arguments: str) -> str:

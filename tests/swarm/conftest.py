@@ -27,14 +27,12 @@ def _obstacle() -> str:
     return ""
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in a hook of its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     ours = [item for item in items if "swarm" in item.path.parts]
     why = _obstacle() if ours else ""
     for item in ours:
         if why:
             item.add_marker(pytest.mark.skip(reason=why))
-        item.add_marker(pytest.mark.xdist_group(f"swarm {item.path.stem}"))
 
 
 # The nodes have no way out to install or build anything: that is done here, with this host's engine.

@@ -1,37 +1,43 @@
-"""This balancer's metrics for Prometheus: counters kept here, for there is one balancer a process, and its gauges."""
+"""This balancer's metrics for Prometheus. A new metric is one row: below COUNTED, if other modules count it as it
+happens, or in `gauges`, if its value is read at each scrape."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+if TYPE_CHECKING:
+    from state import State
+
+PREFIX = "lbscaler_balancer_"
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+
+COUNTED = CollectorRegistry()
 APPLY_SECONDS = Histogram(
-    "lbscaler_balancer_apply_seconds",
-    "Time that one restore of a table's changed rules took.",
-    buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5),
-    registry=None,
+    f"{PREFIX}apply_seconds", "Time of one restore of a table.", registry=COUNTED, buckets=SECONDS
 )
-Gauges = Mapping[str, tuple[str, float]]  # name → (meaning, value)
-
-REPAIRS = Counter(
-    "lbscaler_balancer_repairs", "Passes that found our nat rules changed by somebody else.", registry=None
-)
-FAILED_PROBES = Counter(
-    "lbscaler_balancer_failed_probes", "Probes that failed, those of starting backends too.", registry=None
-)
-FAILED_PASSES = Counter(
-    "lbscaler_balancer_failed_passes",
-    "Passes of a loop that ended with an error: of netfilter, or of a call to the manager.",
-    registry=None,
-)
+REPAIRS = Counter(f"{PREFIX}repairs", "Passes that found our nat rules changed by another program.", registry=COUNTED)
+FAILED_PROBES = Counter(f"{PREFIX}failed_probes", "Probes that failed, of starting backends too.", registry=COUNTED)
+FAILED_PASSES = Counter(f"{PREFIX}failed_passes", "Passes of a loop that ended with an error.", registry=COUNTED)
 
 
-def exposition(gauges: Gauges) -> bytes:
-    """One scrape: the counters, and `gauges`."""
-    registry = CollectorRegistry()
-    for metric in (APPLY_SECONDS, REPAIRS, FAILED_PROBES, FAILED_PASSES):
-        registry.register(metric)
-    for name, (meaning, value) in gauges.items():
-        Gauge(f"lbscaler_balancer_{name}", meaning, registry=registry).set(value)
-    return generate_latest(registry)
+def gauges(state: State) -> tuple[tuple[str, str, float], ...]:
+    """(name, meaning, value) of each gauge."""
+    used, limit = state.netfilter.conntrack_use()
+    return (
+        ("rotation_backends", "Backends that get new connections.", len(state.rotation.endpoints)),
+        ("panic", "1 while fewer than half of the backends are healthy, so that all stay.", state.rotation.panic),
+        ("flows", "Live flows to backends.", sum(state.live.values())),
+        ("conntrack_entries", "Entries in the connection table.", used),
+        ("conntrack_entries_limit", "Entries that the connection table can hold.", limit),
+        ("converged_seconds", "Time since the last successful pass.", state.since_converged()),
+    )
+
+
+def exposition(state: State) -> bytes:
+    """One scrape of all metrics."""
+    read = CollectorRegistry()
+    for name, meaning, value in gauges(state):
+        Gauge(PREFIX + name, meaning, registry=read).set(value)
+    return generate_latest(COUNTED) + generate_latest(read)

@@ -1,16 +1,17 @@
-"""What is wrong with the data path for reasons outside our own rules. Pure: listings in, findings out."""
+"""Faults of the data path that are not in our own rules. Pure: listings in, findings out."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
 from listings import Listing
-from ruleset import PREFIX, is_dockers, is_ours, target_of
+from ruleset import is_dockers, is_ours, target_of
 
 MAX_FINDINGS = 20
-# Built-in chains that the service's packets pass, by table.
+# The built-in chains that the service's packets pass, by table.
 PASSED = {
     "raw": ("PREROUTING",),
     "mangle": ("PREROUTING", "FORWARD"),
@@ -18,7 +19,7 @@ PASSED = {
     "filter": ("FORWARD",),
 }
 HARMFUL = frozenset({"DROP", "REJECT", "DNAT", "REDIRECT", "TPROXY", "NETMAP", "CT", "NOTRACK", "QUEUE", "NFQUEUE"})
-OTHER_PROTOCOLS = ("-p udp", "-p icmp", "-p sctp", "-p esp", "-p igmp")
+OTHER_PROTOCOL = re.compile(r"(^| )-p (udp|icmp|sctp|esp|igmp)\b")
 
 
 class Kind(Enum):
@@ -30,36 +31,36 @@ class Kind(Enum):
 @dataclass(frozen=True)
 class Finding:
     kind: Kind
-    detail: str  # a text for people
+    detail: str  # for people
 
     def message(self) -> dict[str, str]:
         return {"kind": self.kind.value, "detail": self.detail}
 
 
 def find(ip_forward: bool, listings: Mapping[str, Listing]) -> list[Finding]:
-    """At most MAX_FINDINGS; `listings` is by table, and a table that this kernel lacks has no entry."""
+    """At most MAX_FINDINGS. `listings` is by table; a table that this kernel lacks has no entry."""
     found = []
     if not ip_forward:
         found.append(Finding(Kind.IP_FORWARD_OFF, "net.ipv4.ip_forward is 0"))
     forward_policy = listings.get("filter", Listing()).policies.get("FORWARD")
     if forward_policy == "DROP":
         found.append(Finding(Kind.FORWARD_POLICY_DROP, "filter FORWARD has the policy DROP"))
+    # Foreign rules on the path of the service's packets.
     for table, chains in PASSED.items():
         for chain in chains:
-            rules = _foreign_rules(chain, listings.get(table, Listing()), {chain})
-            found += [Finding(Kind.FOREIGN_RULE, f"{table}: {rule}") for rule in rules]
+            for rule in _foreign_rules(chain, listings.get(table, Listing()), {chain}):
+                found.append(Finding(Kind.FOREIGN_RULE, f"{table}: {rule}"))
     return found[:MAX_FINDINGS]
 
 
 def _foreign_rules(chain: str, listing: Listing, visited: set[str]) -> Iterator[str]:
     """The rules in `chain`, and in the chains it leads to, that can drop or redirect the service's packets."""
     for rule in listing.chains.get(chain, ()):
-        other_protocol = rule.startswith(OTHER_PROTOCOLS) or any(f" {match}" in rule for match in OTHER_PROTOCOLS)
-        if is_ours(rule) or is_dockers(rule) or other_protocol:
+        if is_ours(rule) or is_dockers(rule) or OTHER_PROTOCOL.search(rule):
             continue
         target = target_of(rule)
         if target in HARMFUL:
             yield f"-A {chain} {rule}"
-        elif target in listing.chains and target not in visited and not target.startswith(PREFIX):
+        elif target in listing.chains and target not in visited:
             visited.add(target)
             yield from _foreign_rules(target, listing, visited)

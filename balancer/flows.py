@@ -1,13 +1,14 @@
-"""The kernel's connection table as ctnetlink sends it: which requests to make, and what the answers count. Pure.
+"""The kernel's connection table in ctnetlink's messages: renders requests, and counts the flows in the answers. Pure.
 
-Messages are those of linux/netfilter/nfnetlink_conntrack.h: a header of 16 bytes, nfgenmsg of 4, then attributes, each
-with its length and type in front (native byte order) and a payload (network byte order). A listing comes in blocks
-with whole messages in them, so memory does not grow with the table.
+Messages are those of linux/netfilter/nfnetlink_conntrack.h: a header of 16 bytes, nfgenmsg of 4, then attributes. Each
+attribute is its length and type (native byte order) and a payload (network byte order). A listing comes in blocks of
+whole messages, so memory does not grow with the table.
 """
 
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address
@@ -30,14 +31,14 @@ REQUEST, ACK, DUMP = 0x1, 0x4, 0x300  # flags
 IPV4, TCP = 2, 6
 HEADERS = 20  # bytes before a message's attributes
 
-# enum tcp_conntrack. A flow in one of the last states is over; in any other, somebody may still wait for an answer.
+# enum tcp_conntrack. A flow in one of the last three states has ended; in any other, it may still carry an answer.
 SYN_SENT, SYN_RECV, ESTABLISHED, FIN_WAIT, CLOSE_WAIT, LAST_ACK, TIME_WAIT, CLOSE = range(1, 9)
 OVER = (LAST_ACK, TIME_WAIT, CLOSE)
-# The backend's kernel has accepted. A client that gave up has sent its FIN, and still got no reply.
+# The backend's kernel has accepted the connection. A client that timed out has sent its FIN without getting a reply.
 ACCEPTED = (ESTABLISHED, FIN_WAIT, CLOSE_WAIT)
 STATE_NAMES = ("syn_sent", "syn_recv", "established", "fin_wait", "close_wait", "last_ack", "time_wait", "close")
 
-SILENT_SECONDS = 10  # without a packet in either direction, after which a flow counts as stalled or silent
+SILENT_SECONDS = 10  # without a packet in either direction: the flow counts as silent
 
 _MESSAGE = struct.Struct("=IHHII")
 _NFGEN = struct.Struct("=BBH")
@@ -54,7 +55,7 @@ class Flow(NamedTuple):
 
     source: bytes
     source_port: int
-    backend: bytes  # whose address the reply comes from
+    backend: bytes  # the source of its replies
     state: int
     remaining: int
     mark: int
@@ -62,14 +63,14 @@ class Flow(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeouts:
-    """The connection table's timeouts in seconds: by state, and for a flow with data that nobody acknowledged."""
+    """The connection table's timeouts in seconds: by state, and for a flow with unacknowledged data."""
 
     by_state: Mapping[int, int]
     unacknowledged: int = 300
 
     def idle(self, flow: Flow) -> int:
-        """Seconds since the flow's last packet. Each packet sets the entry's timeout to that of its state, or to the
-        shorter one for unacknowledged data (nf_conntrack_proto_tcp.c)."""
+        """Seconds since the flow's last packet. Each packet sets the entry's timeout to that of the flow's state, or to
+        the shorter one for unacknowledged data (nf_conntrack_proto_tcp.c)."""
         full = self.by_state.get(flow.state, self.by_state[SYN_SENT])
         if flow.remaining <= self.unacknowledged < full:
             full = self.unacknowledged
@@ -80,10 +81,10 @@ class Timeouts:
 class FlowCounts:
     """How many flows each backend has, by address."""
 
-    live: dict[str, int] = field(default_factory=dict)
-    silent: dict[str, int] = field(default_factory=dict)  # live, without a packet for SILENT_SECONDS
-    waiting: dict[str, int] = field(default_factory=dict)  # live, a request sent, no first reply yet
-    stalled: dict[str, int] = field(default_factory=dict)  # waiting, accepted, silent
+    live: Counter[str] = field(default_factory=Counter)
+    silent: Counter[str] = field(default_factory=Counter)  # live, without a packet for SILENT_SECONDS
+    waiting: Counter[str] = field(default_factory=Counter)  # live, a request sent, no first reply yet
+    stalled: Counter[str] = field(default_factory=Counter)  # waiting, accepted, silent
 
 
 # -- requests --------------------------------------------------------------------------------------------------------
@@ -95,23 +96,26 @@ def attribute(kind: int, payload: bytes) -> bytes:
 
 
 def message(kind: int, flags: int, number: int, attributes: bytes) -> bytes:
-    """One request; `number` comes back in its answers."""
+    """One request; its answers carry the same `number`."""
     body = _NFGEN.pack(IPV4, 0, 0) + attributes
     return _MESSAGE.pack(_MESSAGE.size + len(body), SUBSYSTEM | kind, REQUEST | flags, number, 0) + body
 
 
 def listing_request(backend: str = "", waiting_only: bool = False) -> bytes:
-    """Asks for all flows to the service, or only for those of one backend, or for those that wait for a first reply.
+    """Requests all flows to the service, or only those of one backend, or those that wait for a first reply.
 
-    The kernel does the filtering (by address and port since Linux 5.8, by mark long before that). An older kernel
-    sends more than was asked for; `count` and `deletions` check each flow themselves."""
+    The kernel does the filtering: by address and port since Linux 5.8, by mark in all versions. An older kernel sends
+    more flows than requested, so `count` and `deletions` check each flow themselves."""
+    # All flows of the service, by protocol and port.
     ports = attribute(PROTO_NUMBER, bytes([TCP])) + attribute(PROTO_DESTINATION_PORT, struct.pack("!H", SERVICE_PORT))
     attributes = attribute(NESTED | ORIGINAL, attribute(NESTED | TUPLE_PROTO, ports))
     flags = attribute(FILTER_ORIGINAL, _LENGTH.pack(MATCH_PROTO_NUMBER | MATCH_DESTINATION_PORT))
+    # Of one backend: replies come from its address.
     if backend:
         source = attribute(IP_SOURCE, IPv4Address(backend).packed)
         attributes += attribute(NESTED | REPLY, attribute(NESTED | TUPLE_IP, source))
         flags += attribute(FILTER_REPLY, _LENGTH.pack(MATCH_IP_SOURCE))
+    # That wait for a first reply: of the two bits of the mark, only that of the request is set.
     if waiting_only:
         attributes += attribute(MARK, _NUMBER.pack(REQUEST_MARK))
         attributes += attribute(MARK_MASK, _NUMBER.pack(REQUEST_MARK | REPLY_MARK))
@@ -120,15 +124,16 @@ def listing_request(backend: str = "", waiting_only: bool = False) -> bytes:
 
 def deletions(block: bytes, backends: Collection[str], unanswered_only: bool = False) -> Iterator[bytes]:
     """The attributes that delete each flow of `backends` in `block`: its first tuple, and its id, so that a newer
-    connection with the same ports is left alone. `unanswered_only`: only where the backend never answered a SYN."""
+    connection with the same ports is kept. `unanswered_only`: only flows whose SYN the backend did not answer."""
     wanted = {IPv4Address(ip).packed for ip in backends}
     for entry in _entries(block):
         flow = _flow(block, entry)
-        if flow is None or flow.backend not in wanted or (unanswered_only and flow.state != SYN_SENT):
+        if flow is None or flow.backend not in wanted:
             continue
-        start = entry[ORIGINAL]
-        tuple_ = attribute(NESTED | ORIGINAL, block[start : start + _TUPLE.size])
-        yield tuple_ + (attribute(ID, block[entry[ID] : entry[ID] + 4]) if ID in entry else b"")
+        if unanswered_only and flow.state != SYN_SENT:
+            continue
+        first, id_ = entry[ORIGINAL], entry[ID]
+        yield attribute(NESTED | ORIGINAL, block[first : first + _TUPLE.size]) + attribute(ID, block[id_ : id_ + 4])
 
 
 # -- answers ---------------------------------------------------------------------------------------------------------
@@ -145,36 +150,31 @@ def flows(block: bytes) -> Iterator[Flow]:
 def count(seen: Iterable[Flow], timeouts: Timeouts, check_source: str = "") -> FlowCounts:
     """`seen` by backend, without the manager's self-check connections from `check_source`."""
     checker = IPv4Address(check_source).packed if check_source else None
-    tally: dict[_Kind, int] = {}
+    # First by what the counts depend on: there are few such combinations, and up to a million flows.
+    kinds: Counter[tuple[bytes, int, bool, bool]] = Counter()
     for flow in seen:
         is_check = flow.source == checker and CHECK_PORTS[0] <= flow.source_port <= CHECK_PORTS[1]
         if flow.state in OVER or is_check:
             continue
         waits = flow.mark & (REQUEST_MARK | REPLY_MARK) == REQUEST_MARK
-        kind = flow.backend, flow.state, waits, timeouts.idle(flow) >= SILENT_SECONDS
-        tally[kind] = tally.get(kind, 0) + 1
+        silent = timeouts.idle(flow) >= SILENT_SECONDS
+        kinds[flow.backend, flow.state, waits, silent] += 1
+    # Then by backend.
     counts = FlowCounts()
-    for (backend, state, waits, silent), number in tally.items():
+    for (backend, state, waits, silent), number in kinds.items():
         ip = str(IPv4Address(backend))
-        _add(counts.live, ip, number)
+        counts.live[ip] += number
         if silent:
-            _add(counts.silent, ip, number)
+            counts.silent[ip] += number
         if waits:
-            _add(counts.waiting, ip, number)
+            counts.waiting[ip] += number
         if waits and silent and state in ACCEPTED:
-            _add(counts.stalled, ip, number)
+            counts.stalled[ip] += number
     return counts
 
 
-_Kind = tuple[bytes, int, bool, bool]  # backend, state, waits for a first reply, silent
-
-
-def _add(counts: dict[str, int], ip: str, number: int) -> None:
-    counts[ip] = counts.get(ip, 0) + number
-
-
 def _entries(block: bytes) -> Iterator[dict[int, int]]:
-    """Of each message: attribute type → where its payload begins."""
+    """For each message in a block: attribute type → offset of its payload."""
     begin = 0
     unpack = _ATTRIBUTE.unpack_from
     while begin < len(block):
@@ -190,7 +190,7 @@ def _entries(block: bytes) -> Iterator[dict[int, int]]:
 
 
 def _flow(block: bytes, entry: dict[int, int]) -> Flow | None:
-    """None for what is no TCP connection to the service."""
+    """The flow of one message; None if it is not a TCP connection to the service."""
     if PROTOINFO not in entry or TIMEOUT not in entry:
         return None
     source, _, protocol, source_port, port = _TUPLE.unpack_from(block, entry[ORIGINAL])

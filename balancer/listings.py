@@ -1,4 +1,4 @@
-"""What `iptables-save` and `ipset save` print, as values. Pure."""
+"""Parses the output of `iptables-save` and `ipset save`. Pure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Listing:
-    """One table: every chain's rules, the packets its first rule has counted, and the built-in chains' policies."""
+    """One table, by chain: the rules, the packets that the first rule counted, and the built-in chains' policies."""
 
     chains: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     packets: Mapping[str, int] = field(default_factory=dict)
@@ -17,16 +17,17 @@ class Listing:
 
 
 def parse_table(text: str) -> Listing:
-    """Reads `iptables-save -c -t TABLE`."""
+    """Parses `iptables-save -c -t TABLE`."""
     chains: dict[str, list[str]] = {}
     packets: dict[str, int] = {}
     policies: dict[str, str] = {}
     for line in text.splitlines():
-        if line.startswith(":"):
+        if line.startswith(":"):  # a chain, and its policy if it is built in
             chain, policy = line[1:].split(" ")[:2]
             chains.setdefault(chain, [])
             if policy != "-":
                 policies[chain] = policy
+        # A rule, with the packets that it counted.
         elif match := re.match(r"\[(\d+):\d+\] -A (\S+) ?(.*)", line):
             chain = match[2]
             packets.setdefault(chain, int(match[1]))
@@ -37,10 +38,14 @@ def parse_table(text: str) -> Listing:
 def connections(listing: Listing) -> dict[str, int]:
     """New connections to each backend since its chain was written, by address."""
     prefix = "LB-B-"
-    return {c[len(prefix) :]: listing.packets.get(c, 0) for c in listing.chains if c.startswith(prefix)}
+    counted = {}
+    for chain in listing.chains:
+        if chain.startswith(prefix):
+            counted[chain.removeprefix(prefix)] = listing.packets.get(chain, 0)
+    return counted
 
 
 def parse_set(text: str, name: str) -> dict[str, tuple[int, int]]:
-    """Reads `ipset save`: (packets, bytes) counted for each member of the set `name`, by address."""
+    """Parses `ipset save`: (packets, bytes) of each member of the set `name`, by address."""
     members = re.finditer(rf"^add {name} (\S+) packets (\d+) bytes (\d+)", text, re.MULTILINE)
     return {match[1]: (int(match[2]), int(match[3])) for match in members}

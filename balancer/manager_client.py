@@ -1,4 +1,4 @@
-"""The calls to the manager, as the wire contract has them."""
+"""The balancer's calls to the manager's HTTP interface."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Any
 import requests
 from requests.adapters import HTTPAdapter
 
-LONG_POLL = 25.0  # seconds the manager may take to answer that nothing changed
+LONG_POLL = 25.0  # seconds after which the manager answers that nothing changed
 
 
 class _PinnedCertificate(HTTPAdapter):
-    """The name in the manager's certificate is always the same; its address is not."""
+    """Checks the certificate's name, which is always the same, instead of the manager's address."""
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         super().init_poolmanager(*args, assert_hostname="lbscaler-manager", **kwargs)
 
 
 class ManagerClient:
-    """The manager's HTTP interface. Every call raises requests.RequestException when the manager is unreachable, or
-    answers with an error: 503 while it is ending."""
+    """Every call raises requests.RequestException when the manager is unreachable or answers with an error, such as 503
+    while it shuts down."""
 
-    def __init__(self, addresses: Sequence[str], token: str, balancer: str = "", certificate: str = "") -> None:
-        """`addresses` are where the manager may be, tried in turn. Where there is a certificate, a file with the
-        manager's own, it has to present that one, whatever its address: then nobody in between reads or forges."""
+    def __init__(self, addresses: Sequence[str], token: str, balancer: str, certificate: str = "") -> None:
+        """`addresses` are those that the manager may have, tried in turn. `certificate` is a file with the manager's
+        certificate: calls then use TLS and accept no other certificate."""
         self._balancer = balancer
         self._urls = deque(f"{'https' if certificate else 'http'}://{address}" for address in addresses)
         self._session = requests.Session()
@@ -36,7 +36,7 @@ class ManagerClient:
             self._session.mount("https://", _PinnedCertificate())
 
     def sync(self, have: str) -> Mapping[str, Any] | None:
-        """The snapshot, as soon as it is another than `have`; None when it stayed the same for LONG_POLL seconds."""
+        """Waits for a snapshot whose revision is not `have`; None if there is none within LONG_POLL seconds."""
         query = {"have": have, "wait": str(LONG_POLL)}
         try:
             answer = self._session.get(f"{self._urls[0]}/sync", params=query, timeout=(3, LONG_POLL + 10))
@@ -47,14 +47,13 @@ class ManagerClient:
         message: Mapping[str, Any] | None = None if answer.status_code == 204 else answer.json()
         return message
 
-    def report(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
-        answer = self._session.post(f"{self._urls[0]}/pkts_info", json=message, timeout=(3, 5))
-        answer.raise_for_status()
-        decision: Mapping[str, Any] = answer.json()
-        return decision
+    def report(self, message: Mapping[str, Any]) -> None:
+        self._post("/pkts_info", message).raise_for_status()
 
     def stop(self, ip: str, reason: str) -> None:
-        message = {"ip": ip, "reason": reason} | ({"balancer": self._balancer} if self._balancer else {})
-        answer = self._session.post(f"{self._urls[0]}/stop", json=message, timeout=(3, 5))
-        if answer.status_code != 404:  # unknown to the manager: already gone, which is all we want
+        answer = self._post("/stop", {"ip": ip, "reason": reason, "balancer": self._balancer})
+        if answer.status_code != 404:  # unknown to the manager: already removed
             answer.raise_for_status()
+
+    def _post(self, path: str, message: Mapping[str, Any]) -> requests.Response:
+        return self._session.post(self._urls[0] + path, json=message, timeout=(3, 5))

@@ -1,12 +1,12 @@
-"""Reads and changes this network namespace's tables, sets, flows and neighbours: the only place that does.
+"""Reads and changes this network namespace's tables, sets, flows and neighbours: the only module that does.
 
-iptables, ipset and ip are run with argument lists, never by a shell; flows go through `ctnetlink`. A tool that fails
-raises NetfilterError with what it printed and, for a restore, the numbered lines it was given; only a lock held by
-another program (exit code 4) is tried again.
+iptables, ipset and ip are run with argument lists, never by a shell. Flows are read and deleted by `ctnetlink`. Every
+failure is a NetfilterError.
 """
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -14,19 +14,23 @@ from pathlib import Path
 
 import ctnetlink
 import flows
+from features import Feature
 from flows import FlowCounts, Timeouts
-from ruleset import REPLIES, SET, Features
+from listings import Listing, parse_set, parse_table
+from ruleset import REPLIES, SET
 
-LOCKED, TRIES = 4, 5
+LOCKED, TRIES = 4, 5  # the exit code for a lock held by another program, the only failure that is tried again
 TIMEOUT = 30  # seconds
+MAX_FILTERED_SCANS = 8  # at a million flows 0.4 s each, where one scan of all takes four seconds
+PROC = Path("/proc/sys/net")
 
 
 class NetfilterError(Exception):
-    """A tool or the kernel refused; the message says which, why, and what it was given."""
+    """A tool or the kernel refused. The message has the command, the cause and, for a restore, the numbered lines."""
 
 
-def run(argv: Sequence[str], text: str = "", accept: Sequence[int] = (0,)) -> str:
-    """The standard output of `argv` fed with `text`. Exit codes in `accept` are fine, any other raises."""
+def run(argv: Sequence[str], text: str = "") -> str:
+    """Runs `argv` with `text` as standard input, and returns its standard output."""
     for attempt in range(TRIES):
         if attempt:
             time.sleep(0.05 * 2**attempt)
@@ -34,20 +38,13 @@ def run(argv: Sequence[str], text: str = "", accept: Sequence[int] = (0,)) -> st
             done = subprocess.run(argv, input=text, capture_output=True, text=True, timeout=TIMEOUT, check=False)
         except subprocess.TimeoutExpired:
             raise NetfilterError(f"{' '.join(argv)}: no end after {TIMEOUT} s") from None
-        if done.returncode in accept:
+        if done.returncode == 0:
             return done.stdout
         if done.returncode != LOCKED:
             break
+    # A failed restore names the line by its number.
     numbered = "".join(f"\n{number:5} {line}" for number, line in enumerate(text.splitlines(), 1))
     raise NetfilterError(f"{' '.join(argv)}: exit code {done.returncode}: {done.stderr.strip()}{numbered}")
-
-
-MAX_FILTERED_SCANS = 8  # at a million flows 0.4 s each, where one scan of all takes four seconds
-PROC = Path("/proc/sys/net")
-# One rule for each feature that we can do without.
-MARKS_RULE = "-m connmark --mark 0x0/0x40000000 -j CONNMARK --set-xmark 0x40000000/0x40000000"
-RETRIES_RULE = "-p tcp -m connbytes --connbytes 0:1 --connbytes-mode packets --connbytes-dir reply -j DROP"
-NOTRACK_RULE = "-p tcp -j CT --notrack"
 
 
 class Netfilter:
@@ -59,36 +56,43 @@ class Netfilter:
 
     # -- tables and sets -------------------------------------------------------------------------------------------
 
-    def features(self) -> Features:
-        """Tries what not every kernel has, in a chain that is gone at once."""
-        return Features(
-            marks=self._takes("mangle", MARKS_RULE),
-            retries=self._takes("filter", RETRIES_RULE),
-            notrack=self._takes("raw", NOTRACK_RULE),
-        )
+    def missing(self, features: Iterable[Feature]) -> tuple[Feature, ...]:
+        """Those of `features` that this kernel lacks."""
+        return tuple(feature for feature in features if not self._has(feature))
 
-    def _takes(self, table: str, rule: str) -> bool:
+    def _has(self, feature: Feature) -> bool:
+        """Tries the feature's rule in a chain that the same restore removes."""
+        chain = f":LB-TRY - [0:0]\n-A LB-TRY {feature.rule}\n-F LB-TRY\n-X LB-TRY\n"
         try:
-            self.apply(f"*{table}\n:LB-TRY - [0:0]\n-A LB-TRY {rule}\n-F LB-TRY\n-X LB-TRY\nCOMMIT\n")
+            self.apply(f"*{feature.table}\n{chain}COMMIT\n")
         except NetfilterError:
             return False
         return True
 
     def table(self, name: str) -> str:
+        """The text of one table, with counters."""
         return run([self._save, "-c", "-t", name])
+
+    def listing(self, name: str) -> Listing:
+        return parse_table(self.table(name))
 
     def apply(self, text: str) -> None:
         if text:
             run([self._restore, "--noflush", "-w", "5"], text)
 
     def make_sets(self) -> None:
-        """Makes both sets, where they are not there."""
+        """Creates the sets that do not exist yet."""
         for name in (SET, REPLIES):
             run(["ipset", "create", name, "hash:ip", "family", "inet", "counters", "-exist"])
 
     def sets(self) -> str:
-        """The listing of all sets."""
+        """The text of all sets."""
         return run(["ipset", "save"])
+
+    def members(self) -> dict[str, dict[str, tuple[int, int]]]:
+        """Of both sets, by name: (packets, bytes) of each member, by address."""
+        text = self.sets()
+        return {name: parse_set(text, name) for name in (SET, REPLIES)}
 
     def change_sets(self, text: str) -> None:
         if text:
@@ -97,34 +101,29 @@ class Netfilter:
     # -- flows and neighbours --------------------------------------------------------------------------------------
 
     def all_flows(self, check_source: str = "") -> FlowCounts:
-        """Counts every flow of the service, but for self-check connections from `check_source`."""
-        return self._count(flows.listing_request(), check_source=check_source)
+        """Counts every flow of the service, without self-check connections from `check_source`."""
+        return self._count([flows.listing_request()], check_source)
 
     def waiting_flows(self, check_source: str = "") -> FlowCounts:
-        """Counts those that wait for a first reply; the kernel picks them out."""
-        return self._count(flows.listing_request(waiting_only=True), check_source=check_source)
+        """Counts those that wait for a first reply; the kernel selects them."""
+        return self._count([flows.listing_request(waiting_only=True)], check_source)
 
     def flows_of(self, ips: Collection[str]) -> FlowCounts:
-        """Counts the flows of some backends; others' may be counted, too."""
-        return self._count(*_requests_for(ips))
+        """Counts the flows of some backends; the result may contain those of others, too."""
+        return self._count(_requests_for(ips))
 
-    def _count(self, *requests: bytes, check_source: str = "") -> FlowCounts:
+    def _count(self, requests: Iterable[bytes], check_source: str = "") -> FlowCounts:
         timeouts = self._timeouts()
-        seen = (flow for block in _listings(requests) for flow in flows.flows(block))
-        return flows.count(seen, timeouts, check_source)
+        with _connection_table():
+            return flows.count(_flows(requests), timeouts, check_source)
 
-    def forget_flows(self, ips: Collection[str], unanswered_only: bool = False) -> None:
-        """Deletes the flows of any number of backends."""
-        if not ips:
-            return
-        blocks = _listings(_requests_for(ips))
-        deletions = (deletion for block in blocks for deletion in flows.deletions(block, ips, unanswered_only))
-        try:
-            ctnetlink.delete(deletions)
-        except (ctnetlink.ConntrackError, OSError) as error:
-            raise NetfilterError(f"connection table: {error}") from error
+    def delete_flows(self, ips: Collection[str], unanswered_only: bool = False) -> None:
+        """Deletes the flows of any number of backends; `unanswered_only`: those whose SYN got no answer."""
+        if ips:
+            with _connection_table():
+                ctnetlink.delete(_deletions(ips, unanswered_only))
 
-    def forget_neighbours(self, ips: Collection[str]) -> None:
+    def delete_neighbours(self, ips: Collection[str]) -> None:
         if ips:
             run(["ip", "-batch", "-"], "".join(f"neigh flush to {ip}\n" for ip in ips))
 
@@ -143,19 +142,32 @@ class Netfilter:
         return Timeouts(by_state, _setting(prefix + "unacknowledged"))
 
 
+@contextlib.contextmanager
+def _connection_table() -> Iterator[None]:
+    """Makes errors of ctnetlink errors of this module."""
+    try:
+        yield
+    except OSError as error:
+        raise NetfilterError(f"connection table: {error}") from error
+
+
 def _requests_for(ips: Collection[str]) -> list[bytes]:
-    """Of few backends the kernel picks out the flows, one scan each; those of many are found in one scan of all."""
+    """The kernel selects the flows of few backends, one scan each. Those of many are found in one scan of all flows."""
     if len(ips) <= MAX_FILTERED_SCANS:
         return [flows.listing_request(backend=ip) for ip in ips]
     return [flows.listing_request()]
 
 
-def _listings(requests: Iterable[bytes]) -> Iterator[bytes]:
-    try:
-        for request in requests:
-            yield from ctnetlink.listing(request)
-    except (ctnetlink.ConntrackError, OSError) as error:
-        raise NetfilterError(f"connection table: {error}") from error
+def _flows(requests: Iterable[bytes]) -> Iterator[flows.Flow]:
+    for request in requests:
+        for block in ctnetlink.listing(request):
+            yield from flows.flows(block)
+
+
+def _deletions(ips: Collection[str], unanswered_only: bool) -> Iterator[bytes]:
+    for request in _requests_for(ips):
+        for block in ctnetlink.listing(request):
+            yield from flows.deletions(block, ips, unanswered_only)
 
 
 def _setting(path: str) -> int:

@@ -1,22 +1,24 @@
 """Which backends get new connections. Pure.
 
 An unhealthy backend leaves rotation at once while at least half of the candidates are healthy. Below half all of them
-stay, which is called panic: it is then more likely that the health checks are wrong or that the load is too high, and
-fewer backends would make an overload worse. (Envoy's panic threshold, at its default of 50 %.)
+stay, which is called panic: the health checks are then likely to be wrong, or the load too high, and fewer backends
+would make an overload worse. (Envoy's panic threshold, at its default of 50 %.)
 
-Dead backends leave in panic, too, as when half of the nodes are lost: nothing can be connected to them, and they answer
-no client, while others do. An overloaded backend is not dead: it still answers some of its clients.
+In panic, unreachable backends still leave, as when half of the nodes fail: nothing can connect to them and they answer
+no client, while other backends do. An overloaded backend stays: it still answers some of its clients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+from health import Cause, Health
 from ruleset import Endpoint
 from snapshot import Backend, Snapshot
 
-FAR_WEIGHT = 0.1  # of a backend on another node, where near ones are preferred
+REMOTE_WEIGHT = 0.1  # of a backend on another node, where the balancer's own node is preferred
 
 
 @dataclass(frozen=True)
@@ -31,28 +33,44 @@ class Rotation:
     def panic(self) -> bool:
         return 2 * self.healthy < self.candidates
 
+    @cached_property
+    def ips(self) -> frozenset[str]:
+        return frozenset(endpoint.ip for endpoint in self.endpoints)
+
 
 def rotation(
-    snapshot: Snapshot, healthy: Mapping[str, bool | None], node: str = "", dead: Collection[str] = ()
+    snapshot: Snapshot, health: Mapping[str, Health], node: str = "", answering: Collection[str] = ()
 ) -> Rotation:
-    """`healthy` is by id: None, or no entry, where no probe has been answered yet. `dead` are ids.
+    """`health` is by id, for every backend of the snapshot; `answering` are the ids of those that answer clients now.
 
-    Candidates are the active backends, and starting ones that a probe found healthy; never spares or draining ones.
-    An active backend without a verdict counts as healthy: it was in rotation before this client began."""
-    candidates = [b for b in snapshot.backends if _is_candidate(b, healthy.get(b.id))]
-    good = [b for b in candidates if healthy.get(b.id) is not False]
-    panic = Rotation((), len(good), len(candidates)).panic
-    alive = [b for b in candidates if b.id not in dead]
-    chosen = (alive or candidates) if panic else good
-    return Rotation(_endpoints(snapshot, chosen, node), len(good), len(candidates))
-
-
-def _is_candidate(backend: Backend, healthy: bool | None) -> bool:
-    return backend.state == "active" or (backend.state == "starting" and healthy is True)
+    Candidates are the active backends, and starting ones that a probe found healthy; never spare or draining ones.
+    An active backend whose health is unknown counts as healthy: it was in rotation before this client started."""
+    candidates = [backend for backend in snapshot.backends if _is_candidate(backend, health[backend.id])]
+    healthy = [backend for backend in candidates if health[backend.id].healthy is not False]
+    panic = 2 * len(healthy) < len(candidates)
+    chosen = _reachable(candidates, health, answering) if panic else healthy
+    return Rotation(_endpoints(snapshot, chosen, node), len(healthy), len(candidates))
 
 
-def _endpoints(snapshot: Snapshot, chosen: list[Backend], node: str) -> tuple[Endpoint, ...]:
-    """Where the snapshot prefers near backends, and there is one, those on other nodes get little."""
-    some_are_near = any(backend.node == node for backend in chosen)
-    far = FAR_WEIGHT if snapshot.locality and some_are_near else 1.0
-    return tuple(Endpoint(b.ip, snapshot.port, b.weight * (1.0 if b.node == node else far)) for b in chosen)
+def _is_candidate(backend: Backend, health: Health) -> bool:
+    return backend.state == "active" or (backend.state == "starting" and health.healthy is True)
+
+
+def _reachable(
+    candidates: Sequence[Backend], health: Mapping[str, Health], answering: Collection[str]
+) -> Sequence[Backend]:
+    """`candidates` without the unreachable ones. All of them where no backend is known to answer: the fault may be this
+    node's own network."""
+    some_answer = bool(answering) or any(one.healthy for one in health.values())
+    reachable = [b for b in candidates if b.id in answering or health[b.id].cause is not Cause.UNREACHABLE]
+    return reachable if some_answer and reachable else candidates
+
+
+def _endpoints(snapshot: Snapshot, chosen: Sequence[Backend], node: str) -> tuple[Endpoint, ...]:
+    some_are_local = any(backend.node == node for backend in chosen)
+    remote_weight = REMOTE_WEIGHT if snapshot.locality and some_are_local else 1.0
+    endpoints = []
+    for backend in chosen:
+        weight = 1.0 if backend.node == node else remote_weight
+        endpoints.append(Endpoint(backend.ip, snapshot.port, weight))
+    return tuple(endpoints)

@@ -1,38 +1,39 @@
 """Backends and weights in, `iptables-restore` text out. Pure: runs nothing, reads nothing.
 
-The path of a new connection, nat table (every chain of ours begins with LB-):
+The path of a new connection through the nat table (all chains of this project begin with LB-):
 
     PREROUTING ─▶ LB-DISPATCH ─▶ (LB-T-… inner chains of the tree) ─▶ LB-B-<ip>: DNAT ─▶ POSTROUTING ─▶ LB-MASQ
 
-Promises:
-- A text holds one table and changes only chains that differ from the listing it was made for; applied with
-  `--noflush` it is atomic, and no chain that is not ours is touched.
-- A backend's chain is written once, so the counter of its one rule (connections: nat sees first packets only) grows
-  for as long as the backend is known, whatever happens to the dispatch above it.
-- Shares are exact: rule i of a chain has probability w_i / (w_i + … + w_n) and the last has none.
-- Rules are spelled as `iptables-save` prints them, so "is it still what we wrote?" is a comparison of strings.
-- Our rules stand first in every built-in chain they are in (only Docker's own, for its DNS, may stand before them).
+Guarantees:
+- A text holds one table and changes only chains that differ from the listing it was made for. Applied with
+  `--noflush` it is atomic, and foreign chains stay as they are.
+- A backend's chain is written once. So the counter of its one rule, which counts connections because the nat table sees
+  first packets only, grows for as long as the backend is known, whatever happens to the dispatch above it.
+- Shares are exact: rule i of a chain has probability w_i / (w_i + … + w_n), and the last rule has none.
+- Rules are spelled as `iptables-save` prints them, so comparing strings finds every change by another program.
+- Our rules stand first in every built-in chain they are in. Only Docker's rules for its DNS may stand before them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 
+from features import MARKS, NOTRACK, RETRIES, Feature
 from listings import Listing
 
 SERVICE_PORT = 8000
 PREFIX = "LB-"
 DISPATCH, MASQUERADE, INPUT, FORWARD, COUNT = "LB-DISPATCH", "LB-MASQ", "LB-INPUT", "LB-FORWARD", "LB-COUNT"
 FIRST, CHECK, OWN_IN, OWN_OUT = "LB-FIRST", "LB-CHECK", "LB-OWN-IN", "LB-OWN-OUT"
-SET, REPLIES = "LB-BACKENDS", "LB-REPLIES"  # packets and bytes towards a backend; its connections with a first reply
-LEAF, DIGIT_BITS = 8, 2  # a chain dispatches to at most LEAF targets; past that it splits by one base-4 digit
+SET, REPLIES = "LB-BACKENDS", "LB-REPLIES"  # packets and bytes to a backend; its connections with a first reply
+LEAF, DIGIT_BITS = 8, 2  # a chain dispatches to at most LEAF targets; above that it splits by one base-4 digit
 
 # Bits of a connection's mark: the client has sent data, the backend has sent data. Other bits are left as they are.
 REQUEST_MARK, REPLY_MARK = 0x20000000, 0x40000000
-# Source ports of the balancer's own connections (run.sh sets ip_local_port_range), and those left to masquerading.
+# Source ports of the balancer's own connections (run.sh sets ip_local_port_range), and those for masquerading.
 OWN_PORTS, MASQUERADE_PORTS = "60000:65535", "1024-59999"
 CHECK_PORTS = 61000, 61063  # source ports of the manager's self-check connections
 MAX_CHECKED = 8  # backends that self-check connections are spread over
@@ -43,7 +44,7 @@ Chains = dict[str, Rules]
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a backend listens, and its weight: any number ≥ 0; only ratios matter."""
+    """Where a backend listens, and its weight: any number > 0; only ratios matter."""
 
     ip: str
     port: int
@@ -52,20 +53,11 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class Table:
-    """What we want of one table: our chains, and the rules that lead from each built-in chain into ours, in order."""
+    """The wanted content of one table: our chains, and the rules that lead from built-in chains into ours, in order."""
 
     name: str
     chains: Chains
     hooks: Mapping[str, Rules]
-
-
-@dataclass(frozen=True)
-class Features:
-    """What this kernel can do beyond what nothing works without."""
-
-    marks: bool = True  # connmark: which connections wait for a first reply
-    retries: bool = True  # connbytes: a connection that a backend refuses is sent to another
-    notrack: bool = True  # the raw table and CT: the balancer's own connections take no room in the connection table
 
 
 def backend_chain(ip: str) -> str:
@@ -77,75 +69,71 @@ def tables(
     draining: Iterable[Endpoint] = (),
     backend_subnet: str = "",
     check_source: str = "",
-    features: Features = Features(),
+    missing: Collection[Feature] = (),
 ) -> list[Table]:
-    """All tables, in the order in which they have to be written. The arguments are those of the functions below."""
+    """All tables, in the order in which they have to be written. `missing` are features that this kernel lacks; the
+    functions below explain the other arguments."""
     wanted = [
         nat(rotation, draining, backend_subnet, check_source),
-        filters(rotation, features.retries),
-        mangle(check_source, features.marks),
+        filters(rotation, RETRIES not in missing),
+        mangle(check_source, MARKS not in missing),
     ]
-    return [*wanted, raw()] if features.notrack else wanted
+    return wanted if NOTRACK in missing else [*wanted, raw()]
 
 
 def nat(
     rotation: Sequence[Endpoint], draining: Iterable[Endpoint] = (), backend_subnet: str = "", check_source: str = ""
 ) -> Table:
-    """Dispatches new connections over `rotation`; `draining` backends keep their chain, and so their counter.
+    """Dispatches new connections over `rotation`. `draining` backends keep their chain, and so their counter.
 
-    Clients are hidden behind the balancer's address, so that answers come back to it. With `backend_subnet`, the
-    backends' own network, only the clients within it are: the backends then have their default route through us.
+    Clients are masqueraded, so that answers come back through the balancer. With `backend_subnet`, only clients of that
+    network are: the backends then have their default route through the balancer.
     Self-check connections from `check_source` have rules of their own, so that they do not count as load.
     """
     chains = dispatch(rotation)
+    # The chain of each known backend.
     for backend in sorted({*rotation, *draining}, key=_address):
-        chains[backend_chain(backend.ip)] = (_dnat(backend),)
-    ours = f"-p tcp -m conntrack --ctstate DNAT --ctorigdstport {SERVICE_PORT}"  # never Docker's own DNAT, its DNS
+        chains[backend_chain(backend.ip)] = (f"-p tcp -j {_dnat(backend)}",)
+    # Masquerade only connections to the service: Docker's DNS has its own DNAT in this table.
+    dispatched = f"-p tcp -m conntrack --ctstate DNAT --ctorigdstport {SERVICE_PORT}"
     source = f"-s {backend_subnet} " if backend_subnet else ""
-    chains[MASQUERADE] = (f"{source}{ours} -j MASQUERADE --to-ports {MASQUERADE_PORTS} --random-fully",)
+    chains[MASQUERADE] = (f"{source}{dispatched} -j MASQUERADE --to-ports {MASQUERADE_PORTS} --random-fully",)
+    # From PREROUTING into dispatch, and first self-checks into their own chain.
     entry = [f"-p tcp -m tcp --dport {SERVICE_PORT} -m addrtype --dst-type LOCAL -j {DISPATCH}"]
     if check_source:
-        chains[CHECK] = _check_rules(rotation)
+        # Equal shares over a few backends, by DNAT directly: the backends' own chains count connections.
+        checked = sorted(rotation, key=_address)[:MAX_CHECKED]
+        chains[CHECK] = _choice([(_dnat(backend), 1.0) for backend in checked], match="-p tcp ")
         ports = f"--sport {CHECK_PORTS[0]}:{CHECK_PORTS[1]} --dport {SERVICE_PORT}"
         entry.insert(0, f"-s {check_source}/32 -p tcp -m tcp {ports} -m addrtype --dst-type LOCAL -j {CHECK}")
     return Table("nat", chains, {"PREROUTING": tuple(entry), "POSTROUTING": (f"-j {MASQUERADE}",)})
 
 
-def _dnat(backend: Endpoint, match: str = "") -> str:
-    return f"-p tcp {match}-j DNAT --to-destination {backend.ip}:{backend.port}"
-
-
-def _check_rules(rotation: Sequence[Endpoint]) -> Rules:
-    """Equal shares over at most MAX_CHECKED backends."""
-    checked = sorted(rotation, key=_address)[:MAX_CHECKED]
-    rules = []
-    for i, backend in enumerate(checked):
-        last = i == len(checked) - 1
-        rules.append(_dnat(backend, "" if last else f"{_chance(1 / (len(checked) - i))} "))
-    return tuple(rules)
+def _dnat(backend: Endpoint) -> str:
+    return f"DNAT --to-destination {backend.ip}:{backend.port}"
 
 
 def mangle(check_source: str = "", marks: bool = True) -> Table:
-    """Counts packets and bytes towards every backend with one rule: the set keeps a counter for each member.
+    """Counts packets and bytes to every backend with one rule: the set keeps a counter for each member.
 
     With `marks`, the first packet with data of each side marks the connection, and the backend's first one is counted
-    in a set of its own. Packets without PSH, and all of a connection that got its first reply, pass one rule for that.
+    in a set of its own. Packets without PSH, and those of a connection that has its first reply, pass one rule for it.
     """
-    count = [f"-m set --match-set {SET} dst"]
-    if check_source:
-        ports = f"{CHECK_PORTS[0]}:{CHECK_PORTS[1]}"
-        count.insert(0, f"-p tcp -m conntrack --ctorigsrc {check_source} --ctorigsrcport {ports} -j RETURN")
-    chains: Chains = {}
+    chains: Chains = {COUNT: (f"-m set --match-set {SET} dst",)}
     if marks:
         no_reply_yet = f"-m connmark --mark 0x0/{REPLY_MARK:#x}"
-        count.append(f"-p tcp -m tcp --tcp-flags PSH PSH {no_reply_yet} -j {FIRST}")
+        chains[COUNT] += (f"-p tcp -m tcp --tcp-flags PSH PSH {no_reply_yet} -j {FIRST}",)
         request, reply = "-m conntrack --ctdir ORIGINAL", "-m conntrack --ctdir REPLY"
         chains[FIRST] = (
             f"{request} -m set --match-set {SET} dst ! --update-counters {_set_mark(REQUEST_MARK)}",
             f"{reply} -m set --match-set {REPLIES} src",
             f"{reply} -m set --match-set {SET} src ! --update-counters {_set_mark(REPLY_MARK)}",
         )
-    return Table("mangle", {COUNT: tuple(count), **chains}, {"FORWARD": (f"-j {COUNT}",)})
+    if check_source:  # before the counting rules
+        ports = f"{CHECK_PORTS[0]}:{CHECK_PORTS[1]}"
+        is_check = f"-p tcp -m conntrack --ctorigsrc {check_source} --ctorigsrcport {ports}"
+        chains[COUNT] = (f"{is_check} -j RETURN", *chains[COUNT])
+    return Table("mangle", chains, {"FORWARD": (f"-j {COUNT}",)})
 
 
 def _set_mark(bit: int) -> str:
@@ -153,8 +141,8 @@ def _set_mark(bit: int) -> str:
 
 
 def raw() -> Table:
-    """Keeps the balancer's own connections (probes, reports, long polls) out of the connection table: when that is
-    full, they still work. Loopback is left alone: Docker's DNS is translated there."""
+    """Keeps the balancer's own connections (probes, reports, long polls) out of the connection table, so that they work
+    when it is full. Loopback is left alone: Docker's DNS is translated there."""
     inbound = f"! -i lo -p tcp -m tcp --dport {OWN_PORTS} -m addrtype --dst-type LOCAL -j CT --notrack"
     outbound = f"! -o lo -p tcp -m tcp --sport {OWN_PORTS} -j CT --notrack"
     hooks = {"PREROUTING": (f"-j {OWN_IN}",), "OUTPUT": (f"-j {OWN_OUT}",)}
@@ -162,74 +150,68 @@ def raw() -> Table:
 
 
 def filters(rotation: Sequence[Endpoint], retries: bool = True) -> Table:
-    """Turns a refusal into a second try.
+    """Has a client's kernel try a failed connection again.
 
-    A SYN that reaches the balancer itself was sent to no backend: dropped, so that the client's resend, a second
-    later, finds whoever is ready by then. A RST that is a backend's first packet is dropped while there is another
-    backend to try: conntrack has closed the flow on seeing it, so the resent SYN is a new connection, chosen anew.
-    Without `retries` it goes through to the client.
+    A SYN that reaches the balancer itself was not dispatched, because no backend was ready. It is dropped: the client
+    sends it again a second later. A RST that is a backend's first packet is a refusal. With `retries` it is dropped
+    while rotation has another backend: conntrack has closed the flow, so the client's next SYN is dispatched again.
     """
     undispatched = f"-p tcp -m tcp --dport {SERVICE_PORT} --tcp-flags FIN,SYN,RST,ACK SYN -j DROP"
     first_packet = "-m connbytes --connbytes 0:1 --connbytes-mode packets --connbytes-dir reply"
     refusal = f"-p tcp -m tcp --tcp-flags RST RST -m set --match-set {SET} src {first_packet} -j DROP"
-    has_another = sum(endpoint.weight > 0 for endpoint in rotation) > 1
-    chains: Chains = {INPUT: (undispatched,), FORWARD: (refusal,) if retries and has_another else ()}
+    chains: Chains = {INPUT: (undispatched,), FORWARD: (refusal,) if retries and len(rotation) > 1 else ()}
     return Table("filter", chains, {"INPUT": (f"-j {INPUT}",), "FORWARD": (f"-j {FORWARD}",)})
 
 
 def dispatch(rotation: Sequence[Endpoint]) -> Chains:
-    """LB-DISPATCH and, past LEAF backends, the tree below it: a new connection passes O(log n) rules.
+    """LB-DISPATCH and, above LEAF backends, the tree below it: a new connection passes O(log n) rules.
 
-    The tree is a trie over the address's base-4 digits, least significant first. Docker hands out addresses in a row,
-    so it is balanced; and a backend that comes, goes or changes weight changes only the chains on its own path.
+    The tree is a trie over the address's base-4 digits, least significant first. Docker assigns consecutive addresses,
+    so it is balanced. A backend that is added, removed or weighted otherwise changes only the chains on its own path.
     """
     chains: Chains = {}
 
     def grow(chain: str, members: list[Endpoint], path: str) -> None:
         if len(members) <= LEAF:
-            chains[chain] = choice([(backend_chain(member.ip), member.weight) for member in members])
+            chains[chain] = _choice([(backend_chain(member.ip), member.weight) for member in members])
             return
         groups: dict[str, list[Endpoint]] = {}
-        while len(groups) < 2:  # a digit all members share decides nothing: skip it
+        while len(groups) < 2:  # skip digits that all members share
             digit, groups = len(path), {}
             for member in members:
                 groups.setdefault(_digit(member, digit), []).append(member)
             path += next(iter(groups))
+        # One child chain for each value of the digit, with the sum of its members' weights.
         targets = []
         for value, group in sorted(groups.items()):
             child = f"LB-T-{path[:-1]}{value}"
             targets.append((child, sum(member.weight for member in group)))
             grow(child, group, path[:-1] + value)
-        chains[chain] = choice(targets)
+        chains[chain] = _choice(targets)
 
-    by_address = sorted(rotation, key=_address)
-    weighted = [backend for backend in by_address if backend.weight > 0]
-    grow(DISPATCH, weighted or [Endpoint(backend.ip, backend.port) for backend in by_address], "")
+    grow(DISPATCH, sorted(rotation, key=_address), "")
     return chains
 
 
-def choice(targets: Sequence[tuple[str, float]]) -> Rules:
-    """One rule a target, in order; target i is taken with chance w_i / (w_i + … + w_n) by what reaches its rule."""
+def _choice(targets: Sequence[tuple[str, float]], match: str = "") -> Rules:
+    """One rule for each (target, weight): a packet that reaches rule i takes it with w_i / (w_i + … + w_n)."""
     rules = []
-    for i, (target, weight) in enumerate(targets[:-1]):
-        rest = sum(weight for _, weight in targets[i:])
-        rules.append(f"{_chance(weight / rest)} -j {target}")
-    # The last rule has no probability: a guaranteed match, whatever rounding did to the others.
-    rules += [f"-j {target}" for target, _ in targets[-1:]]
+    for i, (target, weight) in enumerate(targets):
+        if i == len(targets) - 1:  # a guaranteed match, whatever rounding did to the others
+            rules.append(f"{match}-j {target}")
+        else:
+            chance = _probability(weight / sum(weight for _, weight in targets[i:]))
+            rules.append(f"{match}-m statistic --mode random --probability {chance} -j {target}")
     return tuple(rules)
 
 
-def _chance(p: float) -> str:
-    return f"-m statistic --mode random --probability {probability(p)}"
-
-
-def probability(p: float) -> str:
-    """`p` as the kernel will hold it (a multiple of 2^-31) and `iptables-save` will print it."""
-    return f"{round(min(max(p, 0.0), 1.0) * 2**31) / 2**31:.11f}"
+def _probability(p: float) -> str:
+    """`p` as the kernel stores it, a multiple of 2^-31, and as `iptables-save` prints it."""
+    return f"{round(p * 2**31) / 2**31:.11f}"
 
 
 def restore(table: Table, actual: Listing) -> str:
-    """The text that takes `actual` to `table` in one atomic step; empty when there is nothing to change."""
+    """The text that turns `actual` into `table` in one atomic step; empty when there is nothing to change."""
     changed = [chain for chain, rules in table.chains.items() if actual.chains.get(chain) != rules]
     stale = [chain for chain in actual.chains if chain.startswith(PREFIX) and chain not in table.chains]
     hooks: list[str] = []
@@ -237,24 +219,31 @@ def restore(table: Table, actual: Listing) -> str:
         hooks += _hook_changes(chain, rules, actual.chains.get(chain, ()))
     if not (changed or stale or hooks):
         return ""
-    lines = [f"*{table.name}", *(f":{chain} - [0:0]" for chain in [*changed, *stale])]
-    lines += [f"-A {chain} {rule}" for chain in changed for rule in table.chains[chain]]
-    lines += [*hooks, *(f"-X {chain}" for chain in stale), "COMMIT"]
-    return "\n".join(lines) + "\n"
+    lines = [f"*{table.name}"]
+    for chain in (*changed, *stale):  # creates the chain, or empties it
+        lines.append(f":{chain} - [0:0]")
+    for chain in changed:
+        for rule in table.chains[chain]:
+            lines.append(f"-A {chain} {rule}")
+    lines += hooks
+    for chain in stale:  # last: by now no rule leads to it
+        lines.append(f"-X {chain}")
+    return "\n".join([*lines, "COMMIT", ""])
 
 
 def _hook_changes(chain: str, wanted: Rules, actual: Rules) -> list[str]:
-    """Deletes and inserts that put `wanted` first in a built-in chain; nothing where it is so already."""
+    """The deletions and insertions that put `wanted` first in a built-in chain; empty when it is in place."""
     without_docker = tuple(rule for rule in actual if not is_dockers(rule))
     ours = [rule for rule in actual if is_ours(rule)]
     if without_docker[: len(wanted)] == wanted and len(ours) == len(wanted):
         return []
+    # Also deletes duplicates, and hooks of an earlier version.
     deletes = [f"-D {chain} {rule}" for rule in ours]
     return deletes + [f"-I {chain} {place} {rule}" for place, rule in enumerate(wanted, 1)]
 
 
 def is_hooked(nat: Listing) -> bool:
-    """Whether new connections are led to our dispatch chain."""
+    """Whether new connections reach our dispatch chain."""
     return DISPATCH in nat.chains and any(target_of(rule) == DISPATCH for rule in nat.chains.get("PREROUTING", ()))
 
 
@@ -263,22 +252,24 @@ def is_ours(rule: str) -> bool:
 
 
 def is_dockers(rule: str) -> bool:
-    """What Docker keeps in a container's nat table for its DNS."""
+    """Whether Docker wrote the rule: it keeps some in a container's nat table, for its DNS."""
     return target_of(rule).startswith("DOCKER_")
 
 
 def target_of(rule: str) -> str:
-    """The rule's target; empty where it only counts."""
+    """The rule's target; empty for a rule that only counts."""
     match = re.search(r"(?:^| )-[jg] (\S+)", rule)
     return match[1] if match else ""
 
 
 def set_changes(wanted: Iterable[str], present: Iterable[str], name: str = SET) -> str:
-    """`ipset restore` text. A member already there is left alone: adding it again would zero its counters."""
-    wanted, present = set(wanted), set(present)
-    lines = [f"add {name} {ip}" for ip in sorted(wanted - present)]
-    lines += [f"del {name} {ip}" for ip in sorted(present - wanted)]
-    return "".join(line + "\n" for line in lines)
+    """`ipset restore` text. Adds no present member again, which would zero its counters."""
+    wanted, present, lines = set(wanted), set(present), ""
+    for ip in sorted(wanted - present):
+        lines += f"add {name} {ip}\n"
+    for ip in sorted(present - wanted):
+        lines += f"del {name} {ip}\n"
+    return lines
 
 
 def _address(endpoint: Endpoint) -> int:

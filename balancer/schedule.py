@@ -1,14 +1,15 @@
-"""When the balancer's threads do their work. Pure: time is an argument, in seconds on a monotonic clock."""
+"""When reports are sent and samples are taken. Pure: time is an argument, in seconds on a monotonic clock."""
 
 from __future__ import annotations
 
 import math
 
+SAMPLE_PERIOD = 0.5  # seconds between samples of one kind, while they are cheap
 EARLY_GAP = 0.25  # seconds between an early report and the one before it
 
 
 class ReportSchedule:
-    """Regular reports have fixed deadlines, which early ones (a backend's health changed) neither move nor replace."""
+    """Regular reports have fixed deadlines. Early reports, after a change of a backend's health, do not move them."""
 
     def __init__(self, now: float, interval: float) -> None:
         self._due = now + interval
@@ -18,11 +19,11 @@ class ReportSchedule:
         return max(0.0, self._due - now)
 
     def early_pause(self, now: float) -> float:
-        """How long an early report still has to wait; the regular one is not delayed by it."""
+        """Seconds that an early report still has to wait; it does not delay the regular one."""
         return min(max(0.0, self._sent + EARLY_GAP - now), self.until_regular(now))
 
     def send(self, now: float, interval: float) -> bool:
-        """Notes that a report is sent now, and says whether it is a regular one. Deadlines missed are skipped."""
+        """Notes that a report is sent now, and returns whether it is a regular one. Skips deadlines in the past."""
         self._sent = now
         if now < self._due:
             return False
@@ -31,14 +32,13 @@ class ReportSchedule:
 
 
 class Pace:
-    """Limits how often something costly is done: at most every `period` seconds, for at most a share of the time."""
+    """Limits costly samples: at most one in SAMPLE_PERIOD, and at most a share of the time."""
 
-    def __init__(self, period: float) -> None:
-        self._period = period
+    def __init__(self) -> None:
         self._due = -math.inf
 
     def is_due(self, now: float) -> bool:
         return now >= self._due
 
     def done(self, began: float, now: float, share: float) -> None:
-        self._due = now + max(self._period, (now - began) / share)
+        self._due = now + max(SAMPLE_PERIOD, (now - began) / share)

@@ -1,4 +1,4 @@
-"""What the manager wants of a balancer: the backends it knows and how to serve them. Pure."""
+"""The manager's answer to GET /sync: the backends it knows, and how to serve them. Pure."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Backend:
-    id: str  # the container's: tells a new backend from an old one on the same address
+    id: str  # its container's: a new backend on the address of an old one has another id
     ip: str
     state: str  # starting | active | draining | spare
-    weight: float
     node: str = ""  # the machine it is on, where there are several
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One answer of the manager to GET /sync. Times in seconds."""
+    """Times are in seconds."""
 
     revision: str = ""
     backends: tuple[Backend, ...] = ()
@@ -30,26 +29,31 @@ class Snapshot:
     weights: str = "equal"  # equal | adaptive
     backend_subnet: str = ""  # the backends' network, where they are to see their clients' own addresses
     locality: str = ""  # prefer: the balancer's own node first
-    check_source: str = ""  # the address from which the manager checks the path through the balancer; "": it does not
+    check_source: str = ""  # the address of the manager's self-check connections; empty where there are none
+
+    @property
+    def ids(self) -> dict[str, str]:
+        """Address → id of every backend."""
+        return {backend.ip: backend.id for backend in self.backends}
 
     @classmethod
     def parse(cls, message: Mapping[str, Any]) -> Snapshot:
-        """Reads the manager's answer to GET /sync. Raises KeyError, TypeError or ValueError when it is not one."""
+        """Reads the manager's message. Raises KeyError, TypeError or ValueError when it is malformed."""
         service = dict(message["service"])
-        backends = (
-            Backend(b["id"], str(IPv4Address(b["ip"])), b["state"], float(b["weight"]), b.get("node", ""))
-            for b in message["backends"]
-        )
         check_source = service.get("check_source", "")
         return cls(
-            message["revision"],
-            tuple(backends),
-            int(service["port"]),
-            service["health"],
-            float(service["interval"]),
-            float(service["drain_timeout"]),
-            service["weights"],
-            service["backend_subnet"],
-            service.get("locality", ""),
-            str(IPv4Address(check_source)) if check_source else "",
+            revision=message["revision"],
+            backends=tuple(_backend(row) for row in message["backends"]),
+            port=int(service["port"]),
+            health=service["health"],
+            interval=float(service["interval"]),
+            drain_timeout=float(service["drain_timeout"]),
+            weights=service["weights"],
+            backend_subnet=service["backend_subnet"],
+            locality=service.get("locality", ""),
+            check_source=str(IPv4Address(check_source)) if check_source else "",
         )
+
+
+def _backend(row: Mapping[str, Any]) -> Backend:
+    return Backend(row["id"], str(IPv4Address(row["ip"])), row["state"], row.get("node", ""))

@@ -3,8 +3,8 @@
 - An idle connection costs some 16 KB and no thread. It is closed after `idle_timeout`.
 - A request has to arrive completely, header and body, within REQUEST_TIMEOUT of its first byte.
 - A client that does not read its answers is disconnected after SEND_TIMEOUT.
-- Above `max_connections`, a connection's request carries `environ[FULL] = True`, so that the application can refuse it.
-  RESERVE more of them are accepted for that; any beyond are closed unanswered.
+- A connection above `max_connections` is refused: its first request is answered with 503, then it is closed. At most
+  RESERVE such connections are open; any others are closed without an answer.
 - A malformed request is answered with 400 and is not logged: callers must not be able to fill the log.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Callable
-from http.client import HTTPException
 from socket import IPPROTO_TCP, SO_SNDBUF, SOL_SOCKET, TCP_NODELAY
 from typing import Any
 
@@ -20,46 +19,53 @@ import gevent
 from gevent.pywsgi import WSGIHandler, WSGIServer
 
 REQUEST_TIMEOUT = 10.0  # seconds from a request's first byte to its last
-SEND_TIMEOUT = 20.0  # seconds without room for more of an answer, as the client does not read
-FULL_IDLE_TIMEOUT = 1.0  # seconds that a connection above the limit has to begin its request
+SEND_TIMEOUT = 20.0  # seconds that an answer waits for a client that does not read
+REFUSED_IDLE_TIMEOUT = 1.0  # seconds that a connection above the limit has to begin its request
 RESERVE = 256  # connections above the limit that are refused with an answer
-OTHER_FILES = 64  # files that the process needs beside its connections
+OTHER_FILES = 64  # open files that the process needs beside its connections
 SEND_BUFFER = 16_384  # bytes in the kernel for answers that a client does not read
 READ_BUFFER = 1024  # bytes; pywsgi's own 8 KiB would be most of what an idle connection costs
 BODY_CHUNK = 65_536  # bytes
+RETRY_AFTER = "1"  # seconds
 
-FULL = "limited_server.full"  # key of a request's environ
 
-StartResponse = Callable[..., Any]
-BAD_REQUEST = "400", b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
-REQUEST_TIMED_OUT = "408", b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+def _closing_answer(status: str, *headers: str) -> tuple[str, bytes]:
+    """An answer as pywsgi sends it before it closes the connection: the status and all bytes."""
+    lines = (f"HTTP/1.1 {status}", *headers, "Connection: close", "Content-Length: 0", "", "")
+    return status, "\r\n".join(lines).encode()
+
+
+BAD_REQUEST = _closing_answer("400 Bad Request")
+REQUEST_TIMED_OUT = _closing_answer("408 Request Timeout")
+REFUSED = _closing_answer("503 Service Unavailable", f"Retry-After: {RETRY_AFTER}")
 
 
 def raise_file_limit() -> int:
     """Raises the soft limit of open files to the hard one. Returns how many connections that allows."""
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    if hard == resource.RLIM_INFINITY:
-        return 1_000_000
     return max(1, hard - RESERVE - OTHER_FILES)
 
 
 class Handler(WSGIHandler):
     """The requests of one connection, each with its deadlines."""
 
-    ignored_socket_errors = (*WSGIHandler.ignored_socket_errors, "timed out")  # not logged: SEND_TIMEOUT
+    ignored_socket_errors = (*WSGIHandler.ignored_socket_errors, "timed out")  # the last one is SEND_TIMEOUT
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)  # header and body are sent one after the other
+        # Header and body are two packets: without this, the second waits for the first's delayed acknowledgement.
+        self.socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
         self.socket.setsockopt(SOL_SOCKET, SO_SNDBUF, SEND_BUFFER)
         self.rfile = self.socket.makefile("rb", READ_BUFFER)
-        self.above_limit = self.socket in self.server.above_limit
+        self.above_limit = self.server.connections > self.server.max_connections
 
     def handle_one_request(self) -> tuple[str, bytes] | bool | None:
-        """What pywsgi wants to hear: True to go on, None to close, or (status, the whole answer) and close."""
+        """Returns True to keep the connection, None to close it, or an answer to send before closing it."""
         if not self._request_begins():
             return None
+        if self.above_limit:
+            return REFUSED
         self.server.busy += 1
         try:
             with gevent.Timeout(REQUEST_TIMEOUT) as self.deadline:
@@ -67,71 +73,57 @@ class Handler(WSGIHandler):
                 return result
         except gevent.Timeout:
             return REQUEST_TIMED_OUT
-        except (OSError, ValueError):  # the client is gone, or a header line that is none
+        except (OSError, ValueError):  # the client has disconnected, or the body is malformed
             return BAD_REQUEST
         finally:
             self.server.busy -= 1
 
     def _request_begins(self) -> bool:
         """Waits for the first byte of a request. False when the connection has ended or was idle for too long."""
-        self.socket.settimeout(FULL_IDLE_TIMEOUT if self.above_limit else self.server.idle_timeout)
+        self.socket.settimeout(REFUSED_IDLE_TIMEOUT if self.above_limit else self.server.idle_timeout)
         try:
             return bool(self.rfile.peek(1))
-        except OSError:  # a timeout, too
+        except OSError:  # includes TimeoutError
             return False
         finally:
             self.socket.settimeout(SEND_TIMEOUT)
 
-    def read_request(self, raw_requestline: str) -> bool:
-        """Reads the header. False makes pywsgi answer 400; an exception would be logged with a traceback."""
-        try:
-            return bool(super().read_request(raw_requestline))
-        except (HTTPException, OSError, ValueError):
-            return False
+    def _handle_client_error(self, _error: Exception) -> tuple[str, bytes]:
+        """The answer to a malformed header. pywsgi would log it, too."""
+        return BAD_REQUEST
 
     def get_environ(self) -> dict[str, Any]:
-        """The request's environment, once its body has been read and thrown away, for no path here wants one."""
+        """Reads the body, which no application here uses, and then ends the request's deadline."""
         environ: dict[str, Any] = super().get_environ()
         while self.wsgi_input.read(BODY_CHUNK):
             pass
-        self.deadline.close()  # the whole request is here; its answer may take longer
-        environ[FULL] = self.above_limit
+        self.deadline.close()  # the answer may take longer
         return environ
 
 
 class LimitedServer(WSGIServer):
-    """An HTTP server for `application` that counts.
+    """An HTTP server for `application`. It counts its open `connections`.
 
-    `connections` are open now, the sockets in `above_limit` among them. `busy` of them have a request that is being
-    read or answered. `idle_timeout` are the seconds that a connection has to begin its first or next request.
+    `busy` of them have a request that is being read or answered. `idle_timeout` is in seconds: how long a connection
+    may wait before its first or next request.
     """
 
     handler_class = Handler
     backlog = 4096  # the kernel reduces it to net.core.somaxconn
-    max_accept = 20  # new connections before those that are open get their turn, however many wait
+    max_accept = 20  # new connections that are accepted before the open ones get their turn
 
     def __init__(
         self, listener: tuple[str, int], application: Callable[..., Any], max_connections: int, idle_timeout: float
     ) -> None:
         super().__init__(listener, application, log=None)
-        self.idle_timeout = idle_timeout
-        self.max_connections = max_connections
-        self.connections = 0
-        self.above_limit: set[Any] = set()
-        self.busy = 0
+        self.max_connections, self.idle_timeout = max_connections, idle_timeout
+        self.connections = self.busy = 0
 
-    def do_handle(self, *args: Any) -> None:
-        """Called with each accepted socket and its address."""
+    def handle(self, *connection: Any) -> None:
+        """Called for each accepted connection, in the order in which they were accepted."""
         self.connections += 1
-        if self.connections > self.max_connections:  # decided here: the handler begins after others were accepted
-            self.above_limit.add(args[0])
-        if self.connections > self.max_connections + RESERVE:
-            self.do_close(*args)
-            return
-        super().do_handle(*args)
-
-    def do_close(self, *args: Any) -> None:
-        """Called once for each socket that do_handle was called with."""
-        self.connections -= 1
-        self.above_limit.discard(args[0])
-        super().do_close(*args)
+        try:
+            if self.connections <= self.max_connections + RESERVE:
+                super().handle(*connection)
+        finally:
+            self.connections -= 1

@@ -1,12 +1,12 @@
-"""The sample workload on port 8000: counts primes and says which backend did it.
+"""The sample workload on port 8000: counts primes and names the backend that did it.
 
-Under too much load it refuses early instead of answering everybody late: with MAX_REQUESTS requests in progress, or
-more than MAX_CONNECTIONS connections, a request is answered at once with 503, `Retry-After` and `Connection: close`, so
-that its client comes back through the balancer. `GET /ready` says 200, or 503 while that is so. It neither counts as a
-request in progress nor waits for one.
+Under too much load it refuses early, because otherwise all clients would wait too long. With MAX_REQUESTS requests in
+progress, or more than MAX_CONNECTIONS connections, it answers a request immediately with 503, `Retry-After` and
+`Connection: close`, so that the client returns through the balancer. `GET /ready` reports 200, or 503 while that is so.
+It does not count as a request in progress and does not wait for one.
 
-It stops in order: on SIGTERM it goes on answering for LINGER seconds, because balancers still send it new connections
-until they know; then it closes its listener, finishes the requests in progress and exits with status 0.
+It stops in order: after SIGTERM it serves for LINGER more seconds, because balancers still send it new connections
+until they receive the change. Then it closes its listener, finishes the requests in progress and exits with status 0.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from flask import Flask, Response, request
 from gevent.event import Event
 from gevent.lock import Semaphore
 
-from limited_server import FULL, LimitedServer, StartResponse, raise_file_limit
+from limited_server import RETRY_AFTER, LimitedServer, raise_file_limit
 
 PORT = 8000
 LIMIT_DEFAULT, LIMIT_MAX = 2_000, 1_000_000  # numbers sieved
@@ -35,9 +35,8 @@ FINISH = 60.0  # seconds for the requests in progress
 MAX_REQUESTS = int(os.environ.get("MAX_REQUESTS", "512"))  # in progress: received and not completely answered
 MAX_CONNECTIONS = int(os.environ.get("MAX_CONNECTIONS", "8000"))  # fewer where the limit of open files is lower
 IDLE_TIMEOUT = 120.0  # seconds between two requests on one connection
-READY_AGAIN = 0.8  # of either limit: below it, a backend that was saturated is ready again
-RETRY_AFTER = 1  # seconds
-COMPUTE_SLICE = 0.01  # seconds
+READY_AGAIN = 0.8  # share of either limit; a backend that was saturated is ready again below it
+COMPUTE_SLICE = 0.01  # seconds of computing, at least, before the event loop runs again
 
 app = Flask(__name__)
 draining = Event()
@@ -55,8 +54,9 @@ def count_primes(limit: int) -> int:
     return sum(sieve)
 
 
-@cache  # a lookup stops all other requests meanwhile
+@cache  # a lookup blocks all other requests
 def own_address() -> str:
+    """The address of this container's name, or a text that there is none."""
     try:
         return socket.gethostbyname(socket.gethostname())
     except OSError:
@@ -65,14 +65,14 @@ def own_address() -> str:
 
 @app.get("/")
 def index() -> Response | tuple[str, int]:
-    """One line. `?limit=` sets the work (numbers sieved); `?seconds=` spreads the answer over that time."""
+    """Answers one line. `?limit=` sets the work (numbers sieved); `?seconds=` spreads the answer over that time."""
     try:
         limit = int(request.args.get("limit", LIMIT_DEFAULT))
         seconds = float(request.args.get("seconds", 0))
     except ValueError:
-        return "limit takes a whole number, seconds a number\n", 400
+        return "limit must be a whole number, seconds a number\n", 400
     if not (0 <= limit <= LIMIT_MAX and 0 <= seconds <= SECONDS_MAX):
-        return f"limit goes from 0 to {LIMIT_MAX}, seconds from 0 to {SECONDS_MAX:g}\n", 400
+        return f"limit must be from 0 to {LIMIT_MAX}, seconds from 0 to {SECONDS_MAX:g}\n", 400
     line = (
         f"{socket.gethostname()} at {own_address()}: {count_primes(limit)} primes up to {limit}, "
         f"for {request.remote_addr}\n"
@@ -81,18 +81,27 @@ def index() -> Response | tuple[str, int]:
 
 
 def slowly(line: str, seconds: float) -> Iterator[str]:
+    """Sends ten dots a second for that time, then the line."""
     for _ in range(int(seconds * 10)):
         yield "."
         gevent.sleep(0.1)
     yield "\n" + line
 
 
-class Turns:
-    """Lets one request compute at a time, and the event loop read and answer others in between.
+@app.after_request
+def close_while_draining(response: Response) -> Response:
+    """Makes a client with a kept connection return through the balancer."""
+    if draining.is_set():
+        response.headers["Connection"] = "close"
+    return response
 
-    Computing and the event loop share one thread. The loop gets a pass after each slice of computing, so that readiness
-    checks are answered. A slice lasts as long as that pass did, so that refusing many requests does not use up the time
-    for the others.
+
+class Turns:
+    """Lets one request compute at a time, and lets the event loop read and answer others in between.
+
+    Computing and the event loop share one thread. The loop gets one pass after each slice of computing, so that
+    readiness checks are answered. A slice lasts at least as long as that pass did, so that many refusals do not use up
+    the time of the other requests.
     """
 
     def __init__(self) -> None:
@@ -103,24 +112,28 @@ class Turns:
     def one(self) -> Iterator[None]:
         with self._turn:
             if time.monotonic() >= self._slice_ends:
-                self._let_the_loop_run()
+                self._run_event_loop()
             yield
 
-    def _let_the_loop_run(self) -> None:
+    def _run_event_loop(self) -> None:
         began = time.monotonic()
-        gevent.idle(priority=2)  # the highest: the wait ends after one pass, even when more has come in
+        gevent.idle(priority=2)  # the highest priority: waits for one pass only, even if more events are pending
         resumed = time.monotonic()
         self._slice_ends = resumed + max(COMPUTE_SLICE, resumed - began)
 
 
-def refusal(start_response: StartResponse, headers: list[tuple[str, str]]) -> Iterable[bytes]:
-    headers = [("Content-Type", "text/plain"), ("Retry-After", str(RETRY_AFTER)), *headers]
-    start_response("503 Service Unavailable", headers)
-    return [b"saturated: try again later\n"]
+def saturated(**headers: str) -> Response:
+    headers = {"Retry-After": RETRY_AFTER, **headers}
+    return Response("saturated: try again later\n", 503, headers, mimetype="text/plain")
+
+
+READY = Response("ready\n", mimetype="text/plain")
+NOT_READY = saturated()  # the synchronization server keeps its connection
+REFUSED = saturated(Connection="close")
 
 
 class Backend:
-    """The WSGI application around the workload: readiness, refusals, and `Connection: close` while draining."""
+    """The WSGI application around the workload: readiness, refusals and the number of requests in progress."""
 
     def __init__(self, max_connections: int) -> None:
         self.in_progress = 0
@@ -128,36 +141,26 @@ class Backend:
         self._turns = Turns()
         self.server = LimitedServer(("0.0.0.0", PORT), self, max_connections, IDLE_TIMEOUT)
 
-    def __call__(self, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         if environ["PATH_INFO"] == "/ready":
-            return self._readiness(start_response)
-        if environ[FULL] or self.in_progress >= MAX_REQUESTS:
-            return refusal(start_response, [("Connection", "close")])
+            readiness = NOT_READY if self.is_saturated() else READY
+            return readiness(environ, start_response)
+        if self.in_progress >= MAX_REQUESTS:
+            return REFUSED(environ, start_response)
         return self._work(environ, start_response)
 
-    def _work(self, environ: dict[str, Any], start_response: StartResponse) -> Iterator[bytes]:
-        def start(status: str, headers: list[tuple[str, str]], *error: Any) -> Any:
-            if draining.is_set():  # a client with a kept connection shall come back through the balancer
-                headers = [*headers, ("Connection", "close")]
-            return start_response(status, headers, *error)
-
+    def _work(self, environ: dict[str, Any], start_response: Any) -> Iterator[bytes]:
         self.in_progress += 1
         try:
             with self._turns.one():
-                answer: Any = app(environ, start)
+                answer: Any = app(environ, start_response)
             with closing(answer):
                 yield from answer
         finally:
             self.in_progress -= 1
 
-    def _readiness(self, start_response: StartResponse) -> Iterable[bytes]:
-        if self.is_saturated():
-            return refusal(start_response, [])
-        start_response("200 OK", [("Content-Type", "text/plain")])
-        return [b"ready\n"]
-
     def is_saturated(self) -> bool:
-        """True from the time that a limit is reached until both numbers are well below it."""
+        """True from the time that a limit is reached until both numbers are below READY_AGAIN of their limits."""
         share = READY_AGAIN if self._saturated else 1.0
         too_many_requests = self.in_progress >= share * MAX_REQUESTS
         too_many_connections = self.server.connections >= share * self.server.max_connections
@@ -166,7 +169,7 @@ class Backend:
 
 
 def finish(server: LimitedServer) -> None:
-    """Closes the listener after LINGER and waits for the requests in progress, FINISH at most."""
+    """Closes the listener after LINGER and waits for the requests in progress, for FINISH at most."""
     gevent.sleep(LINGER)
     server.close()
     deadline = time.monotonic() + FINISH

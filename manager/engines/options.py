@@ -1,107 +1,91 @@
-"""What backends and the balancer are created from, on either engine: least privilege, kernel settings, limits. Pure."""
+"""How backends and balancers are created, with either engine: least privilege, kernel settings, limits. Pure."""
 
 from __future__ import annotations
 
-import re
+import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from core.settings import Settings
 
-PIDS = 128
-STRANGER = "10001:10001"  # who an image runs as that names nobody but root
-# All clients share the balancer's address, so a port comes back within the minute a closed connection stays in
-# TIME_WAIT, and with another client's timestamps a backend takes the new SYN for an old one: at 2,000 connections/s a
-# backend, throughput fell to a third. With few such places the kernel forgets closed connections at once.
-# A stranger may listen on any port: inside its own namespace that takes nothing from anybody.
+SERVICE_PORT = 8000  # the balancer's, inside its container
+PIDS = 128  # processes and threads of one backend
+UNPRIVILEGED_UID = 10001  # of an image that names no user but root
+UNPRIVILEGED_USER = f"{UNPRIVILEGED_UID}:{UNPRIVILEGED_UID}"
+
+# tcp_max_tw_buckets: all clients share the balancer's address, so a port is used again while the backend still keeps
+# the old connection in TIME_WAIT (one minute). The other client's timestamps can make the backend take the new SYN for
+# an old packet: at 2,000 connections/s per backend, throughput fell to a third. With few such entries, the kernel drops
+# the others immediately.
+# ip_unprivileged_port_start: a user who is not root may listen on any port of the container's own namespace.
 SYSCTLS = {"net.ipv4.tcp_max_tw_buckets": "1024", "net.ipv4.ip_unprivileged_port_start": "0"}
 
-# What a program logs when a rule of least privilege stops it → the flag that lifts this rule.
-HINTS = (
-    ("read-only file system", "it writes where it may not: give it the place with --tmpfs PATH, or --allow write"),
-    ("permission denied", "it wants to be who its image says, or more: --allow root, then --allow capabilities"),
-    ("operation not permitted", "it wants what only root may: --allow root, then --allow capabilities"),
-    ("must be root", "--allow root"),
-    ("cannot allocate memory", "more memory: --memory"),
-)
-# Lines that report no reason to end: low levels, and nginx's alert that it may not raise its own limit.
-HARMLESS = re.compile(r"\b(debug|info|notice)\b|setrlimit\(")
-ERROR = re.compile(r"\b(error|emerg|emergency|crit|critical|fatal|panic)\b")  # a line that reports why a program ends
-STOPPED_FROM_OUTSIDE = (128 + 9, 128 + 15)  # exit codes after SIGKILL and SIGTERM
-
-
-# The balancer's kernel settings. Conntrack counts packets, so that a refused SYN can be retried elsewhere. It keeps
-# open connections as long as kube-proxy does and closed ones for 10 s, makes no entry for a connection that it has not
-# seen begin, and lets packets outside the window pass, for the kernel would answer them with a reset. The balancer's
-# own connections have local ports of their own, so that they need not be tracked.
-BALANCER_SYSCTLS = {
-    "net.ipv4.ip_forward": "1",
-    "net.ipv4.ip_local_port_range": "60000 65535",
-    "net.ipv4.conf.all.send_redirects": "0",
-    "net.ipv4.conf.default.send_redirects": "0",
-    "net.netfilter.nf_conntrack_acct": "1",
-    "net.netfilter.nf_conntrack_tcp_timeout_established": "86400",
-    "net.netfilter.nf_conntrack_tcp_timeout_time_wait": "10",
-    "net.netfilter.nf_conntrack_tcp_loose": "0",
-    "net.netfilter.nf_conntrack_tcp_be_liberal": "1",
-}
 BALANCER_CAPABILITIES = ["NET_ADMIN", "NET_RAW"]
 BALANCER_MEMORY = 512 << 20  # bytes
 BALANCER_PIDS = 256
+BALANCER_SYSCTLS = {
+    "net.ipv4.ip_forward": "1",
+    # The ports of the balancer's own connections, so that its rules can exclude them from connection tracking.
+    "net.ipv4.ip_local_port_range": "60000 65535",
+    "net.ipv4.conf.all.send_redirects": "0",
+    "net.ipv4.conf.default.send_redirects": "0",
+    # Count packets, so that a refused SYN can be retried with another backend.
+    "net.netfilter.nf_conntrack_acct": "1",
+    # Keep open connections as long as kube-proxy does (a day), closed ones for 10 s.
+    "net.netfilter.nf_conntrack_tcp_timeout_established": "86400",
+    "net.netfilter.nf_conntrack_tcp_timeout_time_wait": "10",
+    # Do not track a connection whose beginning was not seen.
+    "net.netfilter.nf_conntrack_tcp_loose": "0",
+    # Let packets outside the window pass. Otherwise the kernel would answer them with a reset.
+    "net.netfilter.nf_conntrack_tcp_be_liberal": "1",
+}
+
+
+def labels(project: str, role: str) -> dict[str, str]:
+    """What marks a container or service as ours. `role`: backend or balancer."""
+    return {"lbscaler.project": project, "lbscaler.role": role}
+
+
+def config_digest(config: Mapping[str, Any]) -> str:
+    """A short hash. As a balancer's label, it shows whether the balancer was created from the current settings."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
 class BalancerOptions:
-    """What the settings do not hold of what a balancer is made from. `secrets` are names of a Swarm's secrets: the
-    token's and the certificate's."""
+    """What a balancer needs beside the settings. `secrets` are the names of two Swarm secrets: token, certificate."""
 
     image: str
     token: str
-    manager: str = ""  # ADDRESS:PORT, or several with commas, where the balancers find the manager
     secrets: tuple[str, ...] = ()
 
 
-def ended_by_itself(exit_code: int) -> bool:
-    """Whether a container that ended with this code failed by itself: it was not stopped or killed from outside."""
-    return exit_code not in (0, *STOPPED_FROM_OUTSIDE)
+def backend_options(settings: Settings, image_user: str) -> dict[str, Any]:
+    """All options of a backend except its image, as keyword arguments of the SDK's `containers.create`.
 
-
-def advice(log_lines: str, exit_code: int | None, out_of_memory: bool = False) -> str:
-    """The setting that would help a backend; empty where none is known to.
-
-    `log_lines` is the end of its log, `exit_code` is None while its container runs. Only a container that ended by
-    itself with an error gets a hint: in any other, an error in the log did not end it. The last line that reports an
-    error decides, because a program goes on after the errors before it.
+    Each rule of least privilege holds unless `settings.allow` names it.
     """
-    if out_of_memory:
-        return "the kernel killed it for its memory: raise --memory"
-    if exit_code is None or not ended_by_itself(exit_code):
-        return ""
-    for line in reversed(log_lines.lower().splitlines()):
-        if HARMLESS.search(line):
-            continue
-        hint = next((hint for complaint, hint in HINTS if complaint in line), "")
-        if hint or ERROR.search(line):
-            return hint
-    return ""
-
-
-def options(settings: Settings, image_user: str) -> dict[str, Any]:
-    """Everything but the image that a backend is created with: least privilege, less what --allow names."""
     allowed = settings.allow
-    root = image_user.split(":", 1)[0] in ("", "root", "0")
-    stranger = root and "root" not in allowed
-    # runc gives a tmpfs the mode of the directory below it, whatever it is told, but takes an owner.
-    place = "mode=1777" + (",uid={},gid={}".format(*STRANGER.split(":")) if stranger else "")
+    image_runs_as_root = image_user.split(":", 1)[0] in ("", "root", "0")
+    change_user = image_runs_as_root and "root" not in allowed
+    # runc ignores the mode of a tmpfs where the image has a directory of that path, but it does set the owner.
+    owner = f",uid={UNPRIVILEGED_UID},gid={UNPRIVILEGED_UID}" if change_user else ""
     return {
         "command": list(settings.command) or None,
         "environment": list(settings.env),
-        "user": STRANGER if stranger else None,
+        "user": UNPRIVILEGED_USER if change_user else None,
         "cap_drop": None if "capabilities" in allowed else ["ALL"],
         "security_opt": None if "privileges" in allowed else ["no-new-privileges"],
         "read_only": "write" not in allowed,
-        "tmpfs": dict.fromkeys(("/tmp", *settings.tmpfs), place),  # noqa: S108 - inside the container
-        "volumes": [v if v.endswith((":ro", ":rw")) else f"{v}:ro" for v in settings.volume],
+        "tmpfs": dict.fromkeys(("/tmp", *settings.tmpfs), f"mode=1777{owner}"),  # noqa: S108 - inside the container
+        "volumes": [_with_mode(volume) for volume in settings.volume],
         "mem_limit": settings.memory,
         "nano_cpus": round(settings.cpus * 1e9) if settings.cpus else None,
     }
+
+
+def _with_mode(volume: str) -> str:
+    """A volume is read-only unless it is given with `:rw`."""
+    return volume if volume.endswith((":ro", ":rw")) else f"{volume}:ro"

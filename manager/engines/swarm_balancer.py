@@ -1,97 +1,92 @@
-"""The balancer as a Swarm's global service: one task on every node, its port published on that node alone.
+"""The balancer as a Swarm's global service: one task on every node, its port published on that node alone. Pure.
 
-A change of settings is an update of the service, one node at a time. A node's host port is free only once its old
-balancer has ended, so each node is without one for that moment; the other nodes are not.
+A change of settings is an update of the service, one node at a time. A node's host port is free only when its old
+balancer has ended, so a node has no balancer for that moment; the other nodes continue to serve.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from itertools import starmap
 from typing import Any
 
 from core.engine import BalancerState
 from core.settings import Settings
-from engines.options import BALANCER_CAPABILITIES, BALANCER_MEMORY, BALANCER_PIDS, BALANCER_SYSCTLS, BalancerOptions
+from engines import options
+from engines.options import SERVICE_PORT, BalancerOptions
+from engines.swarm_services import SECOND, ApiObject, Spec
+from engines.swarm_tasks import Task
 
-SECOND = 10**9  # in Swarm's nanoseconds
-SERVICE_PORT = 8000
-NO_ADDRESS = {"", "0.0.0.0"}  # what a Swarm of one node may say of its own address
-SECRET_FILES = ("token", "certificate.pem")  # what they are called in the container, below /run/secrets
+NO_ADDRESS = {"", "0.0.0.0"}  # what a Swarm of one node may report as its own address
+SECRET_FILES = ("token", "certificate.pem")  # names in the container, below /run/secrets
+STOP_MARGIN = 5  # seconds after the drain timeout, before SIGKILL
 UPDATE = {"Parallelism": 1, "Order": "stop-first", "FailureAction": "pause", "Monitor": 5 * SECOND}
 
-Message = Mapping[str, Any]  # as the Engine's API writes it
 
-
-def service_spec(settings: Settings, options: BalancerOptions, secret_ids: Iterable[str]) -> dict[str, Any]:
-    """What the service is created from, as keyword arguments of the SDK's `create_service`."""
-    labels = {"lbscaler.project": settings.project, "lbscaler.role": "balancer"}
-    drain = int(settings.drain_timeout)
-    container = {
-        "Image": options.image,
-        "Labels": labels,
-        "Env": [
-            f"LB_MANAGERS={options.manager}",
-            "LB_NODE={{.Node.ID}}",
-            f"LB_BACKEND_PORT={settings.backend_port}",
-            f"LB_LEAVE={drain}",
-        ],
-        "ReadOnly": True,
-        "CapabilityDrop": ["ALL"],
-        "CapabilityAdd": [f"CAP_{name}" for name in BALANCER_CAPABILITIES],
-        "Sysctls": BALANCER_SYSCTLS,
-        "Mounts": [{"Type": "tmpfs", "Target": "/run"}],
-        "StopGracePeriod": (drain + 5) * SECOND,
-        "Secrets": [
-            {"SecretID": id_, "SecretName": name, "File": {"Name": file, "UID": "0", "GID": "0", "Mode": 0o400}}
-            for id_, name, file in zip(secret_ids, options.secrets, SECRET_FILES, strict=True)
-        ],
-    }
-    template = {
-        "ContainerSpec": container,
-        "Resources": {"Limits": {"MemoryBytes": BALANCER_MEMORY, "Pids": BALANCER_PIDS}},
-        "RestartPolicy": {"Condition": "any", "Delay": SECOND // 2},
-        "Placement": {"Constraints": list(settings.balancer_constraint)},
-        "Networks": [{"Target": settings.project}],
-    }
+def service_spec(settings: Settings, balancer: BalancerOptions, manager: str, secret_ids: Iterable[str]) -> Spec:
+    """The service as the Engine API describes it. `manager`: where the balancers reach it, see `manager_addresses`."""
+    labels = options.labels(settings.project, "balancer")
     port = {
         "Protocol": "tcp",
         "TargetPort": SERVICE_PORT,
         "PublishedPort": settings.port,
         "PublishMode": "host",
     }
-    made = {
-        "task_template": template,
-        "name": f"{settings.project}-balancer",
-        "mode": "global",
-        "endpoint_spec": {"Mode": "dnsrr", "Ports": [port]},
+    spec = {
+        "Name": f"{settings.project}-balancer",
+        "TaskTemplate": {
+            "ContainerSpec": _container(settings, balancer, manager, secret_ids) | {"Labels": labels},
+            "Resources": {"Limits": {"MemoryBytes": options.BALANCER_MEMORY, "Pids": options.BALANCER_PIDS}},
+            "RestartPolicy": {"Condition": "any", "Delay": SECOND // 2},
+            "Placement": {"Constraints": list(settings.balancer_constraint)},
+            "Networks": [{"Target": settings.project}],
+        },
+        "Mode": {"Global": {}},
+        "EndpointSpec": {"Mode": "dnsrr", "Ports": [port]},
     }
-    digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:12]
-    return {**made, "labels": {**labels, "lbscaler.config": digest}, "update_config": UPDATE}
+    return {**spec, "Labels": {**labels, "lbscaler.config": options.config_digest(spec)}, "UpdateConfig": UPDATE}
 
 
-def state(service: Message | None, wanted: Message) -> BalancerState:
-    """What the service is, compared with what it is to be made from."""
+def _container(settings: Settings, balancer: BalancerOptions, manager: str, secret_ids: Iterable[str]) -> Spec:
+    drain = int(settings.drain_timeout)
+    secrets = zip(secret_ids, balancer.secrets, SECRET_FILES, strict=True)
+    return {
+        "Image": balancer.image,
+        "Env": [
+            f"LB_MANAGERS={manager}",
+            "LB_NODE={{.Node.ID}}",
+            f"LB_BACKEND_PORT={settings.backend_port}",
+            f"LB_LEAVE={drain}",
+        ],
+        "ReadOnly": True,
+        "CapabilityDrop": ["ALL"],
+        "CapabilityAdd": [f"CAP_{name}" for name in options.BALANCER_CAPABILITIES],
+        "Sysctls": options.BALANCER_SYSCTLS,
+        "Mounts": [{"Type": "tmpfs", "Target": "/run"}],
+        "StopGracePeriod": (drain + STOP_MARGIN) * SECOND,
+        "Secrets": list(starmap(_secret, secrets)),
+    }
+
+
+def _secret(id_: str, name: str, file: str) -> dict[str, Any]:
+    return {"SecretID": id_, "SecretName": name, "File": {"Name": file, "UID": "0", "GID": "0", "Mode": 0o400}}
+
+
+def state(service: ApiObject | None, wanted: Spec) -> BalancerState:
+    """The state of the service, which has to match `wanted`. Swarm itself restarts its tasks."""
     if service is None:
         return BalancerState.MISSING
-    if service["Spec"]["Labels"].get("lbscaler.config") != wanted["labels"]["lbscaler.config"]:
+    if service["Spec"]["Labels"].get("lbscaler.config") != wanted["Labels"]["lbscaler.config"]:
         return BalancerState.OUTDATED
     return BalancerState.RUNNING
 
 
-def running(tasks: Iterable[Message], lost_nodes: Iterable[str]) -> list[Message]:
-    """The balancers that run, on nodes that are not down."""
-    lost = set(lost_nodes)
-    return [t for t in tasks if t["Status"]["State"] in ("starting", "running") and t.get("NodeID") not in lost]
+def report_name(task: Task) -> str:
+    """The name under which a balancer reports: its host name, which is the short id of its container."""
+    return task.container[:12]
 
 
-def report_name(task: Message) -> str:
-    """The name by which a balancer reports: its host name, which is its container's short id."""
-    return str(task["Status"].get("ContainerStatus", {}).get("ContainerID", ""))[:12]
-
-
-def manager_addresses(nodes: Iterable[Message], own: str, port: int) -> str:
-    """Where the balancers may find a manager: on every node that may run one, in a fixed order."""
+def manager_addresses(nodes: Iterable[ApiObject], own: str, port: int) -> str:
+    """Where the balancers may find the manager: on every node that may run one, in a fixed order."""
     addresses = {node["Status"].get("Addr", "") for node in nodes if node["Spec"].get("Role") == "manager"}
     return ",".join(f"{address}:{port}" for address in sorted((addresses | {own}) - NO_ADDRESS))

@@ -9,7 +9,6 @@ import pytest
 import listings
 import netfilter
 import ruleset
-from listings import Listing, parse_set, parse_table
 from netns.lab import Lab, Namespace
 from ruleset import REPLIES, SET, Endpoint
 
@@ -25,7 +24,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class Balancer:
-    """The product's rules and tools, in a namespace of the lab, without the client's loop around them."""
+    """The balancer's rules and Netfilter in a namespace of the lab, without the client's loops. Its other methods are
+    those of Netfilter."""
 
     def __init__(self, namespace: Namespace, flavour: str) -> None:
         self.namespace, self.netfilter = namespace, netfilter.Netfilter(flavour)
@@ -41,11 +41,11 @@ class Balancer:
     def __getattr__(self, name: str) -> object:
         method = getattr(self.netfilter, name)
 
-        def inside(*arguments: object) -> object:
+        def in_namespace(*arguments: object) -> object:
             with self.namespace:
                 return method(*arguments)
 
-        return inside
+        return in_namespace
 
     def dispatch_over(
         self,
@@ -54,30 +54,27 @@ class Balancer:
         draining: tuple[str, ...] = (),
         check_source: str = "",
     ) -> None:
-        """All tables and the set, as one pass of the client would leave them."""
+        """Writes all tables and sets, as one pass of the client does."""
         endpoints = [Endpoint(ip, 8000, (weights or {}).get(ip, 1.0)) for ip in ips]
-        leaving = [Endpoint(ip, 8000) for ip in draining]
+        others = [Endpoint(ip, 8000) for ip in draining]
         self.make_sets()
         for name in (SET, REPLIES):
-            present = parse_set(self.sets(), name)
+            present = self.members()[name]
             self.change_sets(ruleset.set_changes({*present, *ips}, present, name))
-        for table in ruleset.tables(endpoints, leaving, check_source=check_source):
+        for table in ruleset.tables(endpoints, others, check_source=check_source):
             self.apply(ruleset.restore(table, self.listing(table.name)))
 
     def connections(self) -> dict[str, int]:
         return listings.connections(self.listing("nat"))
 
     def traffic(self) -> dict[str, tuple[int, int]]:
-        return parse_set(self.sets(), SET)
+        return self.members()[SET]
 
     def first_replies(self) -> dict[str, int]:
-        return {ip: packets for ip, (packets, _) in parse_set(self.sets(), REPLIES).items()}
+        return {ip: packets for ip, (packets, _) in self.members()[REPLIES].items()}
 
     def live(self) -> dict[str, int]:
         return self.all_flows().live
-
-    def listing(self, table: str) -> Listing:
-        return parse_table(self.table(table))
 
 
 @pytest.fixture

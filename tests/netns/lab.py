@@ -1,8 +1,8 @@
-"""Throwaway network namespaces on a bridge of their own, and sockets and tools inside them.
+"""Temporary network namespaces on their own bridge, with sockets and tools in them.
 
-A namespace lives as long as its file descriptor, so nothing is left behind however a test ends. `with namespace:` puts
-the calling thread into it; sockets made there stay there, and so do the programs that thread starts. The bridge has a
-namespace of its own too: in the root one, a running Docker would filter what crosses it.
+A namespace exists as long as its file descriptor, so nothing remains after a test. `with namespace:` moves the calling
+thread into it: sockets created there stay there, and programs started there run there. The bridge has its own
+namespace, too: in the root namespace, a running Docker would filter its traffic.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Namespace:
 
 
 class Lab:
-    """Namespaces that share one bridge; every one gets its default route through nobody: they are all neighbours."""
+    """Namespaces on one bridge. They are neighbours, without a default route."""
 
     def __init__(self) -> None:
         self.switch = Namespace()
@@ -92,7 +92,7 @@ class Lab:
 
 
 class Server:
-    """A TCP server in a namespace: tells each connection the address it was reached at, then has `talk` go on."""
+    """A TCP server in a namespace. Sends each connection the address that it connected to, then calls `talk`."""
 
     def __init__(
         self,
@@ -137,13 +137,13 @@ def connect(client: Namespace, address: tuple[str, int], timeout: float = 5.0) -
         return socket.create_connection(address, timeout)
 
 
-def ask(client: Namespace, address: tuple[str, int], timeout: float = 5.0) -> str:
+def request(client: Namespace, address: tuple[str, int], timeout: float = 5.0) -> str:
     """Connects and returns the first line of the answer: the backend's address."""
     with connect(client, address, timeout) as connection:
         return connection.makefile().readline().strip()
 
 
-def ask_often(client: Namespace, address: tuple[str, int], times: int, timeout: float = 5.0) -> Iterator[str]:
+def requests(client: Namespace, address: tuple[str, int], times: int, timeout: float = 5.0) -> Iterator[str]:
     with client:
         for _ in range(times):
             with socket.create_connection(address, timeout) as connection:

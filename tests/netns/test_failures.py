@@ -1,4 +1,4 @@
-"""What a client notices when a backend refuses, dies, comes back or is forgotten: real packets, both flavours."""
+"""What a client gets when a backend refuses, fails, or is replaced: real packets, both flavours of iptables."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import pytest
 import ruleset
 from listings import Listing
 from netns.conftest import VIP, Balancer
-from netns.lab import Lab, Namespace, Server, ask, connect
+from netns.lab import Lab, Namespace, Server, connect, request
 
 ONE, TWO = "198.18.1.1", "198.18.1.2"
 
 
-def patiently(body: Callable[[], None], seconds: float = 5.0) -> None:
-    """Runs `body` until it stops failing: counters and sockets of other threads need a moment."""
+def eventually(body: Callable[[], None], seconds: float = 5.0) -> None:
+    """Runs `body` until its assertions hold: counters and sockets of other threads are late."""
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -30,7 +30,7 @@ def patiently(body: Callable[[], None], seconds: float = 5.0) -> None:
             time.sleep(0.02)
 
 
-def test_a_refused_connection_is_tried_again_elsewhere(lab: Lab, client: Namespace, balancer: Balancer) -> None:
+def test_refused_connection_is_sent_to_another_backend(lab: Lab, client: Namespace, balancer: Balancer) -> None:
     others = ["198.18.1.3", "198.18.1.4"]
     backends = lab.add(ONE, TWO, *others)
     for address in (ONE, *others):  # nothing listens on TWO: its kernel answers SYNs with RST
@@ -38,22 +38,22 @@ def test_a_refused_connection_is_tried_again_elsewhere(lab: Lab, client: Namespa
     balancer.dispatch_over(ONE, TWO, *others)
     began = time.monotonic()
     while not balancer.connections()[TWO]:
-        assert ask(client, VIP, timeout=60) != TWO
-        assert time.monotonic() - began < 100, "TWO was never dealt to: the test shows nothing"
+        assert request(client, VIP, timeout=60) != TWO
+        assert time.monotonic() - began < 100, "no connection was sent to TWO"
 
 
 def _assert(truth: bool) -> None:
     assert truth
 
 
-def test_the_only_backend_may_refuse_at_once(lab: Lab, client: Namespace, balancer: Balancer) -> None:
+def test_refusal_of_the_only_backend_reaches_the_client(lab: Lab, client: Namespace, balancer: Balancer) -> None:
     lab.add(ONE)
     balancer.dispatch_over(ONE)
     with pytest.raises(ConnectionRefusedError):
-        ask(client, VIP)
+        request(client, VIP)
 
 
-def test_a_reset_that_is_not_the_first_word_goes_through(lab: Lab, client: Namespace, balancer: Balancer) -> None:
+def test_reset_of_an_answered_connection_reaches_the_client(lab: Lab, client: Namespace, balancer: Balancer) -> None:
     def reset(connection: socket.socket) -> None:
         connection.recv(1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -66,13 +66,11 @@ def test_a_reset_that_is_not_the_first_word_goes_through(lab: Lab, client: Names
             connection.recv(1)
 
 
-def test_a_connection_that_finds_nobody_ready_is_held_until_somebody_is(
-    lab: Lab, client: Namespace, balancer: Balancer
-) -> None:
+def test_connection_without_a_ready_backend_waits_for_one(lab: Lab, client: Namespace, balancer: Balancer) -> None:
     Server(lab.add(ONE))
     balancer.dispatch_over()
     answers: list[str] = []
-    caller = threading.Thread(target=lambda: answers.append(ask(client, VIP, timeout=20)))
+    caller = threading.Thread(target=lambda: answers.append(request(client, VIP, timeout=20)))
     caller.start()
     time.sleep(0.3)
     balancer.dispatch_over(ONE)
@@ -80,52 +78,54 @@ def test_a_connection_that_finds_nobody_ready_is_held_until_somebody_is(
     assert answers == [ONE]
 
 
-def test_a_connection_stuck_on_a_dead_backend_is_dealt_anew_once_its_flow_is_forgotten(
+def test_unanswered_connection_is_sent_to_another_backend_after_its_flow_is_deleted(
     lab: Lab, client: Namespace, balancer: Balancer
 ) -> None:
     Server(lab.add(TWO))
-    balancer.dispatch_over(ONE)  # nobody has this address: SYNs vanish
+    balancer.dispatch_over(ONE)  # no namespace has this address: SYNs are lost
     answers: list[str] = []
-    caller = threading.Thread(target=lambda: answers.append(ask(client, VIP, timeout=30)))
+    caller = threading.Thread(target=lambda: answers.append(request(client, VIP, timeout=30)))
     caller.start()
-    patiently(lambda: _assert(balancer.live() == {ONE: 1}))
+    eventually(lambda: _assert(balancer.live() == {ONE: 1}))
     balancer.dispatch_over(TWO)
-    balancer.forget_flows([ONE])
+    balancer.delete_flows([ONE])
     caller.join(30)
     assert answers == [TWO]
 
 
-def test_without_forgetting_the_same_connection_stays_stuck(lab: Lab, client: Namespace, balancer: Balancer) -> None:
-    """The test above can fail: this is what the deletion is for."""
+def test_unanswered_connection_stays_with_its_backend_while_its_flow_exists(
+    lab: Lab, client: Namespace, balancer: Balancer
+) -> None:
+    """So the deletion in the test above is needed."""
     Server(lab.add(TWO))
     balancer.dispatch_over(ONE)
     began = time.monotonic()
 
     def swap() -> None:
-        patiently(lambda: _assert(balancer.live() == {ONE: 1}))
+        eventually(lambda: _assert(balancer.live() == {ONE: 1}))
         balancer.dispatch_over(TWO)
 
     threading.Thread(target=swap).start()
     with pytest.raises(OSError, match=r"No route|timed out"):
-        ask(client, VIP, timeout=2.5)
+        request(client, VIP, timeout=2.5)
     assert time.monotonic() - began > 1
 
 
-def test_who_speaks_on_a_forgotten_flow_is_told_at_once(lab: Lab, client: Namespace, balancer: Balancer) -> None:
+def test_packet_of_a_deleted_flow_is_answered_with_a_reset(lab: Lab, client: Namespace, balancer: Balancer) -> None:
     Server(lab.add(ONE), talk=lambda _: time.sleep(3))
     balancer.dispatch_over(ONE)
     with connect(client, VIP) as connection:
         connection.recv(100)
         balancer.dispatch_over()
-        balancer.forget_flows([ONE])
+        balancer.delete_flows([ONE])
         began = time.monotonic()
-        connection.sendall(b"anybody?")
+        connection.sendall(b"hello")
         with pytest.raises(ConnectionResetError):
             connection.recv(1)
         assert time.monotonic() - began < 2
 
 
-def test_a_new_backend_on_an_old_address_gets_no_stale_flow_and_no_stale_neighbour(
+def test_new_backend_on_an_old_address_has_no_old_flows_and_no_old_neighbour_entry(
     lab: Lab, client: Namespace, balancer: Balancer
 ) -> None:
     old = lab.add(ONE)
@@ -137,11 +137,11 @@ def test_a_new_backend_on_an_old_address_gets_no_stale_flow_and_no_stale_neighbo
         new = lab.add(ONE)  # same address, another link-layer address
         before = new.run("cat", "/proc/thread-self/net/snmp")
         Server(new)
-        balancer.forget_flows([ONE])
-        balancer.forget_neighbours([ONE])
+        balancer.delete_flows([ONE])
+        balancer.delete_neighbours([ONE])
         assert balancer.live() == {}
-        assert ask(client, VIP, timeout=2) == ONE  # a stale neighbour entry would lose this SYN for seconds
-        connection.sendall(b"still there?")
+        assert request(client, VIP, timeout=2) == ONE  # a stale neighbour entry would lose this SYN for seconds
+        connection.sendall(b"hello")
         with pytest.raises(ConnectionResetError):
             connection.recv(1)
         assert resets_sent(new) == resets_sent_in(before), "a packet of the old flow reached the new backend"
@@ -156,24 +156,24 @@ def resets_sent_in(snmp: str) -> int:
     return int(values[names.index("OutRsts")])
 
 
-def test_live_and_waiting_flows_are_told_apart(lab: Lab, client: Namespace, balancer: Balancer) -> None:
+def test_waiting_flows_are_counted_until_their_first_reply(lab: Lab, client: Namespace, balancer: Balancer) -> None:
     go = threading.Event()
 
     def talk(connection: socket.socket) -> None:
         connection.recv(100)
         go.wait(10)
-        connection.sendall(b"at last\n" * 20)
+        connection.sendall(b"done\n" * 20)
         connection.recv(1)
 
     Server(lab.add(ONE), talk=talk, greet=False)
     balancer.dispatch_over(ONE)
     with connect(client, VIP) as connection:
         connection.sendall(b"please")
-        patiently(lambda: _assert(balancer.waiting_flows().waiting == {ONE: 1} == balancer.live()))
+        eventually(lambda: _assert(balancer.waiting_flows().waiting == {ONE: 1} == balancer.live()))
         go.set()
         connection.recv(1000)
-        patiently(lambda: _assert(balancer.waiting_flows().waiting == {} and balancer.live() == {ONE: 1}))
-    patiently(lambda: _assert(balancer.live() == {}))
+        eventually(lambda: _assert(balancer.waiting_flows().waiting == {} and balancer.live() == {ONE: 1}))
+    eventually(lambda: _assert(balancer.live() == {}))
 
 
 def checksum(data: bytes) -> int:
@@ -193,7 +193,7 @@ def stray_segment(source: tuple[str, int], target: tuple[str, int], sent: int, r
 
 
 def next_numbers(tap: socket.socket, port: int) -> tuple[int, int]:
-    """The sequence numbers the client at `port` sends and expects next, from the last packet the tap saw for it."""
+    """The sequence numbers the client at `port` sends and expects next, from the last packet to it."""
     numbers = 0, 0
     tap.settimeout(0.3)
     try:
@@ -208,11 +208,11 @@ def next_numbers(tap: socket.socket, port: int) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("liberal", ["1", "0"])
-def test_a_packet_outside_the_window_does_not_reset_a_live_connection(
+def test_packet_outside_the_window_does_not_reset_a_live_connection(
     lab: Lab, client: Namespace, balancer: Balancer, liberal: str
 ) -> None:
-    """With conntrack as it is by default ("0") it does: the packet is INVALID, is not translated, and the balancer's
-    own kernel answers it with a RST. That is why run.sh sets nf_conntrack_tcp_be_liberal."""
+    """With conntrack's default ("0") it does: the packet is INVALID and not translated, and the balancer's own kernel
+    answers it with a RST. So run.sh sets nf_conntrack_tcp_be_liberal."""
     balancer.namespace.run("sysctl", "-qw", f"net.netfilter.nf_conntrack_tcp_be_liberal={liberal}")
 
     def echo(connection: socket.socket) -> None:
@@ -238,9 +238,7 @@ def test_a_packet_outside_the_window_does_not_reset_a_live_connection(
                 connection.recv(10)
 
 
-def test_a_client_that_has_closed_its_side_still_gets_its_whole_answer(
-    lab: Lab, client: Namespace, balancer: Balancer
-) -> None:
+def test_client_that_has_closed_its_side_gets_its_whole_answer(lab: Lab, client: Namespace, balancer: Balancer) -> None:
     def trickle(connection: socket.socket) -> None:
         for _ in range(20):
             time.sleep(0.05)
@@ -251,31 +249,31 @@ def test_a_client_that_has_closed_its_side_still_gets_its_whole_answer(
     with connect(client, VIP) as connection:
         connection.shutdown(socket.SHUT_WR)
         time.sleep(0.2)
-        assert balancer.live() == {ONE: 1}, "half closed is still alive: a drain has to wait for it"
+        assert balancer.live() == {ONE: 1}, "a half-closed connection is live: a drain waits for it"
         size = 0
         while piece := connection.recv(65536):
             size += len(piece)
     assert size == len(ONE) + 1 + 20_000
 
 
-def test_only_clients_inside_are_masqueraded_where_backends_are_to_see_them(
+def test_with_a_backend_subnet_other_clients_keep_their_address(
     lab: Lab, client: Namespace, balancer: Balancer
 ) -> None:
     seen: list[str] = []
 
-    def witness(connection: socket.socket) -> None:
+    def note_peer(connection: socket.socket) -> None:
         seen.append(connection.getpeername()[0])
 
     backend = lab.add(ONE)
-    Server(backend, talk=witness)
+    Server(backend, talk=note_peer)
     client.run("ip", "addr", "add", "203.0.113.9/32", "dev", "lo")
     balancer.namespace.run("ip", "route", "add", "203.0.113.9/32", "via", "198.18.0.254")
     backend.run("ip", "route", "add", "default", "via", VIP[0])
     endpoint = ruleset.Endpoint(ONE, 8000)
     balancer.make_sets()
     balancer.apply(ruleset.restore(ruleset.nat([endpoint], backend_subnet="198.18.0.0/16"), Listing()))
-    ask(client, VIP)
+    request(client, VIP)
     with client, socket.create_connection(VIP, 5, source_address=("203.0.113.9", 0)) as connection:
         assert connection.recv(100)
-    patiently(lambda: _assert(len(seen) == 2))
+    eventually(lambda: _assert(len(seen) == 2))
     assert sorted(seen) == [VIP[0], "203.0.113.9"]  # each noted by a thread of its own

@@ -1,4 +1,4 @@
-"""Marks tell which connections wait for a first reply: real connections, both flavours."""
+"""Marks show which connections wait for a first reply: real connections, both flavours of iptables."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import flows
 import ruleset
 from netns.conftest import VIP, Balancer
 from netns.lab import Lab, Namespace, Server, connect
-from netns.test_failures import patiently
+from netns.test_failures import eventually
 
 ONE, TWO = "198.18.1.1", "198.18.1.2"
 
 
 def silent(connection: socket.socket) -> None:
-    """Reads what comes and answers nothing, for a while."""
+    """Reads and never answers."""
     connection.settimeout(20)
     with contextlib.suppress(OSError):
         while connection.recv(65536):
@@ -44,16 +44,14 @@ def waiting(balancer: Balancer) -> dict[str, int]:
     return dict(balancer.waiting_flows().waiting)
 
 
-def test_a_client_that_sent_nothing_does_not_wait(backends: Namespace, client: Namespace, balancer: Balancer) -> None:
+def test_connection_without_a_request_does_not_wait(backends: Namespace, client: Namespace, balancer: Balancer) -> None:
     Server(backends, ONE, talk=silent, greet=False)
     with connect(client, VIP):
-        patiently(lambda: _equal(balancer.live(), {ONE: 1}))
+        eventually(lambda: _equal(balancer.live(), {ONE: 1}))
         assert waiting(balancer) == {}
 
 
-def test_a_request_waits_until_its_first_reply_however_small_that_is(
-    backends: Namespace, client: Namespace, balancer: Balancer
-) -> None:
+def test_request_waits_until_a_small_first_reply(backends: Namespace, client: Namespace, balancer: Balancer) -> None:
     go = threading.Event()
 
     def ok(connection: socket.socket) -> None:
@@ -65,16 +63,16 @@ def test_a_request_waits_until_its_first_reply_however_small_that_is(
     Server(backends, ONE, talk=ok, greet=False)
     with connect(client, VIP) as connection:
         connection.sendall(b"PING\r\n")
-        patiently(lambda: _equal(waiting(balancer), {ONE: 1}))
+        eventually(lambda: _equal(waiting(balancer), {ONE: 1}))
         assert balancer.first_replies() == {ONE: 0}
         go.set()
         assert connection.recv(100) == b"+OK\r\n"
-        patiently(lambda: _equal(waiting(balancer), {}))
+        eventually(lambda: _equal(waiting(balancer), {}))
         assert balancer.first_replies() == {ONE: 1}
         assert balancer.live() == {ONE: 1}
 
 
-def test_a_connection_is_counted_at_its_first_reply_and_not_again(
+def test_only_the_first_reply_of_a_connection_is_counted(
     backends: Namespace, client: Namespace, balancer: Balancer
 ) -> None:
     Server(backends, ONE, talk=echo, greet=False)
@@ -87,16 +85,16 @@ def test_a_connection_is_counted_at_its_first_reply_and_not_again(
     assert balancer.traffic()[ONE][0] > 15  # the packets towards the backend are counted as before
 
 
-def test_a_server_that_speaks_first_has_replied(backends: Namespace, client: Namespace, balancer: Balancer) -> None:
+def test_server_that_sends_first_has_replied(backends: Namespace, client: Namespace, balancer: Balancer) -> None:
     Server(backends, ONE, talk=silent)
     with connect(client, VIP) as connection:
         assert connection.recv(100)
         connection.sendall(b"hello")
-        patiently(lambda: _equal(balancer.first_replies(), {ONE: 1}))
+        eventually(lambda: _equal(balancer.first_replies(), {ONE: 1}))
         assert waiting(balancer) == {}
 
 
-def test_other_marks_on_a_connection_stay(backends: Namespace, client: Namespace, balancer: Balancer) -> None:
+def test_other_bits_of_the_mark_are_kept(backends: Namespace, client: Namespace, balancer: Balancer) -> None:
     balancer.apply("*mangle\n-A PREROUTING -p tcp -j CONNMARK --set-xmark 0x8000/0x8000\nCOMMIT\n")
     Server(backends, ONE, talk=echo, greet=False)
     with connect(client, VIP) as connection:
@@ -106,10 +104,10 @@ def test_other_marks_on_a_connection_stay(backends: Namespace, client: Namespace
     assert f"mark={0x8000 | 0x60000000} " in listed
 
 
-def test_a_frozen_backend_has_stalled_connections_and_an_upload_in_progress_is_none(
+def test_connections_of_a_frozen_backend_are_stalled_and_an_upload_is_not(
     backends: Namespace, client: Namespace, balancer: Balancer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The listener never accepts, as that of a stopped process: its kernel does."""
+    """The process never accepts, like a stopped one; its kernel does."""
     monkeypatch.setattr(flows, "SILENT_SECONDS", 2)
     with backends:
         frozen = socket.create_server((ONE, 8000), backlog=16)
@@ -126,7 +124,7 @@ def test_a_frozen_backend_has_stalled_connections_and_an_upload_in_progress_is_n
         assert balancer.waiting_flows().stalled == {ONE: 4}
 
 
-def test_without_the_mark_rules_nobody_waits_and_packets_are_counted(
+def test_without_marks_no_connection_waits_and_packets_are_counted(
     backends: Namespace, client: Namespace, balancer: Balancer
 ) -> None:
 

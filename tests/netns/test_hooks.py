@@ -1,4 +1,4 @@
-"""Our rules stand first, the balancer's own connections are not tracked, and self-checks are no load."""
+"""Our rules stand first, the balancer's own connections are not tracked, and self-checks are not counted."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import socket
 import pytest
 
 import ruleset
+from features import OPTIONAL, REQUIRED
 from netns.conftest import VIP, Balancer
-from netns.lab import Lab, Namespace, Server, ask, connect
-from netns.test_failures import patiently
+from netns.lab import Lab, Namespace, Server, connect, request
+from netns.test_failures import eventually
 
 ONE, TWO = "198.18.1.1", "198.18.1.2"
 CLIENT = "198.18.0.254"
@@ -32,23 +33,23 @@ def served(lab: Lab, balancer: Balancer) -> Namespace:
 # -- hooks -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_foreign_rule_that_took_the_traffic_loses_it_at_the_next_pass(
+def test_foreign_rule_before_ours_gets_no_traffic_after_the_next_pass(
     lab: Lab, served: Namespace, client: Namespace, balancer: Balancer
 ) -> None:
     Server(lab.add(TWO))
     foreign = f"-p tcp -m tcp --dport 8000 -j DNAT --to-destination {TWO}:8000"
     balancer.apply(f"*nat\n-I PREROUTING 1 {foreign}\nCOMMIT\n")
-    assert ask(client, VIP) == TWO
+    assert request(client, VIP) == TWO
     balancer.dispatch_over(ONE)
-    assert ask(client, VIP) == ONE
+    assert request(client, VIP) == ONE
     chains = balancer.listing("nat").chains
     assert chains["PREROUTING"][0].endswith("-j LB-DISPATCH")
     assert chains["PREROUTING"][1:] == (foreign,)
 
 
-def test_hooks_that_moved_or_were_doubled_are_put_right_in_every_table(served: Namespace, balancer: Balancer) -> None:
+def test_moved_and_duplicate_hooks_are_repaired_in_every_table(served: Namespace, balancer: Balancer) -> None:
     tables = ("nat", "filter", "mangle", "raw")
-    whole = {table: balancer.listing(table).chains for table in tables}
+    intact = {table: balancer.listing(table).chains for table in tables}
     for table, chain, hook in (
         ("nat", "POSTROUTING", "-j LB-MASQ"),
         ("filter", "FORWARD", "-j LB-FORWARD"),
@@ -62,55 +63,53 @@ def test_hooks_that_moved_or_were_doubled_are_put_right_in_every_table(served: N
             chain: tuple(rule for rule in rules if rule != "-p udp -j ACCEPT")
             for chain, rules in balancer.listing(table).chains.items()
         }
-        assert chains == whole[table]
+        assert chains == intact[table]
 
 
-def test_trying_what_the_kernel_can_do_leaves_nothing_behind(served: Namespace, balancer: Balancer) -> None:
+def test_trying_features_leaves_no_rules(served: Namespace, balancer: Balancer) -> None:
     tables = ("nat", "filter", "mangle", "raw")
-    whole = {table: balancer.listing(table).chains for table in tables}
-    assert balancer.features() == ruleset.Features()
-    assert {table: balancer.listing(table).chains for table in tables} == whole
+    intact = {table: balancer.listing(table).chains for table in tables}
+    assert balancer.missing((*REQUIRED, *OPTIONAL)) == ()
+    assert {table: balancer.listing(table).chains for table in tables} == intact
 
 
 # -- the balancer's own connections ----------------------------------------------------------------------------------
 
 
-def test_the_balancers_own_connections_are_not_tracked_and_clients_are(
-    served: Namespace, client: Namespace, balancer: Balancer
-) -> None:
+def test_only_connections_of_clients_are_tracked(served: Namespace, client: Namespace, balancer: Balancer) -> None:
     balancer.namespace.run("sysctl", "-qw", RANGE)
     Server(served, port=5000, talk=lambda connection: connection.recv(1))
     with connect(balancer.namespace, (ONE, 5000)) as probe:
         assert probe.makefile().readline() == f"{ONE}\n"
         assert tracked(balancer, "dport=5000") == []
-        assert ask(client, VIP) == ONE
+        assert request(client, VIP) == ONE
         assert len(tracked(balancer, "dport=8000")) == 1
 
 
-def test_a_request_to_the_balancer_itself_is_answered(served: Namespace, client: Namespace, balancer: Balancer) -> None:
+def test_request_to_the_balancer_itself_is_answered(served: Namespace, client: Namespace, balancer: Balancer) -> None:
     balancer.namespace.run("sysctl", "-qw", RANGE)
     client.run("sysctl", "-qw", RANGE)
     Server(balancer.namespace, port=5000)
-    assert ask(client, (VIP[0], 5000)) == VIP[0]
-    assert ask(balancer.namespace, ("127.0.0.1", 5000)) == "127.0.0.1"
+    assert request(client, (VIP[0], 5000)) == VIP[0]
+    assert request(balancer.namespace, ("127.0.0.1", 5000)) == "127.0.0.1"
 
 
-def test_clients_with_high_ports_are_served_and_masqueraded_to_low_ones(
+def test_clients_with_high_ports_are_masqueraded_to_low_ports(
     served: Namespace, client: Namespace, balancer: Balancer
 ) -> None:
     balancer.namespace.run("sysctl", "-qw", RANGE)
     client.run("sysctl", "-qw", RANGE)
-    assert [ask(client, VIP) for _ in range(200)] == [ONE] * 200
+    assert [request(client, VIP) for _ in range(200)] == [ONE] * 200
     lines = tracked(balancer, "dport=8000")
     ports = [int(line.rpartition("dport=")[2].split()[0]) for line in lines]
     assert len(ports) >= 200
     assert all(1024 <= port <= 59999 for port in ports)
 
 
-def test_a_client_with_its_own_address_and_a_high_port_is_answered(
+def test_client_that_keeps_its_address_and_a_high_port_is_answered(
     lab: Lab, client: Namespace, balancer: Balancer
 ) -> None:
-    """Without masquerade the answer comes back to that port, through a balancer that must not take it as its own."""
+    """Without masquerade the answer has that port, and the balancer must still track it."""
     backend = lab.add(ONE)
     Server(backend)
     client.run("ip", "addr", "add", "203.0.113.9/32", "dev", "lo")
@@ -129,7 +128,7 @@ def test_dockers_dns_is_translated_from_any_port(served: Namespace, balancer: Ba
     rule = "-d 127.0.0.11/32 -p tcp -m tcp --dport 53 -j DNAT --to-destination 127.0.0.11:39999"
     balancer.apply(f"*nat\n-A OUTPUT {rule}\nCOMMIT\n")
     Server(balancer.namespace, "127.0.0.11", 39999)
-    assert ask(balancer.namespace, ("127.0.0.11", 53)) == "127.0.0.11"
+    assert request(balancer.namespace, ("127.0.0.11", 53)) == "127.0.0.11"
 
 
 # -- self-checks -----------------------------------------------------------------------------------------------------
@@ -141,7 +140,7 @@ def check(client: Namespace, port: int) -> str:
         return connection.makefile().readline().strip()
 
 
-def test_self_checks_are_served_and_counted_nowhere(lab: Lab, client: Namespace, balancer: Balancer) -> None:
+def test_self_checks_are_served_and_not_counted(lab: Lab, client: Namespace, balancer: Balancer) -> None:
     Server(lab.add(ONE), talk=lambda connection: connection.recv(100))
     balancer.dispatch_over(ONE, check_source=CLIENT)
     balancer.namespace.run("sysctl", "-qw", RANGE)
@@ -151,7 +150,7 @@ def test_self_checks_are_served_and_counted_nowhere(lab: Lab, client: Namespace,
     assert balancer.first_replies() == {ONE: 0}
     assert len(tracked(balancer, "dport=8000")) == 3
     assert check(client, 61064) == ONE
-    patiently(lambda: _equal(balancer.connections(), {ONE: 1}))
+    eventually(lambda: _equal(balancer.connections(), {ONE: 1}))
     assert balancer.traffic()[ONE][0] > 0
     assert balancer.first_replies() == {ONE: 1}
 

@@ -1,4 +1,4 @@
-"""A connection table with a million entries: counted and cleared in blocks, by a process that does not grow."""
+"""A million flows are counted and deleted in blocks, with constant memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CREATE, ROUND_ROBIN_PORTS = 0x400, 50_000
 FIRST_CLIENT = int(IPv4Address("198.19.0.0"))
 VIP = IPv4Address("198.18.0.1").packed
 
-# What the reading process does. It prints one line of JSON.
+# The program of the process that reads the table. It prints one line of JSON.
 READER = """
 import json, resource, sys, time
 from netfilter import Netfilter
@@ -43,9 +43,9 @@ timed("all", lambda: netfilter.all_flows().live)
 timed("waiting", lambda: netfilter.waiting_flows().waiting)
 timed("one", lambda: netfilter.flows_of(["198.18.1.3"]).live)
 timed("none", lambda: netfilter.flows_of(["198.18.9.9"]).live)
-timed("delete", lambda: netfilter.forget_flows(["198.18.1.3", "198.18.1.4", "198.18.1.5"]))
+timed("delete", lambda: netfilter.delete_flows(["198.18.1.3", "198.18.1.4", "198.18.1.5"]))
 timed("rest", lambda: netfilter.all_flows().live)
-timed("delete many", lambda: netfilter.forget_flows([f"198.18.1.{n}" for n in range(2, 12)]))
+timed("delete many", lambda: netfilter.delete_flows([f"198.18.1.{n}" for n in range(2, 12)]))
 timed("last", lambda: netfilter.all_flows().live)
 print(json.dumps({"results": results, "seconds": seconds, "growth": peak() - before}))
 """
@@ -88,8 +88,8 @@ def fill() -> None:
 
 
 @pytest.fixture
-def crowded() -> Iterator[Namespace]:
-    """A namespace whose table is filled; the limit, which all namespaces share, is raised meanwhile."""
+def full_table() -> Iterator[Namespace]:
+    """A namespace with a million flows. The limit, which all namespaces share, is raised for that time."""
     before = LIMIT.read_text()
     LIMIT.write_text(str(max(int(before), 2 * FLOWS)))
     namespace = Namespace()
@@ -103,10 +103,10 @@ def crowded() -> Iterator[Namespace]:
 
 
 @pytest.mark.serial
-def test_a_million_flows_are_counted_and_deleted_by_a_process_that_does_not_grow(
-    crowded: Namespace, figure: Callable[[str], None]
+def test_million_flows_are_counted_and_deleted_with_constant_memory(
+    full_table: Namespace, figure: Callable[[str], None]
 ) -> None:
-    with crowded:
+    with full_table:
         done = subprocess.run(
             [sys.executable, "-c", READER],
             env={"PYTHONPATH": str(BALANCER)},
@@ -119,13 +119,13 @@ def test_a_million_flows_are_counted_and_deleted_by_a_process_that_does_not_grow
     report = json.loads(done.stdout)
     results, seconds = report["results"], report["seconds"]
     each = FLOWS // BACKENDS
-    everyone = {backend(number): each for number in range(BACKENDS)}
-    assert results["all"] == everyone
+    all_backends = {backend(number): each for number in range(BACKENDS)}
+    assert results["all"] == all_backends
     assert results["waiting"] == {backend(0): FLOWS // 1000}
     assert results["one"] == {"198.18.1.3": each}
     assert results["none"] == {}
     deleted = ("198.18.1.3", "198.18.1.4", "198.18.1.5")
-    assert results["rest"] == {ip: each for ip in everyone if ip not in deleted}
+    assert results["rest"] == {ip: each for ip in all_backends if ip not in deleted}
     assert results["last"] == {backend(0): each}
     assert report["growth"] < 100 * 2**20
     assert seconds["none"] < seconds["all"]

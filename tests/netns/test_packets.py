@@ -1,4 +1,4 @@
-"""The rendered rules carry real connections through real namespaces."""
+"""The rendered rules with real connections through namespaces."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from listings import parse_table
 from netns.conftest import VIP, Balancer
-from netns.lab import Lab, Namespace, Server, ask, ask_often
+from netns.lab import Lab, Namespace, Server, request, requests
 
 
 def addresses(count: int) -> list[str]:
@@ -22,68 +22,66 @@ def assert_share(hits: int, of: int, share: float) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 17])
-def test_equal_weights_share_real_connections_equally(
+def test_equal_weights_give_equal_shares_of_connections(
     lab: Lab, client: Namespace, balancer: Balancer, count: int
 ) -> None:
     backends = addresses(count)
     Server(lab.add(*backends))
     balancer.dispatch_over(*backends)
-    hits = Counter(ask_often(client, VIP, 1000))
+    hits = Counter(requests(client, VIP, 1000))
     assert sorted(hits) == sorted(backends)
     for backend in backends:
         assert_share(hits[backend], 1000, 1 / count)
 
 
-def test_weights_are_shares(lab: Lab, client: Namespace, balancer: Balancer) -> None:
+def test_weights_give_shares_of_connections(lab: Lab, client: Namespace, balancer: Balancer) -> None:
     backends = addresses(20)
     weights = {ip: 1.0 + i % 4 for i, ip in enumerate(backends)}
     Server(lab.add(*backends))
     balancer.dispatch_over(*backends, weights=weights)
-    hits = Counter(ask_often(client, VIP, 2000))
+    hits = Counter(requests(client, VIP, 2000))
     for ip in backends:
         assert_share(hits[ip], 2000, weights[ip] / sum(weights.values()))
 
 
-def test_counters_are_exact_and_survive_every_rewrite_of_dispatch(
-    lab: Lab, client: Namespace, balancer: Balancer
-) -> None:
+def test_counters_are_exact_after_rewrites_of_dispatch(lab: Lab, client: Namespace, balancer: Balancer) -> None:
     backends = addresses(12)
     Server(lab.add(*backends))
     hits: Counter[str] = Counter()
     for size in (3, 12, 2, 9):
         members = backends[:size]
         balancer.dispatch_over(*members, draining=tuple(backends[size:]))
-        hits.update(ask_often(client, VIP, 100))
+        hits.update(requests(client, VIP, 100))
         assert balancer.connections() == {ip: hits[ip] for ip in backends}
     packets = {ip: count for ip, (count, _) in balancer.traffic().items()}
     for ip in backends:  # towards the backend: SYN, ACK, FIN and at most a few bare ACKs
         assert 3 * hits[ip] <= packets[ip] <= 6 * hits[ip]
 
 
-def test_the_listing_of_what_was_applied_is_what_was_rendered(lab: Lab, balancer: Balancer) -> None:
+def test_applied_rules_are_listed_as_rendered(lab: Lab, balancer: Balancer) -> None:
     backends = addresses(50)
     balancer.dispatch_over(*backends, weights={ip: 0.25 + 0.37 * i for i, ip in enumerate(backends)})
     before = [balancer.table(name) for name in ("nat", "filter", "mangle", "raw")]
     balancer.dispatch_over(*backends, weights={ip: 0.25 + 0.37 * i for i, ip in enumerate(backends)})
     after = [balancer.table(name) for name in ("nat", "filter", "mangle", "raw")]
-    listings = [parse_table(text) for text in (*before, *after)]  # without counters: stray packets move them
+    listings = [parse_table(text) for text in (*before, *after)]  # without counters, which other packets change
     chains = [listing.chains for listing in listings]
     assert chains[:4] == chains[4:]
 
 
-def test_rules_changed_under_traffic_lose_no_connection(lab: Lab, client: Namespace, balancer: Balancer) -> None:
+def test_changes_of_rules_under_traffic_lose_no_connection(lab: Lab, client: Namespace, balancer: Balancer) -> None:
     backends = addresses(12)
     Server(lab.add(*backends))
     balancer.dispatch_over(*backends)
     answers = []
     for round_ in range(30):
         balancer.dispatch_over(*backends[: 3 + round_ % 10], draining=tuple(backends[3 + round_ % 10 :]))
-        answers += list(ask_often(client, VIP, 20, timeout=0.9))  # a lost SYN would be resent after a second
+        answers += list(requests(client, VIP, 20, timeout=0.9))  # a lost SYN would be resent after a second
     assert len(answers) == 600
 
 
-def test_chains_that_are_not_ours_survive(lab: Lab, client: Namespace, balancer: Balancer) -> None:
-    """An imitation of what Docker puts into a container's nat table for its DNS."""
+def test_foreign_chains_are_kept(lab: Lab, client: Namespace, balancer: Balancer) -> None:
+    """The foreign rules are like those of Docker, for its DNS in a container's nat table."""
     docker = """*nat
 :DOCKER_OUTPUT - [0:0]
 :DOCKER_POSTROUTING - [0:0]
@@ -104,13 +102,11 @@ COMMIT
             _, chain, rule = line.split(" ", 2)
             assert rule in nat[chain]
     Server(balancer.namespace, "127.0.0.11", 39999)
-    assert ask(balancer.namespace, ("127.0.0.11", 53)) == "127.0.0.11"
+    assert request(balancer.namespace, ("127.0.0.11", 53)) == "127.0.0.11"
 
 
-def test_a_backend_sees_the_balancer_as_its_client_and_answers_find_the_way_back(
-    lab: Lab, client: Namespace, balancer: Balancer
-) -> None:
+def test_backend_gets_connections_from_the_balancers_address(lab: Lab, client: Namespace, balancer: Balancer) -> None:
     Server(lab.add("198.18.1.1"))
     balancer.dispatch_over("198.18.1.1")
-    ask(client, VIP)
+    request(client, VIP)
     assert "src=198.18.1.1 dst=198.18.0.1" in balancer.namespace.run("conntrack", "-L", "-p", "tcp", "--dst-nat")

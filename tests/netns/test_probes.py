@@ -1,4 +1,4 @@
-"""What a probe finds of a backend that is there, that refuses, and that is not there at all."""
+"""Probes of backends that refuse, that do not exist, and that do not answer."""
 
 from __future__ import annotations
 
@@ -7,29 +7,35 @@ import time
 
 import pytest
 
+from health import Cause
 from netns.conftest import VIP
 from netns.lab import Lab, Namespace, Server
-from prober import Answer, ask
+from netns.test_failures import eventually
+from prober import probe
 
 
 @pytest.mark.parametrize("method", ["tcp", "http:/"])
 @pytest.mark.parametrize(
-    ("address", "answer"),
-    [("198.18.1.2", Answer.FAILED), ("198.18.1.9", Answer.UNREACHABLE)],
-    ids=["refuses", "not there"],
+    ("address", "cause"),
+    [("198.18.1.2", Cause.PROBE_FAILED), ("198.18.1.9", Cause.UNREACHABLE)],
+    ids=["refuses", "missing"],
 )
-def test_backend_that_is_not_there_is_told_from_one_that_refuses(
-    lab: Lab, client: Namespace, method: str, address: str, answer: Answer
+def test_missing_backend_is_unreachable_and_one_that_refuses_is_not(
+    lab: Lab, client: Namespace, method: str, address: str, cause: Cause
 ) -> None:
     lab.add(VIP[0], "198.18.1.2")
-    with client:
-        found, _ = asyncio.run(ask(address, 8000, method))
-    assert found is answer
+
+    def assert_cause() -> None:
+        with client:
+            assert asyncio.run(probe(address, 8000, method)).cause is cause
+
+    eventually(assert_cause)  # the first packet to a new namespace may be lost
 
 
-def test_backend_that_accepts_and_says_nothing_is_reachable(lab: Lab, client: Namespace) -> None:
+def test_backend_that_accepts_and_does_not_answer_is_reachable(lab: Lab, client: Namespace) -> None:
     server = Server(lab.add("198.18.1.2"), talk=lambda _: time.sleep(3), greet=False)
     with client:
-        found, why = asyncio.run(ask("198.18.1.2", 8000, "http:/"))
+        answer = asyncio.run(probe("198.18.1.2", 8000, "http:/"))
     server.close()
-    assert (found, why) == (Answer.TIMED_OUT, "GET / on port 8000: no answer within 1 s")
+    assert (answer.cause, answer.timed_out) == (Cause.PROBE_FAILED, True)
+    assert answer.why == "GET / on port 8000: no answer within 1 s"

@@ -1,4 +1,4 @@
-"""What is found wrong with the data path, and what is not."""
+"""Which foreign rules and settings are faults of the data path, and which are not."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def found(kernel: FakeNetfilter, ip_forward: bool = True) -> list[Finding]:
 
 @pytest.fixture
 def kernel() -> FakeNetfilter:
-    """With our rules and Docker's."""
+    """A kernel with our rules and Docker's."""
     made = FakeNetfilter()
     made.make_sets()
     for table in ruleset.tables([ruleset.Endpoint("198.18.0.2", 8000)], check_source="198.18.0.1"):
@@ -25,15 +25,15 @@ def kernel() -> FakeNetfilter:
     return made
 
 
-def test_our_rules_and_dockers_are_no_findings(kernel: FakeNetfilter) -> None:
+def test_our_rules_and_dockers_rules_are_no_findings(kernel: FakeNetfilter) -> None:
     assert found(kernel) == []
 
 
-def test_forwarding_that_is_off_is_found(kernel: FakeNetfilter) -> None:
+def test_disabled_forwarding_is_found(kernel: FakeNetfilter) -> None:
     assert found(kernel, ip_forward=False) == [Finding(Kind.IP_FORWARD_OFF, "net.ipv4.ip_forward is 0")]
 
 
-def test_a_policy_that_drops_forwarded_packets_is_found() -> None:
+def test_forward_policy_drop_is_found() -> None:
     listings = {
         "filter": parse_table("*filter\n:INPUT DROP [0:0]\n:FORWARD DROP [9:540]\n:LB-FORWARD - [0:0]\nCOMMIT\n")
     }
@@ -58,7 +58,7 @@ def test_a_policy_that_drops_forwarded_packets_is_found() -> None:
         ("nat", "PREROUTING", "-d 127.0.0.11/32 -j DOCKER_OUTPUT", False),
     ],
 )
-def test_foreign_rules_that_can_drop_or_redirect_our_packets_are_found(
+def test_foreign_rules_that_can_drop_or_redirect_packets_of_the_service_are_found(
     kernel: FakeNetfilter, table: str, chain: str, rule: str, is_finding: bool
 ) -> None:
     kernel.tables[table][chain].append((0, rule))
@@ -66,21 +66,21 @@ def test_foreign_rules_that_can_drop_or_redirect_our_packets_are_found(
     assert found(kernel) == expected
 
 
-def test_a_foreign_chain_is_followed_once_even_where_it_leads_back(kernel: FakeNetfilter) -> None:
+def test_loops_of_foreign_chains_are_followed_once(kernel: FakeNetfilter) -> None:
     kernel.tables["filter"]["FORWARD"] += [(0, "-j X"), (0, "-j X")]
     kernel.tables["filter"]["X"] = [(0, "-j Y")]
     kernel.tables["filter"]["Y"] = [(0, "-j X"), (0, "-j DROP")]
     assert [finding.detail for finding in found(kernel)] == ["filter: -A Y -j DROP"]
 
 
-def test_there_are_never_more_than_a_report_may_carry(kernel: FakeNetfilter) -> None:
+def test_number_of_findings_is_limited(kernel: FakeNetfilter) -> None:
     kernel.tables["filter"]["FORWARD"] += [(0, f"-s 203.0.113.{n}/32 -j DROP") for n in range(100)]
     assert len(found(kernel, ip_forward=False)) == MAX_FINDINGS
 
 
-def test_a_table_that_the_kernel_lacks_has_no_findings() -> None:
+def test_missing_table_has_no_findings() -> None:
     assert find(True, {"nat": Listing()}) == []
 
 
-def test_a_finding_is_a_kind_and_a_text() -> None:
+def test_message_of_a_finding_has_kind_and_detail() -> None:
     assert Finding(Kind.FOREIGN_RULE, "text").message() == {"kind": "foreign_rule", "detail": "text"}

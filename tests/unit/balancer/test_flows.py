@@ -1,4 +1,4 @@
-"""The kernel's messages about connections: what is asked for, and what is counted."""
+"""The kernel's messages about connections: requests, and how flows are counted."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def counted(*messages: bytes) -> FlowCounts:
     return count(flows.flows(b"".join(messages)), TIMEOUTS)
 
 
-def test_a_block_of_messages_is_read_as_flows() -> None:
+def test_block_of_messages_is_parsed_into_flows() -> None:
     block = entry(A, mark=REQUEST_MARK) + entry(B, state=flows.TIME_WAIT, mark=None, before=attribute(99, b"xyz"))
     assert list(flows.flows(block)) == [
         (IPv4Address("203.0.113.9").packed, 40000, IPv4Address(A).packed, flows.ESTABLISHED, 86000, REQUEST_MARK),
@@ -52,7 +52,7 @@ def test_a_block_of_messages_is_read_as_flows() -> None:
     ]
 
 
-def test_what_is_no_tcp_connection_to_the_service_is_not_counted() -> None:
+def test_only_tcp_connections_to_the_service_are_counted() -> None:
     udp = entry(A, protocol=17)
     assert counted(entry(A, port=53), udp, entry(B)).live == {B: 1}
     assert list(flows.flows(b"")) == []
@@ -71,7 +71,7 @@ def test_what_is_no_tcp_connection_to_the_service_is_not_counted() -> None:
         ("CLOSE", False),
     ],
 )
-def test_a_flow_is_live_until_both_sides_have_closed(state: str, live: bool) -> None:
+def test_flow_is_live_until_both_sides_have_closed(state: str, live: bool) -> None:
     assert counted(entry(A, state=STATES[state])).live == ({A: 1} if live else {})
 
 
@@ -80,13 +80,13 @@ def test_a_flow_is_live_until_both_sides_have_closed(state: str, live: bool) -> 
     [
         (0, False),  # connected, nothing sent: a preconnect
         (REQUEST_MARK, True),
-        (REPLY_MARK, False),  # the server speaks first
+        (REPLY_MARK, False),  # the server sends first
         (REQUEST_MARK | REPLY_MARK, False),
         (REQUEST_MARK | 0x8000, True),  # other marks do not matter
         (0x8000, False),
     ],
 )
-def test_a_flow_waits_from_its_request_to_its_first_reply(mark: int, waits: bool) -> None:
+def test_flow_waits_from_its_request_to_its_first_reply(mark: int, waits: bool) -> None:
     assert counted(entry(A, mark=mark)).waiting == ({A: 1} if waits else {})
 
 
@@ -95,32 +95,32 @@ def test_a_flow_waits_from_its_request_to_its_first_reply(mark: int, waits: bool
     [
         ("ESTABLISHED", 86400, 0),
         ("ESTABLISHED", 86388, 12),
-        ("ESTABLISHED", 300, 0),  # data that nobody acknowledged
+        ("ESTABLISHED", 300, 0),  # unacknowledged data
         ("ESTABLISHED", 289, 11),
         ("ESTABLISHED", 90000, 0),  # the timeout was lowered meanwhile
         ("CLOSE_WAIT", 48, 12),
         ("SYN_SENT", 120, 0),
     ],
 )
-def test_the_time_since_the_last_packet_is_known_from_the_time_left(state: str, remaining: int, idle: int) -> None:
+def test_time_since_the_last_packet_follows_from_the_remaining_timeout(state: str, remaining: int, idle: int) -> None:
     seen = next(flows.flows(entry(A, state=STATES[state], remaining=remaining)))
     assert TIMEOUTS.idle(seen) == idle
 
 
-def test_stalled_are_those_that_wait_and_are_silent() -> None:
+def test_flow_that_waits_and_is_silent_is_stalled() -> None:
     seen = [waiting(A, idle=10), waiting(A, idle=9), flow(A, idle=10), flow(B, "SYN_SENT", mark=REQUEST_MARK, idle=10)]
     counts = count(seen, TIMEOUTS)
     assert counts == FlowCounts(live={A: 3, B: 1}, silent={A: 2, B: 1}, waiting={A: 2, B: 1}, stalled={A: 1})
 
 
-def test_self_checks_are_not_counted() -> None:
+def test_self_check_connections_are_not_counted() -> None:
     seen = [flow(A, client="198.18.0.1", client_port=port) for port in (60999, 61000, 61063, 61064)]
     assert count(seen, TIMEOUTS, "198.18.0.1").live == {A: 2}
     assert count(seen, TIMEOUTS, "198.18.0.9").live == {A: 4}
     assert count(seen, TIMEOUTS).live == {A: 4}
 
 
-def test_a_flow_is_deleted_by_its_first_tuple_and_its_id() -> None:
+def test_flow_is_deleted_by_its_first_tuple_and_its_id() -> None:
     block = entry(A) + entry(B) + entry(A, state=flows.SYN_SENT)
     one, two = deletions(block, [A])
     assert one == two == block[20:72] + attribute(12, struct.pack("!I", 77))
@@ -129,7 +129,7 @@ def test_a_flow_is_deleted_by_its_first_tuple_and_its_id() -> None:
     assert list(deletions(block, ["198.18.0.9"])) == []
 
 
-def test_a_request_names_the_service_and_what_the_kernel_should_pick_out() -> None:
+def test_request_has_the_service_and_the_filters_of_the_kernel() -> None:
     everything, one, waits = (
         flows.listing_request(),
         flows.listing_request(backend=A),
@@ -143,11 +143,11 @@ def test_a_request_names_the_service_and_what_the_kernel_should_pick_out() -> No
 
 
 @pytest.mark.parametrize("state", ["FIN_WAIT", "CLOSE_WAIT"])
-def test_connection_whose_client_gave_up_is_stalled_too(state: str) -> None:
+def test_connection_that_its_client_has_closed_can_be_stalled(state: str) -> None:
     """Clients with timeouts shorter than ten seconds would hide a frozen backend otherwise."""
     assert count([flow(A, state, mark=REQUEST_MARK, idle=10)], TIMEOUTS).stalled == {A: 1}
 
 
-def test_state_without_a_timeout_of_its_own_is_counted() -> None:
+def test_flow_in_a_state_without_its_own_timeout_is_counted() -> None:
     simultaneous_open = flow(A)._replace(state=9, remaining=50)
     assert count([simultaneous_open], TIMEOUTS).live == {A: 1}

@@ -1,4 +1,4 @@
-"""The tools are run as asked, tried again only for a lock, and fail with a message one can act on."""
+"""How the tools are run, when they are tried again, and what their errors contain."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ import pytest
 
 import ctnetlink
 import netfilter
-from ctnetlink import ConntrackError
+from features import MARKS, NOTRACK, OPTIONAL, RETRIES, Feature
 from netfilter import Netfilter, NetfilterError
-from ruleset import Features
 
 TOOLS = ("iptables-nft-restore", "iptables-nft-save", "iptables-legacy-restore", "ipset", "ip")
 
 
 @pytest.fixture
-def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The sleeps between two tries, none of which is slept."""
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The pauses between two tries, which take no time here."""
     slept: list[float] = []
     monkeypatch.setattr(netfilter, "time", SimpleNamespace(sleep=slept.append))
     return slept
@@ -31,48 +30,36 @@ def tool(path: Path, body: str) -> str:
     return str(path)
 
 
-def tries(log: Path) -> int:
-    return len(log.read_text().splitlines())
-
-
-def test_the_tool_is_fed_the_text_and_its_output_comes_back(tmp_path: Path) -> None:
+def test_tool_gets_the_text_and_its_output_is_returned(tmp_path: Path) -> None:
     assert netfilter.run([tool(tmp_path / "tool", 'echo "<$1>"; cat'), "a b; c"], "text\n") == "<a b; c>\ntext\n"
 
 
 @pytest.mark.parametrize(
-    ("codes", "accept", "ran", "fine"),
+    ("codes", "runs", "succeeds"),
     [
-        ([0], (0,), 1, True),
-        ([1], (0, 1), 1, True),
-        ([1, 0], (0,), 1, False),
-        ([2, 0], (0, 1), 1, False),
-        ([4, 4, 0], (0,), 3, True),
-        ([4, 1, 0], (0,), 2, False),
-        ([4] * 9, (0,), netfilter.TRIES, False),
+        ([0], 1, True),
+        ([1, 0], 1, False),
+        ([4, 4, 0], 3, True),
+        ([4, 1, 0], 2, False),
+        ([4] * 9, netfilter.TRIES, False),
     ],
 )
 def test_only_a_held_lock_is_tried_again(
-    tmp_path: Path, naps: list[float], codes: list[int], accept: tuple[int, ...], ran: int, fine: bool
+    tmp_path: Path, pauses: list[float], codes: list[int], runs: int, succeeds: bool
 ) -> None:
     (tmp_path / "codes").write_text("".join(f"{code}\n" for code in codes))
     script = tool(tmp_path / "tool", f'cd {tmp_path}; echo >>log; exit "$(sed -n "$(wc -l <log)p" codes)"')
     try:
-        netfilter.run([script], accept=accept)
+        netfilter.run([script])
     except NetfilterError:
-        assert not fine
+        assert not succeeds
     else:
-        assert fine
-    assert tries(tmp_path / "log") == ran
-    assert naps[: ran - 1] == [0.1, 0.2, 0.4, 0.8][: ran - 1]
+        assert succeeds
+    assert len((tmp_path / "log").read_text().splitlines()) == runs
+    assert pauses == [0.1, 0.2, 0.4, 0.8][: runs - 1]
 
 
-def test_the_wait_for_a_lock_comes_between_two_tries_and_not_after_the_last(tmp_path: Path, naps: list[float]) -> None:
-    with pytest.raises(NetfilterError):
-        netfilter.run([tool(tmp_path / "tool", "exit 4")])
-    assert len(naps) == netfilter.TRIES - 1
-
-
-def test_an_error_carries_the_command_what_it_printed_and_the_numbered_text(tmp_path: Path) -> None:
+def test_error_contains_the_command_its_output_and_the_numbered_text(tmp_path: Path) -> None:
     script = tool(tmp_path / "tool", "echo line 2 failed >&2; exit 3")
     with pytest.raises(NetfilterError) as caught:
         netfilter.run([script, "--noflush"], "*nat\n-A X -j Y\nCOMMIT\n")
@@ -97,15 +84,15 @@ def test_an_error_carries_the_command_what_it_printed_and_the_numbered_text(tmp_
         ("nft", lambda n: n.sets(), "ipset save <\n"),
         ("nft", lambda n: n.change_sets("add LB-BACKENDS 1\n"), "ipset restore -exist <add LB-BACKENDS 1\n"),
         ("nft", lambda n: n.change_sets(""), ""),
-        ("nft", lambda n: n.forget_flows([]), ""),
+        ("nft", lambda n: n.delete_flows([]), ""),
         (
             "nft",
-            lambda n: n.forget_neighbours(["198.18.0.2", "198.18.0.3"]),
+            lambda n: n.delete_neighbours(["198.18.0.2", "198.18.0.3"]),
             "ip -batch - <neigh flush to 198.18.0.2 neigh flush to 198.18.0.3\n",
         ),
     ],
 )
-def test_each_call_runs_its_tool_with_arguments_the_tool_knows(
+def test_each_call_runs_its_tool_with_the_right_arguments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flavour: str, call: Callable[[Netfilter], object], log: str
 ) -> None:
     for name in TOOLS:
@@ -117,37 +104,35 @@ def test_each_call_runs_its_tool_with_arguments_the_tool_knows(
 
 
 @pytest.mark.parametrize(
-    ("refused", "features"),
+    ("refused", "missing"),
     [
-        ("nothing", Features()),
-        ("CONNMARK", Features(marks=False)),
-        ("connbytes", Features(retries=False)),
-        ("notrack", Features(notrack=False)),
-        ("LB-TRY", Features(marks=False, retries=False, notrack=False)),
+        ("nothing", ()),
+        ("CONNMARK", (MARKS,)),
+        ("connbytes", (RETRIES,)),
+        ("notrack", (NOTRACK,)),
+        ("LB-TRY", OPTIONAL),
     ],
 )
-def test_what_the_kernel_cannot_do_is_found_by_trying(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str, features: Features
+def test_missing_features_are_found_by_trying_their_rules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str, missing: tuple[Feature, ...]
 ) -> None:
     tool(tmp_path / "iptables-nft-restore", f"! grep -q -e {refused}")
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert Netfilter("nft").features() == features
+    assert Netfilter("nft").missing(OPTIONAL) == missing
 
 
-@pytest.mark.parametrize(
-    "error", [ConntrackError("listing of flows: Operation not permitted"), PermissionError(1, "no")]
-)
+@pytest.mark.parametrize("error", [TimeoutError("no end after 30 s"), PermissionError(1, "no")])
 @pytest.mark.parametrize(
     "call",
     [
         lambda n: n.all_flows(),
         lambda n: n.waiting_flows(),
         lambda n: n.flows_of(["198.18.0.2"]),
-        lambda n: n.forget_flows(["198.18.0.2"]),
+        lambda n: n.delete_flows(["198.18.0.2"]),
     ],
-    ids=["all", "waiting", "of one", "forget"],
+    ids=["all", "waiting", "of one", "delete"],
 )
-def test_a_connection_table_that_cannot_be_read_is_an_error_of_netfilter(
+def test_errors_of_the_connection_table_are_errors_of_netfilter(
     monkeypatch: pytest.MonkeyPatch, call: Callable[[Netfilter], object], error: Exception
 ) -> None:
     def refuse(request: bytes) -> Iterator[bytes]:

@@ -1,4 +1,4 @@
-"""Probes: what an answer means, what makes a backend healthy or ill, and that nobody waits for the slow."""
+"""Probes of real sockets: what each answer means, and that a backend that hangs delays no other."""
 
 from __future__ import annotations
 
@@ -12,128 +12,54 @@ from collections.abc import Callable, Iterator
 import pytest
 
 import prober
-from prober import Answer, Cause, Health, Prober
+from exposition import FAILED_PROBES
+from health import Answer, Cause, Health
+from prober import Prober
+from snapshot import Backend, Snapshot
 
-G, R, F, T = Answer.GOOD, Answer.REFUSED, Answer.FAILED, Answer.TIMED_OUT
-
-
-@pytest.mark.parametrize(
-    ("answers", "healthy"),
-    [
-        ([], None),
-        ([F, F], None),
-        ([F, F, G, F, F], True),
-        ([F, F, F], False),
-        ([F, F, F, G], False),
-        ([F, F, F, G, G], True),
-        ([R], False),
-        ([F, R], False),
-        ([G, F], True),
-        ([G, F, F], True),
-        ([G, F, F, F], False),
-        ([G, F, F, G, F, F], True),
-        ([G, R], False),
-        ([G, F, R], False),
-        ([G, R, G], False),
-        ([G, R, G, G], True),
-        ([G, R, G, F, G], False),
-        ([G, R, G, R, G, G], True),
-        ([G, F, F, F, G, G, F, F], True),
-    ],
-)
-def test_a_backend_turns_ill_after_three_failures_or_one_refusal_and_well_after_two_good_answers(
-    answers: list[Answer], healthy: bool | None
-) -> None:
-    health = Health()
-    for answer in answers:
-        health = health.after(answer)
-    assert health.healthy is healthy
-    assert health.why == (answers[-1].value if answers else "not probed yet")
+GOOD = Answer()
+REFUSED, FAILED = Cause.REFUSED, Cause.PROBE_FAILED
 
 
-@pytest.mark.parametrize(
-    ("answers", "pause"), [([], 0.1), ([F], 0.1), ([G], 1.0), ([G, F], 0.1), ([G, F, G], 1.0), ([G, R], 0.1)]
-)
-def test_it_asks_again_soon_while_in_doubt_and_every_second_while_well(answers: list[Answer], pause: float) -> None:
-    health = Health()
-    for answer in answers:
-        health = health.after(answer)
-    assert health.pause() == pause
-
-
-@pytest.mark.parametrize(
-    ("answers", "cause"),
-    [
-        ([G], None),
-        ([G, F], None),
-        ([F, F, F], Cause.PROBE_FAILED),
-        ([G, T, T, T], Cause.PROBE_FAILED),
-        ([G, R], Cause.REFUSED),
-        ([R, F], Cause.PROBE_FAILED),
-        ([F, F, F, R], Cause.REFUSED),
-        ([R, G], Cause.REFUSED),
-        ([R, G, G], None),
-    ],
-)
-def test_an_unhealthy_backend_has_a_cause(answers: list[Answer], cause: Cause | None) -> None:
-    health = Health()
-    for answer in answers:
-        health = health.after(answer)
-    assert health.cause == cause
-
-
-@pytest.mark.parametrize(
-    ("answers", "healthy"),
-    [([G, T, T, T, T], True), ([T, T, T], None), ([G, F, F, F], False), ([G, R], False), ([R, T, T, G, G], True)],
-)
-def test_with_a_full_connection_table_a_probe_that_times_out_changes_nothing(
-    answers: list[Answer], healthy: bool | None
-) -> None:
-    health = Health()
-    for answer in answers:
-        health = health.after(answer, table_full=True)
-    assert health.healthy is healthy
-
-
-class Door:
-    """Listens on any loopback address; answers every request with `reply`, or with nothing at all."""
+class Listener:
+    """Listens on a loopback address and answers every request with `reply`, or with nothing."""
 
     def __init__(self, reply: bytes | None, ip: str = "127.0.0.1", port: int = 0) -> None:
         self.reply, self.requests = reply, 0
         self.first_line = b""
-        self._door = socket.create_server((ip, port))
-        self.port = self._door.getsockname()[1]
-        self._held: list[socket.socket] = []
+        self._socket = socket.create_server((ip, port))
+        self.port = self._socket.getsockname()[1]
+        self._open: list[socket.socket] = []
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
 
     def _serve(self) -> None:
         with contextlib.suppress(OSError):
             while True:
-                visitor, _ = self._door.accept()
+                connection, _ = self._socket.accept()
                 self.requests += 1
                 if self.reply is None:
-                    self._held.append(visitor)
+                    self._open.append(connection)
                     continue
-                with visitor, contextlib.suppress(OSError):
-                    self.first_line = visitor.recv(1000).split(b"\r\n")[0]
-                    visitor.sendall(self.reply)
+                with connection, contextlib.suppress(OSError):
+                    self.first_line = connection.recv(1000).split(b"\r\n")[0]
+                    connection.sendall(self.reply)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
-            self._door.shutdown(socket.SHUT_RDWR)
-        self._door.close()
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
         self._thread.join(2)
-        for visitor in self._held:
-            visitor.close()
+        for connection in self._open:
+            connection.close()
 
 
 @pytest.fixture
-def door() -> Iterator[Callable[..., Door]]:
-    opened: list[Door] = []
+def listen() -> Iterator[Callable[..., Listener]]:
+    opened: list[Listener] = []
 
-    def build(reply: bytes | None, ip: str = "127.0.0.1", port: int = 0) -> Door:
-        opened.append(Door(reply, ip, port))
+    def build(reply: bytes | None, ip: str = "127.0.0.1", port: int = 0) -> Listener:
+        opened.append(Listener(reply, ip, port))
         return opened[-1]
 
     yield build
@@ -143,7 +69,7 @@ def door() -> Iterator[Callable[..., Door]]:
 
 @pytest.fixture
 def closed_port() -> Iterator[int]:
-    """A port on which nobody listens, and that nobody else can take meanwhile."""
+    """A port without a listener, which no other program can take."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         yield taken.getsockname()[1]
@@ -154,72 +80,79 @@ def http(status: str) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("method", "reply", "answer", "asked"),
+    ("method", "reply", "cause", "request_line"),
     [
-        ("sync", http("200 OK"), G, b"GET /sync HTTP/1.1"),
-        ("sync", http("503 Service Unavailable"), R, b"GET /sync HTTP/1.1"),
-        ("sync", http("404 Not Found"), F, b"GET /sync HTTP/1.1"),
-        ("sync", None, T, b""),
-        ("sync", b"", F, b"GET /sync HTTP/1.1"),
-        ("sync", b"SSH-2.0-OpenSSH_9.2\r\n", F, b"GET /sync HTTP/1.1"),
-        ("sync", b"HTTP/1.1 fine\r\n", F, b"GET /sync HTTP/1.1"),
-        ("sync", b"x" * 100_000, F, b"GET /sync HTTP/1.1"),
-        ("tcp", http("503 Service Unavailable"), G, b""),
-        ("tcp", None, G, b""),
-        ("http:/health?deep=1", http("200 OK"), G, b"GET /health?deep=1 HTTP/1.1"),
-        ("http:/health", http("302 Found"), G, b"GET /health HTTP/1.1"),
-        ("http:/health", http("404 Not Found"), F, b"GET /health HTTP/1.1"),
-        ("http:/health", http("503 Service Unavailable"), F, b"GET /health HTTP/1.1"),
-        ("http:/health", http("100 Continue"), F, b"GET /health HTTP/1.1"),
-        ("http:/health", None, T, b""),
+        ("sync", http("200 OK"), None, b"GET /sync HTTP/1.1"),
+        ("sync", http("503 Service Unavailable"), REFUSED, b"GET /sync HTTP/1.1"),
+        ("sync", http("404 Not Found"), FAILED, b"GET /sync HTTP/1.1"),
+        ("sync", None, FAILED, b""),
+        ("sync", b"", FAILED, b"GET /sync HTTP/1.1"),
+        ("sync", b"SSH-2.0-OpenSSH_9.2\r\n", FAILED, b"GET /sync HTTP/1.1"),
+        ("sync", b"HTTP/1.1 fine\r\n", FAILED, b"GET /sync HTTP/1.1"),
+        ("sync", b"x" * 100_000, FAILED, b"GET /sync HTTP/1.1"),
+        ("tcp", http("503 Service Unavailable"), None, b""),
+        ("tcp", None, None, b""),
+        ("http:/health?deep=1", http("200 OK"), None, b"GET /health?deep=1 HTTP/1.1"),
+        ("http:/health", http("302 Found"), None, b"GET /health HTTP/1.1"),
+        ("http:/health", http("404 Not Found"), FAILED, b"GET /health HTTP/1.1"),
+        ("http:/health", http("503 Service Unavailable"), FAILED, b"GET /health HTTP/1.1"),
+        ("http:/health", http("100 Continue"), FAILED, b"GET /health HTTP/1.1"),
+        ("http:/health", None, FAILED, b""),
     ],
 )
-def test_an_answer_is_judged_by_the_health_setting(
+def test_meaning_of_an_answer_depends_on_the_health_setting(
     monkeypatch: pytest.MonkeyPatch,
-    door: Callable[..., Door],
+    listen: Callable[..., Listener],
     closed_port: int,
     method: str,
     reply: bytes | None,
-    answer: Answer,
-    asked: bytes,
+    cause: Cause | None,
+    request_line: bytes,
 ) -> None:
-    backend = door(reply)
+    backend = listen(reply)
     port, sync_port = (closed_port, backend.port) if method == "sync" else (backend.port, closed_port)
     monkeypatch.setattr(prober, "SYNC_PORT", sync_port)
     monkeypatch.setattr(prober, "TIMEOUT", 0.15)
     began = time.monotonic()
-    assert asyncio.run(prober.ask("127.0.0.1", port, method))[0] is answer
+    answer = asyncio.run(prober.probe("127.0.0.1", port, method))
+    assert answer.cause is cause
+    assert answer.timed_out == (reply is None and method != "tcp")
     assert time.monotonic() - began < 2
-    assert backend.first_line == asked
+    assert backend.first_line == request_line
 
 
 @pytest.mark.parametrize("method", ["sync", "tcp", "http:/health"])
-def test_a_port_nobody_listens_on_is_a_failure(
-    monkeypatch: pytest.MonkeyPatch, door: Callable[..., Door], closed_port: int, method: str
+def test_closed_port_is_a_failure(
+    monkeypatch: pytest.MonkeyPatch, listen: Callable[..., Listener], closed_port: int, method: str
 ) -> None:
-    other = door(http("200 OK")).port
+    other = listen(http("200 OK")).port
     port, sync_port = (other, closed_port) if method == "sync" else (closed_port, other)
     monkeypatch.setattr(prober, "SYNC_PORT", sync_port)
-    assert asyncio.run(prober.ask("127.0.0.1", port, method))[0] is F
+    assert asyncio.run(prober.probe("127.0.0.1", port, method)).cause is FAILED
 
 
 class Watch:
-    """A running Prober whose period is short, and the number of times it said that a health turned."""
+    """A running prober with a short period, and how often it reported a change of health."""
 
     def __init__(self) -> None:
-        self.turns = 0
-        self.prober = Prober(self._turned)
+        self.changes = 0
+        self.prober = Prober(self._count_change)
         self.prober.start()
 
-    def _turned(self) -> None:
-        self.turns += 1
+    def _count_change(self) -> None:
+        self.changes += 1
+
+    def watch(self, backends: dict[str, str], port: int, method: str) -> None:
+        """`backends` are id → address."""
+        rows = tuple(Backend(id_, ip, "active") for id_, ip in backends.items())
+        self.prober.watch(Snapshot("r1", rows, port, method))
 
     def healthy(self, id_: str) -> bool | None:
         return self.prober.health().get(id_, Health()).healthy
 
     def close(self) -> None:
         loop = self.prober._loop
-        self.prober.watch({}, 0, "tcp")
+        self.watch({}, 0, "tcp")
         loop.call_soon_threadsafe(loop.stop)
         self.prober.join(2)
         loop.run_until_complete(asyncio.sleep(0.01))  # lets the cancelled probes end
@@ -228,8 +161,7 @@ class Watch:
 
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
-    monkeypatch.setattr(prober, "PERIOD", 0.01)
-    monkeypatch.setattr(prober, "RETRY", 0.005)
+    monkeypatch.setattr(Health, "pause", lambda self: 0.005)
     watch = Watch()
     yield watch
     watch.close()
@@ -242,94 +174,98 @@ def until(condition: Callable[[], object]) -> None:
         time.sleep(0.005)
 
 
-def test_a_hung_backend_delays_no_other(
-    monkeypatch: pytest.MonkeyPatch, door: Callable[..., Door], watch: Watch
+def test_backend_that_hangs_delays_no_other(
+    monkeypatch: pytest.MonkeyPatch, listen: Callable[..., Listener], watch: Watch
 ) -> None:
-    good = door(http("200 OK"))
+    good = listen(http("200 OK"))
     monkeypatch.setattr(prober, "SYNC_PORT", good.port)
     monkeypatch.setattr(prober, "TIMEOUT", 60.0)
-    hung = [door(None, f"127.0.0.{number}", good.port) for number in range(2, 12)]
-    watch.prober.watch({**{f"hung{i}": f"127.0.0.{i + 2}" for i in range(10)}, "good": "127.0.0.1"}, 0, "sync")
+    hung = [listen(None, f"127.0.0.{number}", good.port) for number in range(2, 12)]
+    watch.watch({**{f"hung{i}": f"127.0.0.{i + 2}" for i in range(10)}, "good": "127.0.0.1"}, 0, "sync")
     until(lambda: good.requests >= 5 and all(one.requests for one in hung))
     assert watch.healthy("good") is True
     assert [one.requests for one in hung] == [1] * 10  # each still in its first probe
     assert watch.healthy("hung0") is None
 
 
-def test_a_turn_of_health_is_told_once_in_each_direction(
-    monkeypatch: pytest.MonkeyPatch, door: Callable[..., Door], watch: Watch
+def test_each_change_of_health_is_reported_once(
+    monkeypatch: pytest.MonkeyPatch, listen: Callable[..., Listener], watch: Watch
 ) -> None:
-    backend = door(http("200 OK"))
-    watch.prober.watch({"a": "127.0.0.1"}, backend.port, "http:/")
+    backend = listen(http("200 OK"))
+    watch.watch({"a": "127.0.0.1"}, backend.port, "http:/")
     until(lambda: backend.requests >= 4)
-    assert (watch.healthy("a"), watch.turns) == (True, 1)
+    assert (watch.healthy("a"), watch.changes) == (True, 1)
     backend.reply = http("500 Oops")
     until(lambda: watch.healthy("a") is False)
     seen = backend.requests
     until(lambda: backend.requests >= seen + 3)
-    assert watch.turns == 2
+    assert watch.changes == 2
 
 
-def test_a_new_id_on_an_old_address_starts_afresh_and_the_old_one_is_dropped(
-    door: Callable[..., Door], watch: Watch
-) -> None:
-    backend = door(http("200 OK"))
-    watch.prober.watch({"old": "127.0.0.1"}, backend.port, "http:/")
+def test_new_backend_on_an_old_address_starts_without_health(listen: Callable[..., Listener], watch: Watch) -> None:
+    backend = listen(http("200 OK"))
+    watch.watch({"old": "127.0.0.1"}, backend.port, "http:/")
     until(lambda: watch.healthy("old"))
     backend.reply = None
-    watch.prober.watch({"new": "127.0.0.1"}, backend.port, "http:/")
+    watch.watch({"new": "127.0.0.1"}, backend.port, "http:/")
     until(lambda: "new" in watch.prober.health())
     assert watch.prober.health() == {"new": Health()}
 
 
-def test_a_backend_still_watched_keeps_its_health_and_a_changed_setting_asks_anew(
-    door: Callable[..., Door], watch: Watch
+def test_watched_backend_keeps_its_health_until_its_target_changes(
+    listen: Callable[..., Listener], watch: Watch
 ) -> None:
-    backend, other = door(http("200 OK")), door(None)
-    watch.prober.watch({"a": "127.0.0.1"}, backend.port, "http:/")
+    backend, other = listen(http("200 OK")), listen(None)
+    watch.watch({"a": "127.0.0.1"}, backend.port, "http:/")
     until(lambda: watch.healthy("a"))
-    turns = watch.turns
-    watch.prober.watch({"a": "127.0.0.1", "b": "127.0.0.1"}, backend.port, "http:/")
-    until(lambda: watch.healthy("b") and watch.turns > turns)
-    assert (watch.healthy("a"), watch.turns) == (True, turns + 1)
-    watch.prober.watch({"a": "127.0.0.1"}, other.port, "http:/")
+    changes = watch.changes
+    watch.watch({"a": "127.0.0.1", "b": "127.0.0.1"}, backend.port, "http:/")
+    until(lambda: watch.healthy("b") and watch.changes > changes)
+    assert (watch.healthy("a"), watch.changes) == (True, changes + 1)
+    watch.watch({"a": "127.0.0.1"}, other.port, "http:/")
     until(lambda: other.requests)
     seen = backend.requests
     time.sleep(0.1)
-    assert backend.requests <= seen + 1  # a probe may have been on its way; there is no other
+    assert backend.requests <= seen + 1  # one probe may have been in progress
     assert watch.healthy("a") is None
 
 
-def probed(monkeypatch: pytest.MonkeyPatch, full: bool, *answers: Answer | Exception) -> bool | None:
-    """Whether a prober finds a backend healthy after these answers; `full`: the connection table is."""
+def probed(monkeypatch: pytest.MonkeyPatch, table_full: bool, *answers: Answer | Exception) -> bool | None:
+    """Whether a backend is healthy for a prober after these answers."""
     remaining = iter(answers)
 
-    async def ask(*target: object) -> tuple[Answer, str]:
+    async def probe(*target: object) -> Answer:
         answer = next(remaining, None)
         if answer is None:
             raise asyncio.CancelledError
         if isinstance(answer, Exception):
             raise answer
-        return answer, ""
+        return answer
 
-    monkeypatch.setattr(prober, "ask", ask)
+    monkeypatch.setattr(prober, "probe", probe)
     monkeypatch.setattr(prober, "PERIOD", 0.0)
-    monkeypatch.setattr(prober, "RETRY", 0.0)
-    probing = Prober(lambda: None, lambda: full)
+    monkeypatch.setattr(Health, "pause", lambda self: 0.0)
+    probing = Prober(lambda: None, lambda: table_full)
     probing._health["a"] = Health()
     with pytest.raises(asyncio.CancelledError):
-        probing._loop.run_until_complete(probing._keep_asking("a", ("198.18.0.2", 8000, "tcp")))
+        probing._loop.run_until_complete(probing._keep_probing("a", ("198.18.0.2", 8000, "tcp")))
     probing._loop.close()
     return probing.health()["a"].healthy
 
 
-@pytest.mark.parametrize("answer", [Answer.TIMED_OUT, Answer.UNREACHABLE])
+@pytest.mark.parametrize("answer", [Answer(FAILED, timed_out=True), Answer(Cause.UNREACHABLE)])
 @pytest.mark.parametrize(("full", "healthy"), [(True, True), (False, False)])
-def test_the_prober_asks_whether_the_connection_table_is_full(
+def test_lost_packets_are_ignored_while_the_connection_table_is_full(
     monkeypatch: pytest.MonkeyPatch, answer: Answer, full: bool, healthy: bool
 ) -> None:
-    assert probed(monkeypatch, full, G, answer, answer, answer, answer) is healthy
+    assert probed(monkeypatch, full, GOOD, answer, answer, answer, answer) is healthy
 
 
-def test_probe_that_fails_itself_is_followed_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert probed(monkeypatch, False, OSError("too many open files"), G) is True
+def test_probe_that_raises_is_followed_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert probed(monkeypatch, False, OSError("too many open files"), GOOD) is True
+
+
+def test_failed_probes_are_counted_and_refusals_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = FAILED_PROBES.collect()[0].samples[0].value
+    probed(monkeypatch, False, GOOD, Answer(FAILED), Answer(REFUSED), Answer(Cause.UNREACHABLE))
+    assert FAILED_PROBES.collect()[0].samples[0].value == before + 2

@@ -1,4 +1,4 @@
-"""Who gets new connections, and when all stay."""
+"""Which backends get new connections, and when all stay in rotation."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prober import Answer, Health
+from health import Answer, Cause, Health
 from rotation import rotation
 from ruleset import Endpoint
 from snapshot import Backend, Snapshot
 
-GOOD, BAD, UNKNOWN = True, False, None
+GOOD, BAD, UNKNOWN = Health(True), Health(False, cause=Cause.PROBE_FAILED), Health()
+UNREACHABLE = Health(False, cause=Cause.UNREACHABLE)
 STATES = ("active", "starting", "spare", "draining", "stopped")
 
 
 def fleet(*states: str) -> Snapshot:
-    return Snapshot("r1", tuple(Backend(str(i), f"198.18.0.{i}", state, 1.0) for i, state in enumerate(states)))
+    return Snapshot("r1", tuple(Backend(str(i), f"198.18.0.{i}", state) for i, state in enumerate(states)))
 
 
 @pytest.mark.parametrize(
@@ -45,56 +46,83 @@ def fleet(*states: str) -> Snapshot:
         ([("spare", GOOD), ("stopped", GOOD), ("failed", GOOD)], "", False),
     ],
 )
-def test_unhealthy_candidates_are_left_out_while_at_least_half_are_healthy(
-    backends: list[tuple[str, bool | None]], chosen: str, panic: bool
+def test_unhealthy_candidates_leave_rotation_while_at_least_half_are_healthy(
+    backends: list[tuple[str, Health]], chosen: str, panic: bool
 ) -> None:
     snapshot = fleet(*(state for state, _ in backends))
-    result = rotation(snapshot, {str(i): verdict for i, (_, verdict) in enumerate(backends)})
+    result = rotation(snapshot, {str(i): health for i, (_, health) in enumerate(backends)})
     assert [endpoint.ip for endpoint in result.endpoints] == [f"198.18.0.{i}" for i in chosen]
     assert result.panic == panic
 
 
 @pytest.mark.parametrize(
-    ("dead", "chosen"),
+    ("health", "answering", "chosen"),
     [
-        ("", "0123"),
-        ("12", "03"),
-        ("3", "012"),
-        ("0123", "0123"),  # a fault of our own network, more likely: better a chance than none
+        ([GOOD, BAD, BAD, BAD], "", "0123"),
+        ([GOOD, UNREACHABLE, UNREACHABLE, BAD], "", "03"),
+        ([GOOD, UNREACHABLE, UNREACHABLE, UNREACHABLE], "2", "02"),  # its probes fail, and it answers clients
+        ([BAD, UNREACHABLE, BAD, BAD], "0", "023"),
+        ([BAD, UNREACHABLE, BAD, BAD], "", "0123"),  # no backend is known to answer
+        ([UNREACHABLE] * 4, "", "0123"),
     ],
 )
-def test_in_panic_only_dead_backends_leave_rotation(dead: str, chosen: str) -> None:
+def test_in_panic_only_unreachable_backends_leave_rotation(health: list[Health], answering: str, chosen: str) -> None:
     snapshot = fleet("active", "active", "active", "active")
-    result = rotation(snapshot, {"0": GOOD, "1": BAD, "2": BAD, "3": BAD}, dead=set(dead))
+    result = rotation(snapshot, {str(i): one for i, one in enumerate(health)}, answering=set(answering))
     assert [endpoint.ip for endpoint in result.endpoints] == [f"198.18.0.{i}" for i in chosen]
     assert result.panic
 
 
 @given(st.lists(st.tuples(st.sampled_from(STATES), st.sampled_from([GOOD, BAD, UNKNOWN])), max_size=12))
-def test_never_does_more_than_half_of_the_active_backends_leave_rotation(
-    backends: list[tuple[str, bool | None]],
+def test_at_least_half_of_the_active_backends_stay_in_rotation(
+    backends: list[tuple[str, Health]],
 ) -> None:
     snapshot = fleet(*(state for state, _ in backends))
-    result = rotation(snapshot, {str(i): verdict for i, (_, verdict) in enumerate(backends)})
+    result = rotation(snapshot, {str(i): health for i, (_, health) in enumerate(backends)})
     states = {f"198.18.0.{i}": state for i, (state, _) in enumerate(backends)}
     assert {states[endpoint.ip] for endpoint in result.endpoints} <= {"active", "starting"}
     assert 2 * len(result.endpoints) >= sum(state == "active" for state, _ in backends)
 
 
-def test_the_numbers_behind_a_panic_are_given() -> None:
+def test_rotation_has_the_numbers_that_decided_on_panic() -> None:
     result = rotation(fleet("active", "active", "active", "spare"), {"0": GOOD, "1": BAD, "2": BAD, "3": GOOD})
     assert (result.healthy, result.candidates) == (1, 3)
 
 
-def test_rotation_carries_the_views_port_and_weights() -> None:
-    snapshot = Snapshot("r1", (Backend("a", "198.18.0.2", "active", 2.5),), port=9090)
-    assert rotation(snapshot, {}).endpoints == (Endpoint("198.18.0.2", 9090, 2.5),)
+def test_endpoints_have_the_snapshots_port() -> None:
+    snapshot = Snapshot("r1", (Backend("a", "198.18.0.2", "active"),), port=9090)
+    assert rotation(snapshot, {"a": UNKNOWN}).endpoints == (Endpoint("198.18.0.2", 9090),)
 
 
-@pytest.mark.parametrize("answer", [Answer.FAILED, Answer.TIMED_OUT, Answer.REFUSED])
-def test_an_active_backend_that_never_answers_a_restarted_client_leaves_rotation(answer: Answer) -> None:
+@pytest.mark.parametrize("cause", [Cause.PROBE_FAILED, Cause.UNREACHABLE, Cause.REFUSED])
+def test_active_backend_that_never_answers_a_restarted_client_leaves_rotation(cause: Cause) -> None:
     health = Health()
     for _ in range(10):
-        health = health.after(answer)
-    result = rotation(fleet("active", "active"), {"0": health.healthy, "1": GOOD})
+        health = health.after(Answer(cause))
+    result = rotation(fleet("active", "active"), {"0": health, "1": GOOD})
     assert [endpoint.ip for endpoint in result.endpoints] == ["198.18.0.1"]
+
+
+def weights(locality: str, node: str, *nodes: str, unhealthy: str = "") -> list[float]:
+    backends = tuple(Backend(f"b{i}", f"198.18.0.{i + 2}", "active", name) for i, name in enumerate(nodes))
+    health = {backend.id: BAD if backend.id == unhealthy else GOOD for backend in backends}
+    return [e.weight for e in rotation(Snapshot("r", backends, locality=locality), health, node).endpoints]
+
+
+@pytest.mark.parametrize(
+    ("locality", "node", "nodes", "expected"),
+    [
+        ("prefer", "n1", ("n1", "n2", "n1"), [1.0, 0.1, 1.0]),
+        ("prefer", "n3", ("n1", "n2"), [1.0, 1.0]),  # none is local
+        ("", "n1", ("n1", "n2"), [1.0, 1.0]),
+        ("", "", ("", ""), [1.0, 1.0]),
+    ],
+)
+def test_remote_backends_get_little_where_local_ones_are_preferred(
+    locality: str, node: str, nodes: tuple[str, ...], expected: list[float]
+) -> None:
+    assert weights(locality, node, *nodes) == expected
+
+
+def test_unhealthy_local_backend_does_not_reduce_the_weight_of_remote_ones() -> None:
+    assert weights("prefer", "n1", "n1", "n2", "n3", unhealthy="b0") == [1.0, 1.0]

@@ -7,7 +7,7 @@ import pytest
 from schedule import EARLY_GAP, Pace, ReportSchedule
 
 
-def test_early_reports_neither_move_nor_replace_the_regular_ones() -> None:
+def test_early_reports_do_not_move_regular_ones() -> None:
     schedule = ReportSchedule(0.0, 2.0)
     assert [schedule.send(at, 2.0) for at in (0.5, 1.0, 1.9)] == [False] * 3
     assert schedule.until_regular(1.9) == pytest.approx(0.1)
@@ -15,7 +15,7 @@ def test_early_reports_neither_move_nor_replace_the_regular_ones() -> None:
     assert schedule.until_regular(2.0) == 2.0
 
 
-def test_an_early_report_waits_a_quarter_of_a_second_after_the_last_one() -> None:
+def test_early_report_is_sent_a_quarter_of_a_second_after_the_last_one() -> None:
     schedule = ReportSchedule(0.0, 2.0)
     assert schedule.early_pause(0.1) == 0.0
     schedule.send(0.1, 2.0)
@@ -23,13 +23,13 @@ def test_an_early_report_waits_a_quarter_of_a_second_after_the_last_one() -> Non
     assert schedule.early_pause(0.5) == 0.0
 
 
-def test_a_regular_report_is_not_delayed_by_an_early_one() -> None:
+def test_early_report_does_not_delay_the_regular_one() -> None:
     schedule = ReportSchedule(0.0, 2.0)
     schedule.send(1.9, 2.0)
     assert schedule.early_pause(1.95) == pytest.approx(0.05)
 
 
-def test_a_late_report_skips_the_deadlines_it_missed() -> None:
+def test_late_report_skips_missed_deadlines() -> None:
     schedule = ReportSchedule(0.0, 2.0)
     assert schedule.send(9.0, 2.0)
     assert schedule.until_regular(9.0) == 0.0
@@ -37,15 +37,15 @@ def test_a_late_report_skips_the_deadlines_it_missed() -> None:
     assert schedule.until_regular(9.0) == 2.0
 
 
-def test_a_late_report_is_followed_at_the_next_deadline() -> None:
+def test_report_after_a_late_one_is_sent_at_the_next_deadline() -> None:
     schedule = ReportSchedule(0.0, 2.0)
     assert schedule.send(3.0, 2.0)
     assert schedule.until_regular(3.0) == 1.0
 
 
 @pytest.mark.parametrize(("cost", "pause"), [(0.001, 0.5), (0.01, 0.5), (0.4, 20.0), (4.0, 200.0)])
-def test_a_costly_sample_is_taken_seldom(cost: float, pause: float) -> None:
-    pace = Pace(0.5)
+def test_pause_after_a_sample_grows_with_its_cost(cost: float, pause: float) -> None:
+    pace = Pace()
     assert pace.is_due(0.0)
     pace.done(0.0, cost, 0.02)
     assert not pace.is_due(cost + pause - 0.01)

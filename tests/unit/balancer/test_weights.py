@@ -1,4 +1,4 @@
-"""The estimator against simulated backends: processor-sharing queues fed at random, as the kernel does it."""
+"""The estimator with simulated backends: processor-sharing queues with random arrivals."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ INTERVAL, SERVICE = 2.0, 0.01  # seconds: between reports, and of work in a requ
 
 
 class Simulation:
-    """`closed`: so many clients, each with one request at a time. `rate`: Poisson arrivals per second. `background`:
-    requests per second on kept-alive connections of each backend, which follow no share and are counted nowhere."""
+    """`closed`: the number of clients with one request at a time. `rate`: Poisson arrivals per second. `background`:
+    requests per second on kept-alive connections of each backend, which do not depend on shares and are not counted."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class Simulation:
         service: float = SERVICE,
         seed: int = 1,
     ):
-        self.instant, self.service = instant, service  # backends that fail every request at once
+        self.instant, self.service = instant, service  # backends that fail every request immediately
         self.speeds, self.rate, self.background = speeds, rate, background
         self.random = random.Random(seed)
         n = len(speeds)
@@ -118,14 +118,14 @@ class Simulation:
         return sorted(self.latencies)[int(0.99 * len(self.latencies))]
 
 
-def test_a_slow_backend_gets_what_it_can_carry_and_the_whole_carries_twice_as_much() -> None:
+def test_slow_backend_gets_a_share_by_its_speed_and_throughput_doubles() -> None:
     equal = Simulation([1, 1, 0.25], closed=16, adaptive=False)
     adaptive = Simulation([1, 1, 0.25], closed=16)
     assert adaptive.throughput > 2.2 * equal.throughput
     assert all(0.08 < shares[2] < 0.16 for shares in adaptive.settled())
 
 
-def test_one_slow_backend_of_two_gets_so_little_that_both_carry_twice_as_much() -> None:
+def test_throughput_of_a_slow_and_a_fast_backend_doubles() -> None:
     gains = []
     for seed in range(8):
         equal = Simulation([1, 0.25], closed=16, adaptive=False, seed=seed)
@@ -134,14 +134,14 @@ def test_one_slow_backend_of_two_gets_so_little_that_both_carry_twice_as_much() 
     assert mean(gains) >= 2
 
 
-@pytest.mark.parametrize("service", [0.009, 0.0125, 0.02, 0.05], ids=["busy", "nearly full", "overloaded", "drowned"])
-def test_a_backend_that_fails_every_request_at_once_gains_little_share(service: float) -> None:
+@pytest.mark.parametrize("service", [0.009, 0.0125, 0.02, 0.05], ids=["busy", "full", "overloaded", "far overloaded"])
+def test_backend_that_fails_every_request_immediately_gains_little_share(service: float) -> None:
     """At 220 requests a second over three, of which the second and the third work for `service` seconds each."""
     shares = Simulation([1, 1, 1], rate=220, instant=frozenset({0}), service=service).history
     assert max(row[0] for row in shares) <= 1.25 / 3
 
 
-def test_a_backend_that_fails_at_once_beside_backends_that_answer_in_50_ms_gains_little_share() -> None:
+def test_backend_that_fails_immediately_gains_little_share_from_backends_that_answer_in_50_ms() -> None:
     """Backends that answer in the same time whatever their load: 110 connections a second, 50 ms each."""
     estimates: weights.Estimates = {}
     shares = []
@@ -154,7 +154,7 @@ def test_a_backend_that_fails_at_once_beside_backends_that_answer_in_50_ms_gains
     assert max(shares) <= 1.25 / 3
 
 
-def test_a_backend_that_lost_its_speed_loses_the_share_it_had_gained() -> None:
+def test_backend_that_becomes_slower_loses_share() -> None:
     before = {"a": Estimate(90, 0.2, 1.6, 9), "b": Estimate(30, 4.0, 0.4, 9)}
     after = before
     for _ in range(100):
@@ -164,7 +164,7 @@ def test_a_backend_that_lost_its_speed_loses_the_share_it_had_gained() -> None:
     assert after["a"].weight / after["b"].weight == pytest.approx(1.25, rel=0.25)
 
 
-def test_an_open_loop_that_drowns_the_slow_backend_is_saved() -> None:
+def test_open_loop_that_overloads_the_slow_backend_recovers() -> None:
     equal = Simulation([1, 1, 0.25], rate=140, adaptive=False)
     adaptive = Simulation([1, 1, 0.25], rate=140)
     assert equal.p99() > 10
@@ -175,21 +175,21 @@ def test_an_open_loop_that_drowns_the_slow_backend_is_saved() -> None:
     "load",
     [{"closed": 16}, {"rate": 30}, {"rate": 150}, {"rate": 270}, {"closed": 200}, {"rate": 100, "background": 40}],
 )
-def test_a_uniform_fleet_does_not_wander(load: dict[str, float]) -> None:
+def test_shares_of_equal_backends_stay_equal(load: dict[str, float]) -> None:
     shares = Simulation([1, 1, 1], **load).history  # type: ignore[arg-type]
     assert all(0.28 < share < 0.40 for row in shares for share in row)
     moves = sum(max(abs(a - b) for a, b in zip(x, y, strict=True)) > 0.005 for x, y in itertools.pairwise(shares))
     assert moves <= 4, "a rewrite for a change that does not matter"
 
 
-def test_requests_on_kept_alive_connections_do_not_mislead_it() -> None:
+def test_requests_on_kept_alive_connections_do_not_distort_shares() -> None:
     shares = Simulation([1, 1, 0.25], rate=100, background=10).settled()
     assert all(0.06 < row[2] < 0.2 for row in shares)
 
 
 @settings(max_examples=15)
 @given(speeds=st.lists(st.floats(0.5, 1.5), min_size=2, max_size=6))
-def test_for_any_speeds_a_noiseless_fleet_settles_near_them_and_stays(speeds: list[float]) -> None:
+def test_without_noise_shares_converge_to_speeds(speeds: list[float]) -> None:
     """Each interval's exact means of M/M/1 queues at 70 % load: what the model itself predicts, without noise."""
     capacity = [1000 * speed for speed in speeds]
     counted = [min(mu, HEADROOM * median_low(capacity)) for mu in capacity]
@@ -214,7 +214,7 @@ def test_for_any_speeds_a_noiseless_fleet_settles_near_them_and_stays(speeds: li
         max_size=12,
     )
 )
-def test_whatever_is_measured_the_bounds_hold(seen: dict[str, tuple[float, float, float]]) -> None:
+def test_weights_are_always_within_bounds(seen: dict[str, tuple[float, float, float]]) -> None:
     before = {id_: Estimate(rate, flows, weight) for id_, (rate, flows, weight) in seen.items()}
     rates = {id_: values[0] for id_, values in seen.items()}
     after = adapt(before, rates, {id_: values[1] for id_, values in seen.items()}, INTERVAL)
@@ -222,34 +222,34 @@ def test_whatever_is_measured_the_bounds_hold(seen: dict[str, tuple[float, float
     assert all(1 / BOUND <= estimate.weight <= BOUND for estimate in after.values())
 
 
-def test_an_idle_fleet_keeps_its_shares() -> None:
+def test_idle_fleet_keeps_its_weights() -> None:
     before = {"a": Estimate(10, 0.1, 1.5), "b": Estimate(30, 0.3, 0.5)}
     after = adapt(before, {"a": 1, "b": 50}, {"a": 0.0, "b": 0.4}, INTERVAL)
     assert {id_: estimate.weight for id_, estimate in after.items()} == {"a": 1.5, "b": 0.5}
 
 
-def test_slow_start_takes_few_steps_to_the_full_share() -> None:
+def test_slow_start_reaches_the_full_share_in_four_steps() -> None:
     assert [slow_start(age) for age in (0, 0.9, 1, 2, 3, 100)] == [0.25, 0.25, 0.5, 0.75, 1.0, 1.0]
 
 
-def test_the_learner_averages_its_samples_and_takes_differences_of_counters() -> None:
+def test_learner_averages_samples_and_takes_differences_of_counters() -> None:
     learner = Learner()
     learner.learn({"a": 100}, 0.0)
     for waiting in (1, 3):
         learner.sample({"a": waiting})
     learner.learn({"a": 140}, 2.0)
-    assert learner.estimates["a"] == Estimate(20.0, 2.0)
+    assert learner._estimates["a"] == Estimate(20.0, 2.0)
 
 
-def test_the_learner_takes_a_counter_it_has_not_seen_before_for_no_news() -> None:
+def test_new_counter_counts_no_connections() -> None:
     learner = Learner()
     learner.learn({}, 0.0)
     learner.sample({})
     learner.learn({"a": 5000}, 2.0)
-    assert learner.estimates["a"].rate == 0
+    assert learner._estimates["a"].rate == 0
 
 
-def test_newcomers_start_slowly_and_whoever_stays_keeps_its_age() -> None:
+def test_only_new_backends_start_slowly() -> None:
     learner = Learner()
     learner.ready({"old"}, 0.0)
     learner.ready({"old", "new"}, 10.0)
@@ -259,7 +259,7 @@ def test_newcomers_start_slowly_and_whoever_stays_keeps_its_age() -> None:
     assert not learner.ramping(14.0)
 
 
-def test_threads_share_a_learner_without_losing_a_sample() -> None:
+def test_threads_share_a_learner_without_losing_samples() -> None:
     learner = Learner()
     learner.learn({"a": 0}, 0.0)
 
@@ -277,4 +277,4 @@ def test_threads_share_a_learner_without_losing_a_sample() -> None:
     for thread in threads:
         thread.join()
     learner.learn({"a": 10}, 2.0)
-    assert learner.estimates["a"] == Estimate(5.0, 1.0)
+    assert learner._estimates["a"] == Estimate(5.0, 1.0)

@@ -49,6 +49,6 @@ def test_the_alerts_ask_for_nothing_that_is_not_told(tmp_path: Path, monkeypatch
     manager = controller(FakeEngine(), tmp_path, Clock())
     manager.path.passed()
     balancer = Balancer(Netfilter("nft"), ManagerClient("127.0.0.1:1", "token", "b1"), "b1")
-    balancer._prober._loop.close()  # nobody is probed
-    told = (generate_latest(registry(manager.recorder, manager.status)) + exposition(balancer.gauges())).decode()
+    balancer.state.prober._loop.close()  # no backend is probed
+    told = (generate_latest(registry(manager.recorder, manager.status)) + exposition(balancer.state)).decode()
     assert set(re.findall(r"lbscaler_\w+", RULES)) <= set(re.findall(r"# TYPE (\w+)", told))

@@ -12,7 +12,7 @@ import pytest
 from core import settings
 
 ROOT = Path(__file__).parents[3]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 OPERATIONS = ROOT / "docs" / "operations.md"
 LEVELS = {"debug": "", "info": "INFO", "warning": "WARNING", "error": "ERROR", "exception": "ERROR", "log": ""}
 VALUE = re.compile(r"%[-\d.]*[a-z]")  # in a log call's text
@@ -27,6 +27,8 @@ TOOLS = {
     "--web",
     "--save",
     "--force",
+    "--fast",  # of tests/run.sh
+    "--update-golden",  # of pytest
 }
 PASSED_ON = ("NetfilterError", "TakenOver")  # errors whose words are logged as they are
 

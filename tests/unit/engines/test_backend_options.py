@@ -1,4 +1,4 @@
-"""What a backend's container is created with: least privilege, each rule of it lifted by name alone."""
+"""The options of a backend's container (least privilege, which the settings can lift), and hints after a failure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import docker
 import pytest
 
 from engines.docker_engine import DockerEngine
-from engines.options import BalancerOptions, advice, options
+from engines.failure_hints import failure_hint
+from engines.options import BalancerOptions, backend_options
 from fakes import settings
 
 OWN = "mode=1777,uid=10001,gid=10001"
@@ -25,8 +26,8 @@ STRICT = {
 ROOTS = ("", "root", "0", "0:0", "root:adm")
 
 
-def test_least_privilege_is_what_nobody_asked_to_change() -> None:
-    assert options(settings(), "") == STRICT
+def test_options_without_settings_are_least_privilege() -> None:
+    assert backend_options(settings(), "") == STRICT
 
 
 @pytest.mark.parametrize(
@@ -39,17 +40,17 @@ def test_least_privilege_is_what_nobody_asked_to_change() -> None:
         ("write,root", {"read_only": False, "user": None, "tmpfs": {"/tmp": "mode=1777"}}),
     ],
 )
-def test_each_rule_is_lifted_by_its_name_and_no_other_with_it(rule: str, lifted: dict[str, object]) -> None:
-    assert options(settings(allow=rule), "root") == STRICT | lifted
+def test_allow_lifts_the_rule_that_it_names_and_no_other(rule: str, lifted: dict[str, object]) -> None:
+    assert backend_options(settings(allow=rule), "root") == STRICT | lifted
 
 
 @pytest.mark.parametrize("user", [*ROOTS, "www-data", "999", "1000:0"])
-def test_only_an_image_that_would_be_root_runs_as_a_stranger(user: str) -> None:
-    assert options(settings(), user)["user"] == ("10001:10001" if user in ROOTS else None)
+def test_only_an_image_that_would_run_as_root_gets_the_unprivileged_user(user: str) -> None:
+    assert backend_options(settings(), user)["user"] == ("10001:10001" if user in ROOTS else None)
 
 
-def test_words_are_quoted_as_in_a_shell() -> None:
-    made = options(
+def test_lists_in_settings_are_split_as_in_a_shell() -> None:
+    made = backend_options(
         settings(
             env="A=1 'B=two words' C=",
             command="serve --greeting 'hello you'",
@@ -105,8 +106,8 @@ Node.js v20.19.2
         ("# Warning: could not bind *:80: Permission denied\n# Failed listening on port 80, aborting.", "--allow root"),
     ],
 )
-def test_the_last_error_of_a_container_that_ended_names_the_flag_that_helps(log_lines: str, flag: str) -> None:
-    assert flag in advice(log_lines, 1)
+def test_last_error_of_a_failed_container_leads_to_the_flag_that_may_help(log_lines: str, flag: str) -> None:
+    assert flag in failure_hint(log_lines, 1)
 
 
 @pytest.mark.parametrize(
@@ -120,20 +121,20 @@ def test_the_last_error_of_a_container_that_ended_names_the_flag_that_helps(log_
     ],
 )
 def test_harmless_lines_and_errors_before_the_last_one_give_no_hint(log_lines: str) -> None:
-    assert advice(log_lines, 1) == ""
+    assert failure_hint(log_lines, 1) == ""
 
 
 @pytest.mark.parametrize("exit_code", [None, 0, 137, 143])
-def test_a_container_that_runs_or_was_stopped_gets_no_hint(exit_code: int | None) -> None:
-    assert advice("Permission denied", exit_code) == ""
+def test_container_that_runs_or_was_stopped_gets_no_hint(exit_code: int | None) -> None:
+    assert failure_hint("Permission denied", exit_code) == ""
 
 
-def test_a_kill_for_memory_comes_before_all() -> None:
-    assert "--memory" in advice("Permission denied", 137, out_of_memory=True)
+def test_out_of_memory_kill_decides_the_hint() -> None:
+    assert "--memory" in failure_hint("Permission denied", 137, out_of_memory=True)
 
 
 class Containers:
-    """Of Docker's SDK what `last_log_line` uses: one container in `state`, with `lines` in its log."""
+    """The part of Docker's SDK that `last_log_line` uses: one container in `state`, with `lines` in its log."""
 
     def __init__(self, state: dict[str, object], lines: str) -> None:
         self.attrs, self._lines = {"State": state}, lines
@@ -150,11 +151,11 @@ class Containers:
     ("state", "hint"),
     [
         ({"Running": True, "ExitCode": 0, "OOMKilled": False}, ""),
-        ({"Running": False, "ExitCode": 1, "OOMKilled": False}, " [it wants to be who its image says"),
+        ({"Running": False, "ExitCode": 1, "OOMKilled": False}, " [it may need its image's own user"),
         ({"Running": False, "ExitCode": 137, "OOMKilled": True}, " [the kernel killed it for its memory"),
     ],
 )
-def test_the_hint_depends_on_how_the_container_ended(
+def test_hint_in_the_last_log_line_depends_on_how_the_container_ended(
     monkeypatch: pytest.MonkeyPatch, state: dict[str, object], hint: str
 ) -> None:
     sdk = Containers(state, "starting\nopen() failed (13: Permission denied)\n")

@@ -1,4 +1,4 @@
-"""The Docker engine over an API in memory: what its list shows of the balancer, and how the balancer is repaired."""
+"""The Docker engine over an API in memory: the balancer's state and repair, ended backends, backends' routes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import docker.errors
 import pytest
 
 from core.engine import BalancerState, EngineError, NameTaken
-from engines import docker_engine
+from engines import backend_routes, base, docker_engine
 from engines.docker_engine import DockerEngine
 from engines.options import BalancerOptions
 from fakes import settings
@@ -98,8 +98,8 @@ def conflict(explanation: str) -> docker.errors.APIError:
     return docker.errors.APIError("Conflict", response=response, explanation=explanation)
 
 
-def made(client: Docker, monkeypatch: pytest.MonkeyPatch, **changes: object) -> DockerEngine:
-    monkeypatch.setattr(docker_engine.docker, "from_env", lambda timeout: client)
+def new_engine(client: Docker, monkeypatch: pytest.MonkeyPatch, **changes: object) -> DockerEngine:
+    monkeypatch.setattr(base.docker, "from_env", lambda timeout: client)
     return DockerEngine(settings(**changes), BalancerOptions("balancer-image", "the token"))
 
 
@@ -110,7 +110,7 @@ def client() -> Docker:
 
 @pytest.fixture
 def engine(client: Docker, monkeypatch: pytest.MonkeyPatch) -> DockerEngine:
-    return made(client, monkeypatch)
+    return new_engine(client, monkeypatch)
 
 
 def test_missing_balancer_is_created_and_then_runs(engine: DockerEngine, client: Docker) -> None:
@@ -135,7 +135,7 @@ def test_stopped_balancer_is_replaced(engine: DockerEngine, client: Docker, stat
     assert engine.balancer is BalancerState.RUNNING
 
 
-def test_balancer_that_somebody_is_removing_is_waited_for(
+def test_removal_of_the_balancer_that_is_in_progress_is_waited_for(
     engine: DockerEngine, client: Docker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(docker_engine, "REMOVAL_PAUSE", 0)
@@ -146,7 +146,7 @@ def test_balancer_that_somebody_is_removing_is_waited_for(
     assert client.calls[1:] == [("remove", "p-balancer")] * 4 + [("create", "p-balancer")]
 
 
-def test_paused_balancer_goes_on(engine: DockerEngine, client: Docker) -> None:
+def test_paused_balancer_is_resumed(engine: DockerEngine, client: Docker) -> None:
     engine.repair_balancer()
     client.rows["p-balancer"]["State"] = "paused"
     engine.list()
@@ -162,11 +162,11 @@ def test_balancer_without_an_address_is_replaced(engine: DockerEngine, client: D
     assert engine.balancer is BalancerState.STOPPED
 
 
-def test_balancer_made_from_other_settings_is_outdated(
+def test_balancer_created_from_other_settings_is_outdated_and_replaced(
     engine: DockerEngine, client: Docker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine.repair_balancer()
-    other = made(client, monkeypatch, port=9000)
+    other = new_engine(client, monkeypatch, port=9000)
     other.list()
     assert other.balancer is BalancerState.OUTDATED
     other.repair_balancer()
@@ -181,7 +181,7 @@ def test_balancer_that_does_not_start_is_removed_again(engine: DockerEngine, cli
     assert client.calls == [("create", "p-balancer"), ("remove", "p-balancer")]
 
 
-def test_foreign_container_with_the_balancers_name_is_left_alone(engine: DockerEngine, client: Docker) -> None:
+def test_foreign_container_with_the_balancers_name_is_not_changed(engine: DockerEngine, client: Docker) -> None:
     client.add("p-balancer", "something else")
     with pytest.raises(NameTaken):
         engine.repair_balancer()
@@ -193,18 +193,18 @@ def test_ended_backend_is_listed_with_its_exit_code(engine: DockerEngine, client
     assert [container.exit_code for container in engine.list()] == [3]
 
 
-def test_backend_that_ended_between_list_and_inspection_costs_the_others_nothing(
+def test_route_is_set_once_for_each_backend_and_not_for_one_that_has_ended(
     client: Docker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Docker shows process id 0 then, and `nsenter` into 0 fails."""
+    """Docker reports process id 0 for a backend that has ended since it was listed; `nsenter` into 0 fails."""
     entered: list[str] = []
 
     def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         entered.append(command[1])
         return subprocess.CompletedProcess(command, 1 if "/0/" in command[1] else 0, "", "no such process")
 
-    monkeypatch.setattr(docker_engine.subprocess, "run", run)
-    engine = made(client, monkeypatch, preserve_client_ip="1")
+    monkeypatch.setattr(backend_routes.subprocess, "run", run)
+    engine = new_engine(client, monkeypatch, preserve_client_ip="1")
     client.add("balancer", "balancer")
     for number in (1, 2):
         client.add(f"backend{number}", "backend", ip=f"198.18.0.{number}")
@@ -212,7 +212,7 @@ def test_backend_that_ended_between_list_and_inspection_costs_the_others_nothing
     assert [container.id for container in engine.list()] == ["backend1", "backend2"]
     assert entered == ["--net=/proc/22/ns/net"]
     engine.list()
-    assert entered == ["--net=/proc/22/ns/net"], "once"
+    assert entered == ["--net=/proc/22/ns/net"], "set once"
     del client.rows["backend2"]
     engine.list()
-    assert engine._routed == {}, "what is gone is forgotten"
+    assert engine._routes.routed == {}, "removed backends are forgotten"

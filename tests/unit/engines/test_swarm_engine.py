@@ -1,4 +1,4 @@
-"""What of the Swarm engine is values in, values out: the template of a task, and tasks as they are listed."""
+"""The Swarm engine over an API in memory: its services, its list of tasks, updates, rollbacks and claims."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ import docker.errors
 import pytest
 
 from core.engine import BalancerState, EngineError, TakenOver
-from engines import swarm_engine
+from engines import base, swarm_claim
 from engines.options import BalancerOptions
-from engines.swarm_engine import SwarmEngine, task_template
+from engines.swarm_backends import task_template
+from engines.swarm_engine import SwarmEngine
 from fakes import settings
 
 SECOND = 10**9
 SECRETS = ("p-token", "p-certificate-1")
 
 
-def test_a_task_has_least_privilege_the_drain_timeout_for_grace_and_what_was_asked_for() -> None:
+def test_task_has_least_privilege_the_drain_timeout_as_its_grace_period_and_the_options_of_the_settings() -> None:
     made = task_template(
         settings(
             drain_timeout=7, env="A=1", command="serve 'two words'", memory="64m", cpus="0.5", tmpfs="/run",
@@ -48,7 +49,7 @@ def test_a_task_has_least_privilege_the_drain_timeout_for_grace_and_what_was_ask
     assert made["Networks"] == [{"Target": "p"}]
 
 
-def test_a_lifted_rule_is_left_out_of_a_task() -> None:
+def test_rule_that_the_settings_lift_is_not_in_the_task() -> None:
     container = task_template(settings(allow="root,capabilities,write"), "image", "")["ContainerSpec"]
     assert not {"User", "CapabilityDrop"} & container.keys()
     assert container["ReadOnly"] is False
@@ -73,21 +74,26 @@ class Api:
             raise docker.errors.NotFound(name)
         return json.loads(json.dumps(found))  # type: ignore[no-any-return]
 
-    def create_service(self, task_template: dict[str, Any], **words: Any) -> None:
-        spec = {"Name": words["name"], "Labels": words["labels"], "Mode": words["mode"], "TaskTemplate": task_template}
-        if words["name"] == "p-balancer":
+    def create_service(self, task_template: dict[str, Any], **arguments: Any) -> None:
+        spec = {
+            "Name": arguments["name"],
+            "Labels": arguments["labels"],
+            "Mode": arguments["mode"],
+            "TaskTemplate": task_template,
+        }
+        if arguments["name"] == "p-balancer":
             self.balancer = {"ID": "b", "Version": {"Index": 1}, "Spec": spec}
             return
-        assert words["endpoint_spec"] == {"Mode": "dnsrr"}
+        assert arguments["endpoint_spec"] == {"Mode": "dnsrr"}
         self.service = {"ID": "s", "Version": {"Index": 1}, "Spec": spec}
 
-    def update_service(self, id_: str, version: int, **words: Any) -> None:
+    def update_service(self, id_: str, version: int, **arguments: Any) -> None:
         if id_ == "b":
             assert self.balancer is not None
-            self.balancer["Spec"]["Labels"] = words["labels"]
-            self.balancer["Spec"]["TaskTemplate"] = words["task_template"]
+            self.balancer["Spec"]["Labels"] = arguments["labels"]
+            self.balancer["Spec"]["TaskTemplate"] = arguments["task_template"]
             self.balancer["Version"]["Index"] += 1
-            assert words["update_config"]["Parallelism"] == 1
+            assert arguments["update_config"]["Parallelism"] == 1
             return
         assert self.service is not None
         if self.races:
@@ -97,7 +103,7 @@ class Api:
             raise docker.errors.APIError("rpc error: code = Unknown desc = update out of sequence")
         self.updates += 1
         names = {"TaskTemplate": "task_template", "Name": "name", "Labels": "labels", "Mode": "mode"}
-        self.service["Spec"] = {key: words[word] for key, word in names.items()}
+        self.service["Spec"] = {key: arguments[name] for key, name in names.items()}
         self.service["Version"]["Index"] += 1
 
     def tasks(self, filters: dict[str, str]) -> list[dict[str, Any]]:
@@ -132,26 +138,30 @@ def task(id_: str, state: str = "running", desired: str = "running", node: str =
 
 
 @pytest.fixture(autouse=True)
-def heard(caplog: pytest.LogCaptureFixture) -> None:
+def log_from_warning(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("WARNING", "manager")
 
 
 class Client:
     def __init__(self, node: str) -> None:
-        self.api, self._node = Api(), node
+        self.api, self.node = Api(), node
 
     def info(self) -> dict[str, Any]:
-        return {"Swarm": {"NodeID": self._node, "NodeAddr": "198.18.0.1"}}
+        return {"Swarm": {"NodeID": self.node, "NodeAddr": "198.18.0.1"}}
 
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> SwarmEngine:
-    monkeypatch.setattr(swarm_engine.docker, "from_env", lambda timeout: Client("n1"))
-    return made_with()
+    monkeypatch.setattr(base.docker, "from_env", lambda timeout: Client("n1"))
+    return new_engine()
 
 
-def made_with(**changes: object) -> SwarmEngine:
-    return SwarmEngine(settings(**changes), BalancerOptions("balancer-image", "the token", secrets=SECRETS))
+def new_engine(api: Api | None = None, node: str = "n1", **changes: object) -> SwarmEngine:
+    """An engine on that node of the Swarm behind `api`; without one, of a new Swarm."""
+    made = SwarmEngine(settings(**changes), BalancerOptions("balancer-image", "the token", secrets=SECRETS))
+    made._client.api = api or Api()
+    made._client.node = node
+    return made
 
 
 def api(engine: SwarmEngine) -> Api:
@@ -162,7 +172,7 @@ def api(engine: SwarmEngine) -> Api:
 SPEC, OTHER = json.dumps({"ContainerSpec": {"Image": "a"}}), json.dumps({"ContainerSpec": {"Image": "b"}})
 
 
-def test_a_service_is_made_where_there_is_none_and_then_told_another_number(engine: SwarmEngine) -> None:
+def test_resize_creates_the_service_and_later_changes_its_number_of_tasks(engine: SwarmEngine) -> None:
     assert engine.list() == []
     assert engine.replicas == 0
     engine.resize(3, SPEC)
@@ -173,7 +183,7 @@ def test_a_service_is_made_where_there_is_none_and_then_told_another_number(engi
     assert (engine.replicas, api(engine).updates) == (5, 1)
 
 
-def test_a_race_that_is_lost_is_run_again_and_given_up_in_the_end(engine: SwarmEngine) -> None:
+def test_update_that_another_one_overtook_is_tried_again_a_limited_number_of_times(engine: SwarmEngine) -> None:
     engine.resize(3, SPEC)
     api(engine).races = 3
     engine.resize(4, SPEC)
@@ -184,12 +194,10 @@ def test_a_race_that_is_lost_is_run_again_and_given_up_in_the_end(engine: SwarmE
         engine.resize(5, SPEC)
 
 
-def test_the_manager_that_began_last_has_the_service_and_the_other_hears_of_it(engine: SwarmEngine) -> None:
+def test_manager_that_started_last_controls_the_fleet_and_the_other_one_raises_taken_over(engine: SwarmEngine) -> None:
     engine.resize(3, SPEC)
     engine.list()
-    another = made_with()
-    another._client = Client("n2")
-    another._client.api = api(engine)
+    another = new_engine(api=api(engine), node="n2")
     another.list()
     another.resize(4, SPEC)
     for call in (engine.list, lambda: engine.resize(2, SPEC)):
@@ -199,44 +207,44 @@ def test_the_manager_that_began_last_has_the_service_and_the_other_hears_of_it(e
     assert another.replicas == 4
 
 
-def test_a_service_that_is_not_ours_is_left_alone(engine: SwarmEngine) -> None:
+def test_foreign_service_with_the_backends_name_is_not_changed(engine: SwarmEngine) -> None:
     engine.resize(3, SPEC)
-    stranger = api(engine).service
-    assert stranger is not None
-    stranger["Spec"]["Labels"] = {"lbscaler.project": "another"}
+    foreign = api(engine).service
+    assert foreign is not None
+    foreign["Spec"]["Labels"] = {"lbscaler.project": "another"}
     for call in (engine.list, lambda: engine.resize(1, SPEC)):
         with pytest.raises(EngineError, match="not ours"):
             call()
-    assert stranger["Spec"]["Mode"] == {"Replicated": {"Replicas": 3}}
+    assert foreign["Spec"]["Mode"] == {"Replicated": {"Replicas": 3}}
 
 
-def wants(engine: SwarmEngine, spec: str) -> None:
-    """As after `spec()` with such an image."""
+def set_wanted_spec(engine: SwarmEngine, spec: str) -> None:
+    """As `engine.spec()` does with an image that leads to this spec."""
     engine._wanted_spec = spec
 
 
 def test_update_that_swarm_rolled_back_is_not_tried_again(engine: SwarmEngine) -> None:
-    wants(engine, SPEC)
+    set_wanted_spec(engine, SPEC)
     engine.resize(2, SPEC)
     api(engine).listed = [task("t1")]
     assert [c.spec for c in engine.list()] == [SPEC]
-    wants(engine, OTHER)
+    set_wanted_spec(engine, OTHER)
     engine.resize(2, OTHER)
     service = api(engine).service
     assert service is not None
     assert service["Spec"]["TaskTemplate"] == json.loads(OTHER)
     assert [c.spec for c in engine.list()] == [OTHER]
-    service["Spec"]["Labels"]["lbscaler.spec"] = SPEC  # Swarm goes back
+    service["Spec"]["Labels"]["lbscaler.spec"] = SPEC  # Swarm rolls back
     service["Spec"]["TaskTemplate"] = json.loads(SPEC)
     service["UpdateStatus"] = {"State": "rollback_completed"}
-    assert [c.spec for c in engine.list()] == [OTHER]  # as far as the plan goes, it is done
+    assert [c.spec for c in engine.list()] == [OTHER]  # for the plan, the update is done
     engine.resize(4, OTHER)
     assert service["Spec"]["TaskTemplate"] == json.loads(SPEC)
     assert service["Spec"]["Mode"] == {"Replicated": {"Replicas": 4}}
 
-    restarted = made_with()  # the manager keeps `refused` in a file
-    restarted._client.api, restarted.refused = api(engine), engine.refused
-    wants(restarted, OTHER)
+    restarted = new_engine(api=api(engine))
+    restarted.refused = engine.refused  # the manager keeps it in a file
+    set_wanted_spec(restarted, OTHER)
     assert [c.spec for c in restarted.list()] == [OTHER]
     restarted.resize(3, OTHER)
     assert service["Spec"]["TaskTemplate"] == json.loads(SPEC)
@@ -267,11 +275,10 @@ def test_missing_service_of_balancers_is_created(engine: SwarmEngine) -> None:
     assert "the token" not in json.dumps(made), "the token is a secret, and not for `docker service inspect`"
 
 
-def test_balancers_made_from_other_settings_are_updated_and_not_removed(engine: SwarmEngine) -> None:
+def test_service_of_balancers_with_other_settings_is_updated_in_place(engine: SwarmEngine) -> None:
     engine.list()
     engine.repair_balancer()
-    other = made_with(port=9000)
-    other._client.api = api(engine)
+    other = new_engine(api=api(engine), port=9000)
     other.list()
     assert other.balancer is BalancerState.OUTDATED
     other.repair_balancer()
@@ -282,7 +289,7 @@ def test_balancers_made_from_other_settings_are_updated_and_not_removed(engine: 
     assert made["Version"]["Index"] == 2, "updated in place, which Swarm does one node at a time"
 
 
-def test_foreign_service_with_the_balancers_name_is_left_alone(engine: SwarmEngine) -> None:
+def test_foreign_service_with_the_balancers_name_is_not_changed(engine: SwarmEngine) -> None:
     foreign = {"ID": "b", "Version": {"Index": 1}, "Spec": {"Labels": {}}}
     api(engine).balancer = foreign
     for call in (engine.list, engine.repair_balancer):
@@ -291,7 +298,7 @@ def test_foreign_service_with_the_balancers_name_is_left_alone(engine: SwarmEngi
     assert foreign["Version"] == {"Index": 1}
 
 
-def test_a_balancer_counts_until_its_node_is_down(engine: SwarmEngine) -> None:
+def test_running_balancer_is_listed_until_its_node_is_down(engine: SwarmEngine) -> None:
     engine.list()
     engine.repair_balancer()
     api(engine).balancer_tasks = [
@@ -308,13 +315,13 @@ def test_a_balancer_counts_until_its_node_is_down(engine: SwarmEngine) -> None:
     assert engine.balancers == {"a" * 12, "d" * 12}
 
 
-def test_missing_secret_is_named(engine: SwarmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_secrets_are_named_in_the_error(engine: SwarmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Api, "secrets", lambda _: [])
     with pytest.raises(EngineError, match=r"no secret p-token, p-certificate-1; ./run.sh makes it"):
         engine.list()
 
 
-def test_a_task_is_listed_while_it_runs_and_once_more_when_it_has_ended(engine: SwarmEngine) -> None:
+def test_task_is_listed_while_it_runs_and_once_more_when_it_has_ended(engine: SwarmEngine) -> None:
     engine.resize(2, SPEC)
     api(engine).listed = [task("aaaaaaa", "preparing"), task("bbbbbbb", slot=2), task("ccccccc", "failed", slot=3)]
     (only,) = engine.list()
@@ -332,20 +339,20 @@ def test_a_task_is_listed_while_it_runs_and_once_more_when_it_has_ended(engine: 
     assert engine.list() == []
 
 
-def test_on_a_node_that_is_down_only_what_swarm_still_counts_on_is_listed(engine: SwarmEngine) -> None:
+def test_leaving_task_on_a_node_that_is_down_is_not_listed(engine: SwarmEngine) -> None:
     engine.resize(2, SPEC)
     api(engine).listed = [task("a", node="n2"), task("b", desired="shutdown", node="n2"), task("c", desired="shutdown")]
     api(engine).down = {"n2"}
     assert [c.id for c in engine.list()] == ["a", "c"]
 
 
-def test_a_rollback_to_what_was_to_be_left_behind_is_put_right(
+def test_rollback_to_the_failed_spec_is_corrected_to_the_spec_before_it(
     engine: SwarmEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whoever changes the number amid an update makes Swarm take the new spec for the one before."""
+    """A change of the number during an update makes Swarm treat the new spec as the previous one."""
     engine.resize(2, SPEC)
     engine.list()
-    wants(engine, OTHER)
+    set_wanted_spec(engine, OTHER)
     engine.resize(2, OTHER)
     engine.resize(3, OTHER)
     service = api(engine).service
@@ -354,10 +361,10 @@ def test_a_rollback_to_what_was_to_be_left_behind_is_put_right(
     engine.list()
     assert service["Spec"]["TaskTemplate"] == json.loads(SPEC)
     assert service["Spec"]["Mode"] == {"Replicated": {"Replicas": 3}}
-    assert "update given up, Swarm goes back" in caplog.text
+    assert "update given up, Swarm rolls back" in caplog.text
 
 
-def test_a_manager_that_begins_after_a_rollback_does_not_go_on_for_ever(engine: SwarmEngine) -> None:
+def test_manager_that_starts_after_a_rollback_does_not_change_the_spec(engine: SwarmEngine) -> None:
     engine.resize(2, SPEC)
     service = api(engine).service
     assert service is not None
@@ -368,36 +375,36 @@ def test_a_manager_that_begins_after_a_rollback_does_not_go_on_for_ever(engine: 
     assert service["Spec"]["TaskTemplate"] == json.loads(SPEC)
 
 
-def test_each_end_with_an_error_is_told_once_with_what_may_help(
+def test_error_of_a_task_is_logged_once_with_the_flag_that_may_help(
     engine: SwarmEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken(id_: str, why: str) -> dict[str, Any]:
+    def rejected(id_: str, error: str) -> dict[str, Any]:
         made = task(id_, "rejected", slot=4)
-        made["Status"]["Err"] = why
+        made["Status"]["Err"] = error
         return made
 
     engine.resize(2, SPEC)
-    api(engine).listed = [broken("before", "long ago")]
+    api(engine).listed = [rejected("before", "long ago")]
     engine.list()
-    api(engine).listed += [broken("xxxxxxx", "No such image: nowhere")]
+    api(engine).listed += [rejected("xxxxxxx", "No such image: nowhere")]
     engine.list()
     engine.list()
     assert caplog.messages == ["last log line of p-backend-4.xxxxx: No such image: nowhere"]
-    api(engine).listed += [broken("yyyyyyy", "mkdir: Read-only file system")]
+    api(engine).listed += [rejected("yyyyyyy", "mkdir: Read-only file system")]
     engine.list()
     assert "--allow write" in caplog.messages[-1]
 
 
-def test_what_swarm_no_longer_lists_is_not_remembered(engine: SwarmEngine) -> None:
+def test_logged_errors_of_tasks_that_swarm_no_longer_lists_are_forgotten(engine: SwarmEngine) -> None:
     engine.resize(2, SPEC)
     for n in range(5):
         ended = task(f"task{n}", "failed")
         ended["Status"]["Err"] = "exit code 3"
         api(engine).listed = [ended]
         engine.list()
-    assert engine._ends_logged == {"task4"}
+    assert engine._logged_ends == {"task4"}
 
 
-def test_a_claim_is_newer_than_any_clock_before_it() -> None:
-    assert swarm_engine._claim("12 vm, pid 3") < swarm_engine._claim("13 a")
-    assert swarm_engine._claim("") == swarm_engine._claim("x y") == (0, "")
+def test_claim_with_the_higher_number_is_newer_and_an_invalid_label_is_the_oldest_claim() -> None:
+    assert swarm_claim.parse_claim("12 vm, pid 3") < swarm_claim.parse_claim("13 a")
+    assert swarm_claim.parse_claim("") == swarm_claim.parse_claim("x y") == (0, "")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import shutil
 import subprocess
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +12,14 @@ import pytest
 from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 
-import prober
-import synchronization_client as client
-from app import create_app as create_balancer_app
 from core.engine import EngineError
 from core.fleet import Backend
 from core.load import Sample
 from core.scaler import Decision, Load, Memory, Policy, decide
-from exposition import APPLY_SECONDS, FAILED_PASSES, FAILED_PROBES, REPAIRS
+from exposition import exposition
 from fakes import TOKEN, Clock, FakeEngine, controller, eventually, report, sample
 from fakes_netfilter import FakeNetfilter
 from manager_client import ManagerClient
-from netfilter import NetfilterError
-from prober import Answer, Health, Prober
 from snapshot import Backend as Seen
 from snapshot import Snapshot
 from synchronization_client import Balancer
@@ -71,8 +64,8 @@ def scraped(tmp_path: Path) -> Scraped:
 def balancer() -> Balancer:
     """With two backends, over a kernel in memory."""
     made = Balancer(FakeNetfilter(), ManagerClient("127.0.0.1:1", TOKEN, "b1"), "b1")
-    made._prober._loop.close()  # nobody is probed
-    made.snapshot = Snapshot("r1", (Seen("a", "198.18.0.2", "active", 1.0), Seen("b", "198.18.0.3", "active", 1.0)))
+    made.state.prober._loop.close()  # no backend is probed
+    made.state.snapshot = Snapshot("r1", (Seen("a", "198.18.0.2", "active"), Seen("b", "198.18.0.3", "active")))
     return made
 
 
@@ -95,8 +88,8 @@ def managers_text(place: Path) -> str:
 
 def balancers_text(place: Path) -> str:
     made = balancer()
-    made.converge()
-    return create_balancer_app(made).test_client().get("/metrics").text
+    made.reconciler.reconcile()
+    return exposition(made.state).decode()
 
 
 @pytest.mark.skipif(not shutil.which("promtool"), reason="needs promtool, of Debian's package prometheus")
@@ -267,61 +260,3 @@ def test_a_label_has_no_value_that_a_reporter_chose_but_its_own_name() -> None:
 def test_nothing_is_told_to_the_librarys_own_registry() -> None:
     """It would outlive the controller that counts, and mix those of two."""
     assert not [family.name for family in REGISTRY.collect() if family.name.startswith("lbscaler")]
-
-
-# -- the balancer -----------------------------------------------------------------------------------------------------
-
-
-def test_a_restore_is_timed_and_a_pass_that_changes_nothing_is_not() -> None:
-    made = balancer()
-    before = value(APPLY_SECONDS, "_count")
-    made.converge()
-    after = value(APPLY_SECONDS, "_count")
-    assert after - before == 4, "nat, filter, mangle, raw"
-    made.converge()
-    assert value(APPLY_SECONDS, "_count") == after
-
-
-def test_a_repair_is_counted_and_a_change_of_ours_is_not() -> None:
-    made, before = balancer(), value(REPAIRS)
-    made.converge()
-    for weight, count in ((1.0, 2), (1.0, 1), (3.0, 2), (1.0, 2)):  # another rotation, other shares
-        backends = (replace(made.snapshot.backends[0], weight=weight), Seen("b", "198.18.0.3", "active", 1.0))
-        made.snapshot = Snapshot("r2", backends[:count])
-        made.converge()
-    assert value(REPAIRS) == before
-    made._netfilter.tables["nat"]["PREROUTING"].clear()  # type: ignore[attr-defined]
-    made.converge()
-    assert value(REPAIRS) == before + 1
-
-
-@pytest.mark.parametrize("error", [NetfilterError("    1 *nat"), ZeroDivisionError("a bug")])
-def test_a_pass_that_fails_is_counted(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def fail() -> None:
-        raise error
-
-    monkeypatch.setattr(client.time, "sleep", lambda seconds: None)
-    before = value(FAILED_PASSES)
-    client._attempt(lambda: None)
-    assert value(FAILED_PASSES) == before
-    client._attempt(fail)
-    assert value(FAILED_PASSES) == before + 1
-
-
-def test_probes_that_fail_are_counted_and_refusals_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = iter([Answer.GOOD, Answer.FAILED, Answer.REFUSED, Answer.FAILED])
-
-    async def ask(*target: object) -> tuple[Answer, str]:
-        answer = next(answers, None)
-        if answer is None:
-            raise asyncio.CancelledError
-        return answer, ""
-
-    monkeypatch.setattr(prober, "ask", ask)
-    monkeypatch.setattr(prober, "PERIOD", 0.0)
-    probing, before = Prober(lambda: None), value(FAILED_PROBES)
-    probing._health["a"] = Health()
-    with pytest.raises(asyncio.CancelledError):
-        probing._loop.run_until_complete(probing._keep_asking("a", ("198.18.0.2", 8000, "tcp")))
-    probing._loop.close()
-    assert value(FAILED_PROBES) == before + 2

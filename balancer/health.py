@@ -1,0 +1,60 @@
+"""When a backend counts as healthy. Pure: the answers to its probes in, its health out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+FALL, RISE = 3, 2  # failed probes in a row that make a backend unhealthy, successful ones that make it healthy again
+PERIOD, RETRY = 1.0, 0.1  # seconds between probes of a healthy backend, and while its health is unknown or in doubt
+
+
+class Cause(Enum):
+    """Why a backend is unhealthy, as reports name it."""
+
+    PROBE_FAILED = "probe_failed"
+    UNREACHABLE = "unreachable"  # its kernel does not answer either
+    REFUSED = "refused"  # it answered that it wants no new connections
+    NO_FIRST_REPLY = "no_first_reply"  # found by its connections, not by its probes
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The result of one probe: `cause` is None for a success, `why` says what was requested and what came back."""
+
+    cause: Cause | None = None
+    why: str = ""
+    timed_out: bool = False
+
+    @property
+    def may_be_lost(self) -> bool:
+        """Whether lost packets explain this answer, as they occur with a full connection table."""
+        return self.timed_out or self.cause is Cause.UNREACHABLE
+
+
+@dataclass(frozen=True)
+class Health:
+    """`healthy` is None until the first result. `streak` counts the latest probes that contradict `healthy`."""
+
+    healthy: bool | None = None
+    streak: int = 0
+    why: str = "not probed yet"
+    cause: Cause | None = None  # where healthy is False
+
+    def after(self, answer: Answer, table_full: bool = False) -> Health:
+        """The health after one more probe. With a full connection table a lost packet is not the backend's fault."""
+        if table_full and answer.may_be_lost:
+            return self
+        good = answer.cause is None
+        if good == self.healthy:
+            return Health(good, 0, answer.why, answer.cause)
+        streak = self.streak + 1
+        is_first_success = good and self.healthy is None
+        enough = streak >= (RISE if good else FALL)
+        if is_first_success or enough or answer.cause is Cause.REFUSED:
+            return Health(good, 0, answer.why, answer.cause)
+        return Health(self.healthy, streak, answer.why, self.cause)
+
+    def pause(self) -> float:
+        """Seconds until the next probe."""
+        return PERIOD if self.healthy and not self.streak else RETRY

@@ -1,0 +1,115 @@
+"""Samples the flows: for reports, for the weights, to find frozen backends, and to end drains.
+
+At a million flows a sample takes 0.4 s for those that wait, and for each draining backend, because the kernel selects
+them; all flows take four seconds. So each kind of sample has a limit on the share of the time that it takes.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+import requests
+
+from departures import Draining
+from features import MARKS
+from health import Cause, Health
+from manager_client import ManagerClient
+from ruleset import REPLIES
+from schedule import SAMPLE_PERIOD, Pace
+from snapshot import Snapshot
+from stalls import Replies, StallDetector
+from state import State
+
+# The largest shares of the time: of samples of waiting flows, and of all flows and draining backends together.
+WAITING_LOAD, COUNT_LOAD = 0.01, 0.04
+DRAINING_LOAD = 0.03  # of COUNT_LOAD, while there are draining backends
+
+log = logging.getLogger("balancer")
+
+
+class Sampler:
+    def __init__(self, state: State, manager: ManagerClient) -> None:
+        self._state, self._netfilter, self._manager = state, state.netfilter, manager
+        self._detector = StallDetector()
+        self._waiting_pace, self._draining_pace, self._count_pace = Pace(), Pace(), Pace()
+        self._draining_since: dict[str, float] = {}  # by address
+
+    def wait_and_sample(self) -> None:
+        """Takes the samples that are due."""
+        time.sleep(SAMPLE_PERIOD)
+        count_load = COUNT_LOAD - DRAINING_LOAD if self._draining_since else COUNT_LOAD
+        self._sample(self._sample_waiting, self._waiting_pace, WAITING_LOAD)
+        self._sample(self._sample_draining, self._draining_pace, DRAINING_LOAD)
+        self._sample(self._count_all, self._count_pace, count_load)
+
+    def _sample(self, take: Callable[[Snapshot], None], pace: Pace, load: float) -> None:
+        began = time.monotonic()
+        if not pace.is_due(began):
+            return
+        try:
+            take(self._state.snapshot)
+        finally:  # a sample that fails took time, too
+            pace.done(began, time.monotonic(), load)
+
+    def _sample_waiting(self, snapshot: Snapshot) -> None:
+        """For the weights and the detector of frozen backends."""
+        state = self._state
+        if MARKS in state.missing:
+            return
+        counts = self._netfilter.waiting_flows(snapshot.check_source)
+        # How many wait: for the weights.
+        state.learner.sample({backend.id: counts.waiting[backend.ip] for backend in snapshot.backends})
+        # How many stalled, and how many got their first reply: for the detector.
+        replied = self._netfilter.members()[REPLIES]
+        seen = {}
+        for backend in snapshot.backends:
+            first_replies, _ = replied.get(backend.ip, (0, 0))
+            seen[backend.id] = Replies(counts.stalled[backend.ip], first_replies, backend.ip in state.rotation.ips)
+        now, frozen_before, answering_before = time.monotonic(), state.frozen, state.answering
+        state.frozen = self._detector.frozen(seen, now, state.table_full())
+        state.answering = self._detector.answering(now)
+        if state.frozen.keys() != frozen_before.keys():
+            state.health_changed()
+        if state.rotation.panic and state.answering != answering_before:
+            state.reconcile_due.set()  # in panic, rotation depends on which backends answer
+
+    def _count_all(self, snapshot: Snapshot) -> None:
+        self._state.live = self._netfilter.all_flows(snapshot.check_source).live
+
+    def _sample_draining(self, snapshot: Snapshot) -> None:
+        """Requests a stop of the draining backends whose drain is over."""
+        state, now = self._state, time.monotonic()
+        # Before the first pass they are still in rotation. Without a manager there is nothing to request.
+        if state.converged_at is None or not state.manager_reachable:
+            return
+        # Since when each draining backend has been out of rotation.
+        draining = {}
+        for backend in snapshot.backends:
+            if backend.state == "draining" and backend.ip not in state.rotation.ips:
+                draining[backend.ip] = backend.id
+        self._draining_since = {ip: self._draining_since.get(ip, now) for ip in draining}
+        if not draining:
+            return
+        counts, health = self._netfilter.flows_of(draining), state.health(snapshot)
+        state.live = {**state.live, **{ip: counts.live[ip] for ip in draining}}
+        for ip, id_ in draining.items():
+            seconds = now - self._draining_since[ip]
+            drain = Draining(seconds, counts.live[ip], counts.silent[ip], _is_failed(health[id_]))
+            reason = drain.stop_reason(snapshot.drain_timeout)
+            if reason:
+                self._request_stop(ip, reason)
+
+    def _request_stop(self, ip: str, reason: str) -> None:
+        """A request that the manager refuses does not affect the others. A manager that does not answer ends this
+        sample, or each of its requests would wait for the time limit."""
+        try:
+            self._manager.stop(ip, reason)
+        except requests.HTTPError as error:
+            log.warning("manager: %s", error)
+
+
+def _is_failed(health: Health) -> bool:
+    """Whether a draining backend can no longer serve. One that refuses new connections can."""
+    return health.healthy is False and health.cause is not Cause.REFUSED

@@ -1,0 +1,88 @@
+"""The backends as tasks of a replicated Swarm service: what they are created from. Pure."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import docker.utils
+
+from core.settings import Settings
+from engines import options
+from engines.swarm_services import SECOND, Spec
+
+# Seconds that the sample server continues to serve after SIGTERM. Longer than with one host, because each balancer has
+# to receive the change from the manager first.
+SAMPLE_SERVER_LINGER = 3
+# Swarm starts a new task before it stops an old one, and rolls back when new tasks fail within Monitor.
+UPDATE = {"Parallelism": 1, "Order": "start-first", "FailureAction": "rollback", "Monitor": 5 * SECOND}
+ROLLBACK = {"Parallelism": 1, "Order": "start-first"}
+ROLLBACK_STATES = ("rollback_started", "rollback_paused", "rollback_completed")
+
+
+def task_template(settings: Settings, image: str, image_user: str) -> dict[str, Any]:
+    """How a task is created, as the Engine API describes it."""
+    wanted = options.backend_options(settings, image_user)
+    container = {
+        "Image": image,
+        "Args": wanted["command"],
+        "Env": [f"LINGER={SAMPLE_SERVER_LINGER}", *wanted["environment"]],
+        "User": wanted["user"],
+        "Labels": options.labels(settings.project, "backend"),
+        "CapabilityDrop": wanted["cap_drop"],
+        "ReadOnly": wanted["read_only"],
+        "Privileges": {"NoNewPrivileges": True} if wanted["security_opt"] else None,  # from Docker 28 on
+        "Sysctls": options.SYSCTLS,
+        "Mounts": [*map(_tmpfs, wanted["tmpfs"]), *map(_mount, wanted["volumes"])],
+        "StopGracePeriod": round(max(1.0, settings.drain_timeout) * SECOND),
+    }
+    limits = {
+        "MemoryBytes": docker.utils.parse_bytes(wanted["mem_limit"]),
+        "Pids": options.PIDS,
+        "NanoCPUs": wanted["nano_cpus"],
+    }
+    return {
+        "ContainerSpec": _without_none(container),
+        "Resources": {"Limits": _without_none(limits)},
+        "RestartPolicy": {"Condition": "any", "Delay": SECOND},
+        "Placement": {
+            "Constraints": list(settings.constraint),
+            "Preferences": [{"Spread": {"SpreadDescriptor": label}} for label in settings.spread],
+        },
+        "Networks": [{"Target": settings.project}],
+    }
+
+
+def _without_none(wanted: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in wanted.items() if value is not None}
+
+
+def _tmpfs(path: str) -> dict[str, Any]:
+    return {"Type": "tmpfs", "Target": path, "TmpfsOptions": {"Mode": 0o1777}}
+
+
+def _mount(volume: str) -> dict[str, Any]:
+    source, target, mode = volume.split(":")
+    kind = "bind" if source.startswith("/") else "volume"
+    return {"Type": kind, "Source": source, "Target": target, "ReadOnly": mode == "ro"}
+
+
+def new_service(project: str, count: int, task_spec: str) -> Spec:
+    """A service of `count` tasks, created from `task_spec` (JSON)."""
+    spec = {
+        "Name": f"{project}-backend",
+        "Labels": options.labels(project, "backend"),
+        "Mode": {"Replicated": {"Replicas": count}},
+        "UpdateConfig": UPDATE,
+        "RollbackConfig": ROLLBACK,
+        "EndpointSpec": {"Mode": "dnsrr"},  # no virtual address: the balancers distribute the connections
+    }
+    return with_tasks(spec, task_spec)
+
+
+def with_tasks(service_spec: Spec, task_spec: str, previous: str = "") -> Spec:
+    """The service with tasks created from `task_spec`. Its labels keep that text and the `previous` one."""
+    labels = {**service_spec["Labels"], "lbscaler.spec": task_spec}
+    if previous:
+        labels["lbscaler.before"] = previous
+    return {**service_spec, "Labels": labels, "TaskTemplate": json.loads(task_spec)}

@@ -1,4 +1,4 @@
-"""Crashes at every moment, spares and updates, on the real engine."""
+"""Crashes of the manager, the balancer and the engine, spares and updates, on a real engine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import pytest
 
-from e2e.conftest import ROOT, Load, System, docker, rotations, until
+from e2e.conftest import ROOT, Load, System, docker, rotations, wait_until
 
 Figure = Callable[[str], None]
 
@@ -20,12 +20,12 @@ Figure = Callable[[str], None]
 @pytest.fixture
 def system(three: System) -> System:
     three.operate("/scale", {"min": 3, "max": 3, "target": 100000})
-    three.settled(3, 60)
+    three.wait_for_active(3, 60)
     return three
 
 
 def manager_pid(system: System) -> int:
-    text = until((system.run_dir / "manager.pid").read_text, "a pid")  # the supervisor may be writing it
+    text = wait_until((system.run_dir / "manager.pid").read_text, "a pid")  # the supervisor may be writing it
     return int(text)
 
 
@@ -40,16 +40,16 @@ def answering(system: System) -> bool:
         return False
 
 
-def test_a_killed_manager_comes_back_by_itself_and_takes_over_the_same_containers(system: System) -> None:
+def test_killed_manager_is_restarted_and_keeps_the_same_containers(system: System) -> None:
     before, pid = sorted(system.containers()), manager_pid(system)
     os.kill(pid, signal.SIGKILL)
-    until(lambda: manager_pid(system) != pid and answering(system), "the manager is back", 20)
-    system.settled(3)
+    wait_until(lambda: manager_pid(system) != pid and answering(system), "the manager is back", 20)
+    system.wait_for_active(3)
     assert sorted(system.containers()) == before
     assert "manager ended with status 137; starting it again" in system.log()
 
 
-def test_killed_at_every_moment_of_a_scale_out_and_a_scale_in_nothing_is_lost(system: System) -> None:
+def test_manager_killed_during_scale_out_and_scale_in_completes_them_and_fails_no_request(system: System) -> None:
     load = Load(system.port, seconds=30, per_second=40)
     for i in range(6):
         size = 5 if i % 2 == 0 else 3
@@ -57,15 +57,15 @@ def test_killed_at_every_moment_of_a_scale_out_and_a_scale_in_nothing_is_lost(sy
         time.sleep(0.12 * (i // 2))  # before the first call to the engine, amid it, after it, on the way back
         pid = manager_pid(system)
         os.kill(pid, signal.SIGKILL)
-        until(lambda pid=pid: manager_pid(system) != pid and answering(system), "the manager is back", 20)
-        system.settled(size, 60)
+        wait_until(lambda pid=pid: manager_pid(system) != pid and answering(system), "the manager is back", 20)
+        system.wait_for_active(size, 60)
         backends = docker("ps", "-a", "--filter", f"label=lbscaler.project={system.project}", "--format", "{{.Names}}")
         assert sum("backend" in name for name in backends.split()) == size
     answered, others, _ = load.result()
     assert (answered > 800, others) == (True, 0)
 
 
-def test_a_killed_client_costs_nothing_and_a_killed_balancer_comes_back_with_its_rules(system: System) -> None:
+def test_killed_balancer_client_fails_no_request_and_killed_balancer_restarts_with_its_rules(system: System) -> None:
     balancer = f"{system.project}-balancer"
     load = Load(system.port, seconds=4, per_second=60)
     for _ in range(3):
@@ -75,38 +75,38 @@ def test_a_killed_client_costs_nothing_and_a_killed_balancer_comes_back_with_its
     assert others == 0
     first = docker("inspect", "-f", "{{.State.Pid}}", balancer)
     os.kill(int(first), signal.SIGKILL)
-    until(lambda: docker("inspect", "-f", "{{.State.Pid}}", balancer) not in (first, "0"), "the balancer is back")
+    wait_until(lambda: docker("inspect", "-f", "{{.State.Pid}}", balancer) not in (first, "0"), "the balancer is back")
 
     def all_serve() -> bool:
         try:
-            return len({system.who() for _ in range(30)}) == 3
+            return len({system.answering_backend() for _ in range(30)}) == 3
         except OSError:  # for a moment there was no balancer, and connections end
             return False
 
-    until(all_serve, "all three serve again", 30)
+    wait_until(all_serve, "all three serve again", 30)
 
 
 def ready_spare(system: System) -> str | None:
     return next((b["name"] for b in system.status()["backends"] if b["state"] == "spare" and b["healthy"]), None)
 
 
-def test_a_spare_serves_at_once(system: System, figure: Figure) -> None:
+def test_scale_out_puts_the_ready_spare_into_rotation(system: System, figure: Figure) -> None:
     system.up("--spares", "1")
     try:
-        spare = until(lambda: ready_spare(system), "a ready spare", 30)
-        assert all(system.who() != spare for _ in range(30))
+        spare = wait_until(lambda: ready_spare(system), "a ready spare", 30)
+        assert all(system.answering_backend() != spare for _ in range(30))
         system.operate("/scale", {"min": 3, "max": 4})
         address = next(b["ip"] for b in system.status()["backends"] if b["name"] == spare)
         began = time.time()
         system.operate("/scale", {"min": 4})
-        until(lambda: system.who() == spare, "the spare serves", 10)
+        wait_until(lambda: system.answering_backend() == spare, "the spare serves", 10)
         answered = time.time()
         rules = next(at for at, serving in rotations(system) if at > began and address in serving)
         figure(
             f"a spare was in the rules {1000 * (rules - began):.0f} ms after the decision; its first answer came after "
             f"{1000 * (answered - began):.0f} ms, asked one at a time with a chance of one in four"
         )
-        until(lambda: ready_spare(system) not in (None, spare), "a new spare", 30)
+        wait_until(lambda: ready_spare(system) not in (None, spare), "a new spare", 30)
     finally:
         system.up("--spares", "0")
 
@@ -122,11 +122,11 @@ def images(system: System) -> set[str]:
     return {docker("inspect", "-f", "{{.Image}}", name) for name in names(system)}
 
 
-def test_an_update_replaces_one_by_one_without_a_failed_request(system: System, figure: Figure) -> None:
+def test_update_replaces_every_backend_and_fails_no_request(system: System, figure: Figure) -> None:
     wanted = variant(system, "lbtest-new", "ENV NEW=1")
     load = Load(system.port, seconds=20, per_second=60)
     system.up("--image", "lbtest-new")
-    until(lambda: len(names(system)) == 3 and images(system) == {wanted}, "three new ones", 60)
+    wait_until(lambda: len(names(system)) == 3 and images(system) == {wanted}, "three new ones", 60)
     answered, others, slowest = load.result()
     figure(f"update of three under 60 connections/s: {others} of {answered + others} failed, slowest {slowest:.2f} s")
     assert (answered > 800, others) == (True, 0)
@@ -163,7 +163,9 @@ BAD_IMAGES = {
 
 
 @pytest.mark.parametrize("kind", BAD_IMAGES)
-def test_an_update_that_never_gets_ready_fails_and_the_old_settings_are_used_again(system: System, kind: str) -> None:
+def test_update_whose_backends_never_become_ready_fails_and_the_old_settings_are_restored(
+    system: System, kind: str
+) -> None:
     line, flags, reason = BAD_IMAGES[kind]
     before, stored = images(system), (system.run_dir / "settings.json").read_text()
     variant(system, f"lbtest-bad-{kind}", line)
@@ -173,25 +175,25 @@ def test_an_update_that_never_gets_ready_fails_and_the_old_settings_are_used_aga
     assert reason in output
     _, others, _ = load.result()
     assert others == 0
-    system.settled(3, 60)
+    system.wait_for_active(3, 60)
     assert images(system) == before
     assert (system.run_dir / "settings.json").read_text() == stored
-    assert system.status()["launches"]["update_given_up"] == "", "it runs by the old settings"
+    assert system.status()["launches"]["update_given_up"] == "", "the old settings are in use"
 
 
-def test_an_update_that_is_not_waited_for_and_given_up_is_degraded_even_after_the_managers_restart(
+def test_failed_update_started_with_no_wait_stays_reported_after_a_manager_restart(
     system: System,
 ) -> None:
     before = images(system)
     variant(system, "lbtest-bad", 'ENTRYPOINT ["/bin/sh", "-c", "echo no such luck; exit 3"]')
     system.up("--image", "lbtest-bad", "--no-wait")
     try:
-        until(lambda: system.status()["launches"]["update_given_up"], "the update is given up", 60)
+        wait_until(lambda: system.status()["launches"]["update_given_up"], "the update is given up", 60)
         pid = manager_pid(system)
         os.kill(pid, signal.SIGKILL)
-        until(lambda: manager_pid(system) != pid and answering(system), "the manager is back", 20)
+        wait_until(lambda: manager_pid(system) != pid and answering(system), "the manager is back", 20)
         assert system.status()["launches"]["update_given_up"]
-        system.settled(3, 60)
+        system.wait_for_active(3, 60)
         assert images(system) == before
         system.up(status=1)  # nothing is changed, and it is still not what was wanted
     finally:
@@ -199,12 +201,12 @@ def test_an_update_that_is_not_waited_for_and_given_up_is_degraded_even_after_th
     assert system.status()["launches"]["update_given_up"] == ""
 
 
-def test_a_manager_whose_files_were_deleted_is_found_by_run_sh(fresh: System) -> None:
+def test_run_sh_finds_a_running_manager_whose_files_were_deleted(fresh: System) -> None:
     fresh.up()
     shutil.rmtree(fresh.run_dir)
     fresh.up()
-    fresh.settled(2)
-    assert fresh.who()
+    fresh.wait_for_active(2)
+    assert fresh.answering_backend()
 
 
 OWN_ENGINE = os.environ.get("LBTEST_OWN_ENGINE")
@@ -213,7 +215,7 @@ OWN_ENGINE = os.environ.get("LBTEST_OWN_ENGINE")
 @pytest.mark.serial
 @pytest.mark.skipif(not OWN_ENGINE, reason="would kill an engine that tests/run.sh did not start")
 @pytest.mark.parametrize("live_restore", [True, False])
-def test_a_killed_engine_is_survived(system: System, live_restore: bool) -> None:
+def test_service_recovers_from_a_killed_engine(system: System, live_restore: bool) -> None:
     """With live restore the containers go on and traffic with them; without, a new engine ends them all, and the
     restart policy and the manager bring everything back."""
     start = f"cd '{ROOT}' && . manager/host.sh && start_engine {'--live-restore' if live_restore else ''}"
@@ -222,15 +224,15 @@ def test_a_killed_engine_is_survived(system: System, live_restore: bool) -> None
         balancer = docker("inspect", "-f", address, f"{system.project}-balancer")
         neighbour = docker("inspect", "-f", "{{.State.Pid}}", system.active()[0]["name"])
         os.kill(int((ROOT / "run/engine/dockerd.pid").read_text()), signal.SIGKILL)
-        until(lambda: system.status()["engine"] != "ok", "the manager tells", 20)
-        if round_:  # the way in over loopback is a process of the engine's; the rules need none
+        wait_until(lambda: system.status()["engine"] != "ok", "the manager reports it", 20)
+        if round_:  # connections over loopback need the engine's proxy process; the rules do not
             ask = f"import urllib.request as u; print(u.urlopen('http://{balancer}:8000/', timeout=10).read().decode())"
             command = ["nsenter", f"--net=/proc/{neighbour}/ns/net", "python3", "-c", ask]
             answers = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(20)]
             assert len({answer.split(" ")[0] for answer in answers}) == 3
         subprocess.run(["bash", "-c", start], check=True, capture_output=True, timeout=60)
-        until(lambda: system.status()["engine"] == "ok", "the manager finds the new engine", 30)
-        system.settled(3, 90)
-        until(lambda: len({system.who() for _ in range(20)}) == 3, "all serve", 30)
+        wait_until(lambda: system.status()["engine"] == "ok", "the manager uses the new engine", 30)
+        system.wait_for_active(3, 90)
+        wait_until(lambda: len({system.answering_backend() for _ in range(20)}) == 3, "all serve", 30)
     backends = docker("ps", "-a", "--filter", f"label=lbscaler.project={system.project}", "--format", "{{.Names}}")
     assert len(backends.split()) == 4

@@ -1,4 +1,4 @@
-"""Partial failures on the real engine: one thing breaks, and the system makes nothing worse of it."""
+"""Faults of the balancer and of the manager on a real engine: service goes on or returns within seconds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from e2e.conftest import FAST, Load, System, docker, rotations, until
+from e2e.conftest import FAST, Load, System, docker, rotations, wait_until
 
 Figure = Callable[[str], None]
 
@@ -64,7 +64,7 @@ def process_of(container: str) -> int:
 
 
 def in_namespace(system: System, *command: str) -> None:
-    """Runs a command in the balancer's network namespace, as somebody with root on the host may."""
+    """Runs a command in the balancer's network namespace, as root on the host can."""
     pid = process_of(f"{system.project}-balancer")
     subprocess.run(["nsenter", f"--net=/proc/{pid}/ns/net", *command], check=True, capture_output=True)
 
@@ -80,7 +80,7 @@ def test_four_unhealthy_of_five_stay_in_rotation_and_are_replaced_one_at_a_time(
     began = time.time()
     for name in names:
         docker("exec", name, "rm", "/tmp/ok")
-    until(lambda: sleepers.status()["rotation_panic"], "panic is reported", 10)
+    wait_until(lambda: sleepers.status()["rotation_panic"], "panic is reported", 10)
     fewest = 9
     while any(b["name"] in names and b["state"] == "active" for b in sleepers.status()["backends"]):
         serving = [found for at, found in rotations(sleepers) if at > began]
@@ -90,7 +90,7 @@ def test_four_unhealthy_of_five_stay_in_rotation_and_are_replaced_one_at_a_time(
         assert time.time() - began < 60, sleepers.status()["backends"]
         time.sleep(0.2)
     replaced = time.time() - began
-    until(lambda: not sleepers.status()["rotation_panic"], "panic is over", 20)
+    wait_until(lambda: not sleepers.status()["rotation_panic"], "panic is over", 20)
     answered, others, slowest = load.result()
     figure(
         f"health path gone in four of five: replaced within {replaced:.1f} s, never fewer than {fewest} in rotation, "
@@ -101,7 +101,7 @@ def test_four_unhealthy_of_five_stay_in_rotation_and_are_replaced_one_at_a_time(
     assert "unhealthy for" in sleepers.log()
 
 
-def test_backend_that_fails_at_once_gets_no_more_than_its_share(sleepers: System, figure: Figure) -> None:
+def test_backend_that_answers_errors_fast_gets_no_more_than_its_share(sleepers: System, figure: Figure) -> None:
     sleepers.up("3", *FAST, "--min", "3", "--health", "tcp")
     time.sleep(5)  # past the slow start
     hole = sleepers.active()[0]["name"]
@@ -118,7 +118,7 @@ def test_backend_that_fails_at_once_gets_no_more_than_its_share(sleepers: System
     assert 0.2 < part < 0.45
 
 
-def test_frozen_backend_is_found_by_its_waiting_connections_and_replaced(sleepers: System, figure: Figure) -> None:
+def test_frozen_backend_is_ejected_by_its_unanswered_connections_and_replaced(sleepers: System, figure: Figure) -> None:
     sleepers.up("3", *FAST, "--min", "3", "--health", "tcp")
     time.sleep(5)
     victim = sleepers.active()[0]
@@ -126,15 +126,15 @@ def test_frozen_backend_is_found_by_its_waiting_connections_and_replaced(sleeper
     time.sleep(2)
     os.kill(process_of(victim["name"]), signal.SIGSTOP)
     began = time.time()
-    until(
+    wait_until(
         lambda: any(at > began and victim["ip"] not in found for at, found in rotations(sleepers)),
         "the frozen one is out of rotation",
         30,
     )
     out_after = time.time() - began
-    why = until(lambda: why_of(sleepers, victim["name"]), "the cause is reported", 10)
+    why = wait_until(lambda: why_of(sleepers, victim["name"]), "the cause is reported", 10)
     assert "first reply" in why
-    until(lambda: victim["name"] not in {b["name"] for b in sleepers.active()}, "it is replaced", 40)
+    wait_until(lambda: victim["name"] not in {b["name"] for b in sleepers.active()}, "it is replaced", 40)
     answered, others, _ = load.result()
     figure(f"one of three frozen: out of rotation after {out_after:.1f} s, {others} of {answered + others} failed")
     assert out_after < 25
@@ -146,24 +146,26 @@ def why_of(system: System, name: str) -> str:
     return next((b["why"] or b["reason"] for b in system.status()["backends"] if b["name"] == name), "")
 
 
-@pytest.mark.parametrize("blow", [("kill",), ("stop", "-t", "0"), ("rm", "-f")], ids=lambda blow: blow[0])
-def test_balancer_that_somebody_ends_is_back_within_seconds(
-    system: System, figure: Figure, blow: tuple[str, ...]
+@pytest.mark.parametrize("failure", [("kill",), ("stop", "-t", "0"), ("rm", "-f")], ids=lambda failure: failure[0])
+def test_stopped_or_removed_balancer_serves_again_within_seconds(
+    system: System, figure: Figure, failure: tuple[str, ...]
 ) -> None:
     load = Load(system.port, seconds=10, per_second=60)
     time.sleep(2)
     began = time.monotonic()
-    docker(*blow, f"{system.project}-balancer")
-    until(lambda: answers(system), "an answer", 20)
+    docker(*failure, f"{system.project}-balancer")
+    wait_until(lambda: answers(system), "an answer", 20)
     took = time.monotonic() - began
     answered, others, _ = load.result()
-    figure(f"docker {' '.join(blow)} of the balancer: {took:.2f} s to the next answer, {others} of {answered + others}")
+    figure(
+        f"docker {' '.join(failure)} of the balancer: {took:.2f} s to the next answer, {others} of {answered + others}"
+    )
     assert took < 3 + 2  # 3 s is the aim; the machine may be busy
     assert "balancer: stopped" in system.log() or "balancer: missing" in system.log()
     system.operate("/scale", {"min": 3})
-    system.settled(3)  # a new backend can become active
+    system.wait_for_active(3)  # a new backend can become active
     system.operate("/scale", {"min": 2, "max": 2})
-    system.settled(2, 60)
+    system.wait_for_active(2, 60)
 
 
 def answers(system: System) -> bool:
@@ -173,19 +175,19 @@ def answers(system: System) -> bool:
         return False
 
 
-def test_paused_balancer_goes_on(system: System) -> None:
+def test_paused_balancer_is_resumed(system: System) -> None:
     docker("pause", f"{system.project}-balancer")
-    until(
+    wait_until(
         lambda: docker("inspect", "-f", "{{.State.Status}}", f"{system.project}-balancer") == "running",
         "it goes on",
         20,
     )
 
 
-def test_manager_that_was_stopped_for_eight_seconds_goes_on_and_does_not_shrink(system: System) -> None:
+def test_manager_suspended_for_eight_seconds_does_not_scale_in(system: System) -> None:
     system.operate("/scale", {"min": 2, "max": 4, "target": 30})
     load = Load(system.port, seconds=26, per_second=30)
-    until(lambda: len(system.active()) == 4, "a scale-out", 20)
+    wait_until(lambda: len(system.active()) == 4, "a scale-out", 20)
     pid = int((system.run_dir / "manager.pid").read_text())
     os.kill(pid, signal.SIGSTOP)
     time.sleep(8)
@@ -206,19 +208,19 @@ BREAKS: dict[str, tuple[tuple[str, ...], str]] = {
 
 
 @pytest.mark.parametrize(("command", "found"), BREAKS.values(), ids=BREAKS)
-def test_broken_data_path_is_reported_with_what_was_found(fresh: System, command: tuple[str, ...], found: str) -> None:
+def test_broken_data_path_is_reported_with_its_cause(fresh: System, command: tuple[str, ...], found: str) -> None:
     fresh.up("2", *FAST, "--target", "100000")
-    until(lambda: fresh.status()["data_path"]["working"], "the path is tested", 20)
+    wait_until(lambda: fresh.status()["data_path"]["working"], "the path is tested", 20)
     in_namespace(fresh, *command)
-    told: dict[str, Any] = until(lambda: broken(fresh), "the broken path is reported", 40)
-    assert found in told["problem"]
-    assert f"ERROR   {told['problem'].split(';')[0]}" in fresh.log()
+    reported: dict[str, Any] = wait_until(lambda: broken(fresh), "the broken path is reported", 40)
+    assert found in reported["problem"]
+    assert f"ERROR   {reported['problem'].split(';')[0]}" in fresh.log()
     assert status_code(fresh) == 3, "degraded"
 
 
 def broken(system: System) -> dict[str, Any]:
-    told: dict[str, Any] = system.status()["data_path"]
-    return told if told["problem"] else {}
+    reported: dict[str, Any] = system.status()["data_path"]
+    return reported if reported["problem"] else {}
 
 
 def status_code(system: System) -> int:
@@ -226,16 +228,16 @@ def status_code(system: System) -> int:
     return subprocess.run(command, capture_output=True, check=False).returncode
 
 
-def test_ip_forwarding_that_was_switched_off_is_repaired(fresh: System) -> None:
+def test_disabled_ip_forwarding_is_reported_and_enabled_again(fresh: System) -> None:
     fresh.up("2", *FAST, "--target", "100000")
-    until(lambda: fresh.status()["data_path"]["working"], "the path is tested", 20)
+    wait_until(lambda: fresh.status()["data_path"]["working"], "the path is tested", 20)
     in_namespace(fresh, "sysctl", "-qw", "net.ipv4.ip_forward=0")
-    until(lambda: "IP forwarding is off" in fresh.log(), "it is reported", 40)
-    until(lambda: answers(fresh), "it is repaired", 20)
-    until(lambda: fresh.status()["data_path"]["working"], "and reported as working", 30)
+    wait_until(lambda: "IP forwarding is off" in fresh.log(), "it is reported", 40)
+    wait_until(lambda: answers(fresh), "it is repaired", 20)
+    wait_until(lambda: fresh.status()["data_path"]["working"], "and reported as working", 30)
 
 
-def test_foreign_redirection_before_ours_is_put_behind_ours(fresh: System) -> None:
+def test_foreign_redirection_is_moved_behind_the_balancer_rules(fresh: System) -> None:
     fresh.up("2", *FAST, "--target", "100000")
     rule = ("-p", "tcp", "--dport", "8000", "-j", "DNAT", "--to-destination", "198.18.255.254:9")
     in_namespace(fresh, "iptables-nft", "-t", "nat", "-I", "PREROUTING", "1", *rule)
@@ -243,10 +245,10 @@ def test_foreign_redirection_before_ours_is_put_behind_ours(fresh: System) -> No
     assert all(answers(fresh) for _ in range(10))
 
 
-def test_self_check_counts_as_no_load(fresh: System) -> None:
+def test_self_check_is_not_counted_as_load(fresh: System) -> None:
     fresh.up("2", *FAST, "--metric", "connections")
     time.sleep(4)
-    until(lambda: fresh.status()["data_path"]["working"], "the path is tested", 20)
+    wait_until(lambda: fresh.status()["data_path"]["working"], "the path is tested", 20)
     before = [backend["connections"] for backend in fresh.active()]
     time.sleep(12)
     assert [backend["connections"] for backend in fresh.active()] == before

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from e2e.conftest import copy_tree, machine_lock, until
+from e2e.conftest import copy_tree, machine_lock, wait_until
 from swarm.cluster import REGISTRY, Cluster, System
 
 TOOLS = ("dockerd", "docker", "docker-registry", "nsenter", "ip", "hey", "curl", "openssl")
@@ -91,7 +91,7 @@ def running(cluster: Cluster, tree: Path) -> Iterator[System]:
 
 @pytest.fixture
 def system(running: System) -> System:
-    until(running.cluster.whole, "every node is there", 90)
+    wait_until(running.cluster.whole, "every node is there", 90)
     running.scale(min=3, max=3)
-    running.settled(3)
+    running.wait_for_active(3)
     return running

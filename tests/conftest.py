@@ -1,7 +1,7 @@
 """What all tests share: their order, their spread over several processes, the figures printed at the end, a browser.
 
-Tests of a module in WHOLE_MODULES share a running system, so one process runs the whole module. All other tests run in
-whichever process is free. The longest modules start first, so that none of them runs alone at the end.
+Tests of one module in e2e, swarm or browser share a running system or a browser, so one process runs the whole module.
+All other tests run in whichever process is free. Long modules start first, so that none of them runs alone at the end.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 CHROMIUM = Path("/usr/bin/chromium")
 FOLDERS = ("swarm", "e2e", "browser", "netns", "unit")  # in the order in which they start
-WHOLE_MODULES = ("swarm", "e2e", "browser")
+WHOLE_MODULES = ("swarm", "e2e", "browser")  # folders
+LONG_MODULES = {"test_cluster", "test_system", "test_unhealthy_backends", "test_updates", "test_run_sh"}
 FIGURE = "figure"
 _figures: list[str] = []
 
@@ -29,8 +30,14 @@ def folder_of(test: str) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sorts the tests by folder: long tests first. Within a folder the order stays."""
-    items.sort(key=lambda item: FOLDERS.index(folder) if (folder := folder_of(str(item.path))) in FOLDERS else 0)
+    """Sorts the tests by folder, and within a folder the long modules first. Otherwise the order stays."""
+
+    def rank(item: pytest.Item) -> tuple[int, bool]:
+        folder = folder_of(str(item.path))
+        position = FOLDERS.index(folder) if folder in FOLDERS else len(FOLDERS)
+        return position, item.path.stem not in LONG_MODULES
+
+    items.sort(key=rank)
 
 
 @pytest.hookimpl(optionalhook=True)  # it is pytest-xdist's

@@ -6,6 +6,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -120,6 +121,29 @@ class System:
         head, _, payload = answer.partition("\r\n\r\n")
         assert " 200 " in head or " 204 " in head, answer
         return dict(json.loads(payload)) if payload else {}
+
+    def serves(self) -> bool:
+        """Whether the sample server answers a new connection."""
+        try:
+            return "primes" in self.get()
+        except OSError:
+            return False
+
+    def manager_pid(self) -> int:
+        return int((self.run_dir / "manager.pid").read_text())
+
+    def kill_manager(self) -> None:
+        """Kills the manager and waits until its supervisor has started another one that answers."""
+        killed = self.manager_pid()
+        os.kill(killed, signal.SIGKILL)
+
+        def answers() -> bool:
+            try:
+                return self.manager_pid() != killed and bool(self.status())
+            except OSError:
+                return False
+
+        wait_until(answers, "the manager is back", 20)
 
     def log(self) -> str:
         return (self.run_dir / "manager.log").read_text()

@@ -83,7 +83,7 @@ def test_second_run_applies_only_the_changed_settings(system: System) -> None:
 
 
 def test_traffic_flows_without_manager_and_balancer_client(system: System) -> None:
-    os.kill(int((system.run_dir / "manager.pid").read_text()), signal.SIGKILL)
+    os.kill(system.manager_pid(), signal.SIGKILL)
     balancer = f"{system.project}-balancer"
     docker("exec", balancer, "/bin/bash", "-c", "kill -STOP $(cat /run/client.pid)")
     try:
@@ -165,7 +165,7 @@ def test_stop_removes_only_its_own_project_and_can_be_repeated(fresh: System, sy
     fresh.up("3", *("--min", "1"))
     assert len(fresh.active()) == 3
     docker("rm", "-f", f"{fresh.project}-backend-2")
-    os.kill(int((fresh.run_dir / "manager.pid").read_text()), signal.SIGKILL)
+    os.kill(fresh.manager_pid(), signal.SIGKILL)
     fresh.down()
     assert fresh.nothing_left()
     assert "is down" in fresh.down()

@@ -1,10 +1,14 @@
-"""Figures that tests come by are printed at the end of the run, so that each claim has a command that shows it."""
+"""What all tests share: their order, their spread over several processes, the figures printed at the end, a browser.
+
+Tests of one module in e2e, swarm or browser share a running system or a browser, so one process runs the whole module.
+All other tests run in whichever process is free. Long modules start first, so that none of them runs alone at the end.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -12,12 +16,57 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 CHROMIUM = Path("/usr/bin/chromium")
+FOLDERS = ("swarm", "e2e", "browser", "netns", "unit")  # in the order in which they start
+WHOLE_MODULES = ("swarm", "e2e", "browser")  # folders
+LONG_MODULES = {"test_cluster", "test_system", "test_unhealthy_backends", "test_updates", "test_run_sh"}
+FIGURE = "figure"
 _figures: list[str] = []
 
 
+def folder_of(test: str) -> str:
+    """The folder below tests/ of a test with this path or id, such as tests/e2e/test_system.py."""
+    _, _, rest = test.rpartition("tests/")
+    return rest.partition("/")[0]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sorts the tests by folder, and within a folder the long modules first. Otherwise the order stays."""
+
+    def rank(item: pytest.Item) -> tuple[int, bool]:
+        folder = folder_of(str(item.path))
+        position = FOLDERS.index(folder) if folder in FOLDERS else len(FOLDERS)
+        return position, item.path.stem not in LONG_MODULES
+
+    items.sort(key=rank)
+
+
+@pytest.hookimpl(optionalhook=True)  # it is pytest-xdist's
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Distributes whole modules or single tests. (xdist's own groups by mark need a pytest before 9.2.)"""
+    from xdist.scheduler import LoadScopeScheduling  # noqa: PLC0415  -- only where tests run in several processes
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            module, _, _ = nodeid.partition("::")
+            return module if folder_of(module) in WHOLE_MODULES else nodeid
+
+    return Scheduling(config, log)
+
+
 @pytest.fixture
-def figure() -> Callable[[str], None]:
-    return _figures.append
+def figure(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Adds a line to the figures at the end of the run, so that each claim has a command that shows it."""
+
+    def add(line: str) -> None:
+        request.node.user_properties.append((FIGURE, line))
+
+    return add
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Collects the figures of a test that has ended, whichever process ran it."""
+    if report.when == "teardown":
+        _figures.extend(str(value) for name, value in report.user_properties if name == FIGURE)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# All tests with one command, on a bare machine too: installs what they need, starts an engine where none answers, checks
-# and runs everything, says what was skipped and why, and ends what it started. Words given go to pytest; those that name
-# tests, such as tests/swarm, are run alone.
+# All tests with one command, also on a bare machine. Installs what the tests need, starts a Docker Engine where none
+# answers, runs the linters and all tests, says what was skipped and why, and stops what it started.
+#   tests/run.sh            linters, then all tests: several at a time, then those that need the machine for themselves
+#   tests/run.sh --fast     linters and the unit tests, which need neither root nor an engine
+#   tests/run.sh WORD…      linters, then one pytest process with these words; paths, such as tests/swarm, select tests
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=manager/host.sh
@@ -11,8 +13,15 @@ mkdir -p run
 LOG=run/tests.log
 : >"$LOG"
 VENV=.venv-tests
-ENGINE_STARTED=
+# Most tests wait more than they compute, so there are more of these than cores.
+WORKERS=${LBTEST_WORKERS:-5}
+FAST='' ENGINE_STARTED=''
 trap 'end_step; [ -z "$ENGINE_STARTED" ] || stop_engine' EXIT
+
+if [ "${1:-}" = --fast ]; then
+    FAST=1
+    shift
+fi
 
 install_packages() {
     python3 -m venv --clear "$VENV"
@@ -20,7 +29,14 @@ install_packages() {
     sha256sum <tests/requirements.txt >"$VENV/stamp"
 }
 
-if [ "$(id -u)" -eq 0 ] && have apt-get; then
+# tests/conftest.py says which tests stay together, and orders them, longest first, so xdist must not.
+run_parallel() {
+    "$VENV/bin/python" -m pytest -n "$WORKERS" --dist loadscope --no-loadscope-reorder "$@"
+}
+
+if [ -n "$FAST" ]; then
+    have shellcheck || need "the linters" shellcheck
+elif [ "$(id -u)" -eq 0 ] && have apt-get; then
     missing=()
     for pair in python3:python3 setpriv:util-linux shellcheck:shellcheck iptables:iptables ipset:ipset conntrack:conntrack ip:iproute2 sysctl:procps hey:hey git:git \
         curl:curl openssl:openssl promtool:prometheus chromium:chromium docker-registry:docker-registry; do
@@ -29,12 +45,12 @@ if [ "$(id -u)" -eq 0 ] && have apt-get; then
     [ ${#missing[@]} -eq 0 ] || need "the tests" "${missing[@]}"
     ensure_engine
 else
-    say "Not root on a Debian or Ubuntu: what needs namespaces or an engine will be skipped"
+    say "Not root on a Debian or Ubuntu: tests that need namespaces or an engine will be skipped"
 fi
 python3 -c 'import ensurepip, venv' 2>/dev/null || need "the tests' environment" python3-venv
 [ "$(cat $VENV/stamp 2>/dev/null)" = "$(sha256sum <tests/requirements.txt)" ] || step "Installing the tests' packages into $VENV" install_packages
 
-say "ruff, mypy, shellcheck, hadolint"
+say "ruff, mypy, import-linter, shellcheck, hadolint"
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .
 "$VENV/bin/mypy"
@@ -42,8 +58,19 @@ PYTHONPATH=manager "$VENV/bin/lint-imports" --no-cache
 git ls-files -co --exclude-standard -z '*.sh' .ci/run | xargs -0 shellcheck -x
 "$VENV/bin/hadolint" balancer/Dockerfile server/Dockerfile
 
-say "unit, netns, browser, e2e, swarm"
 [ -z "$ENGINE_STARTED" ] || [ ! -e run/engine/dockerd.pid ] || export LBTEST_OWN_ENGINE=1
-tests=(tests/unit tests/netns tests/browser tests/e2e tests/swarm)
-case " $* " in *" tests/"*) tests=() ;; esac
-"$VENV/bin/python" -m pytest "${tests[@]}" "$@"
+all=(tests/unit tests/netns tests/browser tests/e2e tests/swarm)
+if [ -n "$FAST" ]; then
+    say "unit"
+    run_parallel tests/unit "$@"
+elif [ $# -gt 0 ]; then
+    case " $* " in *" tests/"*) all=() ;; esac
+    "$VENV/bin/python" -m pytest "${all[@]}" "$@"
+else
+    say "unit, netns, browser, e2e, swarm: $WORKERS at a time"
+    status=0
+    run_parallel -m "not serial" "${all[@]}" || status=$?
+    say "the tests that need the machine for themselves, one after another"
+    "$VENV/bin/python" -m pytest -m serial "${all[@]}" || status=$?
+    exit "$status"
+fi

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -36,7 +39,7 @@ def docker(*arguments: str) -> str:
     return subprocess.run(["docker", *arguments], capture_output=True, text=True, check=True).stdout.strip()
 
 
-def until(condition: Callable[[], Any], what: str, seconds: float = 60.0) -> Any:
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = 60.0) -> Any:
     """The first true value of `condition`; a generous bound, for a busy machine."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -47,7 +50,7 @@ def until(condition: Callable[[], Any], what: str, seconds: float = 60.0) -> Any
 
 
 def free_port() -> int:
-    """A port that nobody has, below those that outgoing connections get: one of these could take it meanwhile."""
+    """A free port, below the range of outgoing connections, one of which could take it later."""
     while True:
         port = random.randrange(20000, 32000)
         with socket.socket() as probe:
@@ -65,7 +68,7 @@ class System:
         self.run_dir = tree / "run" / project
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """Begins ./run.sh in a session of its own, as a terminal would."""
+        """Starts ./run.sh in its own session, as a terminal does."""
         # A shell cannot trap what was ignored when it began, and pytest may have been started in the background.
         command = ["env", "--default-signal=INT", str(self.tree / "run.sh"), *self.flags, *arguments]
         return subprocess.Popen(
@@ -88,7 +91,7 @@ class System:
         with urllib.request.urlopen(f"http://127.0.0.1:{port or self.port}{path}", timeout=10) as answer:
             return str(answer.read().decode())
 
-    def who(self) -> str:
+    def answering_backend(self) -> str:
         """The backend that answers a new connection."""
         return self.get().split(" ")[0]
 
@@ -99,25 +102,48 @@ class System:
     def active(self) -> list[dict[str, Any]]:
         return [backend for backend in self.status()["backends"] if backend["state"] == "active"]
 
-    def settled(self, count: int, seconds: float = 40.0) -> list[dict[str, Any]]:
-        def there() -> list[dict[str, Any]]:
+    def wait_for_active(self, count: int, seconds: float = 40.0) -> list[dict[str, Any]]:
+        def all_active() -> list[dict[str, Any]]:
             backends = self.status()["backends"]
             return backends if len(backends) == count and all(b["state"] == "active" for b in backends) else []
 
-        result: list[dict[str, Any]] = until(there, f"{count} active backends and no others", seconds)
+        result: list[dict[str, Any]] = wait_until(all_active, f"{count} active backends and no others", seconds)
         return result
 
     def operate(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """A call of the operator's, through the Unix socket."""
-        with socket.socket(socket.AF_UNIX) as door:
-            door.connect(str(self.run_dir / "manager.sock"))
+        """Sends an operator's order through the Unix socket; returns the answer."""
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(str(self.run_dir / "manager.sock"))
             text = json.dumps(body)
             head = f"POST {path} HTTP/1.0\r\nContent-Type: application/json\r\nContent-Length: {len(text)}\r\n\r\n"
-            door.sendall((head + text).encode())
-            answer = b"".join(iter(lambda: door.recv(65536), b"")).decode()
+            connection.sendall((head + text).encode())
+            answer = b"".join(iter(lambda: connection.recv(65536), b"")).decode()
         head, _, payload = answer.partition("\r\n\r\n")
         assert " 200 " in head or " 204 " in head, answer
         return dict(json.loads(payload)) if payload else {}
+
+    def serves(self) -> bool:
+        """Whether the sample server answers a new connection."""
+        try:
+            return "primes" in self.get()
+        except OSError:
+            return False
+
+    def manager_pid(self) -> int:
+        return int((self.run_dir / "manager.pid").read_text())
+
+    def kill_manager(self) -> None:
+        """Kills the manager and waits until its supervisor has started another one that answers."""
+        killed = self.manager_pid()
+        os.kill(killed, signal.SIGKILL)
+
+        def answers() -> bool:
+            try:
+                return self.manager_pid() != killed and bool(self.status())
+            except OSError:
+                return False
+
+        wait_until(answers, "the manager is back", 20)
 
     def log(self) -> str:
         return (self.run_dir / "manager.log").read_text()
@@ -141,7 +167,7 @@ class System:
 
 
 def rotations(system: System) -> list[tuple[float, set[str]]]:
-    """When (seconds since 1970) each new rotation was in force, from the balancer's own log."""
+    """(seconds since 1970, addresses) of each rotation in the balancer's log."""
     found = []
     for line in docker("logs", f"{system.project}-balancer").splitlines():
         if match := re.match(r"(\S+ \S+) INFO rotation (.*)", line):
@@ -153,7 +179,7 @@ def rotations(system: System) -> list[tuple[float, set[str]]]:
 class Load:
     """hey, from Debian's packages, at 127.0.0.1: new connections at a bounded rate for a bounded time.
 
-    The workers of one hey fire all at once, so several are started a little apart: a load, not a drumbeat.
+    The workers of one hey send at the same moment, so several are started a little apart for an even load.
     """
 
     LANES = 8
@@ -197,10 +223,31 @@ def copy_tree(place: Path) -> Path:
     return place
 
 
+@contextmanager
+def machine_lock(name: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Lets one test process in at a time; yields a folder that all processes of this run share."""
+    place = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        place = place.parent
+    with (place / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield place
+
+
 @pytest.fixture(scope="session")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy under a path with a space."""
-    return copy_tree(tmp_path_factory.mktemp("e2e") / "a checkout")
+    """A copy under a path with a space. The first process makes the images and the environment for all of them."""
+    place = copy_tree(tmp_path_factory.mktemp("e2e") / "a checkout")
+    with machine_lock("images", tmp_path_factory) as common:
+        made = common / "venv"
+        if made.is_dir():
+            shutil.copytree(made, place / ".venv", symlinks=True)
+        else:
+            first = System(place, "lbtestimages")
+            first.up("1", "--min", "1")
+            first.down("--now")
+            shutil.copytree(place / ".venv", made, symlinks=True)
+    return place
 
 
 @pytest.fixture(scope="session")
@@ -215,13 +262,13 @@ def shared(tree: Path) -> Iterator[System]:
 @pytest.fixture
 def system(shared: System) -> System:
     shared.operate("/scale", {"min": 2, "max": 8, "target": 100})
-    shared.settled(2, 60)
+    shared.wait_for_active(2, 60)
     return shared
 
 
 @pytest.fixture(scope="module")
 def three(tree: Path) -> Iterator[System]:
-    """Three backends that no load moves, for one module's tests."""
+    """Three backends, with a target that no load reaches, for one module's tests."""
     system = System(tree, f"lbthree{os.getpid()}")
     system.up("3", *FAST, "--min", "3", "--max", "8", "--target", "100000")
     yield system
@@ -230,7 +277,7 @@ def three(tree: Path) -> Iterator[System]:
 
 @pytest.fixture
 def fresh(tree: Path) -> Iterator[System]:
-    """A project of its own, not up yet; taken down after the test."""
+    """A project that is not started yet; it is stopped after the test."""
     system = System(tree, f"lbfresh{os.getpid()}")
     yield system
     system.down("--now")

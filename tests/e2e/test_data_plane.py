@@ -1,4 +1,4 @@
-"""What clients notice of death, drain, speed and repair, on the real engine."""
+"""What clients see when backends fail, drain or are slow, and when rules are damaged, on a real engine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from e2e.conftest import FAST, Load, System, docker, rotations, until
+from e2e.conftest import FAST, Load, System, docker, rotations, wait_until
 from netns.lab import Namespace
 
 Figure = Callable[[str], None]
@@ -25,17 +25,17 @@ Figure = Callable[[str], None]
 @pytest.fixture
 def system(three: System) -> System:
     three.operate("/scale", {"min": 3, "max": 8, "target": 100000})
-    three.settled(3, 60)
+    three.wait_for_active(3, 60)
     return three
 
 
-def without(system: System, ip: str, since: float) -> float | None:
-    """Seconds from `since` until the first rotation that did not deal to `ip`."""
+def seconds_until_ejected(system: System, ip: str, since: float) -> float | None:
+    """Seconds from `since` until the first rotation that leaves `ip` out."""
     return next((at - since for at, serving in rotations(system) if at > since - 0.05 and ip not in serving), None)
 
 
 @pytest.mark.parametrize(
-    ("blow", "event"),
+    ("failure", "event"),
     [
         (("kill",), "die"),
         (("stop",), "kill"),
@@ -43,16 +43,16 @@ def without(system: System, ip: str, since: float) -> float | None:
         (("network", "disconnect", "-f"), "disconnect"),
     ],
 )
-def test_losing_one_of_three_backends_at_200_connections_a_second_fails_no_request(
-    system: System, figure: Figure, blow: tuple[str, ...], event: str
+def test_losing_one_of_three_backends_at_200_connections_per_second_fails_only_its_open_requests(
+    system: System, figure: Figure, failure: tuple[str, ...], event: str
 ) -> None:
     victim = system.active()[0]
     load = Load(system.port, seconds=6, per_second=200)
     time.sleep(2)
     began = time.time()
-    target = (system.project, victim["name"]) if blow[0] == "network" else (victim["name"],)
-    docker(*blow, *target)
-    took = until(lambda: without(system, victim["ip"], began), "rules without the victim", 15)
+    target = (system.project, victim["name"]) if failure[0] == "network" else (victim["name"],)
+    docker(*failure, *target)
+    took = wait_until(lambda: seconds_until_ejected(system, victim["ip"], began), "rules without the victim", 15)
     answered, others, slowest = load.result()
     events = docker(
         "events",
@@ -65,22 +65,23 @@ def test_losing_one_of_three_backends_at_200_connections_a_second_fails_no_reque
         "--filter",
         f"event={event}",
     )
-    lines = [line for line in events.splitlines() if victim["name"] in line or blow[0] == "network"]
-    told = [json.loads(line)["timeNano"] / 1e9 for line in lines]
-    after_event = without(system, victim["ip"], told[0]) if told else None
+    lines = [line for line in events.splitlines() if victim["name"] in line or failure[0] == "network"]
+    event_times = [json.loads(line)["timeNano"] / 1e9 for line in lines]
+    after_event = seconds_until_ejected(system, victim["ip"], event_times[0]) if event_times else None
     later = f", {1000 * after_event:.0f} ms after the event" if after_event else ""
     figure(
-        f"docker {' '.join(blow)}: {others} of {answered + others} requests failed, slowest {slowest:.2f} s; "
+        f"docker {' '.join(failure)}: {others} of {answered + others} requests failed, slowest {slowest:.2f} s; "
         f"new rules {took:.2f} s after the command began{later}"
     )
-    # What was in hand on the victim is lost with it; a paused one holds on to what it had accepted.
-    assert others <= (4 if blow[0] != "stop" else 0)
+    # The open requests of the failed backend are lost; a paused one keeps those it had accepted.
+    assert others <= (4 if failure[0] != "stop" else 0)
     assert answered > 800
 
 
-def test_a_backend_whose_process_dies_while_its_container_lives_fails_no_request(tree: Path, figure: Figure) -> None:
+def test_killed_process_in_a_running_container_fails_only_its_open_requests(tree: Path, figure: Figure) -> None:
     image = docker("images", "-q", "--filter", "label=lbscaler.image=server").split()[0]
-    recipe = f'FROM {image}\nENTRYPOINT ["/bin/bash", "-c", "python3 /server/server.py & sleep infinity"]\n'
+    entrypoint = json.dumps(["/bin/bash", "-c", "python3 /server/server.py & sleep infinity"])
+    recipe = f"FROM {image}\nLABEL lbscaler.image=test\nENTRYPOINT {entrypoint}\n"
     subprocess.run(["docker", "build", "-q", "-t", "lbtest-alone", "-"], input=recipe, text=True, check=True)
     system = System(tree, "lbprocess")
     try:
@@ -92,11 +93,11 @@ def test_a_backend_whose_process_dies_while_its_container_lives_fails_no_request
         process = next(int(row.split()[0]) for row in rows if "server.py" in row and "bash" not in row)
         began = time.time()
         os.kill(process, signal.SIGKILL)
-        took = until(lambda: without(system, victim["ip"], began), "rules without the victim", 15)
+        took = wait_until(lambda: seconds_until_ejected(system, victim["ip"], began), "rules without the victim", 15)
         answered, others, slowest = load.result()
         figure(
-            f"process killed in a living container: {others} of {answered + others} requests failed, slowest "
-            f"{slowest:.2f} s; new rules {took:.2f} s after the blow"
+            f"process killed in a running container: {others} of {answered + others} requests failed, slowest "
+            f"{slowest:.2f} s; new rules {took:.2f} s after the kill"
         )
         assert others <= 4
         assert answered > 700
@@ -104,23 +105,23 @@ def test_a_backend_whose_process_dies_while_its_container_lives_fails_no_request
         system.down("--now")
 
 
-def test_a_download_of_ten_seconds_survives_a_scale_in_that_begins_in_its_first(system: System) -> None:
+def test_long_download_completes_although_its_backend_is_drained(system: System) -> None:
     system.operate("/scale", {"min": 6})
-    backends = system.settled(6, 60)
+    backends = system.wait_for_active(6, 60)
     answers: list[str] = []
     threads = [threading.Thread(target=lambda: answers.append(system.get("/?seconds=9"))) for _ in range(12)]
     for thread in threads:
         thread.start()
     time.sleep(0.8)
     system.operate("/scale", {"min": 3, "max": 3})
-    until(lambda: sum(b["state"] == "draining" for b in system.status()["backends"]) >= 3, "three drain", 20)
+    wait_until(lambda: sum(b["state"] == "draining" for b in system.status()["backends"]) >= 3, "three drain", 20)
     for thread in threads:
         thread.join(30)
     assert len(answers) == 12
     assert all("primes" in answer for answer in answers)
     served = {name for answer in answers if (name := answer.strip().splitlines()[-1].split(" ")[0])}
-    drained = {backend["name"] for backend in backends} - {backend["name"] for backend in system.settled(3, 40)}
-    assert served & drained, "no download was on a backend that drained: the test shows nothing"
+    drained = {backend["name"] for backend in backends} - {backend["name"] for backend in system.wait_for_active(3, 40)}
+    assert served & drained, "no download was on a backend that drained: the test proves nothing"
 
 
 def ended(connection: socket.socket) -> bool:
@@ -138,7 +139,7 @@ def ended(connection: socket.socket) -> bool:
     return True
 
 
-def test_an_idle_kept_alive_connection_is_closed_at_the_deadline_and_not_left_hanging(tree: Path) -> None:
+def test_idle_keep_alive_connection_to_a_draining_backend_is_closed_at_the_deadline(tree: Path) -> None:
     system = System(tree, "lbidle")
     try:
         system.up("2", *FAST[:-2], "--drain-timeout", "3", "--min", "1", "--target", "100000")
@@ -148,8 +149,8 @@ def test_an_idle_kept_alive_connection_is_closed_at_the_deadline_and_not_left_ha
             connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
             connection.recv(4096)
             connections.append(connection)
-        until(lambda: any(b["state"] == "draining" for b in system.status()["backends"]), "a drain", 30)
-        until(lambda: len(system.status()["backends"]) == 1, "one backend", 30)
+        wait_until(lambda: any(b["state"] == "draining" for b in system.status()["backends"]), "a drain", 30)
+        wait_until(lambda: len(system.status()["backends"]) == 1, "one backend", 30)
         closed = sum(map(ended, connections))
         assert 0 < closed < 12
         assert "flows left at the drain deadline" in system.log()
@@ -157,12 +158,12 @@ def test_an_idle_kept_alive_connection_is_closed_at_the_deadline_and_not_left_ha
         system.down("--now")
 
 
-def test_four_to_one_under_load_fails_no_request(tree: Path, figure: Figure) -> None:
+def test_scale_in_from_four_to_one_under_load_fails_no_request(tree: Path, figure: Figure) -> None:
     system = System(tree, "lbfour")
     try:
         system.up("4", *FAST, "--min", "1", "--target", "100000")
         load = Load(system.port, seconds=16, per_second=100)
-        system.settled(1, 40)
+        system.wait_for_active(1, 40)
         answered, others, slowest = load.result()
         figure(f"scale-in 4→1 at 100 connections/s: {others} of {answered + others} failed, slowest {slowest:.2f} s")
         assert (answered > 1000, others) == (True, 0)
@@ -179,7 +180,8 @@ def throughput(system: System, seconds: int) -> float:
     return float(rate[1])
 
 
-def test_shares_that_follow_speed_double_what_a_slow_backend_lets_through(system: System, figure: Figure) -> None:
+@pytest.mark.serial
+def test_adaptive_weights_double_the_throughput_beside_a_slow_backend(system: System, figure: Figure) -> None:
     names = [backend["name"] for backend in system.active()]
     for name, cpus in zip(names, ("0.1", "0.4", "0.4"), strict=True):
         docker("update", "--cpus", cpus, name)
@@ -199,7 +201,7 @@ def test_shares_that_follow_speed_double_what_a_slow_backend_lets_through(system
     finally:
         for name in names:
             docker("rm", "-f", name)  # fresh ones without limits take their place
-        until(lambda: {b["name"] for b in system.active()} and len(system.active()) == 3, "replacements", 40)
+        wait_until(lambda: {b["name"] for b in system.active()} and len(system.active()) == 3, "replacements", 40)
 
 
 def test_flushed_and_edited_chains_are_repaired(system: System) -> None:
@@ -208,9 +210,11 @@ def test_flushed_and_edited_chains_are_repaired(system: System) -> None:
     before = docker("exec", balancer, "iptables-nft-save", "-t", "nat")
     for damage in ("-F LB-DISPATCH", "-F PREROUTING", "-A LB-DISPATCH -j RETURN", "-F LB-MASQ"):
         docker("exec", balancer, "iptables-nft", "-w", "5", "-t", "nat", *damage.split())
-        until(lambda: rules(docker("exec", balancer, "iptables-nft-save", "-t", "nat")) == rules(before), damage, 10)
+        wait_until(
+            lambda: rules(docker("exec", balancer, "iptables-nft-save", "-t", "nat")) == rules(before), damage, 10
+        )
     assert "repaired" in docker("logs", balancer)
-    assert len({system.who() for _ in range(60)}) == 3
+    assert len({system.answering_backend() for _ in range(60)}) == 3
 
 
 def rules(text: str) -> list[str]:
@@ -218,7 +222,7 @@ def rules(text: str) -> list[str]:
 
 
 @pytest.mark.skipif(not shutil.which("nsenter"), reason="needs nsenter")
-def test_backends_see_the_address_of_an_outside_client_when_asked_to(tree: Path) -> None:
+def test_backends_see_the_client_address_with_preserve_client_ip(tree: Path) -> None:
     system = System(tree, "lbaddress")
     outside = Namespace()
     ask = "import sys, urllib.request as u; print(u.urlopen(sys.argv[1], timeout=10).read().decode())"
@@ -241,8 +245,10 @@ def test_backends_see_the_address_of_an_outside_client_when_asked_to(tree: Path)
         name = system.active()[0]["name"]
         assert docker("inspect", "-f", "{{.HostConfig.CapAdd}}", name) == "[]"
         docker("kill", name)
-        until(lambda: name not in {b["name"] for b in system.status()["backends"]}, "the dead one is gone")
-        until(lambda: len(system.active()) == 3, "three again")
+        wait_until(
+            lambda: name not in {b["name"] for b in system.status()["backends"]}, "the killed backend is removed"
+        )
+        wait_until(lambda: len(system.active()) == 3, "three again")
         assert all("for 198.19.255.2" in outside_answer() for _ in range(12))
     finally:
         system.down("--now")

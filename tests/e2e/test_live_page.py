@@ -1,4 +1,4 @@
-"""The page over the real system: what it shows is what is, and README's pictures are made here.
+"""The page of a running system agrees with its /status; README's pictures are made here.
 
 LBTEST_PICTURES=1 keeps the pictures in docs/pictures/, where README shows them from.
 """
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from e2e.conftest import ROOT, Load, System, until
+from e2e.conftest import ROOT, Load, System, wait_until
 
 checks = pytest.importorskip("browser.checks", reason="needs the package playwright")
 
@@ -26,14 +26,14 @@ def url(system: System) -> str:
     return f"http://127.0.0.1:{system.manager_port}"
 
 
-def test_the_page_agrees_with_the_status_of_a_system_under_load(system: System, page: Page) -> None:
+def test_page_agrees_with_the_status_under_load(system: System, page: Page) -> None:
     load = Load(system.port, seconds=8, per_second=20)
     checks.agrees_with_the_status(page, url(system))
     load.result()
     checks.requests_go_only_to_the_manager(page, url(system))
 
 
-def test_a_scale_out_is_on_the_page_within_two_seconds_of_its_decision(
+def test_scale_out_is_on_the_page_within_two_seconds_of_its_decision(
     system: System,
     page: Page,
 ) -> None:
@@ -41,13 +41,13 @@ def test_a_scale_out_is_on_the_page_within_two_seconds_of_its_decision(
     page.wait_for_selector("#fleet tr")
     assert len(checks.rows(page)) == 2
     load = Load(system.port, seconds=12, per_second=50)
-    until(lambda: system.status()["desired"] > 2, "a decision to grow", 20)
+    wait_until(lambda: system.status()["desired"] > 2, "a decision to grow", 20)
     checks.until(page, lambda: len(checks.rows(page)) > 2, "the new backends are on the page", 2)
     load.result()
     checks.marks_the_last_decision(page, url(system))
 
 
-def test_the_demo_loads_the_live_system_and_draws_what_it_saw_and_the_page_saw_it_too(
+def test_demo_load_scales_the_system_and_draws_the_result(
     system: System,
     page: Page,
     tmp_path: Path,

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from e2e.conftest import System, docker, free_port, until
+from e2e.conftest import System, docker, free_port, wait_until
 
 DOCS = Path(__file__).parents[2] / "docs"
 TARGETS = {"manager": "127.0.0.1:5000", "balancer": "198.18.0.2:5000"}  # as docs/prometheus.yml has them
@@ -55,7 +55,7 @@ class Prometheus:
     def alerts(self) -> set[str]:
         return {rule["name"] for group in self.get("rules")["groups"] for rule in group["rules"]}
 
-    def troubles(self) -> set[str]:
+    def pending_alerts(self) -> set[str]:
         """The alerts that fire or are about to."""
         return {alert["labels"]["alertname"] for alert in self.get("alerts")["alerts"]}
 
@@ -75,7 +75,7 @@ def prometheus(place: Path, manager: str, balancer: str) -> Iterator[Prometheus]
         process = subprocess.Popen([*command, f"--web.listen-address=127.0.0.1:{port}"], stdout=log, stderr=log)
         try:
             it = Prometheus(port)
-            until(lambda: process.poll() is not None or it.ready(), "Prometheus is ready")
+            wait_until(lambda: process.poll() is not None or it.ready(), "Prometheus is ready")
             assert process.poll() is None, (place / "prometheus.log").read_text()
             yield it
         finally:
@@ -87,23 +87,29 @@ def prometheus(place: Path, manager: str, balancer: str) -> Iterator[Prometheus]
                 process.wait()
 
 
-def test_prometheus_scrapes_manager_and_balancer_and_has_the_rules(system: System, tmp_path: Path) -> None:
+def test_prometheus_scrapes_manager_and_balancer_and_loads_the_alert_rules(system: System, tmp_path: Path) -> None:
     where = "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}"
     balancer = docker("inspect", "-f", where, f"{system.project}-balancer")
     with prometheus(tmp_path, f"127.0.0.1:{system.manager_port}", f"{balancer}:5000") as it:
-        scraped = until(it.health, "both targets are scraped", 60)
+        scraped = wait_until(it.health, "both targets are scraped", 60)
         assert scraped == {"lbscaler-manager": "up", "lbscaler-balancer": "up"}
 
         system.get()
         active = len(system.active())
-        until(lambda: it.value('sum(lbscaler_backends{state="active"})') == active, f"{active} active backends told")
-        until(lambda: it.value("lbscaler_balancer_rotation_backends") == active, "and dealt to")
-        until(lambda: it.value("lbscaler_desired_backends") == system.status()["desired"], "the number wanted is told")
-        until(lambda: (it.value("sum(lbscaler_backend_connections_total)") or 0) > 0, "a connection is told")
-        until(lambda: it.value("sum(lbscaler_decisions_total)"), "a decision is told")
+        wait_until(
+            lambda: it.value('sum(lbscaler_backends{state="active"})') == active,
+            f"{active} active backends are exported",
+        )
+        wait_until(lambda: it.value("lbscaler_balancer_rotation_backends") == active, "all of them are in rotation")
+        wait_until(
+            lambda: it.value("lbscaler_desired_backends") == system.status()["desired"],
+            "the desired number is exported",
+        )
+        wait_until(lambda: (it.value("sum(lbscaler_backend_connections_total)") or 0) > 0, "a connection is counted")
+        wait_until(lambda: it.value("sum(lbscaler_decisions_total)"), "a decision is counted")
         assert it.value("lbscaler_balancer_apply_seconds_count")
 
         shipped = {line.split()[-1] for line in (DOCS / "alerts.yml").read_text().splitlines() if "- alert:" in line}
         assert it.alerts() == shipped
-        earlier_tests_do = {"LbscalerLaunchesFail", "LbscalerBackingOff"}
-        assert it.troubles() <= earlier_tests_do, "all is well"
+        caused_by_earlier_tests = {"LbscalerLaunchesFail", "LbscalerBackingOff"}
+        assert it.pending_alerts() <= caused_by_earlier_tests, "no other alert fires"

@@ -14,21 +14,21 @@ from pathlib import Path
 
 import pytest
 
-from e2e.conftest import Load, System, docker, until
+from e2e.conftest import Load, System, docker, wait_until
 
 
-def test_every_backend_answers_and_names_itself(system: System) -> None:
+def test_every_active_backend_answers(system: System) -> None:
     names = {backend["name"] for backend in system.active()}
-    assert Counter(system.who() for _ in range(40)).keys() == names
+    assert Counter(system.answering_backend() for _ in range(40)).keys() == names
 
 
-def test_load_grows_the_fleet_and_quiet_shrinks_it_with_no_request_failed(system: System) -> None:
+def test_load_scales_out_and_its_end_scales_in_and_no_request_fails(system: System) -> None:
     heavy = Load(system.port, seconds=8, per_second=150)
-    until(lambda: len(system.active()) >= 4, "growth to four", 20)
+    wait_until(lambda: len(system.active()) >= 4, "growth to four", 20)
     answered, others, _ = heavy.result()
     assert (answered > 500, others) == (True, 0)
     light = Load(system.port, seconds=18, per_second=20)  # while it shrinks
-    system.settled(2, 60)
+    system.wait_for_active(2, 60)
     answered, others, _ = light.result()
     assert (answered > 200, others) == (True, 0)
     log = system.log()
@@ -38,15 +38,15 @@ def test_load_grows_the_fleet_and_quiet_shrinks_it_with_no_request_failed(system
     assert "Traceback" not in log
 
 
-def test_a_killed_backend_is_replaced(system: System) -> None:
+def test_killed_backend_is_replaced(system: System) -> None:
     victim = system.active()[0]["name"]
     docker("kill", victim)
-    until(lambda: "active→failed" in system.log(), "the death is told")
-    system.settled(2)
-    assert {system.who() for _ in range(20)} == {backend["name"] for backend in system.active()}
+    wait_until(lambda: "active→failed" in system.log(), "the failure is logged")
+    system.wait_for_active(2)
+    assert {system.answering_backend() for _ in range(20)} == {backend["name"] for backend in system.active()}
 
 
-def test_a_strangers_container_survives_and_its_address_stalls_nothing(system: System) -> None:
+def test_foreign_container_is_kept_and_its_address_and_name_do_not_block_a_scale_out(system: System) -> None:
     names = {backend["name"] for backend in system.active()}
     image = docker("inspect", "-f", "{{.Config.Image}}", min(names))
     next_name = next(name for n in range(1, 9) if (name := f"{system.project}-backend-{n}") not in names)
@@ -57,16 +57,16 @@ def test_a_strangers_container_survives_and_its_address_stalls_nothing(system: S
     with_our_next_name = docker("run", "-d", "--name", next_name, *idle)
     try:
         system.operate("/scale", {"min": 5})
-        system.settled(5)
+        system.wait_for_active(5)
         system.operate("/scale", {"min": 2})
-        system.settled(2, 60)
+        system.wait_for_active(2, 60)
         for container in (on_the_network, with_our_next_name):
             assert docker("inspect", "-f", "{{.State.Running}}", container) == "true"
     finally:
         docker("rm", "-f", on_the_network, with_our_next_name)
 
 
-def test_run_again_changes_only_what_settings_changed(system: System) -> None:
+def test_second_run_applies_only_the_changed_settings(system: System) -> None:
     before = sorted(system.containers())
     assert "unchanged" in system.up()
     assert sorted(system.containers()) == before
@@ -77,25 +77,25 @@ def test_run_again_changes_only_what_settings_changed(system: System) -> None:
     assert system.status()["max"] == 7
     output = system.up("--bind", "198.18.99.99", "--max", "6", status=1)
     assert "give an address of this host with --bind" in output
-    assert system.who(), "it serves where it served before"
+    assert system.answering_backend(), "it serves where it served before"
     assert system.status()["max"] == 7
     assert system.status()["target"] == 100
 
 
-def test_traffic_flows_while_manager_and_client_are_dead(system: System) -> None:
-    os.kill(int((system.run_dir / "manager.pid").read_text()), signal.SIGKILL)
+def test_traffic_flows_without_manager_and_balancer_client(system: System) -> None:
+    os.kill(system.manager_pid(), signal.SIGKILL)
     balancer = f"{system.project}-balancer"
     docker("exec", balancer, "/bin/bash", "-c", "kill -STOP $(cat /run/client.pid)")
     try:
-        assert len({system.who() for _ in range(30)}) == 2
+        assert len({system.answering_backend() for _ in range(30)}) == 2
     finally:
         docker("exec", balancer, "/bin/bash", "-c", "kill -KILL $(cat /run/client.pid)")
-    assert len({system.who() for _ in range(30)}) == 2
+    assert len({system.answering_backend() for _ in range(30)}) == 2
     system.up()
-    system.settled(2)
+    system.wait_for_active(2)
 
 
-def test_the_files_shown_on_the_host_tell_the_rotation(system: System) -> None:
+def test_host_files_list_the_rotation_and_the_manager_address(system: System) -> None:
     shown = (system.tree / "balancer" / "ip.txt").read_text().split()
     assert sorted(shown) == sorted(backend["ip"] for backend in system.active())
     assert (system.tree / "balancer" / "hostip.txt").read_text().strip().endswith(f":{system.manager_port}")
@@ -110,7 +110,7 @@ def test_the_files_shown_on_the_host_tell_the_rotation(system: System) -> None:
         "Waiting for the first",
     ],
 )
-def test_an_interrupted_start_leaves_nothing(fresh: System, moment: str) -> None:
+def test_interrupted_start_removes_everything_it_created(fresh: System, moment: str) -> None:
     process = fresh.start()
     assert process.stdout is not None
     seen = ""
@@ -122,10 +122,10 @@ def test_an_interrupted_start_leaves_nothing(fresh: System, moment: str) -> None
     os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, seen + output
-    until(fresh.nothing_left, "nothing is left", 10)
+    wait_until(fresh.nothing_left, "nothing is left", 10)
 
 
-def test_a_second_interrupt_does_not_cut_the_undo_off(fresh: System) -> None:
+def test_second_interrupt_does_not_stop_the_rollback(fresh: System) -> None:
     process = fresh.start()
     assert process.stdout is not None
     seen = ""
@@ -140,14 +140,14 @@ def test_a_second_interrupt_does_not_cut_the_undo_off(fresh: System) -> None:
     assert fresh.nothing_left()
 
 
-def test_a_manager_whose_files_were_deleted_is_stopped_all_the_same(fresh: System) -> None:
+def test_stop_sh_stops_a_manager_whose_files_were_deleted(fresh: System) -> None:
     fresh.up()
     shutil.rmtree(fresh.run_dir)
     fresh.down("--now")
     assert fresh.nothing_left()
 
 
-def test_projects_that_start_at_once_get_networks_of_their_own(tree: Path) -> None:
+def test_projects_started_together_get_separate_networks(tree: Path) -> None:
     several = [System(tree, f"lbtogether{number}") for number in range(6)]
     begun = [system.start("--min", "1", "1") for system in several]
     try:
@@ -160,16 +160,16 @@ def test_projects_that_start_at_once_get_networks_of_their_own(tree: Path) -> No
     assert all(system.nothing_left() for system in several)
 
 
-def test_stop_removes_all_of_ours_and_only_that_and_can_be_said_twice(fresh: System, system: System) -> None:
+def test_stop_removes_only_its_own_project_and_can_be_repeated(fresh: System, system: System) -> None:
     fresh.up("3", *("--min", "1"))
     assert len(fresh.active()) == 3
     docker("rm", "-f", f"{fresh.project}-backend-2")
-    os.kill(int((fresh.run_dir / "manager.pid").read_text()), signal.SIGKILL)
+    os.kill(fresh.manager_pid(), signal.SIGKILL)
     fresh.down()
     assert fresh.nothing_left()
     assert "is down" in fresh.down()
-    assert system.who()
-    system.settled(2)
+    assert system.answering_backend()
+    system.wait_for_active(2)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_stop_removes_all_of_ours_and_only_that_and_can_be_said_twice(fresh: Sys
         (("99",), "the number of backends is '99'; allowed: 2 (--min) to 10 (--max)"),
     ],
 )
-def test_a_bad_setting_is_one_line_and_exit_code_2_and_touches_nothing(
+def test_invalid_setting_is_one_line_with_exit_code_2_and_changes_nothing(
     fresh: System, flags: tuple[str, ...], line: str
 ) -> None:
     output = fresh.up(*flags, status=2)
@@ -190,14 +190,14 @@ def test_a_bad_setting_is_one_line_and_exit_code_2_and_touches_nothing(
     assert fresh.nothing_left()
 
 
-def test_a_taken_port_is_told_with_its_owner_and_the_flag_that_moves_it(fresh: System, system: System) -> None:
+def test_taken_port_is_reported_with_its_owner_and_the_flag_to_change_it(fresh: System, system: System) -> None:
     output = fresh.up("--port", str(system.port), status=1)
     assert f"port {system.port} is taken by docker-proxy" in output
     assert "--port PORT" in output
     assert fresh.nothing_left()
 
 
-def test_the_drain_of_stop_lets_a_request_in_hand_finish(fresh: System, tmp_path: Path) -> None:
+def test_stop_lets_an_open_request_finish(fresh: System, tmp_path: Path) -> None:
     fresh.up()
     answers: list[str] = []
     thread = threading.Thread(target=lambda: answers.append(fresh.get("/?seconds=4")))
@@ -208,9 +208,7 @@ def test_the_drain_of_stop_lets_a_request_in_hand_finish(fresh: System, tmp_path
     assert "primes" in answers[0]
 
 
-def test_it_works_without_root_for_a_member_of_the_docker_group(
-    tree: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_member_of_the_docker_group_runs_it_without_root(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     group = grp.getgrnam("docker").gr_gid
     home = tmp_path_factory.mktemp("member")
     shutil.copytree(tree, home / "a checkout", ignore=shutil.ignore_patterns("run", ".venv"))

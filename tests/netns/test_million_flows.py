@@ -102,6 +102,7 @@ def full_table() -> Iterator[Namespace]:
         LIMIT.write_text(before)
 
 
+@pytest.mark.serial
 def test_million_flows_are_counted_and_deleted_with_constant_memory(
     full_table: Namespace, figure: Callable[[str], None]
 ) -> None:

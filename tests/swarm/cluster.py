@@ -1,6 +1,8 @@
-"""A cluster on one machine: three engines, each in a network namespace of its own, and a registry, joined by a bridge
-in one more. Addresses are of 198.18.0.0/15, the networks kept for tests. Everything ends with the process that made it:
-`Cluster.close` ends what it started, by pid."""
+"""A cluster on one machine: three engines, each in its own network namespace, and a registry.
+
+A bridge in one more namespace connects them. Addresses are of 198.18.0.0/15, which is reserved for tests.
+`Cluster.close` ends every process that the cluster started, by pid.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from e2e.conftest import until
+from e2e.conftest import wait_until
 
 T = TypeVar("T")
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -33,13 +35,13 @@ def sh(command: str) -> str:
     return done.stdout.strip()
 
 
-def within(namespace: str, call: Callable[[], T]) -> T:
+def in_namespace(namespace: str, call: Callable[[], T]) -> T:
     """The result of `call`, run by a thread in that network namespace."""
     results: list[T] = []
 
     def enter() -> None:
-        with Path(f"/run/netns/{namespace}").open() as door:
-            assert _libc.setns(door.fileno(), 0x40000000) == 0, os.strerror(ctypes.get_errno())
+        with Path(f"/run/netns/{namespace}").open() as file:
+            assert _libc.setns(file.fileno(), 0x40000000) == 0, os.strerror(ctypes.get_errno())
         results.append(call())
 
     thread = threading.Thread(target=enter)
@@ -70,13 +72,13 @@ class Node:
                ip -n {self.name} route add default via 198.18.0.254""")
         self.place.mkdir()
 
-    def inside(self, *command: str) -> list[str]:
+    def namespace_command(self, *command: str) -> list[str]:
         """`command`, in this node's network (and with this host's cgroups, which `ip netns exec` would hide)."""
         return ["nsenter", f"--net=/run/netns/{self.name}", *command]
 
     def run(self, *command: str, timeout: float = 300, status: int = 0) -> str:
         done = subprocess.run(
-            self.inside(*command), env=self.env, capture_output=True, text=True, timeout=timeout, check=False
+            self.namespace_command(*command), env=self.env, capture_output=True, text=True, timeout=timeout, check=False
         )
         assert done.returncode == status, f"{command}\n{done.stdout}{done.stderr}"
         return done.stdout.strip()
@@ -91,18 +93,18 @@ class Node:
             except OSError:
                 return ""
 
-        return within(self.name, ask)
+        return in_namespace(self.name, ask)
 
     def docker(self, *arguments: str) -> str:
         return self.run("docker", *arguments)
 
     def try_docker(self, *arguments: str) -> str:
-        """The same, where a Swarm that has just lost somebody may not answer; then nothing."""
+        """The same, empty where a Swarm that has just lost a node does not answer."""
         done = subprocess.run(["docker", *arguments], env=self.env, capture_output=True, text=True, check=False)
         return done.stdout.strip() if done.returncode == 0 else ""
 
     def start_engine(self) -> None:
-        command = self.inside(
+        command = self.namespace_command(
             "unshare", "--uts", "sh", "-c", 'hostname "$0"; exec "$@"', self.name,
             "dockerd", "--host", f"unix://{self.socket}", "--data-root", str(self.place / "data"),
             "--exec-root", str(self.place / "exec"), "--pidfile", str(self.place / "dockerd.pid"),
@@ -110,11 +112,15 @@ class Node:
         )  # fmt: skip
         with (self.place / "dockerd.log").open("ab") as log:
             self._engine = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        until(lambda: not subprocess.run(["docker", "info"], env=self.env, capture_output=True, check=False).returncode,
-              f"the engine of {self.name} answers")  # fmt: skip
+
+        def answers() -> bool:
+            done = subprocess.run(["docker", "info"], env=self.env, capture_output=True, check=False)
+            return done.returncode == 0
+
+        wait_until(answers, f"the engine of {self.name} answers")
 
     def kill_engine(self) -> None:
-        """The machine's end, as far as others can see: its engine, its containers and its link."""
+        """What others see of a machine that fails: no engine, no containers, no link."""
         self.cut()
         self.end(signal.SIGKILL)
 
@@ -129,7 +135,7 @@ class Node:
                 os.kill(pid, signal.SIGKILL)
 
     def close(self) -> None:
-        self.mend()
+        self.reconnect()
         self.end()
         sh(f"grep -F {self.place} /proc/mounts | cut -d' ' -f2 | sort -r | xargs -r -n1 umount -l || true")
         subprocess.run(["ip", "netns", "del", self.name], check=False)
@@ -153,7 +159,7 @@ class Node:
     def cut(self) -> None:
         sh(f"ip -n {self._fabric} link set {self.link} down")
 
-    def mend(self) -> None:
+    def reconnect(self) -> None:
         sh(f"ip -n {self._fabric} link set {self.link} up")
 
 
@@ -225,7 +231,7 @@ class Load:
             time.sleep(self.WORKERS / per_second)
 
     def result(self) -> tuple[int, list[str]]:
-        """(answers with status 200, the lines that tell of any other outcome)."""
+        """(answers with status 200, one line for each other outcome)."""
         answered, others = 0, []
         for lane in self._lanes:
             text = lane.communicate(timeout=120)[0]
@@ -236,9 +242,9 @@ class Load:
         return answered, others
 
 
-def lost_in_hand(others: list[str]) -> int:
-    """How many requests a lost node took with it: those it had accepted, and not another kind of failure among them.
-    They wait in vain, or what the client sends again finds its flow forgotten, and is answered with a RST."""
+def lost_in_flight(others: list[str]) -> int:
+    """How many requests were lost with a node: those it had accepted. Another kind of failure among them is an error.
+    They time out, or a segment that the client sends again meets no flow and is answered with a RST."""
     assert all("awaiting headers" in line or "reset by peer" in line for line in others), others
     lost = sum(int(number) for line in others for number in re.findall(r"^\[(\d+)\]", line))
     assert lost <= Load.WORKERS, f"more than the one burst that was under way: {others}"
@@ -265,8 +271,8 @@ class System:
             *flags,
         ]
         done = subprocess.run(
-            self.node.inside(*words), env=self.node.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            timeout=240, check=False,
+            self.node.namespace_command(*words), env=self.node.env, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, timeout=240, check=False,
         )  # fmt: skip
         assert done.returncode == status, done.stdout
         return done.stdout
@@ -281,16 +287,16 @@ class System:
     def active(self) -> list[dict[str, Any]]:
         return [b for b in self.status()["backends"] if b["state"] == "active" and b["healthy"]]
 
-    def settled(self, count: int, balancers: int = 3, seconds: float = 90) -> list[dict[str, Any]]:
-        def there() -> list[dict[str, Any]]:
+    def wait_for_active(self, count: int, balancers: int = 3, seconds: float = 90) -> list[dict[str, Any]]:
+        def all_active() -> list[dict[str, Any]]:
             status = self.status()
             rows = status["backends"]
-            well = len(rows) == count and all(b["state"] == "active" and b["healthy"] for b in rows)
+            ready = len(rows) == count and all(b["state"] == "active" and b["healthy"] for b in rows)
             # every balancer has to have reported of all of them
             same = {b["revision"] for b in status["balancers"]} == {status.get("revision")}
-            return rows if well and same and len(status["balancers"]) == balancers else []
+            return rows if ready and same and len(status["balancers"]) == balancers else []
 
-        rows: list[dict[str, Any]] = until(there, f"{count} active backends, {balancers} balancers", seconds)
+        rows: list[dict[str, Any]] = wait_until(all_active, f"{count} active backends, {balancers} balancers", seconds)
         return rows
 
     def scale(self, **limits: int) -> None:
@@ -312,7 +318,7 @@ class System:
         return int(self.node.docker("service", "inspect", "--format", template, f"{self.project}-backend"))
 
     def rotation(self, node: Node) -> set[str]:
-        """The addresses that the balancer on `node` deals to now."""
+        """The addresses that the balancer on `node` sends connections to now."""
         balancer = self.balancer(node)
         if not balancer:
             return set()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from e2e.conftest import copy_tree, until
+from e2e.conftest import copy_tree, machine_lock, wait_until
 from swarm.cluster import REGISTRY, Cluster, System
 
 TOOLS = ("dockerd", "docker", "docker-registry", "nsenter", "ip", "hey", "curl", "openssl")
@@ -53,11 +53,12 @@ def image_of(tree: Path, folder: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
+@pytest.fixture(scope="module")
+def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    """One Swarm of three nodes for a module's tests, or of as many as its NODES says."""
     # Short, and not below pytest's own folder: a socket's path has no more than 107 characters.
     with tempfile.TemporaryDirectory(prefix="lbswarm") as place:
-        made = Cluster(Path(place))
+        made = Cluster(Path(place), getattr(request.module, "NODES", 3))
         try:
             made.open()
             made.join()
@@ -66,18 +67,17 @@ def cluster() -> Iterator[Cluster]:
             made.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def tree(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = copy_tree(tmp_path_factory.mktemp("swarm") / "a checkout")
-    done = subprocess.run(
-        ["/bin/bash", "-euc", PREPARE, "prepare", f"unix://{cluster.nodes[0].socket}"], cwd=place, capture_output=True,
-        text=True, timeout=300, check=False,
-    )  # fmt: skip
+    command = ["/bin/bash", "-euc", PREPARE, "prepare", f"unix://{cluster.nodes[0].socket}"]
+    with machine_lock("images", tmp_path_factory):
+        done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return place
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def running(cluster: Cluster, tree: Path) -> Iterator[System]:
     """Three backends that no load moves, on three nodes."""
     system = System(cluster, cluster.nodes[0], tree)
@@ -88,7 +88,7 @@ def running(cluster: Cluster, tree: Path) -> Iterator[System]:
 
 @pytest.fixture
 def system(running: System) -> System:
-    until(running.cluster.whole, "every node is there", 90)
+    wait_until(running.cluster.whole, "every node is there", 90)
     running.scale(min=3, max=3)
-    running.settled(3)
+    running.wait_for_active(3)
     return running

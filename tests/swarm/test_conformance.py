@@ -1,7 +1,6 @@
-"""One suite, both engines, for real: whoever runs the backends, the same things are true above it.
+"""The same tests for both engines, each against a real one: what the controller relies on holds for both.
 
-The controller is driven by hand; in place of balancers the test says that whatever is in the view is well, and that
-whoever drains has drained.
+No balancers run here. The test sends their reports: every backend is healthy, every draining backend has drained.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import pytest
 from core.controller import Controller
 from core.engine import EngineError
 from core.load import Report, Sample
-from e2e.conftest import until
+from e2e.conftest import wait_until
 from engines.docker_engine import DockerEngine
 from engines.options import BalancerOptions
 from engines.swarm_engine import SwarmEngine
@@ -28,6 +27,7 @@ from swarm.cluster import Cluster, Node
 from swarm.conftest import image_of
 from web.metrics import Tally
 
+NODES = 1
 ENGINES = {"docker": DockerEngine, "swarm": SwarmEngine}
 
 
@@ -40,9 +40,9 @@ class Driven:
             panic_window=1, drain_timeout=4, constraint=f"node.hostname=={node.name}", **changes,
         )  # fmt: skip
         self.engine = ENGINES[kind](self.settings, BalancerOptions("none", "the token"))
-        self.engine._note_balancers = lambda *_: None  # there are none here, and none are missed
+        self.engine._note_balancers = lambda *_: None  # no balancers run here
         self.controller = Controller(self.engine, self.settings, place / "ip.txt", Tally())
-        self.views: list[dict[str, str]] = []  # id → state, as a balancer would have been told
+        self.snapshots: list[dict[str, str]] = []  # id → state, as a balancer receives it
         self.controller.adopt(None)
 
     def again(self, **changes: object) -> Driven:
@@ -55,14 +55,14 @@ class Driven:
         self.engine._client.close()  # Docker's client leaves its connections to the collector
 
     def turn(self) -> None:
-        """One pass, and what balancers would say to its outcome."""
+        """One pass, and the reports of balancers after it."""
         self.controller.step()
-        view = self.controller.wait_for_snapshot("", 0)
-        assert view is not None
-        self.views.append({b["id"]: b["state"] for b in view["backends"]})
-        samples = {b["ip"]: Sample(0, 0, 0, 0, True, id=b["id"]) for b in view["backends"]}
-        self.controller.report(Report("b1", view["revision"], 0.5, samples))
-        for backend in view["backends"]:
+        snapshot = self.controller.wait_for_snapshot("", 0)
+        assert snapshot is not None
+        self.snapshots.append({b["id"]: b["state"] for b in snapshot["backends"]})
+        samples = {b["ip"]: Sample(0, 0, 0, 0, True, id=b["id"]) for b in snapshot["backends"]}
+        self.controller.report(Report("b1", snapshot["revision"], 0.5, samples))
+        for backend in snapshot["backends"]:
             if backend["state"] == "draining":
                 self.controller.stop(backend["ip"], "drained", "b1")
 
@@ -74,12 +74,12 @@ class Driven:
         return list(self.controller.status()["backends"])
 
     def turn_until(self, condition: Callable[[], Any], what: str) -> None:
-        until(lambda: (self.turn(), condition())[1], what, 60)
+        wait_until(lambda: (self.turn(), condition())[1], what, 60)
 
     def scale(self, count: int) -> None:
         self.controller.scale(count, count, None)
         self.turn_until(lambda: len(self.active()) == count == len(self.rows()), f"{count} and no others")
-        until(lambda: len(self.containers()) == count, "they run")
+        wait_until(lambda: len(self.containers()) == count, "they run")
 
     def containers(self) -> list[str]:
         return self.node.docker("ps", "-q", "--no-trunc", "--filter", f"label=lbscaler.project={self.project}").split()
@@ -103,12 +103,14 @@ def driven(
     finally:
         if kind == "swarm":
             node.run("/bin/sh", "-c", f"docker service rm {project}-backend || true")
-            until(lambda: not node.run("/bin/sh", "-c", f"docker ps -aq {ours}"), "its containers are gone")
+            wait_until(lambda: not node.run("/bin/sh", "-c", f"docker ps -aq {ours}"), "its containers are gone")
         node.run("/bin/sh", "-c", f"docker ps -aq {ours} | xargs -r docker rm -f")
-        until(lambda: node.run("/bin/sh", "-c", f"docker network rm {project} && echo gone || true"), "no network left")
+        wait_until(
+            lambda: node.run("/bin/sh", "-c", f"docker network rm {project} && echo gone || true"), "no network left"
+        )
 
 
-def test_it_grows_to_what_is_wanted_each_with_an_address_of_its_own(driven: Driven) -> None:
+def test_scale_out_reaches_the_desired_count_with_distinct_addresses(driven: Driven) -> None:
     driven.scale(3)
     assert len(set(driven.active().values())) == 3
     assert all(ip.startswith("198.19.192.") for ip in driven.active().values())
@@ -116,31 +118,33 @@ def test_it_grows_to_what_is_wanted_each_with_an_address_of_its_own(driven: Driv
     assert {container.spec for container in driven.engine.list()} == {driven.engine.spec()}
 
 
-def test_who_leaves_drains_in_the_view_before_the_container_has_ended(driven: Driven) -> None:
+def test_backend_drains_in_the_snapshot_before_its_container_stops(driven: Driven) -> None:
     driven.scale(3)
-    driven.views.clear()
+    driven.snapshots.clear()
     driven.scale(1)
     assert len(driven.containers()) == 1
-    gone = driven.views[0].keys() - driven.views[-1].keys()
+    gone = driven.snapshots[0].keys() - driven.snapshots[-1].keys()
     assert len(gone) == 2
     for id_ in gone:
-        states = [view[id_] for view in driven.views if id_ in view]
+        states = [snapshot[id_] for snapshot in driven.snapshots if id_ in snapshot]
         assert states == sorted(states), "first active, then draining"
         assert states[-1] == "draining"
 
 
-def test_a_death_is_noticed_with_its_reason_and_made_good(driven: Driven, caplog: pytest.LogCaptureFixture) -> None:
+def test_killed_container_is_logged_with_its_exit_code_and_replaced(
+    driven: Driven, caplog: pytest.LogCaptureFixture
+) -> None:
     driven.scale(2)
     before = driven.active()
     driven.node.docker("kill", driven.containers()[0])
     with caplog.at_level("WARNING"):
-        driven.turn_until(lambda: len(driven.active().keys() & before.keys()) < 2, "a death is noticed")
-        driven.turn_until(lambda: len(driven.active()) == 2 == len(driven.rows()), "it is made good")
+        driven.turn_until(lambda: len(driven.active().keys() & before.keys()) < 2, "the failure is noticed")
+        driven.turn_until(lambda: len(driven.active()) == 2 == len(driven.rows()), "it is replaced")
     assert any("its container ended with exit code" in line for line in caplog.messages)
-    until(lambda: len(driven.containers()) == 2, "both run")
+    wait_until(lambda: len(driven.containers()) == 2, "both run")
 
 
-def test_another_manager_takes_over_and_orders_nothing(driven: Driven) -> None:
+def test_new_manager_keeps_the_backends_of_its_predecessor(driven: Driven) -> None:
     driven.scale(3)
     before, containers = driven.active(), set(driven.containers())
     after = driven.again()
@@ -152,7 +156,7 @@ def test_another_manager_takes_over_and_orders_nothing(driven: Driven) -> None:
     after.close()
 
 
-def test_other_options_replace_all_and_never_fewer_serve_than_wanted(driven: Driven) -> None:
+def test_changed_options_replace_all_and_keep_the_desired_number_active(driven: Driven) -> None:
     driven.scale(2)
     before = driven.active().keys()
     after = driven.again(env="NEW=1")
@@ -163,35 +167,37 @@ def test_other_options_replace_all_and_never_fewer_serve_than_wanted(driven: Dri
         fewest = min(fewest, len(after.active()))
         return not after.active().keys() & before and len(after.active()) == 2 == len(after.rows())
 
-    until(lambda: (after.turn(), replaced())[1], "both replaced", 90)
+    wait_until(lambda: (after.turn(), replaced())[1], "both replaced", 90)
     assert fewest == 2
     environments = [driven.node.docker("inspect", "-f", "{{json .Config.Env}}", id_) for id_ in driven.containers()]
     assert all("NEW=1" in json.loads(text) for text in environments)
     after.close()
 
 
-def test_hints_come_without_being_asked_for_twice(driven: Driven) -> None:
+def test_killed_container_sends_an_event(driven: Driven) -> None:
     driven.scale(1)
-    told: list[str] = []
+    received: list[str] = []
     listening = threading.Event()
 
     def listen() -> None:
         for event in driven.engine.events():
             if listening.is_set():
-                told.append(event.action)
+                received.append(event.action)
                 return
 
-    ear = threading.Thread(target=listen, daemon=True)
-    ear.start()
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
     time.sleep(1)  # it has begun
     listening.set()
     driven.node.docker("kill", driven.containers()[0])
-    ear.join(20)
-    assert told
+    listener.join(20)
+    assert received
 
 
-@pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")  # the SDK leaves those that found nobody
-def test_an_engine_out_of_reach_is_one_clear_error_and_the_fleet_stays(driven: Driven) -> None:
+@pytest.mark.filterwarnings(
+    "ignore:unclosed <socket:ResourceWarning"
+)  # the SDK leaves sockets that could not connect open
+def test_unreachable_engine_is_an_error_and_the_backends_stay(driven: Driven) -> None:
     driven.scale(2)
     before = driven.active()
     socket = driven.node.socket

@@ -95,7 +95,10 @@ def _fetch(project: Project, names: dict[str, str], image: str) -> None:
     """Swarm gives secrets only to tasks, so a task on this node has them for a moment."""
     for service in project.services("secrets"):  # of a start that was killed
         service.remove()
-    references = [SecretReference(_secret(project, name).id, name, filename=file) for file, name in names.items()]  # type: ignore[union-attr]
+    references = []
+    for file, name in names.items():
+        secret = project.docker.secrets.get(name)
+        references.append(SecretReference(secret.id, name, filename=file))
     service = project.docker.services.create(
         image,
         command=["sleep", "120"],

@@ -561,7 +561,7 @@ def test_connection_close_is_confirmed_and_the_connection_closed(begin: Callable
     site = begin()
     manager = ManagerClient([f"127.0.0.1:{site.tls}"], TOKEN, "b", str(site.pem))  # as in a balancer
     for _ in range(300):
-        assert manager.report(REPORT)["desired"] == 2
+        manager.report(REPORT)  # raises for any answer but success
     for version in ("1.0", "1.1"):
         client = site.connect()
         client.sendall(request("GET", "/status", headers="Connection: close\r\n", version=version))

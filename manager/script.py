@@ -26,6 +26,7 @@ from engines.swarm_engine import SwarmEngine
 from web.app import as_operator, create_app, waits_in
 from web.listeners import Listeners, bind_tcp, bind_unix, raise_file_limit, tls_context
 from web.metrics import Tally
+from web.recent_log import RecentLog
 
 END = (signal.SIGTERM, signal.SIGINT)
 END_POLL = 0.2  # seconds between checks whether a signal asks the manager to end
@@ -34,11 +35,11 @@ LISTENERS_FAILED = 3  # exit status; the supervisor starts the manager again
 log = logging.getLogger("manager")
 
 
-def serve(controller: Controller, settings: Settings, token: str, gateway: str) -> Listeners:
+def serve(controller: Controller, settings: Settings, token: str, gateway: str, recent_log: RecentLog) -> Listeners:
     """Serves all three listeners. Raises OSError where one cannot be opened."""
     listeners = Listeners()
     controller.subscribe(listeners.notify)
-    app = create_app(controller, token, [gateway], waits_in(listeners, controller))
+    app = create_app(controller, token, [gateway], waits_in(listeners, controller), recent_log)
     tls = tls_context(settings.run_dir / "manager.pem") if settings.orchestrator == "swarm" else None
     listeners.add(bind_tcp("127.0.0.1", settings.manager_port), app)
     listeners.add(bind_tcp(gateway, settings.manager_port), app, tls)
@@ -47,15 +48,19 @@ def serve(controller: Controller, settings: Settings, token: str, gateway: str) 
     return listeners
 
 
-def start_log(path: Path) -> None:
+def start_log(path: Path) -> RecentLog:
+    """Logs to the file, and to the records in memory that GET /log returns."""
     handler = logging.handlers.RotatingFileHandler(path, maxBytes=5_000_000, backupCount=3)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    recent_log = RecentLog()
     logging.getLogger().addHandler(handler)
+    logging.getLogger().addHandler(recent_log)
     log.setLevel(logging.INFO)
+    return recent_log
 
 
 def make_engine(settings: Settings, token: str) -> DockerEngine | SwarmEngine:
-    """The engine that the settings name, with what run.sh tells in variables of its own. Raises EngineError."""
+    """The engine that the settings name, with the variables that only run.sh sets. Raises EngineError."""
     image = os.environ.get("LB_BALANCER_IMAGE", "")
     if not image:
         raise EngineError("LB_BALANCER_IMAGE is not set: it names the balancer's image, and run.sh sets it")
@@ -90,7 +95,7 @@ def main() -> int:
         return 2
     signal.pthread_sigmask(signal.SIG_BLOCK, END)  # before any thread starts, so that none of them takes a signal
     raise_file_limit()
-    start_log(settings.run_dir / "manager.log")
+    recent_log = start_log(settings.run_dir / "manager.log")
     try:
         token = (settings.run_dir / "token").read_text().strip()
         engine = make_engine(settings, token)
@@ -99,7 +104,7 @@ def main() -> int:
         ip_file = settings.run_dir / "balancer" / "ip.txt"
         controller = Controller(engine, settings, ip_file, Tally(), backend_subnet=backend_subnet, check_source=gateway)
         controller.adopt(arguments.backends)
-        listeners = serve(controller, settings, token, gateway)
+        listeners = serve(controller, settings, token, gateway, recent_log)
     except (EngineError, OSError) as error:
         log.error("cannot start: %s", error)
         print(f"manager: cannot start: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The manager's certificate, as manager/swarm.sh makes it: for tests and benchmarks of what runs within TLS."""
+"""The manager's certificate, as manager/cli/swarm.py makes it: for tests and benchmarks of what runs within TLS."""
 
 from __future__ import annotations
 

@@ -1,14 +1,16 @@
-"""A copy of the tree in which run.sh and stop.sh run whole, with fakes for the Docker client, iptables, systemd, venv
-and the manager. The fakes come first on PATH, so that nothing of this host but processes and files is touched.
+"""A copy of the tree in which run.sh and stop.sh run whole, with fakes for the engine, its client program, iptables,
+systemd, venv and the manager. The fake programs come first on PATH, so that only processes and files of this host are
+touched.
 
-The fake Docker client keeps its state in files of `System.state`; the tests write there what it is to do. The fake
-manager answers /status by the image that it was started with: see MANAGER.
+The fake engine (fakes_engine) runs in the tests' process. The fake programs and the fake manager share files with it in
+`System.state`. The fake manager answers /status by the image that it was started with: see MANAGER.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -17,44 +19,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fakes_engine import FakeEngine
+
 ROOT = Path(__file__).parents[1]
 
+# Docker's client program: what the checks of the host run. The check of the kernel can be made to hang.
 DOCKER = r"""#!/bin/bash
-state=$FAKE_STATE
-echo "$*" >>"$state/calls"
-words=$*
-print() { cat "$state/$1" 2>/dev/null || true; }
 case "$*" in
-    *Swarm.LocalNodeState*) echo inactive false ;;
-    info*) ;;
-    "image inspect --format {{.Id}} sha256:"*) echo "${*: -1}" ;;
-    "image inspect --format {{.Id}} "*) cat "$state/id-of-${*: -1}" 2>/dev/null || echo "sha256:${*: -1}" ;;
-    "image inspect "*) ;;
-    "ps "*role=backend*) print backends ;;
-    "ps "*role=balancer*) print balancers ;;
-    "ps "*role=check*) print checks ;;
-    "ps "*--format*) print left ;;
+    "info --format"*) echo '{"ServerVersion": "20.10"}' ;;
+    info | "ps "*) ;;
+    "network inspect "*) echo '[]'; exit 1 ;;
     "run --rm "*check)
-        if [ -e "$state/slow_check" ]; then echo check-id >"$state/checks"; exec sleep 60; fi ;;
-    "stop "*) ;;
-    "rm -f check-id") rm -f "$state/checks" ;;
-    "rm -f -v balancer-id") rm -f "$state/balancers" ;;
-    "network ls "*--format*) [ ! -e "$state/network" ] || echo "network p" ;;
-    "network ls -q "*) [ ! -e "$state/network" ] || echo network-id ;;
-    "network ls -q") echo network-id ;;
-    "network inspect "*Gateway*) [ -e "$state/network" ] && echo 127.0.0.1 ;;
-    "network inspect "*Subnet*) print network ;;
-    "network inspect "*IPAM.Config*) echo '[{"Subnet":"172.16.0.0/20"}]' ;;
-    "network inspect "*) ;;
-    "network create "*)
-        subnet=${words#*--subnet } subnet=${subnet%% *}
-        echo "$subnet" >>"$state/asked"
-        if [ -s "$state/refusal" ] && [ "$(wc -l <"$state/asked")" -le "$(cat "$state/refusals")" ]; then
-            print refusal >&2
-            exit 1
-        fi
-        echo "$subnet" >"$state/network" ;;
-    "network rm "*) sleep "0$(print slow_rm)"; rm -f "$state/network" ;;
+        echo "$*" >>"$FAKE_STATE/kernel_checks"
+        if [ -e "$FAKE_STATE/slow_check" ]; then touch "$FAKE_STATE/check"; exec sleep 60; fi ;;
     *) exit 1 ;;
 esac
 """
@@ -76,6 +53,8 @@ exec "PYTHON" "$@"
 MANAGER = r'''"""Two backends in rotation. By the image: good; bad: an update to it is given up after half a second;
 never: no backend gets ready; broken: the balancer cannot be started; hung: nothing happens."""
 import http.server, json, os, signal, sys, threading, time
+
+from core.snapshot import with_problems
 
 image, began = os.environ["LB_IMAGE"], time.monotonic()
 name = os.path.join(os.environ["FAKE_STATE"], f"id-of-{image}")
@@ -102,14 +81,14 @@ def status():
         {"name": f"p-{n}", "ip": "198.18.0.9", "state": state, "healthy": state == "active", **row}
         for n, state in enumerate(states)
     ]
-    return {
+    return with_problems({
         "project": os.environ["LB_PROJECT"], "image": image, "pid": os.getpid(), "desired": 2, "current": 2, "min": 2,
         "max": 10, "metric": "packets", "rate": None, "target": 100.0, "paused": False, "engine": "ok",
         "revision": "a", "launches": launches, "balancer": balancer, "backends": backends, "last_decision": None,
         "balancers": [{"id": "b", "last_seen": 0.1, "revision": "a"}], "settings": {"interval": 2.0},
         "environment": {name: value for name, value in os.environ.items() if name.startswith("LB_")},
-        "arguments": sys.argv[1:],
-    }
+        "arguments": sys.argv[1:], "data_path": {"working": True, "problem": ""},
+    })
 
 class Answer(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
@@ -124,13 +103,12 @@ signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 for port in (os.environ["LB_MANAGER_PORT"], os.environ["LB_PORT"]):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", int(port)), Answer)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-with open(os.environ["FAKE_STATE"] + "/balancers", "w") as file:
-    file.write("balancer-id\n")
+open(os.environ["FAKE_STATE"] + "/balancer", "w").close()
 while True:
     signal.pause()
 '''
 
-# What has nothing to do here. systemd-run starts its program as run.sh does without systemd.
+# Programs without an effect. systemd-run starts its program as run.sh does without systemd.
 NOTHING = "#!/bin/sh\nexit 0\n"
 SYSTEMD_RUN = (
     '#!/bin/bash\nwhile [[ "$1" == --* ]]; do [[ "$1" == *=* || "$1" == --quiet || "$1" == --collect ]] || shift; '
@@ -155,12 +133,13 @@ def free_port() -> int:
 
 
 class System:
-    """One project, p unless said otherwise, in a tree on a path with a space in it."""
+    """One project, p by default, in a tree on a path with a space in it."""
 
     def __init__(self, place: Path, project: str = "p") -> None:
         self.tree, self.state, self.project = place / "a tree", place / "state", project
         self.run_dir = self.tree / "run" / project
         self.port, self.manager_port = free_port(), free_port()
+        self.engine = FakeEngine(self.state)
         fakes = place / "bin"
         for folder in (self.tree, self.state, fakes):
             folder.mkdir(parents=True)
@@ -182,7 +161,12 @@ class System:
             (fakes / name).write_text(text)
             (fakes / name).chmod(0o755)
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("LB_", "DOCKER_"))}
-        self.environment = {**inherited, "PATH": f"{fakes}:{os.environ['PATH']}", "FAKE_STATE": str(self.state)}
+        self.environment = {
+            **inherited,
+            "PATH": f"{fakes}:{os.environ['PATH']}",
+            "FAKE_STATE": str(self.state),
+            "DOCKER_HOST": f"unix://{self.engine.socket}",
+        }
 
     def command(self, script: str, *arguments: str) -> list[str]:
         # A shell cannot trap what was ignored when it began, and the tests may have been started in the background.
@@ -230,9 +214,10 @@ class System:
                 found.append(int(file.parent.name))
         return found
 
-    def calls(self) -> str:
-        return (self.state / "calls").read_text()
-
     def nothing_left(self) -> bool:
-        containers_and_network = [self.state / name for name in ("balancers", "checks", "network")]
-        return not self.processes() and not any(path.exists() for path in containers_and_network)
+        return not self.processes() and self.engine.is_empty()
+
+    def close(self) -> None:
+        for pid in self.processes():
+            os.kill(pid, signal.SIGKILL)
+        self.engine.close()

@@ -1,15 +1,11 @@
-"""What on this host would stop run.sh or spoil its work, with the mend beside it: `./run.sh --doctor`.
+"""The checks of this host: what would stop run.sh or disturb the system, and how to fix it.
 
-    doctor.py [--doctor] [--json]
-
-The settings come in LB_ variables, as run.sh exports them. Exit codes: 0 nothing would stop run.sh, though there may be
-warnings; 1 something would; 2 bad usage. It changes nothing; where it cannot know it says "not tried". Standard library
-alone, for it runs before the virtual environment exists. Each row of CHECKS is a name and a function of the `Host`.
+`./run.sh --doctor` runs and prints all of CHECKS; a start runs those in REQUIRED. They change nothing. A check that
+cannot be made says "not tried". Standard library alone: the doctor runs before the virtual environment exists.
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import importlib.util
 import json
@@ -28,76 +24,90 @@ from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cli import host_checks as preflight
-from core.settings import ROOT, SettingError, Settings, read
+from cli import host_checks, images, processes
+from core.settings import ROOT, Settings
 
 OK, WARN, FAULT = "ok", "warn", "fault"
 INFO = "docker info --format '{{json .}}'"
-TRY = "docker run --rm --network none --cap-drop ALL --cap-add NET_ADMIN --cap-add NET_RAW --tmpfs /run"
 MATCHES = ("statistic", "addrtype", "conntrack", "connbytes", "nat", "MASQUERADE", "set")
-MODULES = ("nft_compat", "ip_set_hash_ip", *(f"xt_{name}" for name in MATCHES))  # what the rules need of the kernel
+MODULES = ("nft_compat", "ip_set_hash_ip", *(f"xt_{name}" for name in MATCHES))  # the kernel modules the rules need
+MAX_CLOCK_ERROR = 16.0  # seconds; systemd calls a clock synchronised below it
+MIN_FREE_DISK = 1.0  # GiB
+CONNTRACK_LIMIT = 0.8  # share of the connection table in use
+BALANCER_MEMORY = 0.5  # GiB, its container's limit
 
 
 class Found(NamedTuple):
-    """`mend` is what to do, empty where there is nothing to mend."""
+    """The result of one check. `fix` says what to do; it is empty where nothing is wrong."""
 
     verdict: str
     found: str
-    mend: str = ""
+    fix: str = ""
 
 
 class Host:
-    """What the checks see of this host."""
+    """What the checks read of this host."""
 
-    def __init__(self, settings: Settings, environ: Mapping[str, str]) -> None:
+    def __init__(self, settings: Settings, environ: Mapping[str, str], may_install: bool = True) -> None:
         self.settings = settings
-        self.environ = {**environ, "LB_BASE_IMAGE": settings.base_image}  # for host.sh
+        self.environ = environ
         self.uid = os.geteuid()
+        self.may_install = may_install and self.uid == 0
         self.python: Sequence[int] = sys.version_info[:3]
 
     def run(self, command: str, timeout: float = 15) -> subprocess.CompletedProcess[str]:
-        how: dict[str, Any] = {"capture_output": True, "text": True, "cwd": ROOT, "env": self.environ}
+        options: dict[str, Any] = {"capture_output": True, "text": True, "cwd": ROOT, "env": self.environ}
         try:
-            return subprocess.run(shlex.split(command), timeout=timeout, check=False, **how)
+            return subprocess.run(shlex.split(command), timeout=timeout, check=False, **options)
         except (OSError, subprocess.TimeoutExpired) as error:
             return subprocess.CompletedProcess(command, 127, "", str(error))
 
     def read(self, path: Path | str) -> str:
-        """A file's text; nothing where it is not there or not for this user."""
+        """A file's text; empty where it does not exist or this user may not read it."""
         try:
             return Path(path).read_text(errors="replace").strip()
         except OSError:
             return ""
 
     def clock_error(self) -> float:
-        """Seconds by which the kernel holds its clock to be wrong at most."""
-        told = (ctypes.c_long * 64)()  # a struct timex and room; its fourth word is maxerror, see adjtimex(2)
-        ctypes.CDLL(None).adjtimex(told)
-        return told[3] / 1e6
+        """The kernel's estimate of its clock's greatest error, in seconds."""
+        timex = (ctypes.c_long * 64)()  # a struct timex and room; its fourth word is maxerror, see adjtimex(2)
+        ctypes.CDLL(None).adjtimex(timex)
+        return timex[3] / 1e6
 
     @cached_property
     def engine(self) -> dict[str, Any]:
-        """What `docker info` says; nothing when no engine answers this user."""
+        """`docker info`; empty where no engine answers this user."""
         done = self.run(INFO)
-        told: dict[str, Any] = json.loads(done.stdout) if done.returncode == 0 else {}
-        return told if told.get("ServerVersion") else {}
+        info: dict[str, Any] = json.loads(done.stdout) if done.returncode == 0 else {}
+        return info if info.get("ServerVersion") else {}
+
+    @cached_property
+    def network(self) -> dict[str, Any]:
+        """The engine's network with the project's name; empty where there is none."""
+        found = json.loads(self.run(f"docker network inspect {self.settings.project}").stdout or "[]")
+        return dict(found[0]) if found else {}
 
 
-def judged(found: str, bad: bool, mend: str, verdict: str = WARN) -> Found:
-    return Found(verdict, found, mend) if bad else Found(OK, found)
+def judged(found: str, bad: bool, fix: str, verdict: str = WARN) -> Found:
+    return Found(verdict, found, fix) if bad else Found(OK, found)
 
 
 def installable(host: Host, found: str, packages: str) -> Found:
-    if host.uid == 0 and shutil.which("apt-get") and not host.environ.get("NO_INSTALL"):
+    if host.may_install and shutil.which("apt-get"):
         return Found(WARN, found, f"run.sh installs {packages}")
     return Found(FAULT, found, f"install {packages}, or run as root where apt-get is, without --no-install")
 
 
+# -- what a start needs -----------------------------------------------------------------------------------------------
+
+
 def versions(host: Host) -> Found:
-    name = re.findall(r'^PRETTY_NAME="?([^"\n]*)', host.read("/etc/os-release"), re.MULTILINE)
-    told = [host.run(f"{program} --version").stdout.strip() or f"no {program}" for program in ("docker", "iptables")]
-    python = f"Python {'.'.join(map(str, host.python))}"
-    found = ", ".join([*name, f"Linux {platform.release()} {platform.machine()}", python, *told])
+    system = re.findall(r'^PRETTY_NAME="?([^"\n]*)', host.read("/etc/os-release"), re.MULTILINE)
+    system += [f"Linux {platform.release()} {platform.machine()}", f"Python {'.'.join(map(str, host.python))}"]
+    for program in ("docker", "iptables"):
+        system.append(host.run(f"{program} --version").stdout.strip() or f"no {program}")
+    found = ", ".join(system)
     if tuple(host.python) < (3, 10):
         return Found(FAULT, found, "install Python 3.10 or later as python3")
     if not host.read(ROOT / ".venv" / "stamp") and not importlib.util.find_spec("ensurepip"):
@@ -106,165 +116,205 @@ def versions(host: Host) -> Found:
 
 
 def engine(host: Host) -> Found:
-    told, where = host.engine, host.environ.get("DOCKER_HOST", "")
-    if where and not (told and where.startswith("unix:")):
-        return Found(FAULT, f"none of this host at DOCKER_HOST={where}", "start it, or unset DOCKER_HOST")
-    if not told:
+    info, address = host.engine, host.environ.get("DOCKER_HOST", "")
+    if address and not (info and address.startswith("unix:")):
+        return Found(FAULT, f"no engine of this host at DOCKER_HOST={address}", "start it, or unset DOCKER_HOST")
+    if not info:
         return no_engine(host)
-    found = f"{told['ServerVersion']}, storage {told.get('Driver')}, {told.get('CgroupDriver')} cgroups"
-    if any("rootless" in option for option in told.get("SecurityOptions") or ()):
-        return Found(FAULT, f"{found}, rootless", "it has no bridge on this host; use a rootful engine")
-    return judged(found, bool(host.settings.preserve_client_ip and host.uid), "--preserve-client-ip needs root", FAULT)
+    found = f"{info['ServerVersion']}, storage {info.get('Driver')}, {info.get('CgroupDriver')} cgroups"
+    if any("rootless" in option for option in info.get("SecurityOptions") or ()):
+        return Found(FAULT, f"{found}, rootless", "a rootless engine has no bridge on this host; use a rootful one")
+    needs_root = bool(host.settings.preserve_client_ip and host.uid)
+    return judged(found, needs_root, "--preserve-client-ip needs root", FAULT)
 
 
 def no_engine(host: Host) -> Found:
     for program, packages in {"dockerd": "docker.io iptables", "docker": "docker-cli"}.items():
         if not shutil.which(program):
             return installable(host, f"no {program}", packages)
-    found = f"none answers: {(host.run(INFO).stderr.strip() or 'no word why').splitlines()[-1]}"
+    error = host.run(INFO).stderr.strip() or "no reason given"
+    found = f"no engine answers: {error.splitlines()[-1]}"
     if host.uid:
         return Found(FAULT, found, "start it, join the docker group, or run as root")
     return Found(WARN, found, "run.sh starts it")
 
 
+def check_rules(image: str, project: str) -> list[str]:
+    """The command that tries the balancer's rules in a container with a network namespace of its own."""
+    labels = ["--label", f"lbscaler.project={project}", "--label", "lbscaler.role=check"]
+    rights = ["--network", "none", "--cap-drop", "ALL", "--cap-add", "NET_ADMIN", "--cap-add", "NET_RAW"]
+    return ["docker", "run", "--rm", *labels, *rights, "--tmpfs", "/run", image, "check"]
+
+
 def kernel(host: Host) -> Found:
-    """By the balancer's own try where its image is there, else by what is built; never by what happens to be loaded."""
-    image = "lbscaler-balancer:" + host.run("bash -c '. manager/host.sh; digest balancer'").stdout.strip()
+    """By trying the rules where the balancer's image exists, else by the list of modules; never by what is loaded."""
+    # The balancer's own test is the best answer: it loads modules as the real rules do.
+    image = images.tag("balancer", host.settings.base_image)
     if host.run(f"docker image inspect {image}").returncode == 0:
-        done = host.run(f"{TRY} {image} check", timeout=60)
-        said = "; ".join((done.stdout or done.stderr).splitlines())
-        return judged(f"tried: {said}", done.returncode != 0, "load or build what is missing", FAULT)
+        done = host.run(shlex.join(check_rules(image, host.settings.project)), timeout=60)
+        result = "; ".join((done.stdout or done.stderr).splitlines())
+        return judged(f"tried: {result}", done.returncode != 0, "load or build what is missing", FAULT)
+    # Without the image: every module has to be built, into the kernel or beside it.
     tree = Path("/lib/modules", platform.release())
     listing = f"{host.read(tree / 'modules.builtin')}\n{host.read(tree / 'modules.dep')}"
-    there = set(re.findall(r"(\w+)\.ko\b", listing))
-    if not there:
+    built = set(re.findall(r"(\w+)\.ko\b", listing))
+    if not built:
         return Found(WARN, "not tried: no balancer image, no list of modules", "run.sh tries before it starts")
-    missing = [module for module in MODULES if module not in there]
+    missing = [module for module in MODULES if module not in built]
     found = f"without {', '.join(missing)}" if missing else "built with what the rules need; no rule tried yet"
     return judged(f"{found} ({tree})", bool(missing), "use a kernel that has them", FAULT)
 
 
-def bind(host: Host) -> Found:
+def service_port(host: Host) -> Found:
     try:
         socket.create_server((host.settings.bind, 0)).close()
     except OSError as error:
-        return Found(FAULT, f"{host.settings.bind}: {error.strerror}", "name an address of this host with --bind")
+        return Found(FAULT, f"{host.settings.bind}: {error.strerror}", "give an address of this host with --bind")
     return port(host, host.settings.bind, host.settings.port, "--port")
 
 
+def manager_port(host: Host) -> Found:
+    return port(host, "127.0.0.1", host.settings.manager_port, "--manager-port")
+
+
 def port(host: Host, address: str, number: int, flag: str) -> Found:
-    if not preflight.is_taken(address, number):
-        return Found(OK, f"{number}: free")
-    owner, pid = preflight.owner(number), host.read(host.settings.run_dir / "manager.pid")
-    shown = host.run(f"docker ps --filter label=lbscaler.project={host.settings.project} --format '{{{{.Ports}}}}'")
-    if f":{number}->" in shown.stdout or owner.endswith(f"(pid {pid})"):
-        return Found(OK, f"{number}: held by this project")
-    return Found(FAULT, f"{number}: taken by {owner}", f"end that, or choose another with {flag}")
+    # A port of a running project is taken, by its balancer or its manager.
+    if not host_checks.is_taken(address, number):
+        return Found(OK, f"port {number} is free")
+    owner, project = host_checks.owner(number), host.settings.project
+    published = host.run(f"docker ps --filter label=lbscaler.project={project} --format '{{{{.Ports}}}}'").stdout
+    if f":{number}->" in published or owner.pid in processes.find(project, processes.MANAGER):
+        return Found(OK, f"port {number} is used by this project")
+    fix = f"end that, or choose another with {flag} PORT"
+    return Found(FAULT, f"port {number} is taken by {owner}", fix)
 
 
 def network(host: Host) -> Found:
-    """The project's own network where it is there, else the one it is to have, against the routes that are not its own.
-    A narrower route than ours takes our traffic; a wider one loses what it has in common with ours."""
-    name, wanted, routes = host.settings.project, host.settings.subnet, preflight.host_routes()
-    there = json.loads(host.run(f"docker network inspect {name}").stdout or "[]")
-    if there and (there[0].get("Labels") or {}).get("lbscaler.project") != name:
-        return Found(FAULT, f"{name} is there and not ours", "choose another name with --project")
-    text = there[0]["IPAM"]["Config"][0]["Subnet"] if there else wanted or preflight.free_subnet(routes)
-    if not text:
-        return Found(FAULT, "every network of the pools overlaps a route", "name one with --subnet")
-    if wanted not in ("", str(text)):
-        return Found(FAULT, f"{name} is {text}", f"./stop.sh first to have it be --subnet {wanted}")
-    subnet = IPv4Network(text)
-    own = [subnet, *(IPv4Network(subnet[n]) for n in (0, 1, -1))] if there else []  # the bridge's and its address's
-    over = [route for route in routes if route.overlaps(subnet) and route not in own]
-    verdict = FAULT if any(route.prefixlen >= subnet.prefixlen for route in over) else WARN
+    """The engine's network with the project's name."""
+    name, wanted = host.settings.project, host.settings.subnet
+    if not host.network:
+        return Found(OK, f"no network {name} yet")
+    if (host.network.get("Labels") or {}).get("lbscaler.project") != name:
+        return Found(FAULT, f"the network {name} is not of this project", "choose another name with --project")
+    subnet = host.network["IPAM"]["Config"][0]["Subnet"]
+    changed = wanted not in ("", subnet)
+    return judged(f"the network {name} is {subnet}", changed, f"./stop.sh, then --subnet {wanted} applies", FAULT)
+
+
+# -- what may disturb the system --------------------------------------------------------------------------------------
+
+
+def routes(host: Host) -> Found:
+    """The project's subnet, or the one it would get, against the other routes of this host. A narrower route takes the
+    backends' traffic; a wider one loses what it has in common with the subnet."""
+    all_routes = host_checks.host_routes()
+    # The project's own routes overlap its subnet by nature.
+    if host.network:
+        subnet = IPv4Network(host.network["IPAM"]["Config"][0]["Subnet"])
+        own = [subnet, *(IPv4Network(subnet[n]) for n in (0, 1, -1))]  # of the bridge and its addresses
+    else:
+        wanted = host.settings.subnet
+        subnet, own = IPv4Network(wanted) if wanted else host_checks.free_subnet(all_routes), []
+    over = [route for route in all_routes if route.overlaps(subnet) and route not in own]
+    narrower = any(route.prefixlen >= subnet.prefixlen for route in over)
     found = f"{subnet} overlaps {' and '.join(map(str, over)) or 'no other route'} of this host"
-    return judged(found, bool(over), "./stop.sh where it runs, then another --subnet", verdict)
+    fix = "./stop.sh where it runs, then another --subnet"
+    return judged(found, bool(over), fix, FAULT if narrower else WARN)
 
 
 def clock(host: Host) -> Found:
-    """As systemd judges it: synchronised while the greatest error is less than 16 s."""
     error = host.clock_error()
-    return judged(f"within {error:.2g} s", error >= 16, "install systemd-timesyncd or chrony: logs bear its times")
+    fix = "install systemd-timesyncd or chrony: log lines carry the clock's time"
+    return judged(f"within {error:.2g} s", error >= MAX_CLOCK_ERROR, fix)
 
 
 def disk(host: Host) -> Found:
-    """Where the engine keeps images, and where the logs go."""
-    places = (host.engine.get("DockerRootDir", str(ROOT)), str(ROOT))
-    free = {place: shutil.disk_usage(place).free / 2**30 for place in places}
+    """Where the engine keeps images, and where the logs are."""
+    free = {}
+    for place in (host.engine.get("DockerRootDir", str(ROOT)), str(ROOT)):
+        free[place] = shutil.disk_usage(place).free / 2**30
     found = ", ".join(f"{count:.1f} GiB free for {place}" for place, count in free.items())
-    return judged(found, min(free.values()) < 1, "have 1 GiB free to build images in and for logs")
+    return judged(found, min(free.values()) < MIN_FREE_DISK, "free 1 GiB, for images and logs")
 
 
-def connections(host: Host) -> Found:
-    used, most = (int(host.read(f"/proc/sys/net/netfilter/nf_conntrack_{name}") or 0) for name in ("count", "max"))
-    if not most:
-        return Found(OK, "not tried: no connection tracking is seen here yet")
-    return judged(f"{used} of {most} entries", used > 0.8 * most, f"sysctl net.netfilter.nf_conntrack_max={4 * most}")
+def conntrack(host: Host) -> Found:
+    used, size = (int(host.read(f"/proc/sys/net/netfilter/nf_conntrack_{name}") or 0) for name in ("count", "max"))
+    if not size:
+        return Found(OK, "not tried: connection tracking is not in use yet")
+    fix = f"sysctl net.netfilter.nf_conntrack_max={4 * size}"
+    return judged(f"{used} of {size} entries", used > CONNTRACK_LIMIT * size, fix)
 
 
 def neighbours(host: Host) -> Found:
-    """The balancer knows each backend and each backend the balancer: two entries, in one table for all namespaces."""
-    most = int(host.read("/proc/sys/net/ipv4/neigh/default/gc_thresh3") or 0)
-    if not most:
-        return Found(WARN, "not tried: no thresholds are shown here", "run the doctor on the host itself")
-    wanted = 2 * (host.settings.max + host.settings.spares) + 24
-    sizes = " ".join(f"net.ipv4.neigh.default.gc_thresh{n}={wanted * n}" for n in (1, 2, 3))
-    return judged(f"room for {most}, --max {host.settings.max} wants {wanted}", wanted > most, f"sysctl {sizes}")
+    """The balancer has an entry per backend and each backend one of the balancer, in one table for all namespaces."""
+    size = int(host.read("/proc/sys/net/ipv4/neigh/default/gc_thresh3") or 0)
+    if not size:
+        return Found(WARN, "not tried: no thresholds in /proc", "run the doctor on the host itself")
+    needed = 2 * (host.settings.max + host.settings.spares) + 24
+    sizes = " ".join(f"net.ipv4.neigh.default.gc_thresh{n}={needed * n}" for n in (1, 2, 3))
+    return judged(f"room for {size}, --max {host.settings.max} needs {needed}", needed > size, f"sysctl {sizes}")
 
 
 def memory(host: Host) -> Found:
     free = int(re.findall(r"^MemAvailable: +(\d+) kB", host.read("/proc/meminfo"), re.MULTILINE)[0]) / 2**20
     limit, count = host.settings.memory, host.settings.max + host.settings.spares
-    each = int(limit[:-1]) / {"k": 2**20, "m": 2**10, "g": 1}[limit[-1]]  # in GiB, as all here
-    wanted = count * each + 0.5  # the balancer's, as run.sh limits it
-    found = f"{free:.1f} GiB available; {count} backends of {limit} and the balancer may use {wanted:.1f} GiB"
-    mend = f"{max(0, free - 0.5) // each:g} fit: lower --max or --memory, or trust that they use less"
-    return judged(found, host.settings.orchestrator == "docker" and wanted > free, mend)
+    each = int(limit[:-1]) / {"k": 2**20, "m": 2**10, "g": 1}[limit[-1]]  # in GiB, as everything here
+    needed = count * each + BALANCER_MEMORY
+    found = f"{free:.1f} GiB available; {count} backends of {limit} and the balancer may use {needed:.1f} GiB"
+    fit = max(0, free - BALANCER_MEMORY) // each
+    short = host.settings.orchestrator == "docker" and needed > free
+    return judged(found, short, f"{fit:g} fit: lower --max or --memory, unless they use less")
 
 
 CHECKS: Mapping[str, Callable[[Host], Found]] = {
-    **{"versions": versions, "engine": engine, "kernel": kernel, "service port": bind},
-    "manager port": lambda host: port(host, "127.0.0.1", host.settings.manager_port, "--manager-port"),
-    **{"network": network, "clock": clock, "disk": disk, "conntrack": connections, "neighbours": neighbours},
+    "versions": versions,
+    "engine": engine,
+    "kernel": kernel,
+    "service port": service_port,
+    "manager port": manager_port,
+    "network": network,
+    "routes": routes,
+    "clock": clock,
+    "disk": disk,
+    "conntrack": conntrack,
+    "neighbours": neighbours,
     "memory": memory,
 }
+REQUIRED = ("engine", "service port", "manager port", "network")
 
 
-def heard(host: Host, check: Callable[[Host], Found]) -> Found:
-    """A check's word; one that fails itself says so, and keeps no other from being heard."""
+def obstacles(host: Host) -> list[str]:
+    """Why a start cannot succeed here, a line each."""
+    results = [CHECKS[name](host) for name in REQUIRED]
+    return [f"{result.found}; {result.fix}" for result in results if result.verdict == FAULT]
+
+
+def tried(host: Host, check: Callable[[Host], Found]) -> Found:
+    """The result of a check; an error of its own is a result, too."""
     try:
         return check(host)
+    except host_checks.NoFreeSubnet as error:
+        return Found(FAULT, str(error), "choose one with --subnet")
     except Exception as error:
         return Found(WARN, f"not tried: {type(error).__name__}: {error}")
 
 
-def row(name: str, one: Found) -> str:
-    """In 100 columns; what is longer goes on below itself."""
-    said = f"{name:<14}{one.verdict:<7}{one.found}{f' -> {one.mend}' if one.mend else ''}"
-    return textwrap.fill(said, 100, subsequent_indent=" " * 21, break_on_hyphens=False)
+def row(name: str, result: Found) -> str:
+    """One check in lines of 100 columns."""
+    fix = f" -> {result.fix}" if result.fix else ""
+    text = f"{name:<14}{result.verdict:<7}{result.found}{fix}"
+    return textwrap.fill(text, 100, subsequent_indent=" " * 21, break_on_hyphens=False)
 
 
-def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
-    parser = argparse.ArgumentParser(prog="doctor.py", description="Looks this host over; changes nothing.")
-    parser.add_argument("--json", action="store_true", help="the same, for programs")
-    parser.add_argument("--doctor", action="store_true", help="what run.sh calls it by")
-    as_json = parser.parse_args(arguments).json
-    try:
-        host = Host(read(environ), environ)
-    except SettingError as error:
-        print(f"doctor.py: {error}", file=sys.stderr)
-        return 2
-    told = {name: heard(host, check) for name, check in CHECKS.items()}
-    faults, warnings = (sum(one.verdict == verdict for one in told.values()) for verdict in (FAULT, WARN))
+def report(host: Host, as_json: bool) -> int:
+    """Prints all checks; the exit code is 1 where one of them would stop run.sh."""
+    results = {name: tried(host, check) for name, check in CHECKS.items()}
+    verdicts = [result.verdict for result in results.values()]
+    faults = verdicts.count(FAULT)
     if as_json:
-        rows = [{"name": name, **one._asdict()} for name, one in told.items()]
+        rows = [{"name": name, **result._asdict()} for name, result in results.items()]
         print(json.dumps({"healthy": not faults, "checks": rows}, indent=1))
     else:
-        print(*(row(name, one) for name, one in told.items()), sep="\n")
-        print(f"\nwould stop run.sh: {faults}; warnings: {warnings}")
+        print(*(row(name, result) for name, result in results.items()), sep="\n")
+        print(f"\nwould stop run.sh: {faults}; warnings: {verdicts.count(WARN)}")
     return 1 if faults else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], os.environ))

@@ -1,17 +1,14 @@
-"""What run.sh waits for after it has started the manager. It asks GET /status and prints each change of what it finds.
+"""The waits of run.sh after it has started the manager: until the project serves, and until an update has ended.
 
-`startup.py serve`: until the balancer runs, a backend is in rotation and, for the sample server, a request through the
-service's port is answered. `startup.py update`: until the backends of a running project have been replaced.
-Exit codes: 0 reached; 1 not, and what is printed last says why. The settings come in LB_ variables, as run.sh exports
-them. The two classes are pure: a status and a time in, a verdict out.
+The three classes are pure: a status and a time in, a verdict out.
 """
 
 from __future__ import annotations
 
-import os
-import sys
+import io
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -19,17 +16,18 @@ from typing import Protocol
 import requests
 from rich.console import Console
 
-from cli.watch import Manager, NoAnswer, Status, plain, progress, view
-from core.settings import Settings, read
+from cli.output import Failed
+from cli.watch import Manager, NoAnswer, Status, progress, view
+from core.settings import Settings
 
-POLL = 0.2  # seconds between two questions
-BALANCER_FAILED = 10.0  # seconds for which the balancer has to be failed; the manager tries again meanwhile
-FAILED_LAUNCHES = 4  # one after the other, with no backend in rotation: waiting longer does not help
-OTHERS = 15.0  # seconds that are spent waiting for all backends to be ready, once one is
-MARGIN = 15.0  # seconds past the ready timeout, for the manager to find that it has passed and to report it
+POLL = 0.2  # seconds between two requests
+BALANCER_FAILED = 10.0  # seconds that the balancer may be failed; the manager tries again meanwhile
+FAILED_LAUNCHES = 4  # in a row, with no backend in rotation: waiting longer does not help
+OTHERS = 15.0  # seconds to wait for all backends to be ready, once one is
+MARGIN = 15.0  # seconds past the ready timeout, in which the manager detects and reports it
 TIMEOUT = 5.0  # seconds for one request through the service's port
-UNANSWERED = 30.0  # seconds without an answer there, though a backend is in rotation, that are a failure
-SILENT = 30.0  # seconds without an answer of the manager that are a failure; its supervisor may have to start it again
+UNANSWERED = 30.0  # seconds without an answer there, although a backend is in rotation, until that is a failure
+SILENT = 30.0  # seconds without an answer of the manager until that is a failure; its supervisor may be restarting it
 EXPLAINED = 1.0  # seconds after a failure until its reason is complete
 LINE = 1000  # characters: no line is wrapped
 HELP = "see --backend-port, --health, --ready-timeout and --allow in ./run.sh --help"
@@ -43,7 +41,7 @@ class Outcome(Enum):
 
 @dataclass(frozen=True)
 class Verdict:
-    """`text` is for people: what is waited for, or why it failed."""
+    """`text` is for people: what the wait is for, or why it failed."""
 
     outcome: Outcome
     text: str = ""
@@ -61,6 +59,7 @@ class Serve:
         self._balancer_failed: float | None = None  # since when
 
     def judge(self, status: Status, now: float) -> Verdict:
+        # The manager starts a failed balancer again, so only one that stays failed counts.
         balancer = status["balancer"]
         states = [backend["state"] for backend in status["backends"]]
         if balancer["state"] != "failed":
@@ -69,8 +68,10 @@ class Serve:
             self._balancer_failed = now
         elif now - self._balancer_failed >= BALANCER_FAILED:
             return Verdict(Outcome.FAILED, f"the balancer does not run: {balancer['problem']}")
+        # One failed launch may be an accident; several in a row are not.
         if "active" not in states and status["launches"]["failed"] >= FAILED_LAUNCHES:
             return Verdict(Outcome.FAILED, f"no backend got ready: {status['launches']['why']}; {HELP}")
+        # One backend serves; the others have some more time, so that the start ends with a complete project.
         all_ready = "starting" not in states or now - self._began > OTHERS
         if balancer["state"] == "running" and "active" in states and all_ready:
             return Verdict(Outcome.REACHED)
@@ -88,8 +89,8 @@ class Serve:
 class Update:
     """The backends of a running project have been replaced, where they had to be.
 
-    An update takes as long as it takes: it fails when the manager gives it up, or when nothing moves for longer than
-    launches that fail (two of them, one after the other) and a drain take.
+    An update has no time limit as long as it progresses. It fails when the manager gives it up, or when nothing changes
+    for longer than two failing launches and a drain take.
     """
 
     def __init__(self, ready_timeout: float, drain_timeout: float, now: float) -> None:
@@ -138,9 +139,22 @@ class Checked:
         return Verdict(outcome, "backends are in rotation, but a request to the service's port is not answered")
 
 
-def wait(goal: Checked, manager: Manager) -> int:
-    """Asks until the goal is reached (0) or has failed (1)."""
-    printed = ""
+def wait_until_it_serves(settings: Settings, log: Callable[[str], None]) -> None:
+    """Until the project serves. Raises Failed; `log` gets each change."""
+    now = time.monotonic()
+    _wait(Checked(Serve(settings.ready_timeout, now), request_through(settings), now), settings, log)
+
+
+def wait_for_update(settings: Settings, log: Callable[[str], None]) -> None:
+    """Until the backends have been replaced, where they had to be. Raises Failed; `log` gets each change."""
+    now = time.monotonic()
+    update = Update(settings.ready_timeout, settings.drain_timeout, now)
+    _wait(Checked(update, lambda: True, now), settings, log)
+
+
+def _wait(goal: Checked, settings: Settings, log: Callable[[str], None]) -> None:
+    manager = Manager({"LB_PROJECT": settings.project, "LB_MANAGER_PORT": str(settings.manager_port)})
+    logged = ""
     while True:
         status, problem = None, ""
         try:
@@ -149,40 +163,39 @@ def wait(goal: Checked, manager: Manager) -> int:
             problem = str(error)
         verdict = goal.judge(status, problem, time.monotonic())
         if verdict.outcome is Outcome.FAILED:
-            explain(*_a_moment_later(goal, manager, status, verdict))
-            return 1
-        if verdict.text not in ("", printed):
-            print(verdict.text, flush=True)
-            printed = verdict.text
+            raise Failed(_explain(goal, manager, status, verdict, log))
+        if verdict.text not in ("", logged):
+            log(verdict.text)
+            logged = verdict.text
         if verdict.outcome is Outcome.REACHED:
-            return 0
+            return
         time.sleep(POLL)
 
 
-def _a_moment_later(
-    goal: Checked, manager: Manager, status: Status | None, verdict: Verdict
-) -> tuple[Status | None, str]:
-    """The status and the reason once more: by then the manager has read the failed backend's last log line."""
+def _explain(
+    goal: Checked, manager: Manager, status: Status | None, verdict: Verdict, log: Callable[[str], None]
+) -> str:
+    """The reason of a failure; `log` gets what is known of each backend.
+
+    Both are read again after a moment: by then the manager has read the failed backend's last log line.
+    """
     time.sleep(EXPLAINED)
-    try:
-        later = manager.status()
-    except NoAnswer:
-        return status, verdict.text
-    again = goal.judge(later, "", time.monotonic())
-    return later, again.text if again.outcome is Outcome.FAILED else verdict.text
-
-
-def explain(status: Status | None, why: str) -> None:
-    """Prints what is known of a failure; the reason comes last, for run.sh prints the end of what it logged."""
-    console = Console(width=LINE, color_system=None)
+    with suppress(NoAnswer):
+        status = manager.status()
+        later = goal.judge(status, "", time.monotonic())
+        if later.outcome is Outcome.FAILED:
+            verdict = later
     if status is not None:
-        console.print(view(status))
-    console.print(plain(why))
+        console = Console(width=LINE, color_system=None, file=io.StringIO())
+        with console.capture() as capture:
+            console.print(view(status))
+        log(capture.get())
+    return verdict.text
 
 
 def request_through(settings: Settings) -> Callable[[], bool]:
-    """A request through the service's port, by this host's own address. Another image may speak anything but HTTP, and
-    in a Swarm this node may have no balancer: there what the manager reports is enough."""
+    """A request through the service's port, at this host's own address. Another image may serve another protocol, and
+    in a Swarm this node may have no balancer: there the manager's report has to do."""
     if settings.image or settings.orchestrator == "swarm":
         return lambda: True
     address = "127.0.0.1" if settings.bind == "0.0.0.0" else settings.bind
@@ -196,21 +209,3 @@ def request_through(settings: Settings) -> Callable[[], bool]:
             return False
 
     return answers
-
-
-def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
-    settings, now = read(environ), time.monotonic()
-    manager = Manager({"LB_PROJECT": settings.project, "LB_MANAGER_PORT": str(settings.manager_port)})
-    match list(arguments):
-        case ["serve"]:
-            return wait(Checked(Serve(settings.ready_timeout, now), request_through(settings), now), manager)
-        case ["update"]:
-            update = Update(settings.ready_timeout, settings.drain_timeout, now)
-            return wait(Checked(update, lambda: True, now), manager)
-        case _:
-            print(__doc__, file=sys.stderr)
-            return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], os.environ))

@@ -1,4 +1,4 @@
-"""What the manager needs of whoever runs the containers: the calls, their errors, and what a list shows. Pure."""
+"""The interface between the manager and the engine that runs the containers: calls, errors, states. Pure."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from core.fleet import Container
 
 
 class EngineError(Exception):
-    """The engine refused, failed or is unreachable; the message is its own."""
+    """The engine refused a call, failed or is unreachable; the message is the engine's."""
 
 
 class NameTaken(EngineError):
-    """A container that is not ours has the name."""
+    """A foreign container has this name."""
 
 
 class TakenOver(Exception):
-    """Another manager has the fleet now, so this one ends. No EngineError: trying again is wrong."""
+    """Another manager manages the fleet now, so this one ends. It is no EngineError, as it must not be retried."""
 
 
 class BalancerState(StrEnum):
-    """What the engine's list shows of the balancer, or of the service that runs one on each node."""
+    """The state of the balancer, or of the service that runs one on each node, according to the engine's list."""
 
     RUNNING = "running"
     STOPPED = "stopped"
@@ -33,8 +33,8 @@ class BalancerState(StrEnum):
 
 @dataclass(frozen=True)
 class Event:
-    """A hint that something happened: `die` of container `id` with its exit code, `kill` with its signal, or whatever
-    else is worth a look at the list."""
+    """A hint that the engine's list has changed: `die` of container `id` with its exit code, `kill` with the signal, or
+    another action."""
 
     action: str
     id: str
@@ -42,20 +42,20 @@ class Event:
 
 
 class Engine(Protocol):
-    """What the manager needs of whoever runs the backends. Every call may be slow and may raise EngineError.
+    """Every call may be slow and may raise EngineError.
 
-    One kind of engine does as it is told, backend by backend: `replicas` is None, `launch` and `stop` are called. The
-    other keeps a number of them by itself, picks who leaves and replaces what fails: `replicas` says how many it was
-    told to keep when last listed, and only `resize` is called.
+    There are two kinds. One launches and stops single backends when the manager calls it: `replicas` is None. The other
+    keeps a number of backends, chooses which ones it stops, and replaces those that fail: `replicas` is that number, as
+    last listed, and only `resize` is called.
 
-    As of the last list: `balancer` is the balancer's state, and `balancers` are the names by which the running ones
-    report (None: the engine cannot tell).
+    As of the last list: `balancer` is the balancer's state, and `balancers` are the names by which the running
+    balancers report (None: the engine does not know).
     """
 
     replicas: int | None = None
     balancer: BalancerState = BalancerState.RUNNING
     balancers: frozenset[str] | None = None
-    refused: str = ""  # for an engine that keeps a number: the digest of the update's spec that it has gone back from
+    refused: str = ""  # where the engine rolls updates back: the digest of the spec that it has rolled back
 
     def list(self) -> Sequence[Container]: ...
     def spec(self) -> str: ...
@@ -63,16 +63,16 @@ class Engine(Protocol):
     def repair_balancer(self) -> None: ...
 
     def check_path(self) -> Mapping[str, str]:
-        """Opens one connection through each balancer; for each target why it failed, or an empty text."""
+        """Opens one connection through each balancer. Returns the error of each target, empty if it worked."""
         ...
 
     def events(self) -> Iterator[Event]: ...
 
-    def launch(self, name: str, spec: str) -> Container:  # noqa: ARG002 - the twin uses it
-        raise EngineError(f"{name}: this engine launches by itself")
+    def launch(self, name: str, spec: str) -> Container:  # noqa: ARG002 - used by the engines
+        raise EngineError(f"{name}: this engine launches backends on its own")
 
     def stop(self, container_id: str) -> None:
-        raise EngineError(f"{container_id}: this engine stops by itself")
+        raise EngineError(f"{container_id}: this engine stops backends on its own")
 
-    def resize(self, count: int, spec: str) -> None:  # noqa: ARG002 - the twin uses it
-        raise EngineError(f"{count}: this engine keeps no number of backends by itself")
+    def resize(self, count: int, spec: str) -> None:  # noqa: ARG002 - used by the engines
+        raise EngineError(f"{count}: this engine keeps no number of backends")

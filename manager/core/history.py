@@ -1,8 +1,8 @@
-"""The past that charts show: each decision for half an hour, one point a minute for a day, and the last changes.
+"""The data of the charts: each decision for half an hour, one point a minute for a day, and the last changes.
 
-Pure: time is an argument, in seconds since 1970, and never goes back. Memory is bounded, for decisions are at least
-3/8 s apart. Points are forgotten by whole minutes and a minute is told by its own point or by those of its decisions,
-never by both, so that no peak is lost where the coarse past meets the fine.
+Pure: time is an argument, in seconds since 1970, and never decreases. Memory is bounded, as decisions are at least
+3/8 s apart. Points are forgotten by whole minutes. A minute has either its one point or those of its decisions, never
+both, so that no peak is lost where the coarse points end and the fine ones begin.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any
 
 from core.scaler import OK, Decision
 
-MINUTE, FINE, COARSE = 60, 30, 24 * 60  # seconds; minutes with every decision; minutes with one point
-CHANGES = 500
+MINUTE = 60  # seconds
+FINE_MINUTES, COARSE_MINUTES = 30, 24 * 60  # minutes with every decision, and with one point each
+MAX_CHANGES = 500
 
 
 @dataclass(frozen=True)
@@ -36,37 +37,39 @@ class Point:
 class History:
     fine: deque[Point] = field(default_factory=deque)
     coarse: deque[Point] = field(default_factory=deque)
-    changes: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=CHANGES))
+    changes: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=MAX_CHANGES))
 
     def add(self, point: Point) -> None:
+        """Adds the point of a decision, no older than the last one."""
         point = replace(point, time=round(point.time, 3), rate=round(point.rate, 3))
         self.fine.append(point)
         start = float(point.minute * MINUTE)
         if self.coarse and self.coarse[-1].time == start:
-            self.coarse.append(_together(self.coarse.pop(), point))
+            self.coarse.append(_merged(self.coarse.pop(), point))
         else:
             self.coarse.append(replace(point, time=start))
-        while self.coarse[0].minute < point.minute - COARSE:
+        while self.coarse[0].minute < point.minute - COARSE_MINUTES:
             self.coarse.popleft()
-        while self.fine[0].minute < point.minute - FINE:
+        while self.fine[0].minute < point.minute - FINE_MINUTES:
             self.fine.popleft()
 
     def note(self, decision: Decision, time: float) -> None:
         """Keeps a decision that changed something."""
         if decision.verdict != OK:
-            told = {name: getattr(decision, name) for name in ("verdict", "current", "desired", "reason")}
-            self.changes.append({"time": round(time, 3), **told})
+            change = {"verdict": decision.verdict, "current": decision.current, "desired": decision.desired}
+            self.changes.append({"time": round(time, 3), **change, "reason": decision.reason})
 
     def since(self, time: float) -> dict[str, list[dict[str, Any]]]:
-        """The body of GET /history: what is newer than `time`, oldest first."""
-        points = [*(p for p in self.coarse if p.minute < self.fine[0].minute), *self.fine]
+        """The body of GET /history: all that is newer than `time`, oldest first."""
+        coarse = [point for point in self.coarse if point.minute < self.fine[0].minute]
+        points = [*coarse, *self.fine]
         return {
             "points": [vars(point) for point in points if point.time > time],
             "decisions": [change for change in self.changes if change["time"] > time],
         }
 
 
-def _together(minute: Point, point: Point) -> Point:
-    """The minute's point after one more: the peaks, for a mean would hide what a chart is looked at for."""
-    peaks = {"rate": max(minute.rate, point.rate), "capacity": max(minute.capacity, point.capacity)}
-    return replace(minute, **peaks, backends=point.backends, desired=point.desired)
+def _merged(minute: Point, point: Point) -> Point:
+    """The minute's point after one more: the peaks, as a mean would hide them."""
+    rate, capacity = max(minute.rate, point.rate), max(minute.capacity, point.capacity)
+    return Point(minute.time, rate, capacity, point.backends, point.desired)

@@ -1,8 +1,9 @@
-"""The manager's own test of the data path: a connection through the balancer's address, every few seconds.
+"""The result of the manager's own test of the data path: a connection through the balancer's address, every few
+seconds. Pure.
 
-Probes go from the balancer to the backends, so they do not notice a firewall rule, a switched-off IP forwarding or a
-redirection that stops the clients. This check takes the clients' way: an engine makes the connections
-(`Engine.check_path`). Pure.
+Probes go from the balancer to the backends, so they do not notice a firewall rule, disabled IP forwarding or a
+redirection that stops the clients. This test uses the clients' path: the engine opens the connections
+(`Engine.check_path`).
 """
 
 from __future__ import annotations
@@ -12,19 +13,20 @@ from dataclasses import dataclass
 
 from core.load import Finding
 
-PERIOD = 5.0  # seconds between checks
-FAILURES = 2  # checks in a row that have to fail
+PERIOD = 5.0  # seconds between tests
+MAX_FAILURES = 2  # in a row, until the path counts as broken
 _SENTENCES = {
     "ip_forward_off": "IP forwarding is off in the balancer's namespace",
     "forward_policy_drop": "the policy of the balancer's FORWARD chain is DROP",
-    "foreign_rule": "a foreign rule stands in the way",
+    "foreign_rule": "a foreign rule blocks or redirects connections",
 }
-REPAIRABLE = frozenset({"ip_forward_off"})  # what a new balancer container puts right
+REPAIRABLE = frozenset({"ip_forward_off"})  # what a new balancer container fixes
 
 
 @dataclass
 class PathCheck:
-    """`working` is None before the first check. While it is False, `target`, `error` and `found` say what is wrong."""
+    """`working` is None before the first result. While it is False, `target` and `error` are those of the failed
+    connection, and `found` is what the balancers found."""
 
     failures: int = 0
     working: bool | None = None
@@ -34,7 +36,7 @@ class PathCheck:
 
     @property
     def problem(self) -> str:
-        """One sentence while the path is broken, else empty."""
+        """For people: one sentence while the path is broken, else empty."""
         if self.working is not False:
             return ""
         return f"connections through the balancer at {self.target} fail: {self.error}; found: {self.found}"
@@ -44,10 +46,11 @@ class PathCheck:
 
     def failed(self, target: str, error: str, findings: Sequence[Finding]) -> None:
         self.failures += 1
-        if self.failures < FAILURES:
+        if self.failures < MAX_FAILURES:
             return
         sentences = [_sentence(finding) for finding in findings]
-        nothing = "nothing wrong in the balancer's namespace: look at the host's firewall and routes"
+        # Nothing in the namespace means that the cause is on the host.
+        nothing = "nothing wrong in the balancer's namespace: check the host's firewall and routes"
         self.target, self.error, self.found = target, error, "; ".join(sentences) or nothing
         self.working = False
 

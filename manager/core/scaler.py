@@ -1,11 +1,11 @@
-"""Load and policy in, Decision with its reason out. Pure: time is an argument, and memory goes in and comes out.
+"""Load and policy in, Decision with its reason out. Pure: time is an argument, memory is an argument and a result.
 
 The rule is the Kubernetes HorizontalPodAutoscaler's: `desired = ceil(ready × ratio)` with `ratio = rate / (ready ×
-target)`, and a stabilization window for shrinking (kubernetes.io, "Algorithm details"). Its tolerance we keep below 1
-only: above, it leaves a fleet over its target for as long as the load stays there (a step to 85 at target 10: 900 s in
-`tests/bench/replay.py`, against 8). From Knative's KPA come the two averaging windows and panic. Backends that are
-starting count as capacity, so one burst is not answered twice. Missing data is never a zero: an incomplete load is a
-lower bound, good for growing only.
+target)`, and a stabilization window for shrinking (kubernetes.io, "Algorithm details"). Its tolerance applies below 1
+only. Above 1 it would leave a fleet over its target for as long as the load stays there (a step to 85 at target 10:
+900 s in `tests/bench/replay.py`, against 8 s). The two averaging windows and panic are Knative's KPA. Backends that
+are starting count as capacity, so that one burst is not answered twice. Missing data is never a zero: an incomplete
+load is a lower bound, good for growing only.
 """
 
 from __future__ import annotations
@@ -15,11 +15,8 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 CREATE, STOP, OK = "CREATE_SERVER", "STOP_SERVER", "OK"
-TOLERANCE = 0.1  # HPA's default: a ratio this little under 1 is no reason to shrink
-
-
-# Without a decision for so many panic windows, what was remembered says nothing of the time in between.
-GAP = 2.0
+TOLERANCE = 0.1  # HPA's default: no shrinking while the ratio is within this of 1
+MAX_GAP = 2.0  # panic windows without a decision after which the memory counts as interrupted
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class Load:
-    """The whole fleet's load: `rate` in the policy's unit; `missing` says whose report is not there."""
+    """The whole fleet's load: `rate` in the policy's unit; `missing` names the balancers without a report."""
 
     rate: float
     missing: str = ""
@@ -48,29 +45,29 @@ class Load:
 
 @dataclass(frozen=True)
 class Memory:
-    """What the next decision has to remember: when the manager started, and (time, value) pairs, oldest first."""
+    """What one decision passes on to the next: the start of the history, and (time, value) pairs, oldest first."""
 
     started: float
     rates: tuple[tuple[float, float], ...] = ()
     recommended: tuple[tuple[float, int], ...] = ()
-    panic_since: float | None = None  # the last time the load crossed twice the capacity
+    panic_since: float | None = None  # the last time the load was at least twice the capacity
 
 
 class ClampKind(StrEnum):
-    """A limit that changes the number of backends which the formula gives."""
+    """A limit that changes the number of backends that the formula gives."""
 
     STEP = "step_limit"  # value: the most in one step
     MIN = "min"  # value: the policy's
     MAX = "max"  # value: the policy's
-    LOAD_UNKNOWN = "load_unknown"  # detail: whose report is missing
+    LOAD_UNKNOWN = "load_unknown"  # detail: the balancers without a report
     NO_HISTORY = "no_history"  # value: seconds since the manager started
     PANIC = "panic"
-    STABLE_WINDOW = "stable_window"  # value: the most that were wanted within it; detail: its length
+    STABLE_WINDOW = "stable_window"  # value: the largest number wanted within it; detail: its length
 
 
 @dataclass(frozen=True)
 class Clamp:
-    """One limit that applied. The sentence for people is made from these fields, and from nothing else."""
+    """One limit that applied. Its sentence is made from these fields alone."""
 
     kind: ClampKind
     value: float = 0
@@ -95,8 +92,8 @@ class Clamp:
 
 @dataclass(frozen=True)
 class Decision:
-    """What to do, and every number that led there; `clamps` are the limits that changed `raw`, in order. `reason` is
-    the sentence made from them."""
+    """A verdict and every number that led to it. `clamps` are the limits that changed `raw`, in order; `reason` is the
+    sentence made from all of them."""
 
     at: float
     verdict: str
@@ -110,8 +107,8 @@ class Decision:
 
 
 @dataclass
-class _Course:
-    """The number of backends on its way from the formula to the decision, and the limits that changed it."""
+class _Count:
+    """The number of backends, from the formula to the decision, with the limits that changed it."""
 
     value: int
     clamps: list[Clamp] = field(default_factory=list)
@@ -123,39 +120,50 @@ class _Course:
 
 
 def decide(policy: Policy, memory: Memory, load: Load, capacity: int, now: float) -> tuple[Decision, Memory]:
-    """How many backends there should be, given that `capacity` (≥ 1) are ready or starting."""
+    """The number of backends to have, given that `capacity` (≥ 1) are ready or starting; and the memory for the next
+    decision. Times in seconds."""
     memory = _remember(policy, memory, load, now)
+
+    # Panic begins at twice the capacity, and lasts for one stable window after the load was last there.
     short, stable = _mean(memory.rates, now - policy.panic_window), _mean(memory.rates, now - policy.stable_window)
     if short >= 2 * capacity * policy.target:
         memory = replace(memory, panic_since=now)
     panic = memory.panic_since is not None and now - memory.panic_since < policy.stable_window
     rate = max(short, stable) if panic else short
 
+    # The formula. Rounding keeps 3.0000000001 from becoming 4.
     ratio = rate / (capacity * policy.target)
-    raw = capacity if 1 - TOLERANCE <= ratio <= 1 else math.ceil(round(rate / policy.target, 9))
-    course = _Course(raw)
-    if raw > capacity:
-        step = max(2 * capacity, capacity + 4)
-        course.limit(min(raw, step), Clamp(ClampKind.STEP, step))
-    course.limit(max(course.value, policy.min), Clamp(ClampKind.MIN, policy.min))
-    course.limit(min(course.value, policy.max), Clamp(ClampKind.MAX, policy.max))
-    memory = replace(memory, recommended=(*memory.recommended, (now, course.value)))
-    if course.value < capacity:
-        value, clamp = _shrink_limit(policy, memory, load, panic, capacity)
-        course.limit(max(course.value, value), clamp)
+    on_target = 1 - TOLERANCE <= ratio <= 1
+    raw = capacity if on_target else math.ceil(round(rate / policy.target, 9))
 
-    desired = course.value
+    # The limits. The one for shrinking depends on this recommendation, too.
+    count = _Count(raw)
+    step = max(2 * capacity, capacity + 4)
+    count.limit(min(count.value, step), Clamp(ClampKind.STEP, step))
+    count.limit(max(count.value, policy.min), Clamp(ClampKind.MIN, policy.min))
+    count.limit(min(count.value, policy.max), Clamp(ClampKind.MAX, policy.max))
+    memory = replace(memory, recommended=(*memory.recommended, (now, count.value)))
+    if count.value < capacity:
+        fewest, clamp = _shrink_limit(policy, memory, load, panic, capacity)
+        count.limit(max(count.value, fewest), clamp)
+
+    desired = count.value
     verdict = CREATE if desired > capacity else STOP if desired < capacity else OK
-    each = f"{rate:.4g} {policy.unit} over {capacity} backend{'s' * (capacity != 1)} = {rate / capacity:.4g} each"
-    reason = f"{each}, target {policy.target:g} ({ratio:.2f}×)" + "".join(
-        f"; {clamp.sentence}" for clamp in course.clamps
-    )
-    decision = Decision(now, verdict, capacity, desired, rate, ratio, raw, tuple(course.clamps), reason)
-    return decision, memory
+    clamps = tuple(count.clamps)
+    reason = _sentence(policy, rate, capacity, ratio, clamps)
+    return Decision(now, verdict, capacity, desired, rate, ratio, raw, clamps, reason), memory
+
+
+def _sentence(policy: Policy, rate: float, capacity: int, ratio: float, clamps: tuple[Clamp, ...]) -> str:
+    backends = "1 backend" if capacity == 1 else f"{capacity} backends"
+    load = f"{rate:.4g} {policy.unit} over {backends} = {rate / capacity:.4g} each"
+    figures = f"{load}, target {policy.target:g} ({ratio:.2f}×)"
+    return "; ".join([figures, *(clamp.sentence for clamp in clamps)])
 
 
 def _shrink_limit(policy: Policy, memory: Memory, load: Load, panic: bool, capacity: int) -> tuple[int, Clamp]:
-    """The fewest backends to go down to, and why: shrinking waits for data, for history, for calm, for agreement."""
+    """The fewest backends allowed, and why: shrinking needs complete data, a stable window of history, no panic, and
+    the agreement of the whole window, in this order."""
     now, _ = memory.recommended[-1]
     if load.missing:
         return capacity, Clamp(ClampKind.LOAD_UNKNOWN, detail=load.missing)
@@ -168,14 +176,14 @@ def _shrink_limit(policy: Policy, memory: Memory, load: Load, panic: bool, capac
 
 
 def _remember(policy: Policy, memory: Memory, load: Load, now: float) -> Memory:
+    """The memory with this load, without what is older than the stable window."""
     since = now - policy.stable_window
     last = memory.rates[-1][0] if memory.rates else now
-    return replace(
-        memory,
-        started=now if now - last > GAP * policy.panic_window else memory.started,
-        rates=(*(pair for pair in memory.rates if pair[0] > since), (now, load.rate)),
-        recommended=tuple(pair for pair in memory.recommended if pair[0] > since),
-    )
+    interrupted = now - last > MAX_GAP * policy.panic_window  # as after the process was stopped: history begins again
+    rates = tuple(pair for pair in memory.rates if pair[0] > since)
+    recommended = tuple(pair for pair in memory.recommended if pair[0] > since)
+    started = now if interrupted else memory.started
+    return replace(memory, started=started, rates=(*rates, (now, load.rate)), recommended=recommended)
 
 
 def _mean(rates: tuple[tuple[float, float], ...], since: float) -> float:

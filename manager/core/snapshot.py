@@ -1,24 +1,50 @@
-"""What balancers and people are shown of the manager's state. Pure."""
+"""The manager's state as balancers and people get it: the answers of GET /sync and GET /status. Pure.
+
+The problems of a project are found here, once. The terminal, the page and programs only present them.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
+from enum import StrEnum
 from typing import Any
 
 from core import fleet as fleets
-from core.fleet import DRAINING, STOPPED, Backend, Fleet
+from core.fleet import ACTIVE, DRAINING, STOPPED, Backend, Fleet
 from core.launch_backoff import LaunchBackoff
 from core.load import LoadTracker
 from core.scaler import Policy
 from core.settings import Settings
 
-WEIGHT = 1.0  # what every backend is given; speed is for the balancers to learn
-SECRET = {"env", "command"}  # settings that may hold passwords: shown to nobody
+SECRET = {"env", "command"}  # settings that may hold passwords; no answer contains them
+SILENT_AFTER = 3  # intervals without a report until a balancer counts as silent in /status
+
+Status = Mapping[str, Any]  # the body of GET /status
+
+
+class State(StrEnum):
+    HEALTHY = "healthy"
+    DEGRADED = "degraded"
+
+
+class ProblemKind(StrEnum):
+    """Why a project is degraded."""
+
+    ENGINE_UNREACHABLE = "engine_unreachable"
+    LAUNCHES_FAIL = "launches_fail"
+    UPDATE_GIVEN_UP = "update_given_up"
+    BALANCER_NOT_RUNNING = "balancer_not_running"
+    NO_BALANCER_REPORTS = "no_balancer_reports"
+    DATA_PATH_BROKEN = "data_path_broken"
+    TOO_FEW_BACKENDS = "too_few_backends"
 
 
 def for_balancers(fleet: Fleet, settings: Settings, backend_subnet: str, check_source: str) -> dict[str, Any]:
-    """The body of GET /sync, but for the revision. One whose container is being stopped still shows as draining."""
+    """The body of GET /sync without its revision. A backend whose container is being stopped is still listed, as
+    draining, so that the balancers keep its open connections."""
+    known = [fleet[name] for name in sorted(fleet) if fleet[name].known_to_balancers]
     return {
         "service": {
             "port": settings.backend_port,
@@ -30,47 +56,83 @@ def for_balancers(fleet: Fleet, settings: Settings, backend_subnet: str, check_s
             "locality": settings.locality,
             "check_source": check_source,
         },
-        "backends": [
-            {
-                "id": backend.short_id,
-                "ip": backend.ip,
-                "state": DRAINING if backend.state == STOPPED else backend.state,
-                "weight": WEIGHT,
-                **({"node": backend.node} if backend.node else {}),
-            }
-            for backend in sorted(fleet.values(), key=lambda b: b.name)
-            if backend.known_to_balancers
-        ],
+        "backends": [_for_balancers(backend) for backend in known],
     }
 
 
-def revision(shown: dict[str, Any]) -> str:
-    """A digest of the view: it moves when, and only when, a balancer has something to learn, and a restarted manager
-    that finds the same fleet comes to the same one."""
-    return hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:12]
+def _for_balancers(backend: Backend) -> dict[str, str]:
+    state = DRAINING if backend.state == STOPPED else backend.state
+    # Names and addresses are used again, ids are not.
+    row = {"id": backend.short_id, "ip": backend.ip, "state": state}
+    return {**row, "node": backend.node} if backend.node else row
+
+
+def revision(snapshot: Status) -> str:
+    """A digest of the snapshot. Equal snapshots have equal revisions, also after a restart of the manager."""
+    return hashlib.sha256(json.dumps(snapshot).encode()).hexdigest()[:12]
+
+
+def with_problems(status: Status) -> dict[str, Any]:
+    """The status with its `problems`, each a kind and a sentence for people, and the `state` that follows from them."""
+    problems = [{"kind": kind.value, "text": text} for kind, text in _problems(status).items()]
+    state = State.DEGRADED if problems else State.HEALTHY
+    return {**status, "state": state.value, "problems": problems}
+
+
+def _problems(status: Status) -> dict[ProblemKind, str]:
+    found = {}
+    if status["engine"] != "ok":
+        found[ProblemKind.ENGINE_UNREACHABLE] = f"the engine is unreachable: {status['engine']}"
+
+    launches = status["launches"]
+    if launches["failed"]:
+        count = "a launch" if launches["failed"] == 1 else f"{launches['failed']} launches in a row"
+        found[ProblemKind.LAUNCHES_FAIL] = f"{count} failed: {launches['why']}"
+    if launches["update_given_up"]:
+        found[ProblemKind.UPDATE_GIVEN_UP] = f"the update was given up: {launches['update_given_up']}"
+
+    balancer = status["balancer"]
+    if balancer["state"] != "running":
+        detail = f": {balancer['problem']}" if balancer["problem"] else ""
+        found[ProblemKind.BALANCER_NOT_RUNNING] = f"the balancer does not run ({balancer['state']}){detail}"
+    # One balancer that reports is enough: the others may just have been removed.
+    longest = SILENT_AFTER * status["settings"]["interval"]
+    if not any(one["last_seen"] <= longest for one in status["balancers"]):
+        found[ProblemKind.NO_BALANCER_REPORTS] = "no balancer reports"
+    if status["data_path"]["working"] is False:
+        found[ProblemKind.DATA_PATH_BROKEN] = f"clients cannot reach the service: {status['data_path']['problem']}"
+
+    # A backend without a probe result so far counts as serving: it is in rotation.
+    serving = sum(row["state"] == ACTIVE and row["healthy"] is not False for row in status["backends"])
+    if serving < status["desired"]:
+        found[ProblemKind.TOO_FEW_BACKENDS] = f"{serving} of {status['desired']} backends serve"
+    return found
 
 
 def backends(fleet: Fleet, load: LoadTracker) -> list[dict[str, Any]]:
+    """The rows of /status, in the order of the backends' numbers."""
     return [_backend(fleet[name], load) for name in sorted(fleet, key=fleets.by_number)]
 
 
 def _backend(backend: Backend, load: LoadTracker) -> dict[str, Any]:
     verdict = load.verdict(backend)
+    counters = {name: round(value, 2) for name, value in load.backend(backend.ip).items()}
     return {
         "name": backend.name,
         "ip": backend.ip,
         "state": backend.state,
         "node": backend.node,
-        "reason": backend.reason,
-        "weight": WEIGHT,
+        "reason": backend.reason.sentence,
+        "cause": backend.reason.cause.value,
         "share": round(load.share(backend), 4),
-        **{name: round(value, 2) for name, value in load.backend(backend.ip).items()},
+        **counters,
         "healthy": verdict.healthy,
         "why": verdict.why,
     }
 
 
 def balancers(load: LoadTracker, now: float) -> list[dict[str, Any]]:
+    """Each balancer that reports, with the seconds since its newest report."""
     return [
         {"id": name, "last_seen": round(now - entry.at, 1), "revision": entry.report.revision}
         for name, entry in sorted(load.balancers.items())
@@ -78,16 +140,18 @@ def balancers(load: LoadTracker, now: float) -> list[dict[str, Any]]:
 
 
 def settings_in_force(settings: Settings, policy: Policy) -> dict[str, Any]:
-    """The settings as they are now: the operator's limits where he has set others."""
-    values = {**vars(settings), "min": policy.min, "max": policy.max, "target": policy.target}
-    return {
-        name: sorted(value) if isinstance(value, frozenset) else value
-        for name, value in values.items()
-        if name not in SECRET
-    }
+    """The settings with the limits in force, which the operator may have changed."""
+    in_force = {**vars(settings), "min": policy.min, "max": policy.max, "target": policy.target}
+    # Sets have no order, and JSON has no sets.
+    public = {}
+    for name, value in in_force.items():
+        if name not in SECRET:
+            public[name] = sorted(value) if isinstance(value, frozenset) else value
+    return public
 
 
 def launches(fleet: Fleet, backoff: LaunchBackoff, now: float) -> dict[str, Any]:
+    """Failed launches in a row, the seconds until the next one, and how far an update is."""
     live = fleets.live(fleet)
     replaced = sum(backend.spec == backoff.spec for backend in live)
     return {

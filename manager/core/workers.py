@@ -1,4 +1,5 @@
-"""The engine's slow calls, each on a thread of a small pool. They change no state of ours but report their results."""
+"""The engine's slow calls, each on a thread of a small pool. They change no state of the manager: the controller takes
+their results."""
 
 from __future__ import annotations
 
@@ -14,17 +15,18 @@ from core.engine import Engine, EngineError, NameTaken, TakenOver
 from core.fleet import FAILED, Backend, Container
 
 WORKERS = 8
-RESIZE = "the fleet"  # in place of a backend's name, where a call is on all of them
-BALANCER = "the balancer"  # the same, where a call is on the balancer
-PAUSE = 0.5  # seconds between two tries of what failed
+RESIZE = "the fleet"  # the name of a call for all backends
+BALANCER = "the balancer"  # the name of a call for the balancer
+PAUSE = 0.5  # seconds before a failed call is tried again
 
 log = logging.getLogger("manager")
 
 
 @dataclass(frozen=True)
 class Result:
-    """A call on the backend `name` has ended: with a container, with none (it is gone, or never came to be, and `why`
-    says why), or with one that is `still_there` and has to be stopped again. `last_log_line` is a failed backend's."""
+    """A call for the backend `name` has ended. `container` is what was launched. Without one, the container has been
+    removed, or could not be created for the reason `why`, or is `still_there` and has to be stopped again.
+    `last_log_line` is a failed backend's."""
 
     name: str
     container: Container | None = None
@@ -35,12 +37,12 @@ class Result:
 
 
 class Workers:
-    """At most one call for each backend is under way; `busy` has their names until the result is taken in."""
+    """At most one call for each backend runs at a time; `busy` has its name until the controller takes the result."""
 
     def __init__(self, engine: Engine, done: Callable[[], None]) -> None:
         self.busy: set[str] = set()
         self._engine, self._done = engine, done
-        # Apart, so that a burst's launches do not queue behind stops, which take their grace.
+        # Two pools, so that the launches of a burst do not queue behind stops, which last up to ten seconds each.
         self._launching = ThreadPoolExecutor(WORKERS, thread_name_prefix="launch")
         self._stopping = ThreadPoolExecutor(WORKERS, thread_name_prefix="stop")
         self._results: queue.SimpleQueue[Result] = queue.SimpleQueue()
@@ -59,7 +61,7 @@ class Workers:
         self._begin(self._launching, BALANCER, self._repair_balancer)
 
     def results(self) -> Iterator[Result]:
-        """What has ended since the last time; taking it in frees the backend for the next call."""
+        """The calls that have ended since the last time; taking a result allows the next call for that backend."""
         while not self._results.empty():
             result = self._results.get()
             self.busy.discard(result.name)
@@ -67,7 +69,8 @@ class Workers:
 
     def _begin(self, pool: ThreadPoolExecutor, name: str, call: Callable[[], Result]) -> None:
         def work() -> None:
-            result = Result(name, still_there=True)  # whatever happens, the backend must not stay busy for ever
+            # Also after an unexpected error there has to be a result, or the backend would stay busy for ever.
+            result = Result(name, still_there=True)
             try:
                 result = call()
             finally:

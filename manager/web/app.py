@@ -1,283 +1,231 @@
-"""The manager's HTTP interface: a Flask application over the controller, served on three listeners.
+"""The manager's HTTP interface: a Flask application over the controller.
 
-127.0.0.1 and the backends' network's gateway (TCP; in a Swarm this node's address, within TLS), and
-run/<project>/manager.sock (mode 0600) for the operator. Reads are free on loopback; whatever comes from elsewhere or
-changes anything bears the token; what only the operator may do goes through the socket alone. Every refusal is one line
-of text: what was wrong and what is allowed.
+It is served on three listeners:
+- 127.0.0.1;
+- the gateway of the backends' network, or in a Swarm this node's address, with TLS;
+- run/<project>/manager.sock (mode 0600), for the operator.
+
+Who may call what:
+- Reads from loopback need no token.
+- All other calls over TCP need it.
+- Operator calls are accepted through the Unix socket only, which needs no token.
+
+ROUTES lists all calls. A request that is refused gets one line of text that says what is wrong.
 """
 
 from __future__ import annotations
 
 import hmac
-import os
 from collections.abc import Callable, Iterable
-from functools import cache
-from importlib import resources
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, NoReturn, cast
 
-from flask import Flask, Response, abort, g, jsonify, request
+import msgspec
+from flask import Flask, Response, abort, g, request
 from prometheus_client import generate_latest
 
-from core.controller import Closing, Controller, Unknown
-from core.load import Finding, Report, Sample
-from web import metrics
+from core.controller import Controller, UnknownBackend
+from core.publisher import Closing
+from web import metrics, schemas
 from web.http_server import BODY_MAX
 from web.listeners import Listeners
+from web.page import page
+from web.recent_log import RecentLog
 
 OPERATOR = "lbscaler.operator"  # in the WSGI environment of requests through the Unix socket
-LONGEST_WAIT = 60.0  # seconds a long poll may hold a connection
-COUNTERS = ("connections", "packets", "bytes", "active")
-TAIL = 1 << 18  # bytes at the end of a log in which its last lines are searched
-PAGE = Path(__file__).with_name("static")
-TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
-# No byte of the page comes from elsewhere or goes there; plotly writes style elements.
-POLICY = (
-    "default-src 'none'; script-src 'self'; connect-src 'self'; style-src 'self' 'unsafe-inline'; img-src data:; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
+PROMETHEUS = "text/plain; version=0.0.4"
 
 Snapshot = dict[str, Any]
 WaitForSnapshot = Callable[[str, float], Snapshot | None]
 
 
-def create_app(  # noqa: PLR0915 - a list of routes
-    controller: Controller, token: str, hosts: Iterable[str], wait_for_snapshot: WaitForSnapshot | None = None
-) -> Flask:
-    """The routes. `hosts` are the names and addresses a Host header may bear (else: DNS rebinding). `wait_for_snapshot`
-    is how a long poll waits: by default as Controller.wait_for_snapshot does, which blocks the thread."""
-    app = Flask(__name__)
-    app.config["MAX_CONTENT_LENGTH"] = BODY_MAX
-    allowed_hosts = {"127.0.0.1", "localhost", *hosts}
-    wait_for_snapshot = wait_for_snapshot or controller.wait_for_snapshot
-    told = metrics.registry(cast("metrics.Tally", controller.recorder), controller.status)
+class Api:
+    """The handlers of all calls: a decoded request in, the answer out. None is answered with 204, "no content"."""
 
-    @app.before_request
-    def guard() -> None:
-        if request.environ.get(OPERATOR):
-            return
-        if request.host.rpartition(":")[0] not in allowed_hosts and request.host not in allowed_hosts:
-            _refuse(403, "this Host is not one of the manager's")
-        given = request.headers.get("Authorization", "").encode()
-        trusted = hmac.compare_digest(given, f"Bearer {token}".encode())
-        g.trusted = trusted
-        free = request.method in ("GET", "HEAD") and str(request.remote_addr).startswith("127.")
-        if not trusted and not free:
-            _refuse(401, "this call needs the token: Authorization: Bearer <run/PROJECT/token>")
+    def __init__(self, controller: Controller, wait_for_snapshot: WaitForSnapshot, recent_log: RecentLog) -> None:
+        self._controller = controller
+        self._wait_for_snapshot = wait_for_snapshot
+        self._recent_log = recent_log
+        self._registry = metrics.registry(cast("metrics.Tally", controller.recorder), controller.status)
 
-    def operator_only() -> None:
-        if not request.environ.get(OPERATOR):
-            _refuse(403, "the operator's calls go through run/PROJECT/manager.sock only")
+    def sync(self, query: schemas.SyncQuery) -> Snapshot | None:
+        """The snapshot of the backends, as soon as its revision differs from `have`; 204 after `wait` seconds."""
+        # A long poll holds a connection, so only callers with the token may wait: not every local user, nor every web
+        # page that one of them opens.
+        wait = query.wait if g.get("has_token") else 0
+        return self._wait_for_snapshot(query.have, wait)
 
-    @app.get("/sync")
-    def sync() -> Response | tuple[str, int]:
-        wait = _number(request.args.get("wait", "0"), "wait", 0, LONGEST_WAIT)
-        if not g.get("trusted"):
-            wait = 0  # a long poll holds a connection: not for everybody on this host, or any page they visit
-        try:
-            view = wait_for_snapshot(request.args.get("have", ""), wait)
-        except Closing:
-            _refuse(503, "this manager ends; ask again in a few seconds")
-        return jsonify(view) if view is not None else ("", 204)
-
-    @app.post("/pkts_info")
-    def pkts_info() -> Response:
-        decision = controller.report(parse_report(_body()))
+    def pkts_info(self, body: schemas.ReportRequest) -> schemas.ReportAnswer:
+        """A balancer's report; the answer is the scaling decision."""
+        decision = self._controller.report(body.report())
         if decision is None:
-            return jsonify(decision="OK", desired=controller.desired, reason="no rate before the second report")
-        return jsonify(decision=decision.verdict, desired=decision.desired, reason=decision.reason)
+            return schemas.ReportAnswer("OK", self._controller.desired, "no rate before the second report")
+        return schemas.ReportAnswer(decision.verdict, decision.desired, decision.reason)
 
-    @app.post("/stop")
-    def stop() -> tuple[str, int]:
-        body = _body()
-        balancer = _text(body, "balancer") if "balancer" in body else ""
-        return _on_backend(lambda: controller.stop(_text(body, "ip"), _text(body, "reason"), balancer))
+    def stop(self, body: schemas.StopRequest) -> None:
+        """A balancer reports that a backend is drained. Idempotent."""
+        self._controller.stop(body.ip, body.reason, body.balancer or "")
 
-    @app.post("/drain")
-    def drain() -> tuple[str, int]:
-        operator_only()
-        return _on_backend(lambda: controller.drain(_text(_body(), "ip")))
-
-    @app.post("/scale")
-    def scale() -> Response:
-        operator_only()
-        body = _body()
-        if not body or body.keys() - {"min", "max", "target"}:
-            _refuse(400, "/scale takes min, max (1 to 1000) and target (above 0)")
-        bounds = [_whole(body, name, 1, 1000) if name in body else None for name in ("min", "max")]
-        target = _number(body["target"], "target", 0.001, 1e9) if "target" in body else None
+    def drain(self, body: schemas.DrainRequest) -> None:
+        """Takes a backend out of rotation and replaces it."""
         try:
-            policy = controller.scale(bounds[0], bounds[1], target)
+            self._controller.drain(body.ip)
+        except ValueError as error:
+            _refuse(409, str(error))
+
+    def scale(self, body: schemas.ScaleRequest) -> schemas.ScaleAnswer:
+        """Changes the limits until run.sh sets others; min = max fixes the number of backends."""
+        try:
+            policy = self._controller.scale(body.min, body.max, body.target)
         except ValueError as error:
             _refuse(400, str(error))
-        return jsonify(min=policy.min, max=policy.max, target=policy.target, desired=controller.desired)
+        return schemas.ScaleAnswer(policy.min, policy.max, policy.target, self._controller.desired)
 
-    @app.post("/pause", defaults={"paused": True})
-    @app.post("/resume", defaults={"paused": False}, endpoint="resume")
-    def pause(paused: bool) -> Response:
-        operator_only()
-        controller.pause(paused)
-        return jsonify(paused=paused)
+    def pause(self) -> schemas.PauseAnswer:
+        """Decisions are still made and recorded, but not carried out."""
+        self._controller.pause(True)
+        return schemas.PauseAnswer(True)
 
-    @app.get("/status")
-    def status() -> Response:
-        return jsonify(controller.status())
+    def resume(self) -> schemas.PauseAnswer:
+        """Decisions are carried out again."""
+        self._controller.pause(False)
+        return schemas.PauseAnswer(False)
 
-    @app.get("/decisions")
-    def decisions() -> Response:
-        return jsonify(controller.history())
+    def status(self) -> dict[str, Any]:
+        """The state of the project, with its problems."""
+        return self._controller.status()
 
-    @app.get("/metrics")
-    def exposition() -> Response:
-        return Response(generate_latest(told), mimetype="text/plain; version=0.0.4")
+    def decisions(self) -> list[dict[str, Any]]:
+        """The last decisions, oldest first, with every number that led to them."""
+        return self._controller.history()
 
-    @app.get("/history")
-    def past() -> Response:
-        return jsonify(controller.past(_number(request.args.get("since", "0"), "since", 0, 1e12)))
+    def history(self, query: schemas.HistoryQuery) -> dict[str, Any]:
+        """The load and the fleet of the last day, and the decisions that changed something."""
+        return self._controller.past(query.since)
 
-    @app.get("/log")
-    def tail_of_log() -> Response:
-        lines = int(_number(request.args.get("lines", "100"), "lines", 1, 500))
-        return Response(tail(controller.settings.run_dir / "manager.log", lines), mimetype="text/plain")
+    def log(self, query: schemas.LogQuery) -> list[schemas.LogRecord]:
+        """The newest records of the manager's log."""
+        return self._recent_log.newest(query.lines)
 
-    @app.get("/", defaults={"name": "index.html"})
-    @app.get("/<any('page.js', 'charts.js', 'page.css'):name>", endpoint="page_part")
-    def page(name: str) -> Response:
-        return _part(name, (PAGE / name).read_bytes())
+    def metrics(self) -> Response:
+        """The metrics for Prometheus."""
+        return Response(generate_latest(self._registry), mimetype=PROMETHEUS)
 
-    @app.get("/plotly.js")
-    def plotly() -> Response:
-        return _part("plotly.js", _plotly(), max_age=86400)
 
-    @app.after_request
-    def confine(answer: Response) -> Response:
-        answer.headers["Content-Security-Policy"] = POLICY
-        answer.headers["X-Content-Type-Options"] = "nosniff"
-        return answer
+JsonObject = dict[str, Any]
 
-    @app.errorhandler(404)
-    @app.errorhandler(405)
-    @app.errorhandler(413)
-    def refuse_plainly(error: Any) -> Response:
-        return Response(f"{error.name}\n", error.code, mimetype="text/plain")
 
+@dataclass(frozen=True)
+class Route:
+    """One call. `answer` is the type of the body with status 200, None where there is only 204. `statuses` are further
+    statuses, beside those that any call may have. docs/openapi.yaml is generated from all this."""
+
+    method: str
+    path: str
+    handler: Callable[..., Any]
+    query: type[Any] | None = None
+    body: type[Any] | None = None
+    answer: Any = None
+    statuses: tuple[int, ...] = ()
+    operator_only: bool = False
+
+
+ROUTES = (
+    Route("GET", "/sync", Api.sync, query=schemas.SyncQuery, answer=JsonObject, statuses=(204, 503)),
+    Route("POST", "/pkts_info", Api.pkts_info, body=schemas.ReportRequest, answer=schemas.ReportAnswer),
+    Route("POST", "/stop", Api.stop, body=schemas.StopRequest, statuses=(404,)),
+    Route("POST", "/drain", Api.drain, body=schemas.DrainRequest, statuses=(404, 409), operator_only=True),
+    Route("POST", "/scale", Api.scale, body=schemas.ScaleRequest, answer=schemas.ScaleAnswer, operator_only=True),
+    Route("POST", "/pause", Api.pause, answer=schemas.PauseAnswer, operator_only=True),
+    Route("POST", "/resume", Api.resume, answer=schemas.PauseAnswer, operator_only=True),
+    Route("GET", "/status", Api.status, answer=JsonObject),
+    Route("GET", "/decisions", Api.decisions, answer=list[JsonObject]),
+    Route("GET", "/history", Api.history, query=schemas.HistoryQuery, answer=JsonObject),
+    Route("GET", "/log", Api.log, query=schemas.LogQuery, answer=list[schemas.LogRecord]),
+    Route("GET", "/metrics", Api.metrics, answer=str),
+)
+
+
+def create_app(
+    controller: Controller,
+    token: str,
+    hosts: Iterable[str],
+    wait_for_snapshot: WaitForSnapshot | None = None,
+    recent_log: RecentLog | None = None,
+) -> Flask:
+    """The application. `hosts` are the names and addresses that a Host header may have; others are refused, against DNS
+    rebinding. `wait_for_snapshot` is how a long poll waits; by default it blocks the thread."""
+    app = Flask(__name__)
+    app.config["MAX_CONTENT_LENGTH"] = BODY_MAX
+    app.before_request(_guard(token, {"127.0.0.1", "localhost", *hosts}))
+    app.register_blueprint(page)
+    api = Api(controller, wait_for_snapshot or controller.wait_for_snapshot, recent_log or RecentLog())
+    for route in ROUTES:
+        app.add_url_rule(route.path, route.path, _view(route, api), methods=[route.method])
+
+    # Errors are answered with one line of text.
+    for status in (404, 405, 413):
+        app.register_error_handler(status, lambda error: _line(error.code, error.name))
+    app.register_error_handler(schemas.InvalidMessage, lambda error: _line(400, str(error)))
+    unknown = "no backend of this project has the address"
+    app.register_error_handler(UnknownBackend, lambda error: _line(404, f"{unknown} {error}"))
+    app.register_error_handler(Closing, lambda _: _line(503, "the manager is ending; retry in a few seconds"))
     return app
 
 
-def parse_report(body: dict[str, Any]) -> Report:
-    """Reads the body of POST /pkts_info; aborts with one line of 400 for anything that is not a report."""
-    rows = body.get("backends")
-    if not isinstance(rows, list) or len(rows) > 10_000 or not all(isinstance(row, dict) for row in rows):
-        _refuse(400, "backends has to be a list of at most 10000 objects")
-    backends = {}
-    for row in rows:
-        healthy = row.get("healthy")
-        if healthy not in (True, False, None):
-            _refuse(400, "healthy has to be true, false or null")
-        connections, packets, size, active = (_whole(row, name, 0, 2**64) for name in COUNTERS)
-        share = _number(row["share"], "share", 0, 1) if "share" in row else None
-        id_ = _text(row, "id") if "id" in row else ""
-        why = _text(row, "why") if "why" in row else ""
-        cause = _text(row, "cause") if "cause" in row else ""
-        backends[_text(row, "ip")] = Sample(connections, packets, size, active, healthy, share, id_, why, cause)
-    interval = _number(body.get("interval"), "interval", 0.1, 3600)
-    warnings = body.get("warnings", [])
-    if not isinstance(warnings, list) or len(warnings) > 10:
-        _refuse(400, "warnings has to be a list of at most 10 texts")
-    words = tuple(_text({"warning": warning}, "warning") for warning in warnings)
-    uptime = _number(body["uptime"], "uptime", 0, 1e12) if "uptime" in body else None
-    panic = body.get("panic", False)
-    if not isinstance(panic, bool):
-        _refuse(400, "panic has to be true or false")
-    return Report(
-        _text(body, "balancer"), _text(body, "revision"), interval, backends, words, uptime, panic, _findings(body)
-    )
+def _guard(token: str, allowed_hosts: set[str]) -> Callable[[], None]:
+    """Refuses requests that may not reach any route."""
+
+    def guard() -> None:
+        if request.environ.get(OPERATOR):
+            return
+        # A page of another site could let its name point to this host, and read through a browser here.
+        if request.host not in allowed_hosts and request.host.rpartition(":")[0] not in allowed_hosts:
+            _refuse(403, "the Host header is not an address of this manager")
+        # The comparison takes the same time for every wrong token, so its time does not help to guess one.
+        sent = request.headers.get("Authorization", "").encode()
+        g.has_token = hmac.compare_digest(sent, f"Bearer {token}".encode())
+        # Any user of this host may read, which is what Prometheus and a browser on it do.
+        is_read = request.method in ("GET", "HEAD")
+        is_local = str(request.remote_addr).startswith("127.")
+        if not g.has_token and not (is_read and is_local):
+            _refuse(401, "this call needs the token: Authorization: Bearer <run/PROJECT/token>")
+
+    return guard
 
 
-def _findings(body: dict[str, Any]) -> tuple[Finding, ...]:
-    rows = body.get("findings", [])
-    if not isinstance(rows, list) or len(rows) > 20 or not all(isinstance(row, dict) for row in rows):
-        _refuse(400, "findings has to be a list of at most 20 objects")
-    return tuple(Finding(_text(row, "kind"), _text(row, "detail") if row.get("detail") else "") for row in rows)
+def _view(route: Route, api: Api) -> Callable[[], Response]:
+    """Flask's view of a route: decodes the request, calls the handler, encodes the answer."""
+
+    def view() -> Response:
+        if route.operator_only and not request.environ.get(OPERATOR):
+            _refuse(403, "operator calls are accepted through run/PROJECT/manager.sock only")
+        arguments = []
+        if route.query is not None:
+            arguments.append(schemas.decode_query(request.args.to_dict(), route.query))
+        if route.body is not None:
+            arguments.append(schemas.decode(request.get_data(), route.body))
+        answer = route.handler(api, *arguments)
+        if isinstance(answer, Response):  # not JSON
+            return answer
+        if answer is None:
+            return Response(status=204)
+        body = msgspec.json.encode(answer, enc_hook=str)  # for schemas.Text, which msgspec does not know
+        return Response(body + b"\n", mimetype="application/json")
+
+    return view
 
 
-def tail(path: Path, lines: int) -> str:
-    """A log's last lines, of which its end alone is read; nothing where there is none, as just after a rotation."""
-    try:
-        with path.open("rb") as file:
-            start = max(0, file.seek(0, os.SEEK_END) - TAIL)
-            file.seek(start)
-            read_ = file.read(TAIL)
-    except FileNotFoundError:
-        return ""
-    whole = read_.partition(b"\n")[2] if start else read_
-    return b"".join(whole.splitlines(keepends=True)[-lines:]).decode(errors="replace")
+def _refuse(status: int, text: str) -> NoReturn:
+    abort(_line(status, text))
 
 
-@cache  # 4 MB that every answer has in common, however many callers take it slowly
-def _plotly() -> bytes:
-    return (resources.files("plotly") / "package_data" / "plotly.min.js").read_bytes()
-
-
-def _part(name: str, content: bytes, max_age: int = 0) -> Response:
-    """A part of the page, or 304 for a browser that has it."""
-    answer = Response(content, mimetype=TYPES[name.rpartition(".")[2]])
-    answer.cache_control.max_age = max_age
-    answer.add_etag()
-    answer.make_conditional(request)
-    return answer
-
-
-def _body() -> dict[str, Any]:
-    try:
-        body = request.get_json(force=True, silent=True)
-    except RecursionError:  # brackets a hundred thousand deep
-        body = None
-    if not isinstance(body, dict):
-        _refuse(400, "the body has to be a JSON object")
-    return body
-
-
-def _text(body: dict[str, Any], name: str) -> str:
-    value = body.get(name)
-    if not isinstance(value, str) or not 0 < len(value) <= 300 or not value.isprintable():
-        _refuse(400, f"{name} has to be a text of 1 to 300 printable characters")
-    return value
-
-
-def _whole(body: dict[str, Any], name: str, low: int, high: int) -> int:
-    value = body.get(name)
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        _refuse(400, f"{name} has to be a whole number from {low} to {high}")
-    return value
-
-
-def _number(value: Any, name: str, low: float, high: float) -> float:
-    try:
-        number = float(value) if not isinstance(value, bool) else None
-    except (TypeError, ValueError, OverflowError):
-        number = None
-    if number is None or not low <= number <= high:
-        _refuse(400, f"{name} has to be a number from {low:g} to {high:g}")
-    return number
-
-
-def _on_backend(action: Callable[[], None]) -> tuple[str, int]:
-    try:
-        action()
-    except Unknown as error:
-        _refuse(404, f"no backend of ours has the address {error}")
-    except ValueError as error:
-        _refuse(409, str(error))
-    return "", 204
-
-
-def _refuse(status: int, line: str) -> NoReturn:
-    abort(Response(f"{line}\n", status, mimetype="text/plain"))
+def _line(status: int, text: str) -> Response:
+    return Response(f"{text}\n", status, mimetype="text/plain")
 
 
 def as_operator(app: Flask) -> Callable[..., Any]:
-    """The same application, for requests that came through the operator's socket."""
+    """The same application for requests through the operator's socket."""
 
     def operated(environ: dict[str, Any], start_response: Any) -> Any:
         return app.wsgi_app({**environ, OPERATOR: True}, start_response)
@@ -286,7 +234,7 @@ def as_operator(app: Flask) -> Callable[..., Any]:
 
 
 def waits_in(listeners: Listeners, controller: Controller) -> WaitForSnapshot:
-    """Waits for a view without blocking the thread that all listeners share."""
+    """Waits for a snapshot without blocking the thread that all listeners share."""
 
     def wait_for_snapshot(have: str, seconds: float) -> Snapshot | None:
         return listeners.wait_for(lambda: controller.wait_for_snapshot(have, 0), seconds)

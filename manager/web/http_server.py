@@ -1,12 +1,13 @@
-"""One listener: reads requests, with limits that pywsgi does not have, and lets a WSGI application answer them.
+"""One listener: gevent's pywsgi, with limits on clients that pywsgi does not have.
 
 Guarantees:
-- A request (request line, headers, body) is read within a deadline before the application sees it. Whoever is slower is
-  cut off, and so is whoever does not take the answer. A TLS handshake has the same deadline, in its caller's greenlet.
-- Connections, and the memory for bodies, have a limit. Past it, the connection that has taken longest to send its
-  request, or to take its answer, is cut off. What the application holds (a long poll) is not.
-- However fast a caller sends, others get their turn.
-- What callers do wrong (resets, bad handshakes, broken requests) is no log line and no traceback.
+- A request (request line, headers, body) is complete before the application gets it, and has to arrive within a
+  deadline. The client has to read the answer within another one. Slower clients are disconnected. A TLS handshake has
+  the request's deadline, and waits in a greenlet of its connection.
+- The number of connections is limited, and so is the memory for request bodies. At the limit, the connection that has
+  waited longest for its client is closed. Requests that the application is handling (long polls) are not.
+- A client that sends without pause does not keep others waiting.
+- Errors of clients (resets, failed handshakes, malformed requests) are not logged.
 """
 
 from __future__ import annotations
@@ -25,19 +26,19 @@ from gevent.pywsgi import WSGIHandler, WSGIServer
 
 BODY_MAX = 1 << 20  # bytes of a request's body
 HEADERS_MAX = 16384  # bytes of a request's headers
-PIECE = 1 << 16  # bytes of a body that are read at once
+PIECE = 1 << 16  # bytes of one read from a body
 
 Application = Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one listener."""
+    """The limits of one listener."""
 
     connections: int = 4096
-    request: float = 5.0  # seconds for a TLS handshake, and for each request from the end of the one before
-    answer: float = 30.0  # seconds until the caller has taken all of an answer
-    bodies: int = 64 << 20  # bytes of request bodies that are being read
+    request: float = 5.0  # seconds for a TLS handshake, and for each request, from the end of the request before
+    answer: float = 30.0  # seconds until the client has read all of an answer
+    bodies: int = 64 << 20  # bytes of all request bodies that are being read
 
 
 class Server(WSGIServer):
@@ -45,14 +46,14 @@ class Server(WSGIServer):
 
     def __init__(self, listener: socket.socket, application: Application, tls: Any, limits: Limits) -> None:
         self.limits = limits
-        # The greenlets that may be cut off, those that have taken longest first, and the bytes of body each holds.
-        self._unfinished: dict[Any, int] = {}
+        # The greenlets that wait for their client, the longest first, with the bytes of body that each has read.
+        self._waiting: dict[Any, int] = {}
         self._body_bytes = 0
-        # So many are accepted before a connection that was cut off has ended.
+        # So many connections may be accepted before one that was closed has ended.
         self.max_accept = min(100, limits.connections)
         pool = Pool(limits.connections + self.max_accept)
         address = listener.getsockname()
-        # Without a name the server would ask DNS for it.
+        # Without this name, pywsgi would resolve it by DNS.
         environ = {"SERVER_NAME": address[0] if isinstance(address, tuple) else "localhost"}
         options: dict[str, Any] = {"handler_class": _Connection, "log": None, "error_log": None}
         if tls is not None:
@@ -61,60 +62,60 @@ class Server(WSGIServer):
 
     def do_handle(self, *args: Any) -> None:
         if len(self.pool) >= self.limits.connections:
-            self._cut_off(next(iter(self._unfinished), None))
+            self._close(next(iter(self._waiting), None))
         super().do_handle(*args)
 
     def wrap_socket_and_handle(self, client_socket: Any, address: Any) -> None:
-        client_socket.getpeername()  # raises where the caller has gone: gevent would leave that socket open
+        client_socket.getpeername()  # raises if the client has disconnected: gevent would not close that socket
         with closing(self.wrap_socket(client_socket, **self.ssl_args)) as secured:
-            with self.may_be_cut_off(), gevent.Timeout(self.limits.request):
+            with self.waiting_for_client(), gevent.Timeout(self.limits.request):
                 secured.do_handshake()
             self.handle(secured, address)
 
     def handle(self, sock: Any, address: Any) -> None:
-        with suppress(OSError):  # the caller has gone
+        with suppress(OSError):  # the client has disconnected
             super().handle(sock, address)
 
     @contextmanager
-    def may_be_cut_off(self) -> Iterator[None]:
-        """While the calling greenlet waits for its caller."""
-        self._unfinished[gevent.getcurrent()] = 0
+    def waiting_for_client(self) -> Iterator[None]:
+        """While the current greenlet waits for its client, its connection may be closed in favour of others."""
+        self._waiting[gevent.getcurrent()] = 0
         try:
             yield
         finally:
-            self.finished()
+            self.end_waiting()
 
-    def finished(self) -> None:
-        """The calling greenlet waits for its caller no longer."""
-        self._body_bytes -= self._unfinished.pop(gevent.getcurrent(), 0)
+    def end_waiting(self) -> None:
+        """From now on, the current greenlet's connection stays open. Its body is no longer counted."""
+        self._body_bytes -= self._waiting.pop(gevent.getcurrent(), 0)
 
     def count_body(self, size: int) -> None:
-        """The calling greenlet has read so many bytes more of a body. Over the limit, another one is cut off."""
+        """Counts bytes that the current greenlet has read. Over the limit, the connection of another one is closed."""
         current = gevent.getcurrent()
-        if current not in self._unfinished:  # it is being cut off
+        if current not in self._waiting:  # its connection is being closed
             return
-        self._unfinished[current] += size
+        self._waiting[current] += size
         self._body_bytes += size
         if self._body_bytes > self.limits.bodies:
-            others = (greenlet for greenlet, held in self._unfinished.items() if held and greenlet is not current)
-            self._cut_off(next(others, None))
+            others = (greenlet for greenlet, held in self._waiting.items() if held and greenlet is not current)
+            self._close(next(others, None))
 
-    def _cut_off(self, greenlet: Any) -> None:
+    def _close(self, greenlet: Any) -> None:
         if greenlet is not None:
-            self._body_bytes -= self._unfinished.pop(greenlet)
+            self._body_bytes -= self._waiting.pop(greenlet)
             greenlet.kill(block=False)
 
 
 class _Refused(ValueError):
-    """The request is answered with this status in place of the application's answer."""
+    """The request gets this status, without reaching the application."""
 
     def __init__(self, status: HTTPStatus) -> None:
         super().__init__(status)
         self.status = status
 
 
-class _FromCaller(io.RawIOBase):
-    """What a caller sends. Other greenlets get their turn before each read, however fast it comes."""
+class _FromClient(io.RawIOBase):
+    """The bytes from a client. Other greenlets run before each read, also while there is always more to read."""
 
     def __init__(self, sock: Any) -> None:
         self._socket = sock
@@ -128,30 +129,25 @@ class _FromCaller(io.RawIOBase):
 
 
 class _Connection(WSGIHandler):
-    """One connection: its requests one after another, each read as a whole before the application sees it."""
+    """One connection: its requests one after another, each complete before the application gets it."""
 
     close_connection: bool
     environ: Any
+    _deadline: Any  # a gevent.Timeout, for the request that is being read
 
     def __init__(self, sock: Any, address: Any, server: Server) -> None:
-        super().__init__(sock, address, server, rfile=io.BufferedReader(_FromCaller(sock)))
-        self._deadline = gevent.Timeout(server.limits.request)
+        super().__init__(sock, address, server, rfile=io.BufferedReader(_FromClient(sock)))
 
     def handle_one_request(self) -> bool | None:
-        gevent.sleep(0)  # a caller who sends many requests at once lets others have their turn
-        self._deadline = gevent.Timeout.start_new(self.server.limits.request)
-        try:
-            with self.server.may_be_cut_off():
-                answer = super().handle_one_request()
-                if isinstance(answer, tuple):
-                    self._refuse(HTTPStatus(int(answer[0])))
-        except gevent.Timeout as timeout:
-            if timeout is not self._deadline:
-                raise
-            return None
-        finally:
-            self._deadline.close()
-        return True if answer is True else None
+        """True if another request may follow on the connection."""
+        gevent.sleep(0)  # a client that sends many requests in one piece lets other greenlets run between them
+        result = None
+        # With False, the timeout ends the block without an exception.
+        with gevent.Timeout(self.server.limits.request, False) as self._deadline, self.server.waiting_for_client():
+            result = super().handle_one_request()
+            if isinstance(result, tuple):
+                self._refuse(HTTPStatus(int(result[0])))
+        return True if result is True else None
 
     def read_request(self, raw_requestline: str) -> bool:
         if len(raw_requestline.split()) != 3 or not raw_requestline.isascii():  # HTTP/0.9, or no URL
@@ -164,7 +160,7 @@ class _Connection(WSGIHandler):
         return True
 
     def MessageClass(self, source: Any, *_: Any) -> Any:  # noqa: N802 - pywsgi's name
-        """Reads the headers."""
+        """Reads the headers, up to HEADERS_MAX."""
         block = bytearray()
         line = b"-"
         while line.strip(b"\r\n"):
@@ -189,7 +185,7 @@ class _Connection(WSGIHandler):
             self._refuse(refused.status)
             return
         self._deadline.close()
-        self.server.finished()
+        self.server.end_waiting()
         self.environ["wsgi.input"] = io.BytesIO(body)
         self.environ["wsgi.input_terminated"] = True
         super().handle_one_response()
@@ -203,38 +199,38 @@ class _Connection(WSGIHandler):
             while len(body) <= BODY_MAX and (piece := self.wsgi_input.read(PIECE)):
                 body += piece
                 self.server.count_body(len(piece))
-        except (OSError, ValueError) as error:  # chunks that are none, or the caller has gone
+        except (OSError, ValueError) as error:  # malformed chunks, or the client has disconnected
             raise _Refused(HTTPStatus.BAD_REQUEST) from error
         if len(body) > BODY_MAX:
             raise _Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
         return bytes(body)
 
     def _refuse(self, status: HTTPStatus) -> None:
-        """Answers in place of the application, and closes: where the next request would begin is not known."""
+        """Answers without the application, and closes: it is not known where the next request would begin."""
         self.close_connection = True
         body = f"{status.phrase}\n"
         self.socket.sendall(
             f"HTTP/1.1 {int(status)} {status.phrase}\r\nConnection: close\r\nContent-Type: text/plain\r\n"
             f"X-Content-Type-Options: nosniff\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
         )
-        # To close a socket with unread bytes would reset the connection, and the answer could be lost.
+        # Closing a socket with unread bytes resets the connection, and the client may lose the answer. Read them first.
         self.socket.shutdown(socket.SHUT_WR)
         while self.rfile.read1(PIECE):
             pass
 
     def finalize_headers(self) -> None:
-        # pywsgi sends it only to HTTP/1.0. Else the client keeps the connection and loses its next request.
+        # pywsgi sends this header to HTTP/1.0 only. Without it, the client sends its next request into a closed socket.
         if self.close_connection and self.request_version == "HTTP/1.1":
             self.response_headers.append((b"Connection", b"close"))
         super().finalize_headers()
 
     def process_result(self) -> None:
-        self.environ["wsgi.input"] = io.BytesIO()  # the body is not held until the caller takes the answer
-        with self.server.may_be_cut_off(), gevent.Timeout(self.server.limits.answer):
+        self.environ["wsgi.input"] = io.BytesIO()  # frees the request's body before the answer is sent
+        with self.server.waiting_for_client(), gevent.Timeout(self.server.limits.answer):
             super().process_result()
 
     def handle_error(self, t: Any, v: Any, tb: Any) -> None:
         if issubclass(t, (OSError, gevent.GreenletExit, gevent.Timeout)):
-            self.close_connection = True  # the caller has gone, was too slow, or was cut off
+            self.close_connection = True  # the client has disconnected, was too slow, or its connection was closed
         else:
             super().handle_error(t, v, tb)

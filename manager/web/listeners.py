@@ -1,8 +1,11 @@
-"""Serves a WSGI application on several sockets, from one gevent hub in one thread, so that no caller holds up another.
+"""Serves a WSGI application on several sockets, from one gevent hub in one thread.
 
-Each listener has the limits of `http_server` for itself: callers of one cannot stop another. An application runs
-on the hub's thread. It may wait only by `Listeners.wait_for`; other threads end that waiting by `Listeners.notify`.
-Nothing is monkey-patched: all other threads stay as they are.
+Guarantees:
+- A client cannot keep another one waiting, and each listener has its own limits (`http_server.Limits`), so that clients
+  of one listener cannot block another.
+- An application runs on the hub's thread and must not block it: it waits with `Listeners.wait_for` only. Other threads
+  end that wait with `Listeners.notify`.
+- Nothing is monkey-patched: all other threads are ordinary threads.
 """
 
 from __future__ import annotations
@@ -25,10 +28,10 @@ from gevent.event import Event
 
 from web.http_server import Application, Limits, Server
 
-BACKLOG = 1024  # connections that the kernel keeps until they are accepted; net.core.somaxconn may lower it
+BACKLOG = 1024  # connections that wait in the kernel to be accepted; net.core.somaxconn may lower it
 IP_FREEBIND = 15  # <linux/in.h>; Python has no name for it
-FILES_WANTED = 1 << 16  # file descriptors, where the hard limit allows any number
-FILES_RESERVED = 512  # file descriptors that are left for all other work of the process
+FILES_WANTED = 1 << 16  # file descriptors; the hard limit may lower it
+FILES_RESERVED = 512  # file descriptors for everything but connections
 
 log = logging.getLogger("manager")
 
@@ -36,11 +39,11 @@ T = TypeVar("T")
 
 
 def bind_tcp(address: str, port: int) -> socket.socket:
-    """A listening socket, bound even before the address is up: Docker's bridge may come after a restarted manager."""
+    """A listening socket. The address need not exist yet: Docker's bridge may appear after a restarted manager."""
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.setsockopt(socket.IPPROTO_IP, IP_FREEBIND, 1)
-    # Linux hands it down to connections. Headers and body are sent one after the other; the body is not to wait.
+    # Connections inherit it. Headers and body are two writes, and the second one must not wait for an acknowledgement.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return _listen(listener, (address, port))
 
@@ -49,7 +52,7 @@ def bind_unix(path: Path) -> socket.socket:
     """A listening Unix socket that only its owner can connect to."""
     path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    # Linux makes the file with the unbound socket's own mode, so it never has another one, whatever the umask.
+    # Linux creates the file with the mode of the unbound socket, so it never has a wider mode, whatever the umask.
     os.fchmod(listener.fileno(), 0o600)
     return _listen(listener, str(path))
 
@@ -66,7 +69,7 @@ def _listen(listener: socket.socket, address: Any) -> socket.socket:
 
 
 def tls_context(pem: Path) -> Any:
-    """For `Listeners.add`: the certificate and its key, both in one file. Raises OSError where they cannot be used."""
+    """For `Listeners.add`: the certificate and its key, both in one file. Raises OSError if they are not usable."""
     context = gevent.ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION
@@ -75,7 +78,7 @@ def tls_context(pem: Path) -> Any:
 
 
 def raise_file_limit() -> int:
-    """Raises this process's limit of open files as far as it may; the limit now in force."""
+    """Raises the process's limit of open files to FILES_WANTED or its hard limit. Returns the limit in force."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = FILES_WANTED if hard == resource.RLIM_INFINITY else min(hard, FILES_WANTED)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -84,95 +87,90 @@ def raise_file_limit() -> int:
 
 
 def connections_each(wanted: int, files: int, listeners: int) -> int:
-    """How many connections each listener may have, so that `files` descriptors are enough for all and for the rest."""
+    """Connections for each listener, at most `wanted`, so that FILES_RESERVED of `files` descriptors are left."""
     return max(16, min(wanted, (files - FILES_RESERVED) // listeners))
 
 
 class Listeners:
-    """All listeners of a process. `add` each, then `start`; `stop` ends them for good."""
+    """All listeners of a process. `add` each, then `start`. After `stop` they cannot be started again."""
 
     def __init__(self, limits: Limits | None = None) -> None:
         self._limits = limits or Limits()
         self._planned: list[tuple[socket.socket, Application, Any]] = []
         self._thread = threading.Thread(target=self._run, name="listeners", daemon=True)
         self._started = threading.Event()
-        self._lock = threading.Lock()  # held while another thread uses the two watchers below, or they are closed
-        self._on_notify: Any = None
-        self._on_stop: Any = None
-        self._failure: BaseException | None = None
-        self._notified: Any = None  # a gevent Event; each notify replaces it
+        self._failure: Exception | None = None
+        self._lock = threading.Lock()  # held while another thread uses the loop, or the loop ends
+        self._loop: Any = None  # gevent's, while it runs
+        self._notified = Event()  # each notify sets it, and replaces it
+        self._stopping = Event()
         self._stop_timeout = 0.0
 
     def add(self, listener: socket.socket, application: Application, tls: Any = None) -> None:
-        """Serves `application` on a socket made by `bind_tcp` or `bind_unix`, within TLS where there is a context."""
+        """Serves `application` on a socket made by `bind_tcp` or `bind_unix`; with TLS if there is a context."""
         self._planned.append((listener, application, tls))
 
     def start(self) -> None:
-        """Returns when all listeners accept connections. Raises what went wrong."""
+        """Returns when all listeners accept connections. Raises the error of one that cannot."""
         self._thread.start()
         self._started.wait()
         if self._failure is not None:
             raise self._failure
 
     def is_alive(self) -> bool:
-        """Whether the listeners are served: from `start` to `stop`, unless the hub fails."""
+        """True from `start` to `stop`, unless the hub fails."""
         return self._thread.is_alive()
 
     def stop(self, timeout: float = 1.0) -> None:
-        """Closes all listeners; requests that the application has get `timeout` seconds to end, then they are cut."""
-        with self._lock:
-            if self._on_stop is not None:
-                self._stop_timeout = timeout
-                self._on_stop.send()
+        """Closes all listeners. Requests that the application is handling have `timeout` seconds to end."""
+        self._stop_timeout = timeout
+        self._call_on_hub(self._stopping.set)
         if self._thread.is_alive():
             self._thread.join()
 
     def notify(self) -> None:
-        """Has every `wait_for` call its function again. For any thread; never blocks."""
-        with self._lock:
-            if self._on_notify is not None:
-                self._on_notify.send()
+        """Makes every `wait_for` call its function again. For any thread; never blocks."""
+        self._call_on_hub(self._renew)
 
-    def wait_for(self, look: Callable[[], T | None], seconds: float) -> T | None:
-        """What `look` returns as soon as that is not None; None after `seconds`. For applications: only the calling
-        greenlet waits. `look` is called at once and after each `notify`; what it raises ends the waiting."""
+    def wait_for(self, find: Callable[[], T | None], seconds: float) -> T | None:
+        """The first result of `find` that is not None; None after `seconds`. `find` is called now and after each
+        `notify`; its exceptions are passed on. For applications: only the current greenlet waits."""
         deadline = time.monotonic() + seconds
         while True:
-            notified = self._notified  # taken before the call, so that a notify during it is not missed
-            found = look()
+            notified = self._notified  # read before the call, so that a notify during the call is not missed
+            found = find()
             left = deadline - time.monotonic()
             if found is not None or left <= 0:
                 return found
             notified.wait(left)
 
+    def _call_on_hub(self, callback: Callable[[], None]) -> None:
+        """For other threads. Does nothing after the end."""
+        with self._lock:
+            if self._loop is not None:
+                self._loop.run_callback_threadsafe(callback)
+
     # -- on the hub's thread -------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         hub = gevent.get_hub()
-        hub.NOT_ERROR = (*hub.NOT_ERROR, OSError, gevent.Timeout)  # callers' errors
+        hub.NOT_ERROR = (*hub.NOT_ERROR, OSError, gevent.Timeout)  # errors of clients
         hub.print_exception = _log_failure
-        stopping = Event()
         servers: list[Server] = []
         try:
-            with self._lock:
-                self._notified = Event()
-                self._on_notify, self._on_stop = hub.loop.async_(), hub.loop.async_()
-                self._on_notify.start(self._renew)
-                self._on_stop.start(stopping.set)
             servers += self._servers()
             for server in servers:
                 server.start()
+            with self._lock:
+                self._loop = hub.loop
         except Exception as error:
             self._failure = error
-            stopping.set()
+            self._stopping.set()
         self._started.set()
-        stopping.wait()
+        self._stopping.wait()
         gevent.joinall([gevent.spawn(server.stop, self._stop_timeout) for server in servers])
         with self._lock:
-            for watcher in (self._on_notify, self._on_stop):
-                watcher.stop()
-                watcher.close()
-            self._on_notify = self._on_stop = None
+            self._loop = None
         hub.destroy(destroy_loop=True)
 
     def _servers(self) -> list[Server]:

@@ -1,156 +1,103 @@
-"""What Prometheus is told: counters that live as long as the manager, and gauges that show its state at each scrape.
+"""The manager's metrics for Prometheus. METRICS has a row for each gauge and counter.
 
-Names and units follow Prometheus' conventions. Labels take few values: the backends and balancers there are, their
-states, kinds of reason; never a number or a sentence. A backend's own counters end with it.
+Names and units follow Prometheus' conventions. Labels have few values: names of backends and balancers, states, kinds
+of reason; never a number or a sentence. Counters start at zero with the manager. A backend's counters end with it.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
+from prometheus_client import CollectorRegistry, Histogram, disable_created_metrics
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from core.fleet import SPARE, STARTING, STATES, Backend, Fleet
+from core.fleet import ACTIVE, SPARE, STARTING, STATES, Backend, Fleet
 from core.load import Report, Sample
 from core.scaler import Decision
 from core.settings import ROOT
 
-TRAFFIC = {
-    "connections": "Connections dealt to a backend.",
-    "packets": "Packets from clients to a backend.",
-    "bytes": "Bytes from clients to a backend.",
-}
+TRAFFIC = ("connections", "packets", "bytes")  # a sample's counters
 LAUNCH_SECONDS = (0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
-disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more for each counter, that nobody asks for
+disable_created_metrics()  # type: ignore[no-untyped-call] # else each counter has a second series with its start time
+
+Values = Mapping[tuple[str, ...], float]  # by the labels' values
+Source = Mapping[str, Any]  # /status with Tally.counts
+Read = Callable[[Source], Values | float | None]
 
 
-class Tally(Collector):
-    """What only grows while the manager lives, whatever balancers come, go and start anew."""
+class Tally:
+    """Counts what happens from the manager's start on, as core.controller.Recorder."""
 
     def __init__(self) -> None:
-        # Plain numbers, for every row of every report adds to them: by backend, then by TRAFFIC's names.
-        self._traffic: dict[str, dict[str, int]] = {}
-        self._decisions = _counter("decisions", "Decisions, and what had the last word in them.", "verdict", "reason")
-        self._failures = _counter("launch_failures", "Launches that came to nothing, or ended at once.")
-        self._launches = Histogram(
+        self._traffic: dict[str, dict[str, int]] = {}  # by backend, then by TRAFFIC's names
+        self._decisions: Counter[tuple[str, ...]] = Counter()  # by verdict and reason
+        self._launch_failures = 0
+        self.launches = Histogram(
             "lbscaler_launch_seconds",
-            "Time from a backend's container being there to a balancer finding it ready.",
+            "Time from the creation of a backend's container to the first report that it is healthy.",
             buckets=LAUNCH_SECONDS,
             registry=None,
         )
-        self._heard: dict[str, dict[str, Sample]] = {}  # backend → balancer → the newest of its samples
+        self._newest: dict[str, dict[str, Sample]] = {}  # backend -> balancer -> its newest sample
 
-    def collect(self) -> Iterable[Metric]:
-        traffic = list(self._traffic.items())  # in one go: reports come meanwhile
-        for name, text in TRAFFIC.items():
-            family = CounterMetricFamily(f"lbscaler_backend_{name}", text, labels=["backend"])
-            for backend, counted in traffic:
-                family.add_metric([backend], counted[name])
-            yield family
-        for metric in (self._decisions, self._failures, self._launches):
-            yield from metric.collect()
+    def counts(self) -> dict[str, Any]:
+        # Copies, because reports change the originals at the same time.
+        traffic, decisions = dict(self._traffic), dict(self._decisions)
+        return {"traffic": traffic, "decisions": decisions, "launch_failures": self._launch_failures}
 
     def changed(self, before: Backend | None, after: Backend | None, now: float) -> None:
-        """A backend has come, gone, or become another."""
+        """A backend was added, removed or changed."""
         if before is None and after is not None:
-            self._traffic[after.name] = dict.fromkeys(TRAFFIC, 0)  # from the start, so that no increase is missed
+            self._traffic[after.name] = dict.fromkeys(TRAFFIC, 0)  # zero first, so that Prometheus sees every increase
         elif before is not None and after is None:
             del self._traffic[before.name]
-            self._heard.pop(before.name, None)
-        if before and after and before.state in (SPARE, STARTING) and after.ready and not before.ready:
-            self._launches.observe(now - after.launched)
+            self._newest.pop(before.name, None)
+        elif before is not None and after is not None:
+            became_ready = after.ready and not before.ready
+            if became_ready and before.state in (SPARE, STARTING):
+                self.launches.observe(now - after.launched)
 
     def reported(self, report: Report, fleet: Fleet) -> None:
-        """Adds what a balancer has counted since its last report; one that started anew begins at zero."""
+        """Adds what a balancer counted since its last report. A counter that went down was restarted at zero."""
         for backend in fleet.values():
             sample = report.backends.get(backend.ip)
+            # An address may have had another backend before, which the balancer still reports.
             if sample is None or sample.id not in ("", backend.short_id):
-                continue  # another backend had the address before
-            heard = self._heard.setdefault(backend.name, {})
-            last = heard.get(report.balancer)
+                continue
+            newest = self._newest.setdefault(backend.name, {})
+            last = newest.get(report.balancer)
             counted = self._traffic.setdefault(backend.name, dict.fromkeys(TRAFFIC, 0))
             for name in TRAFFIC:
                 new, old = getattr(sample, name), getattr(last, name, 0)
                 counted[name] += new - old if new >= old else new
-            heard[report.balancer] = sample
+            newest[report.balancer] = sample
 
     def keep(self, balancers: Collection[str]) -> None:
-        """Forgets the samples of balancers that are gone."""
-        for samples in self._heard.values():
+        """Removes the samples of balancers that no longer exist."""
+        for samples in self._newest.values():
             for gone in samples.keys() - balancers:
                 del samples[gone]
 
     def decided(self, decision: Decision) -> None:
-        self._decisions.labels(decision.verdict, reason(decision)).inc()
+        self._decisions[decision.verdict, reason(decision)] += 1
 
     def launch_failed(self) -> None:
-        self._failures.inc()
-
-
-class State(Collector):
-    """The gauges; `status` is asked anew at each scrape."""
-
-    def __init__(self, status: Callable[[], dict[str, Any]]) -> None:
-        self._status, self._version = status, version()  # once: the file may change beneath a running manager
-
-    def collect(self) -> Iterable[Metric]:
-        yield _each("build_info", "1, labelled with the version that runs.", "version", {self._version: 1})
-        yield from gauges(self._status())
-
-
-def registry(tally: Tally, status: Callable[[], dict[str, Any]]) -> CollectorRegistry:
-    """Everything that one manager tells."""
-    made = CollectorRegistry()
-    made.register(tally)
-    made.register(State(status))
-    return made
+        self._launch_failures += 1
 
 
 def reason(decision: Decision) -> str:
-    """The kind of limit that had the last word; `load` where none had."""
+    """The kind of the limit that was applied last; `load` where none was."""
     return decision.clamps[-1].kind.value if decision.clamps else "load"
 
 
-def gauges(status: Mapping[str, Any]) -> Iterable[Metric]:
-    backends, launches, rate = status["backends"], status["launches"], status["rate"]
-    ages = {balancer["id"]: balancer["last_seen"] for balancer in status["balancers"]}
-    states = {state: sum(b["state"] == state for b in backends) for state in STATES}
-    ready = sum(b["state"] == "active" and b["healthy"] is True for b in backends)
-
-    yield _each("backend_share", "Part of the new connections, 0 to 1.", "backend", _column(backends, "share"))
-    yield _each("backend_active", "Open connections.", "backend", _column(backends, "active"))
-    yield _each("backends", "Backends by state.", "state", states)
-    yield _one("ready_backends", "Backends in rotation that a balancer finds healthy.", ready)
-    yield _one("desired_backends", "Backends wanted in rotation.", status["desired"])
-    yield _one("min_backends", "Fewest backends allowed.", status["min"])
-    yield _one("max_backends", "Most backends allowed.", status["max"])
-    # Unknown is no sample, never a zero.
-    load = {} if rate is None else {status["metric"]: rate}
-    yield _each("load", "The fleet's load at the last decision: per second, or open connections.", "metric", load)
-    yield _one("target", "Load that one backend is to bear, in the load's unit.", status["target"])
-    yield _one("paused", "1 while decisions are not carried out.", status["paused"])
-    yield _one("engine_reachable", "1 while the engine that runs the backends answers.", status["engine"] == "ok")
-    yield _one("launch_backoff_seconds", "Time until the next launch, after failed ones.", launches["retry_in"])
-    yield _one("update_given_up", "1 once an update has gone back by itself.", bool(launches["update_given_up"]))
-    yield _one("balancers", "Balancers that report.", len(ages))
-    running = status["balancer"]["state"] == "running"
-    yield _one("balancer_running", "1 while the balancer runs as the settings want it.", running)
-    panic = bool(status["rotation_panic"])
-    yield _one("rotation_panic", "1 while fewer than half of the backends are healthy and all stay in rotation.", panic)
-    yield _one("failed_launches", "Backends that failed in a row.", launches["failed"])
-    working = status["data_path"]["working"]
-    if working is not None:
-        yield _one("data_path_working", "1 while connections through the balancer reach a backend.", working)
-    yield _each("balancer_last_seen_seconds", "Time since a balancer's newest report.", "balancer", ages)
-
-
 def version() -> str:
-    """The newest heading of CHANGELOG.md; the only place that knows."""
+    """The newest heading of CHANGELOG.md."""
     with suppress(OSError):
         for line in (ROOT / "CHANGELOG.md").read_text().splitlines():
             if line.startswith("## "):
@@ -158,20 +105,121 @@ def version() -> str:
     return "unknown"
 
 
-def _counter(name: str, text: str, *labels: str) -> Counter:
-    return Counter(f"lbscaler_{name}", text, labels, registry=None)
+@dataclass(frozen=True)
+class Row:
+    """A metric, its labels, and how its values are read at a scrape: one number, or one for each combination of labels.
+    None is no sample, for a value that is not known."""
+
+    family: type[GaugeMetricFamily] | type[CounterMetricFamily]
+    name: str
+    help: str
+    values: Read
+    labels: tuple[str, ...]
+
+    def metric(self, source: Source) -> Metric:
+        values = self.values(source)
+        if not isinstance(values, Mapping):
+            # One number has no labels. An unknown number is left out: a zero would be wrong.
+            values = {} if values is None else {(): values}
+        family = self.family(f"lbscaler_{self.name}", self.help, labels=self.labels)
+        for labels, value in values.items():
+            family.add_metric(labels, value)
+        return family
 
 
-def _one(name: str, text: str, value: float) -> Metric:
-    return GaugeMetricFamily(f"lbscaler_{name}", text, value)
+def _gauge(name: str, help_: str, values: Read, *labels: str) -> Row:
+    return Row(GaugeMetricFamily, name, help_, values, labels)
 
 
-def _each(name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:
-    family = GaugeMetricFamily(f"lbscaler_{name}", text, labels=[label])
-    for key, value in values.items():
-        family.add_metric([key], value)
-    return family
+def _counter(name: str, help_: str, values: Read, *labels: str) -> Row:
+    return Row(CounterMetricFamily, name, help_, values, labels)
 
 
-def _column(backends: Iterable[Mapping[str, Any]], name: str) -> dict[str, float]:
-    return {backend["name"]: backend[name] for backend in backends}
+# -- how a row's values are read ---------------------------------------------------------------------------------------
+
+
+def _number(*path: str) -> Callable[[Source], float | None]:
+    """The number at that path of keys."""
+
+    def read(source: Source) -> float | None:
+        value: Any = source
+        for key in path:
+            value = value[key]
+        return None if value is None else float(value)
+
+    return read
+
+
+def _traffic(counter: str) -> Callable[[Source], Values]:
+    return lambda source: {(name,): counted[counter] for name, counted in source["traffic"].items()}
+
+
+def _by_backend(field: str) -> Callable[[Source], Values]:
+    return lambda source: {(row["name"],): row[field] for row in source["backends"]}
+
+
+def _by_state(source: Source) -> Values:
+    states = Counter(row["state"] for row in source["backends"])
+    return {(state,): states[state] for state in STATES}
+
+
+def _ready(source: Source) -> int:
+    return sum(row["state"] == ACTIVE and row["healthy"] is True for row in source["backends"])
+
+
+def _load(source: Source) -> Values:
+    return {} if source["rate"] is None else {(source["metric"],): source["rate"]}
+
+
+def _last_seen(source: Source) -> Values:
+    return {(balancer["id"],): balancer["last_seen"] for balancer in source["balancers"]}
+
+
+PANIC = "1 while fewer than half of the backends are healthy, so that all stay in rotation."
+METRICS = (
+    _counter("backend_connections", "Connections sent to a backend.", _traffic("connections"), "backend"),
+    _counter("backend_packets", "Packets from clients to a backend.", _traffic("packets"), "backend"),
+    _counter("backend_bytes", "Bytes from clients to a backend.", _traffic("bytes"), "backend"),
+    _counter("decisions", "Decisions, and the limit applied last.", lambda s: s["decisions"], "verdict", "reason"),
+    _counter("launch_failures", "Backends that failed to start, or soon after.", _number("launch_failures")),
+    _gauge("build_info", "Always 1, with the manager's version.", lambda s: {(s["version"],): 1}, "version"),
+    _gauge("backend_share", "Part of the new connections, 0 to 1.", _by_backend("share"), "backend"),
+    _gauge("backend_active", "Open connections.", _by_backend("active"), "backend"),
+    _gauge("backends", "Backends by state.", _by_state, "state"),
+    _gauge("ready_backends", "Backends in rotation that a balancer reports healthy.", _ready),
+    _gauge("desired_backends", "Backends wanted in rotation.", _number("desired")),
+    _gauge("min_backends", "Fewest backends allowed.", _number("min")),
+    _gauge("max_backends", "Most backends allowed.", _number("max")),
+    _gauge("load", "Load at the last decision: per second, or open connections.", _load, "metric"),
+    _gauge("target", "Wanted load of one backend, in the load's unit.", _number("target")),
+    _gauge("paused", "1 while decisions are not carried out.", _number("paused")),
+    _gauge("engine_reachable", "1 while the container engine answers.", lambda s: s["engine"] == "ok"),
+    _gauge("launch_backoff_seconds", "Time until the next launch, after failures.", _number("launches", "retry_in")),
+    _gauge("failed_launches", "Launches that failed in a row.", _number("launches", "failed")),
+    _gauge("update_given_up", "1 after an update was undone.", lambda s: s["launches"]["update_given_up"] != ""),
+    _gauge("balancers", "Balancers that have reported.", lambda s: len(s["balancers"])),
+    _gauge("balancer_running", "1 while the balancer runs.", lambda s: s["balancer"]["state"] == "running"),
+    _gauge("balancer_last_seen_seconds", "Time since a balancer's newest report.", _last_seen, "balancer"),
+    _gauge("rotation_panic", PANIC, lambda s: bool(s["rotation_panic"])),
+    _gauge("data_path_working", "1 while the balancer forwards connections.", _number("data_path", "working")),
+)
+
+
+class Exposition(Collector):
+    """All rows of METRICS, computed at each scrape."""
+
+    def __init__(self, tally: Tally, status: Callable[[], dict[str, Any]]) -> None:
+        self._tally, self._status = tally, status
+        self._version = version()  # read once: the file may change while the manager runs
+
+    def collect(self) -> Iterable[Metric]:
+        source = {**self._status(), **self._tally.counts(), "version": self._version}
+        return [row.metric(source) for row in METRICS]
+
+
+def registry(tally: Tally, status: Callable[[], dict[str, Any]]) -> CollectorRegistry:
+    """The metrics of one manager."""
+    made = CollectorRegistry()
+    made.register(tally.launches)
+    made.register(Exposition(tally, status))
+    return made

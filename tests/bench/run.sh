@@ -8,12 +8,10 @@ cd "$(dirname "$0")/../.."
 mkdir -p run
 LOG=run/bench.log
 : >"$LOG"
-LB_BASE_IMAGE=${LB_BASE_IMAGE:-debian:trixie-slim}
 trap 'end_step; [ -z "${ENGINE_STARTED:-}" ] || stop_engine' EXIT
 have python3 || need "the benchmark" python3
 ensure_engine
-BALANCER_IMAGE=lbscaler-balancer:$(digest balancer)
-BENCH_IMAGE=lbscaler-bench:$(digest tests/bench/image)
-build_image balancer "$BALANCER_IMAGE"
-build_image tests/bench/image "$BENCH_IMAGE"
-python3 tests/bench/bench.py --balancer-image "$BALANCER_IMAGE" --bench-image "$BENCH_IMAGE" "$@"
+make_venv
+tags=$(run_module .venv/bin/python cli.images balancer tests/bench/image)
+read -r -d '' balancer bench <<<"$tags" || true # a line each
+python3 tests/bench/bench.py --balancer-image "$balancer" --bench-image "$bench" "$@"

@@ -34,7 +34,8 @@ from core.engine import Engine, Event
 from core.fleet import Container
 from core.load import Report
 from fakes import Clock, settings
-from web.app import BODY_MAX, parse_report
+from web import schemas
+from web.http_server import BODY_MAX
 from web.metrics import Tally
 
 SHAPES = ("3x30", "10x100", "100x2000", "1000x20000x200")
@@ -103,10 +104,10 @@ class Site:
 
 
 def take_in(text: str) -> Report:
-    """As the route does. Raises HTTPException for what it would refuse."""
+    """As the route does. Raises for what the route would refuse."""
     if len(text) > BODY_MAX:
         raise RequestEntityTooLarge(f"a report of {len(text)} bytes; BODY_MAX is {BODY_MAX}")
-    return parse_report(json.loads(text))
+    return schemas.decode(text.encode(), schemas.ReportRequest).report()
 
 
 def answer(body: Any) -> str:

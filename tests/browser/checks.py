@@ -1,4 +1,4 @@
-"""What the page has to do, as checks that take a page and the address of any manager, the fake one or a real one."""
+"""Checks of the page against the manager at an address, a real one or one over a fake engine."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 from playwright.sync_api import Page
 
 PARTS = ("page.js", "charts.js", "page.css", "plotly.js")
-WITHIN = 15.0  # seconds; what has to be quicker says so itself
+WITHIN = 15.0  # seconds
 ROWS = """rows => rows.map(row => Object.fromEntries(
     [...row.querySelectorAll('[data-field]')].map(cell => [cell.dataset.field, cell.textContent])))"""
 
 
 def until(page: Page, condition: Callable[[], Any], what: str, within: float = WITHIN) -> Any:
-    """The first true value of `condition`; the page lives on meanwhile."""
+    """The first true value of `condition`. The page keeps running."""
     deadline = time.monotonic() + within
     while not (value := condition()):
         assert time.monotonic() < deadline, f"not within {within:g} s: {what}"
@@ -34,31 +34,31 @@ def status(page: Page, base_url: str) -> dict[str, Any]:
 
 
 def rows(page: Page) -> list[dict[str, str]]:
-    """The fleet's table, as it is shown."""
+    """The table of backends."""
     return list(page.eval_on_selector_all("#fleet tr", ROWS))
 
 
 def agrees_with_the_status(page: Page, base_url: str) -> None:
-    """Numbers are shown with one decimal; while they move, page and status agree soon after each report."""
+    """Numbers have one decimal. Page and status agree soon after each report."""
     page.goto(base_url)
     until(page, lambda: _difference(page, base_url) == "", "page and status agree")
 
 
 def _difference(page: Page, base_url: str) -> str:
-    now, shown = status(page, base_url), rows(page)
-    if [row["name"] for row in shown] != [backend["name"] for backend in now["backends"]]:
+    now, displayed = status(page, base_url), rows(page)
+    if [row["name"] for row in displayed] != [backend["name"] for backend in now["backends"]]:
         return "the names"
-    for row, backend in zip(shown, now["backends"], strict=True):
+    for row, backend in zip(displayed, now["backends"], strict=True):
         if row["state"].split()[-1] != backend["state"]:
             return f"the state of {row['name']}"
-        told = {"share": 100 * backend["share"], **{name: backend[name] for name in _NUMBERS}}
-        for name, value in told.items():
+        expected_cells = {"share": 100 * backend["share"], **{name: backend[name] for name in _NUMBERS}}
+        for name, value in expected_cells.items():
             if abs(_number(row[name]) - value) > 0.051:
                 return f"{name} of {row['name']}: {row[name]} for {value}"
     active = sum(backend["state"] == "active" for backend in now["backends"])
     expected = {
         "active": active,
-        "wanted": now["desired"],
+        "desired": now["desired"],
         "rate": now["rate"] or 0,
         "balancers": len(now["balancers"]),
     }
@@ -72,13 +72,13 @@ _NUMBERS = ("connections_rate", "packets_rate", "active")
 
 
 def _number(text: str) -> float:
-    """The number that a cell begins with; 0 for the dash that says there is none."""
-    word = text.split(maxsplit=1)[0].replace(",", "")
-    return 0.0 if word == "–" else float(word)
+    """The number at the start of a cell; 0 for a dash."""
+    number = text.split(maxsplit=1)[0].replace(",", "")
+    return 0.0 if number == "–" else float(number)
 
 
 def marks_the_last_decision(page: Page, base_url: str) -> None:
-    """It is in both charts where it happened, and pointing at it shows its sentence."""
+    """Both charts mark it at its time, and pointing at the mark displays its reason."""
     page.goto(base_url)
     last = page.request.get(f"{base_url}/history").json()["decisions"][-1]
     charts_are_drawn(page)
@@ -106,7 +106,7 @@ def _squeezed(text: str) -> str:
 
 
 def fits_the_width(page: Page, base_url: str, width: int = 390) -> None:
-    """Nothing scrolls sideways, and nothing that is shown reaches past the edge."""
+    """Nothing scrolls sideways or is wider than the window."""
     page.set_viewport_size({"width": width, "height": 844})
     page.goto(base_url)
     charts_are_drawn(page)
@@ -122,7 +122,7 @@ def fits_the_width(page: Page, base_url: str, width: int = 390) -> None:
 
 
 def follows_the_scheme(page: Page, base_url: str) -> None:
-    """Dark is dark and light is light, in the charts too, and at once."""
+    """The page and its charts change with the scheme."""
     page.goto(base_url)
     charts_are_drawn(page)
     for scheme, dark in (("dark", True), ("light", False)):
@@ -138,7 +138,7 @@ def follows_the_scheme(page: Page, base_url: str) -> None:
 
 
 def _brightness(page: Page, place: str, property_: str) -> float:
-    # Found and read in one go: a chart that is drawn anew in between takes its elements away.
+    # One call finds and reads the element, because a redrawn chart replaces its elements.
     colour = page.evaluate(
         "([place, name]) => getComputedStyle(document.querySelector(place))[name]", [place, property_]
     )
@@ -146,27 +146,27 @@ def _brightness(page: Page, place: str, property_: str) -> float:
     return 0.3 * red + 0.6 * green + 0.1 * blue
 
 
-def asks_nobody_else(page: Page, base_url: str) -> None:
-    """Every request goes to the manager, and the policy that says so hinders nothing."""
-    asked: list[str] = []
-    complaints: list[str] = []
-    page.on("request", lambda request: asked.append(request.url))
-    page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: complaints.append(str(error)))
+def requests_go_only_to_the_manager(page: Page, base_url: str) -> None:
+    """All requests go to the manager, and the policy that enforces it causes no error."""
+    requested: list[str] = []
+    errors: list[str] = []
+    page.on("request", lambda request: requested.append(request.url))
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
     page.goto(base_url)
     charts_are_drawn(page)
     page.click("text=24 h")
-    until(page, lambda: sum(url.endswith("/status") for url in asked) >= 2, "the page asks again and again")
-    assert {f"{base_url}/", *(f"{base_url}/{part}" for part in PARTS)} <= set(asked)
-    assert [url for url in asked if not url.startswith((f"{base_url}/", "data:"))] == []
-    assert complaints == []
+    until(page, lambda: sum(url.endswith("/status") for url in requested) >= 2, "the page updates")
+    assert {f"{base_url}/", *(f"{base_url}/{part}" for part in PARTS)} <= set(requested)
+    assert [url for url in requested if not url.startswith((f"{base_url}/", "data:"))] == []
+    assert errors == []
 
 
 def screenshot(page: Page, url: str, path: Path, dark: bool) -> None:
-    """The whole page, when its charts are drawn."""
+    """The whole page, after its charts are drawn."""
     page.emulate_media(color_scheme="dark" if dark else "light")
     page.goto(url)
     charts_are_drawn(page)
     page.wait_for_selector("#fleet tr")
-    page.wait_for_timeout(1500)  # the shares' bars have come to rest
+    page.wait_for_timeout(1500)  # the bars' transition ends
     page.screenshot(path=path, full_page=True)

@@ -1,4 +1,4 @@
-"""The manager as a browser meets it, without an engine: the real application over a fake one."""
+"""The manager for the browser tests: the real application over a fake engine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from web.listeners import Listeners, bind_tcp
 
 
 class StuckEngine(FakeEngine):
-    """Stops nothing while it is `stuck`, so that what drains or has failed stays to be looked at."""
+    """Stops no container while it is `stuck`, so that draining and failed backends stay in the table."""
 
     stuck = False
 
@@ -28,10 +28,10 @@ class StuckEngine(FakeEngine):
 
 
 class Stage:
-    """Two backends, a balancer whose reports are made by `hear`, and a clock that only these move."""
+    """Two backends, a balancer whose reports are made by `report`, and a clock that only the reports move."""
 
     def __init__(self, place: Path, past: float = 0.0, **changes: object) -> None:
-        """`past` seconds are to be played before now."""
+        """The clock starts `past` seconds before now."""
         self.engine, self.clock = StuckEngine(), Clock()
         self.controller = controller(self.engine, place, self.clock, **changes)
         self.name = f"{self.controller.settings.project}-backend-"
@@ -41,23 +41,24 @@ class Stage:
         self.controller.adopt(None)
         self.log = self.controller.settings.run_dir / "manager.log"
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        start_log(self.log)
-        self._handler = logging.getLogger().handlers[-1]
+        handlers_before = list(logging.getLogger().handlers)
+        self._recent_log = start_log(self.log)
+        self._handlers = [handler for handler in logging.getLogger().handlers if handler not in handlers_before]
         self._counted: dict[str, tuple[float, float]] = {}
         listener = bind_tcp("127.0.0.1", 0)
         self.port = listener.getsockname()[1]
         self.base_url = f"http://127.0.0.1:{self.port}"
         self._serve(listener)
 
-    def hear(self, *rates: float, seconds: float = 2.0, balancer: str = "b1") -> None:
-        """Reports, one after each `seconds`, of that many packets a second over all that serve."""
+    def report(self, *rates: float, seconds: float = 2.0, balancer: str = "b1") -> None:
+        """One report for each rate, `seconds` apart: packets a second over all active backends."""
         for rate in rates:
             self.clock.pass_by(seconds)
             self.controller.report(Report(balancer, "r", 2.0, self._samples(rate, seconds)))
             self.controller.step()
 
     def settle(self) -> None:
-        """Steps until each launch has come to something."""
+        """Steps until each launch has ended."""
 
         def launched() -> bool:
             self.controller.step()
@@ -66,13 +67,13 @@ class Stage:
         assert eventually(launched)
 
     def _samples(self, rate: float, seconds: float) -> dict[str, Sample]:
-        view = self.controller.wait_for_snapshot("", 0)
-        assert view is not None
+        snapshot = self.controller.wait_for_snapshot("", 0)
+        assert snapshot is not None
         weights = {
-            b["ip"]: 1 + 0.25 * math.sin(int(b["id"][:6], 16)) for b in view["backends"] if b["state"] == "active"
+            b["ip"]: 1 + 0.25 * math.sin(int(b["id"][:6], 16)) for b in snapshot["backends"] if b["state"] == "active"
         }
         whole, samples = sum(weights.values()), {}
-        for backend in view["backends"]:
+        for backend in snapshot["backends"]:
             ip, share = backend["ip"], weights.get(backend["ip"], 0.0) / (whole or 1)
             packets, connections = self._counted.get(backend["id"], (0.0, 0.0))
             packets, connections = packets + share * rate * seconds, connections + share * rate * seconds / 9
@@ -81,24 +82,25 @@ class Stage:
             samples[ip] = Sample(*counted, True, share, backend["id"])
         return samples
 
-    # -- the server goes and comes back --------------------------------------------------------------------------------
+    # -- the server stops and restarts -------------------------------------------------------------------------------
 
-    def go_away(self) -> None:
-        """Ends the server and every connection to it, when what it answers is answered."""
+    def stop_server(self) -> None:
+        """Stops the server and its connections, after the current answers."""
         self._listeners.stop()
 
-    def come_back(self) -> None:
+    def restart_server(self) -> None:
         self._serve(bind_tcp("127.0.0.1", self.port))
 
     def close(self) -> None:
         self.controller.close()
-        self.go_away()
-        logging.getLogger().removeHandler(self._handler)
-        self._handler.close()
+        self.stop_server()
+        for handler in self._handlers:
+            logging.getLogger().removeHandler(handler)
+            handler.close()
 
     def _serve(self, listener: socket.socket) -> None:
         self._listeners = Listeners()
-        self._listeners.add(listener, create_app(self.controller, TOKEN, []))
+        self._listeners.add(listener, create_app(self.controller, TOKEN, [], recent_log=self._recent_log))
         self._listeners.start()
 
 
@@ -106,13 +108,13 @@ HOUR = 4200.0  # seconds of a_busy_hour
 
 
 def a_busy_hour(stage: Stage) -> None:
-    """Waves and bursts, so that the fleet grows and shrinks; at the end one backend has died and one drains."""
+    """Waves and bursts, so that the fleet grows and shrinks; at the end one backend has failed and one drains."""
     for second in itertools.count(0, 2):
         if second >= HOUR:
             break
         wave = 260 + 170 * math.sin(second / 480) + 25 * math.sin(second / 19) + 12 * math.sin(second / 3.1)
         burst = 520 * math.exp(-(((second - 2600) / 110) ** 2)) + 330 * math.exp(-(((second - 3950) / 90) ** 2))
-        stage.hear(wave + burst)
+        stage.report(wave + burst)
         if any(not row["ip"] for row in stage.controller.status()["backends"]):
             stage.settle()
         if second == 1800:
@@ -123,4 +125,4 @@ def a_busy_hour(stage: Stage) -> None:
     stage.controller.step()
     stage.controller.drain(rows[0]["ip"])
     stage.settle()
-    stage.hear(640, 655)
+    stage.report(640, 655)

@@ -30,7 +30,7 @@ def test_page_agrees_with_the_status_under_load(system: System, page: Page) -> N
     load = Load(system.port, seconds=8, per_second=20)
     checks.agrees_with_the_status(page, url(system))
     load.result()
-    checks.asks_nobody_else(page, url(system))
+    checks.requests_go_only_to_the_manager(page, url(system))
 
 
 def test_scale_out_is_on_the_page_within_seconds_of_its_decision(

@@ -66,4 +66,4 @@ def test_doctor_passes_for_a_running_system_and_reports_a_taken_port(system: Sys
     assert code == 1, text
     (fault,) = [check for check in json.loads(text)["checks"] if check["verdict"] == "fault"]
     assert taken in fault["found"]
-    assert "--port" in fault["mend"]
+    assert "--port" in fault["fix"]

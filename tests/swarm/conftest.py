@@ -38,21 +38,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 # The nodes have no way out to install or build anything: that is done here, with this host's engine.
 PREPARE = """
 . manager/host.sh
-mkdir -p run; LOG=run/prepare.log; LB_BASE_IMAGE=debian:trixie-slim
-for folder in balancer server; do
-    build_image $folder lbscaler-$folder:$(digest $folder)
-    docker save lbscaler-$folder:$(digest $folder) | docker --host "$1" load
-done
-python3 -m venv .venv
-.venv/bin/python -m pip install -q --require-hashes --only-binary :all: -r manager/requirements.txt
-sha256sum <manager/requirements.txt >.venv/stamp
+mkdir -p run; LOG=run/prepare.log
+make_venv
+tags=$(run_module .venv/bin/python cli.images balancer server)
+docker save $tags | docker --host "$1" load
 """
 
 
 def image_of(tree: Path, folder: str) -> str:
     """The tag that run.sh gives that folder's image."""
-    words = f". manager/host.sh; LB_BASE_IMAGE=debian:trixie-slim; echo lbscaler-{folder}:$(digest {folder})"
-    done = subprocess.run(["/bin/bash", "-euc", words], cwd=tree, capture_output=True, text=True, check=True)
+    program = f"from cli import images; print(images.tag({folder!r}, images.DEFAULT_BASE))"
+    environment = {**os.environ, "PYTHONPATH": str(tree / "manager")}
+    done = subprocess.run(["python3", "-c", program], env=environment, capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
 

@@ -81,7 +81,7 @@ def test_scaling_from_three_to_nine_to_three_under_load_fails_no_request(
     )
     assert others == []
     assert answered > 900
-    assert "its engine is about to stop it" in system.log()
+    assert "the engine is stopping its container" in system.log()
 
 
 def test_scaling_is_retried_when_another_client_updates_the_service(system: System) -> None:
@@ -309,7 +309,7 @@ def test_missing_swarm_prerequisites_are_reported_before_any_change(cluster: Clu
     wait_until(cluster.whole, "every node is there", 90)
     system = System(cluster, cluster.nodes[0], tree)
     output = system.up("--project", "other", "--port", "8001", "--manager-port", "5001", "--registry", "", status=1)
-    assert "the Swarm has 3 nodes, which need a place to get the images from: --registry HOST:PORT" in output
+    assert "the Swarm has 3 nodes, which need a registry to get the images from: --registry HOST:PORT" in output
     output = system.up("--project", "other", "--spares", "1", status=2)
     assert "--spares, --preserve-client-ip and --bind are for --orchestrator docker" in output
     wait_until(cluster.whole, "every node is there", 90)

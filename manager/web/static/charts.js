@@ -1,20 +1,20 @@
 'use strict';
-/* The past as charts: what is kept of it, and how it is drawn. Plotly does the drawing; without it the page goes on. */
+/* The charts of the past. Plotly draws them; if it cannot be loaded, the rest of the page still works. */
 
 const DAY = 86400; // seconds
-const GAP = 125; // seconds without a point that break a line: minutes are told by one point
+const GAP = 125; // seconds without a point that interrupt a line; old points are one a minute
 
 const way = (decision) => (decision.verdict === 'CREATE_SERVER' ? 'grow' : decision.verdict === 'STOP_SERVER' ? 'shrink' : '');
 const step = (decision) => `${{ grow: '▲', shrink: '▼' }[way(decision)] || ''} ${decision.current}→${decision.desired}`.trim();
 
-/* Joins what is there and what came: where the two overlap the manager's word holds, and what a manager before it told
-   is kept for a day. */
+/* Joins the known entries and new ones. Where they overlap, the new ones replace the known ones. Entries of an earlier
+   manager are kept for a day. */
 function join(known, fresh) {
   if (!fresh.length) return known;
   return [...known.filter((one) => one.time < fresh[0].time && one.time > fresh[0].time - DAY), ...fresh];
 }
 
-/* Plotly reads a few tags in its texts; a reason has none, whatever it looks like. */
+/* Escapes and wraps a text, because Plotly interprets some tags in its texts. */
 function plain(text, width) {
   const lines = [''];
   for (const word of text.split(' ')) {

@@ -1,13 +1,13 @@
 'use strict';
-/* The page: asks the manager each second and shows what it says. It goes on while the manager is away, with what it has.
-   Names, reasons and log lines are others' words: they go in as text, never as markup. */
+/* The page: fetches the manager's state each second and presents it. While the manager does not answer, it keeps the last
+   state. Names, reasons and log records may hold any text, so they are inserted as text and never as markup. */
 
-const EVERY = 1000; // milliseconds
-const WHOLE = 60; // asks until the whole history is fetched anew, in which the manager has thinned old points
+const PERIOD = 1000; // milliseconds between two updates
+const FULL_FETCH = 60; // updates until the whole history is fetched again, in which the manager has merged old points
 const STATES = { active: '●', starting: '◔', spare: '○', draining: '◑', stopped: '■', failed: '✕' };
 const UNITS = { packets: 'packets/s', connections: 'connections/s', concurrency: 'open connections' };
 
-let points = [], decisions = [], asked = 0, answered = '', newest = { time: 0, at: 0 };
+let points = [], decisions = [], updates = 0, updatedAt = '', newest = { time: 0, at: 0 };
 let seconds = Number(localStorage.getItem('seconds')) || 600;
 
 const $ = (id) => document.getElementById(id);
@@ -15,7 +15,8 @@ const digits = (value) => value.toLocaleString('en-GB', { minimumFractionDigits:
 const number = (value) => (value === null ? '–' : digits(value));
 const clock = (time) => new Date(time * 1000).toLocaleTimeString('en-GB');
 
-function write(element, text) { // only where it differs, so that a selection lasts
+// Writes only where the text differs, so that a selection is kept.
+function write(element, text) {
   if (element.textContent !== String(text)) element.textContent = text;
 }
 
@@ -25,29 +26,30 @@ function list(parent, template, items, fill) {
   items.forEach((item, index) => fill(parent.children[index], item));
 }
 
-/* -- what is shown ------------------------------------------------------------------------------------------------- */
+/* -- the parts of the page ----------------------------------------------------------------------------------------- */
 
-function troublesOf(status) {
-  const { launches } = status, found = [];
-  if (status.paused) found.push(['said', 'Paused.', 'Decisions are made and shown, not carried out.']);
-  if (status.engine !== 'ok') found.push(['bad', 'Engine trouble:', `the fleet stays as it is: ${status.engine}`]);
-  if (launches.failed) found.push(['bad', 'Launch trouble:', `${launches.failed} in vain, next try in ${digits(launches.retry_in)} s: ${launches.why}`]);
-  if (launches.update_given_up) found.push(['bad', 'Update given up:', launches.update_given_up]);
-  if (launches.updating) found.push(['said', 'Updating:', 'backends are being replaced one by one.']);
-  if (!status.balancers.length) found.push(['said', 'No balancer reports:', 'loads and shares are not known.']);
-  return found;
+// Each scale-out is short of backends until they are ready, which is no reason for alarm.
+const kindOf = (problem) => (problem.kind === 'too_few_backends' ? 'note' : 'problem');
+
+// What an operator has to know first: the manager's problems, then what is not as usual but no problem.
+function noticesOf(status) {
+  const notices = status.problems.map((problem) => [kindOf(problem), 'Problem:', problem.text]);
+  const { launches } = status;
+  if (launches.retry_in) notices.push(['note', 'Launches wait:', `the next one is in ${digits(launches.retry_in)} s.`]);
+  if (status.paused) notices.push(['note', 'Paused.', 'Decisions are recorded, but not carried out.']);
+  if (launches.updating) notices.push(['note', 'Updating:', `${launches.replaced} of ${launches.replaced + launches.to_replace} backends are replaced.`]);
+  return notices;
 }
 
-function showTroubles(found, decision) {
-  speak(found, decision);
-  list($('troubles'), 'trouble', found, (element, [kind, title, text]) => {
+function writeNotices(notices) {
+  list($('notices'), 'notice', notices, (element, [kind, title, text]) => {
     element.className = kind;
     write(element.children[0], title);
     write(element.children[1], text);
   });
 }
 
-function showDecision(status) {
+function writeDecision(status) {
   const decision = status.last_decision;
   if (!decision) return;
   write($('verdict'), `${decision.verdict} ${step(decision)}`);
@@ -55,50 +57,53 @@ function showDecision(status) {
   write($('reason'), decision.reason);
 }
 
-/* A voice reads what is new, not the same troubles and numbers every second. */
-function speak(troubles, decision) {
-  const titles = troubles.map(([, title]) => title), spoken = $('spoken');
-  const clamps = decision ? decision.clamps.map((clamp) => clamp.kind) : [];
-  const kind = [...titles, decision?.verdict, ...clamps].join();
-  if (spoken.dataset.kind === kind && (!decision || decision.verdict === 'OK')) return;
-  spoken.dataset.kind = kind;
-  write(spoken, [...titles, decision?.verdict, decision?.reason].join(' '));
+/* For screen readers: announces new problems and decisions, not the same ones again every second. */
+function announce(status) {
+  const decision = status.last_decision, spoken = $('spoken');
+  const problems = status.problems.map((problem) => problem.kind);
+  const limits = decision ? decision.clamps.map((clamp) => clamp.kind) : [];
+  const kinds = [...problems, status.paused, decision?.verdict, ...limits].join();
+  if (spoken.dataset.kinds === kinds && (!decision || decision.verdict === 'OK')) return;
+  spoken.dataset.kinds = kinds;
+  const sentences = status.problems.map((problem) => `${problem.text}.`);
+  if (status.paused) sentences.push('Paused.');
+  write(spoken, [...sentences, decision?.verdict, decision?.reason].join(' '));
 }
 
-function showFigures(status) {
+function writeFigures(status) {
   const active = status.backends.filter((backend) => backend.state === 'active').length;
   const capacity = status.target * status.current, use = (100 * status.rate) / capacity;
-  const heard = Math.min(...status.balancers.map((balancer) => balancer.last_seen));
+  const newestReport = Math.min(...status.balancers.map((balancer) => balancer.last_seen));
   write($('active'), active);
-  write($('wanted'), `${status.desired} wanted, ${status.min} to ${status.max} allowed`);
+  write($('desired'), `${status.desired} desired, ${status.min} to ${status.max} allowed`);
   write($('rate'), number(status.rate));
   write($('unit'), UNITS[status.metric]);
   write($('capacity'), number(capacity));
   write($('target'), `${status.current} × ${status.target}`);
   write($('use'), status.rate === null || !capacity ? '–' : `${use.toFixed(0)} %`);
-  $('meter').value = use || 0;
+  $('use-bar').value = use || 0;
   write($('balancers'), status.balancers.length);
-  write($('heard'), status.balancers.length ? `heard ${digits(heard)} s ago` : 'none reports');
+  write($('report-age'), status.balancers.length ? `last report ${digits(newestReport)} s ago` : 'none has reported');
   write($('project'), status.project);
   document.title = `${active}/${status.desired} ${status.project}`;
 }
 
-function showBackend(row, backend) {
-  const shown = {
+function writeBackend(row, backend) {
+  const texts = {
     ...backend,
     ip: backend.ip || 'no address',
     state: `${STATES[backend.state]} ${backend.state}`,
-    note: backend.reason || backend.why || (backend.healthy === false ? 'found ill' : ''),
+    note: backend.reason || backend.why || (backend.healthy === false ? 'unhealthy' : ''),
     share: `${digits(100 * backend.share)} %`,
     connections_rate: digits(backend.connections_rate),
     packets_rate: digits(backend.packets_rate),
   };
-  for (const cell of row.querySelectorAll('[data-field]')) write(cell, shown[cell.dataset.field]);
+  for (const cell of row.querySelectorAll('[data-field]')) write(cell, texts[cell.dataset.field]);
   row.querySelector('.state').className = `state ${backend.state}`;
   row.querySelector('.share i i').style.width = `${100 * backend.share}%`;
 }
 
-function showChanges() {
+function writeChanges() {
   list($('changes'), 'change', decisions.slice(-50).reverse(), (row, decision) => {
     write(row.children[0], clock(decision.time));
     write(row.children[1], step(decision));
@@ -107,50 +112,51 @@ function showChanges() {
   });
 }
 
-function showSettings(settings) {
+function writeSettings(settings) {
   list($('settings'), 'setting', Object.entries(settings), (row, [name, value]) => {
     write(row.children[0], name.replaceAll('_', '-'));
     write(row.children[1], String(value) || '–');
   });
 }
 
-function showLog(text) {
+function writeLog(records) {
   const log = $('log'), atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 30;
-  list(log, 'line', text.split('\n').slice(0, -1), (line, words) => {
-    write(line, `${words}\n`);
-    line.className = words.split(' ')[2] || '';
+  list(log, 'line', records, (line, record) => {
+    write(line, `${clock(record.time)} ${record.level} ${record.text}\n`);
+    line.className = record.level;
   });
   if (atEnd) log.scrollTop = log.scrollHeight;
 }
 
-/* -- asking -------------------------------------------------------------------------------------------------------- */
+/* -- fetching ------------------------------------------------------------------------------------------------------ */
 
-async function ask(path) {
+async function get(path) {
   const answer = await fetch(path, { cache: 'no-store', signal: AbortSignal.timeout(5000) });
   if (!answer.ok) throw new Error(`${answer.status}`);
-  return answer;
+  return answer.json();
 }
 
 async function refresh() {
-  const since = asked % WHOLE && points.length ? points.at(-1).time : 0;
+  const since = updates % FULL_FETCH && points.length ? points.at(-1).time : 0;
   const [status, past, log] = await Promise.all([
-    ask('/status').then((answer) => answer.json()),
-    ask(`/history?since=${since}`).then((answer) => answer.json()),
-    ask('/log?lines=100').then((answer) => answer.text()),
+    get('/status'),
+    get(`/history?since=${since}`),
+    get('/log?lines=100'),
   ]);
-  asked += 1;
+  updates += 1;
   points = join(points, past.points);
   decisions = join(decisions, past.decisions);
   if (past.points.length && points.at(-1).time > newest.time) newest = { time: points.at(-1).time, at: performance.now() };
-  showTroubles(troublesOf(status), status.last_decision);
-  showDecision(status);
-  showFigures(status);
-  list($('fleet'), 'backend', status.backends, showBackend);
-  showChanges();
-  showSettings(status.settings);
-  showLog(log);
-  answered = new Date().toLocaleTimeString('en-GB');
-  write($('pulse'), `updated ${answered}`);
+  announce(status);
+  writeNotices(noticesOf(status));
+  writeDecision(status);
+  writeFigures(status);
+  list($('fleet'), 'backend', status.backends, writeBackend);
+  writeChanges();
+  writeSettings(status.settings);
+  writeLog(log);
+  updatedAt = new Date().toLocaleTimeString('en-GB');
+  write($('pulse'), `updated ${updatedAt}`);
 }
 
 function redraw() {
@@ -162,13 +168,15 @@ async function poll() {
     await refresh();
     document.body.classList.remove('away');
   } catch (error) {
-    const left = answered && ` What is shown is from ${answered}.`;
-    showTroubles([['bad', 'The manager does not answer.', `Asking again each second.${left}`]]);
+    const age = updatedAt && ` The page is as of ${updatedAt}.`;
+    $('spoken').dataset.kinds = ''; // so that the state is announced after the manager has answered again
+    write($('spoken'), 'The manager does not answer.');
+    writeNotices([['problem', 'The manager does not answer.', `Retrying each second.${age}`]]);
     document.body.classList.add('away');
     console.debug(error);
   }
   redraw();
-  setTimeout(poll, EVERY);
+  setTimeout(poll, PERIOD);
 }
 
 for (const button of $('ranges').children) {

@@ -1,4 +1,4 @@
-"""The doctor over a host that is all text: what each listing comes to, and which mend stands beside which fault."""
+"""The doctor on a host whose programs and files are texts: which fault each text is, and which fix is given."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from typing import Any
 import pytest
 
 import fakes
-from cli import doctor
-from cli import host_checks as preflight
+from cli import doctor, host_checks, images, processes
 from cli.doctor import FAULT, OK, WARN, Found, Host
 
 DOCTOR = Path(doctor.__file__)
@@ -41,11 +40,11 @@ STAMP = str(doctor.ROOT / ".venv" / "stamp")
 
 
 class FakeHost(Host):
-    """Answers commands by their first words, and files by their path, from what a test puts there; knows no others."""
+    """Has the outputs of commands, by the beginning of their command line, and the files that a test gives it."""
 
     def __init__(self, **changes: object) -> None:
         super().__init__(fakes.settings(**changes), {})
-        self.uid, self.python = 0, (3, 13, 5)
+        self.uid, self.may_install, self.python = 0, True, (3, 13, 5)
         self.ran: dict[str, CompletedProcess[str]] = {}
         self.files: dict[str, str] = {}
         self.error = 0.01
@@ -56,16 +55,18 @@ class FakeHost(Host):
 
     def serves(self, **changes: object) -> FakeHost:
         """An engine answers."""
-        self.__dict__.pop("engine", None)  # what it said before
+        self.__dict__.pop("engine", None)  # the answer before
         return self.answers("docker info", json.dumps({**INFO, **changes}))
 
     def with_image(self) -> FakeHost:
-        self.serves().answers("bash", "abc\n").answers("docker image inspect lbscaler-balancer:abc", "[{}]")
-        return self
+        image = images.tag("balancer", self.settings.base_image)
+        return self.serves().answers(f"docker image inspect {image}", "[{}]")
 
     def run(self, command: str, timeout: float = 15) -> CompletedProcess[str]:
-        told = [done for begin, done in self.ran.items() if f"{command} ".startswith(f"{begin} ")]
-        return told[-1] if told else CompletedProcess(command, 127, "", f"{command.split(maxsplit=1)[0]} is not there")
+        found = [done for begin, done in self.ran.items() if f"{command} ".startswith(f"{begin} ")]
+        return (
+            found[-1] if found else CompletedProcess(command, 127, "", f"{command.split(maxsplit=1)[0]} is not there")
+        )
 
     def read(self, path: Path | str) -> str:
         return self.files.get(str(path), "").strip()
@@ -88,7 +89,7 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return there
 
 
-def test_the_versions_of_what_run_sh_needs_are_told(host: FakeHost) -> None:
+def test_versions_of_what_run_sh_needs_are_reported(host: FakeHost) -> None:
     host.files["/etc/os-release"] = 'NAME="Debian"\nPRETTY_NAME="Debian GNU/Linux 13 (trixie)"\n'
     host.answers("iptables --version", "iptables v1.8.11 (nf_tables)\n")
     system = f"Debian GNU/Linux 13 (trixie), Linux 6.12.0 {platform.machine()}, Python 3.13.5"
@@ -104,7 +105,7 @@ def test_a_python_that_is_too_old_is_a_fault(host: FakeHost) -> None:
     assert doctor.versions(host).verdict == OK
 
 
-def test_a_python_that_cannot_make_the_environment_matters_where_there_is_none(
+def test_python_without_ensurepip_is_a_warning_where_there_is_no_environment(
     host: FakeHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -113,24 +114,19 @@ def test_a_python_that_cannot_make_the_environment_matters_where_there_is_none(
     assert doctor.versions(host).verdict == OK
 
 
-def test_what_run_sh_would_install_is_a_warning_and_a_fault_where_it_may_not(
-    host: FakeHost, programs: set[str]
-) -> None:
+def test_missing_package_is_a_warning_where_run_sh_installs_it_else_a_fault(host: FakeHost, programs: set[str]) -> None:
     programs -= {"docker"}
     assert doctor.engine(host) == Found(WARN, "no docker", "run.sh installs docker-cli")
     programs -= {"dockerd"}
     assert doctor.engine(host) == Found(WARN, "no dockerd", "run.sh installs docker.io iptables")
-    host.environ["NO_INSTALL"] = "1"
+    host.may_install = False
     assert doctor.engine(host).verdict == FAULT
-    host.environ["NO_INSTALL"] = ""
-    host.uid = 1000
-    assert doctor.engine(host).verdict == FAULT
-    host.uid = 0
+    host.may_install = True
     programs -= {"apt-get"}
     assert doctor.engine(host).verdict == FAULT
 
 
-def test_keeping_clients_addresses_needs_root() -> None:
+def test_preserve_client_ip_needs_root() -> None:
     host = FakeHost(preserve_client_ip=1).serves()
     host.uid = 1000
     assert doctor.engine(host)[::2] == (FAULT, "--preserve-client-ip needs root")
@@ -138,7 +134,7 @@ def test_keeping_clients_addresses_needs_root() -> None:
     assert doctor.engine(host).verdict == OK
 
 
-def test_an_engine_that_answers_is_told_with_its_versions(host: FakeHost) -> None:
+def test_engine_that_answers_is_reported_with_its_version(host: FakeHost) -> None:
     found = "26.1.5+dfsg1, storage overlay2, systemd cgroups"
     host.uid = 1000
     assert doctor.engine(host.serves()) == Found(OK, found)
@@ -148,33 +144,33 @@ def test_an_engine_that_answers_is_told_with_its_versions(host: FakeHost) -> Non
 
 def test_an_engine_that_does_not_answer_is_a_warning_only_where_run_sh_starts_it(host: FakeHost) -> None:
     host.answers("docker info", '{"ServerErrors": ["x"]}', 0, "WARNING: y\nCannot connect to the Docker daemon\n")
-    wanted = Found(WARN, "none answers: Cannot connect to the Docker daemon", "run.sh starts it")
+    wanted = Found(WARN, "no engine answers: Cannot connect to the Docker daemon", "run.sh starts it")
     assert doctor.engine(host) == wanted
     host.uid = 1000
     assert doctor.engine(host).verdict == FAULT
 
 
-def test_an_engine_elsewhere_will_not_do(host: FakeHost) -> None:
-    host.environ["DOCKER_HOST"] = "unix:///there.sock"
+def test_engine_of_another_host_is_a_fault(host: FakeHost) -> None:
+    host.environ = {"DOCKER_HOST": "unix:///there.sock"}
     assert doctor.engine(host).verdict == FAULT
     assert doctor.engine(FakeHost().serves()).verdict == OK
     assert doctor.engine(host.serves()).verdict == OK
-    host.environ["DOCKER_HOST"] = "tcp://192.0.2.1:2375"
+    host.environ = {"DOCKER_HOST": "tcp://192.0.2.1:2375"}
     assert doctor.engine(host)[::2] == (FAULT, "start it, or unset DOCKER_HOST")
 
 
-def test_the_kernel_is_judged_by_the_balancers_own_try_where_its_image_is_there(host: FakeHost) -> None:
-    checks = "docker run --rm --network none --cap-drop ALL"
-    said = "missing in iptables-nft: set: not counted\niptables-legacy has all"
-    host.with_image().answers(checks, said)
-    assert doctor.kernel(host) == Found(OK, f"tried: {said}".replace("\n", "; "))
+def test_kernel_is_judged_by_trying_the_rules_where_the_image_exists(host: FakeHost) -> None:
+    checks = "docker run --rm --label lbscaler.project=p --label lbscaler.role=check --network none --cap-drop ALL"
+    reported = "missing in iptables-nft: set: not counted\niptables-legacy has all"
+    host.with_image().answers(checks, reported)
+    assert doctor.kernel(host) == Found(OK, f"tried: {reported}".replace("\n", "; "))
     host.answers(checks, "missing in iptables-nft: set: x\nmissing in iptables-legacy: set: x", 1)
     assert doctor.kernel(host).verdict == FAULT
     assert "iptables-legacy: set" in doctor.kernel(host).found
     assert "no space left" in doctor.kernel(host.answers(checks, "", 125, "no space left")).found
 
 
-def test_without_an_image_the_kernel_is_judged_by_what_is_built_or_said_not_to_be_tried(host: FakeHost) -> None:
+def test_kernel_is_judged_by_its_list_of_modules_where_there_is_no_image(host: FakeHost) -> None:
     host.serves()
     assert doctor.kernel(host)[:2] == (WARN, "not tried: no balancer image, no list of modules")
     host.files = {f"{TREE}/modules.builtin": BUILTIN, f"{TREE}/modules.dep": DEP + IP_SET}
@@ -183,67 +179,78 @@ def test_without_an_image_the_kernel_is_judged_by_what_is_built_or_said_not_to_b
     assert doctor.kernel(host)[:2] == (FAULT, f"without ip_set_hash_ip ({TREE})")
 
 
-def test_a_port_that_a_stranger_holds_is_a_fault_and_our_own_is_not() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as door:
-        port = door.getsockname()[1]
+def test_port_that_a_foreign_process_uses_is_a_fault_and_our_own_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
         host = FakeHost(bind="127.0.0.1", port=port, manager_port=port + 1 if port < 65535 else 1024)
         host.answers("docker ps", "127.0.0.1:1->8000/tcp")
-        taken = doctor.bind(host)
-        assert taken[::2] == (FAULT, "end that, or choose another with --port")
+        taken = doctor.service_port(host)
+        assert taken[::2] == (FAULT, "end that, or choose another with --port PORT")
+        assert taken.found.startswith(f"port {port} is taken by ")
         assert f"(pid {os.getpid()})" in taken.found
+        monkeypatch.setattr(doctor, "REQUIRED", ("engine", "service port"))
+        assert doctor.obstacles(host.serves()) == [f"{taken.found}; {taken.fix}"]
         host.answers("docker ps --filter label=lbscaler.project=p", f"127.0.0.1:{port}->8000/tcp")
-        assert doctor.bind(host) == Found(OK, f"{port}: held by this project")
+        assert doctor.service_port(host) == Found(OK, f"port {port} is used by this project")
         host = FakeHost(manager_port=port)
-        assert doctor.CHECKS["manager port"](host)[::2] == (FAULT, "end that, or choose another with --manager-port")
-        host.files[str(host.settings.run_dir / "manager.pid")] = f"{os.getpid()}\n"
-        assert doctor.CHECKS["manager port"](host).verdict == OK
-    assert doctor.bind(FakeHost(bind="127.0.0.1", port=port)) == Found(OK, f"{port}: free")
+        assert doctor.manager_port(host)[::2] == (FAULT, "end that, or choose another with --manager-port PORT")
+        monkeypatch.setattr(processes, "find", lambda project, program: [os.getpid()])
+        assert doctor.manager_port(host).verdict == OK
+    assert doctor.service_port(FakeHost(bind="127.0.0.1", port=port)) == Found(OK, f"port {port} is free")
 
 
 def test_an_address_of_another_host_cannot_be_published_on() -> None:
-    assert doctor.bind(FakeHost(bind="192.0.2.1")).mend == "name an address of this host with --bind"
+    assert doctor.service_port(FakeHost(bind="192.0.2.1")).fix == "give an address of this host with --bind"
 
 
 @pytest.mark.parametrize(
     ("subnet", "verdict"),
     [("10.8.0.0/20", FAULT), ("10.8.0.0/25", WARN), ("10.9.0.0/20", OK), ("", OK)],
 )
-def test_a_network_that_overlaps_a_route_is_told(monkeypatch: pytest.MonkeyPatch, subnet: str, verdict: str) -> None:
-    monkeypatch.setattr(preflight, "host_routes", lambda: [IPv4Network("10.8.0.0/24")])
-    assert doctor.network(FakeHost(subnet=subnet)).verdict == verdict
+def test_subnet_that_overlaps_a_route_is_reported(monkeypatch: pytest.MonkeyPatch, subnet: str, verdict: str) -> None:
+    monkeypatch.setattr(host_checks, "host_routes", lambda: [IPv4Network("10.8.0.0/24")])
+    assert doctor.routes(FakeHost(subnet=subnet)).verdict == verdict
 
 
 def test_no_free_network_is_a_fault(monkeypatch: pytest.MonkeyPatch, host: FakeHost) -> None:
-    monkeypatch.setattr(preflight, "host_routes", lambda: [IPv4Network(pool) for pool in preflight.POOLS])
-    assert doctor.network(host).mend == "name one with --subnet"
+    monkeypatch.setattr(host_checks, "host_routes", lambda: [IPv4Network(pool) for pool in host_checks.POOLS])
+    assert doctor.tried(host, doctor.routes)[::2] == (FAULT, "choose one with --subnet")
 
 
-def test_the_projects_own_network_is_measured_against_others_routes(monkeypatch: pytest.MonkeyPatch) -> None:
-    there: dict[str, Any] = {"Labels": {"lbscaler.project": "p"}, "IPAM": {"Config": [{"Subnet": "172.16.0.0/20"}]}}
+NETWORK: dict[str, Any] = {"Labels": {"lbscaler.project": "p"}, "IPAM": {"Config": [{"Subnet": "172.16.0.0/20"}]}}
+
+
+def with_network(network: object = NETWORK, **changes: object) -> FakeHost:
+    return FakeHost(**changes).answers("docker network inspect p", json.dumps([network]))
+
+
+def test_projects_own_network_is_compared_with_other_routes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     own = [IPv4Network(net) for net in ("172.16.0.0/20", "172.16.0.0/32", "172.16.0.1/32", "172.16.15.255/32")]
     routes = [*own, IPv4Network("172.31.0.0/16")]
-    monkeypatch.setattr(preflight, "host_routes", lambda: routes)
-
-    def found(told: object, **changes: object) -> Found:
-        return doctor.network(FakeHost(**changes).serves().answers("docker network inspect p", json.dumps(told)))
-
-    assert found([there]) == Found(OK, "172.16.0.0/20 overlaps no other route of this host")
-    assert found([there], subnet="172.16.0.0/20").verdict == OK
-    assert found([], subnet="172.16.0.0/20").verdict == FAULT, "a stranger's, as long as ours is not there"
+    monkeypatch.setattr(host_checks, "host_routes", lambda: routes)
+    assert doctor.routes(with_network()) == Found(OK, "172.16.0.0/20 overlaps no other route of this host")
+    assert doctor.routes(FakeHost(subnet="172.16.0.0/20")).verdict == FAULT, "foreign routes, without our network"
     routes.append(IPv4Network("172.16.4.0/24"))
-    assert found([there])[:2] == (FAULT, "172.16.0.0/20 overlaps 172.16.4.0/24 of this host")
-    assert found([{**there, "Labels": None}])[:2] == (FAULT, "p is there and not ours")
-    moved = found([there], subnet="10.9.0.0/20")
-    assert moved[::2] == (FAULT, "./stop.sh first to have it be --subnet 10.9.0.0/20")
+    assert doctor.routes(with_network())[:2] == (FAULT, "172.16.0.0/20 overlaps 172.16.4.0/24 of this host")
 
 
-def test_a_clock_that_nobody_sets_is_a_warning(host: FakeHost) -> None:
+def test_network_of_that_name_has_to_be_of_the_project_and_keeps_its_subnet() -> None:
+    assert doctor.network(FakeHost()) == Found(OK, "no network p yet")
+    assert doctor.network(with_network()).verdict == OK
+    assert doctor.network(with_network(subnet="172.16.0.0/20")).verdict == OK
+    foreign = doctor.network(with_network({**NETWORK, "Labels": None}))
+    assert foreign == (FAULT, "the network p is not of this project", "choose another name with --project")
+    moved = doctor.network(with_network(subnet="10.9.0.0/20"))
+    assert moved == (FAULT, "the network p is 172.16.0.0/20", "./stop.sh, then --subnet 10.9.0.0/20 applies")
+
+
+def test_unsynchronised_clock_is_a_warning(host: FakeHost) -> None:
     assert doctor.clock(host).verdict == OK
     host.error = 16.0
     assert doctor.clock(host).verdict == WARN
 
 
-def test_too_little_room_is_told_of_each_place(monkeypatch: pytest.MonkeyPatch, host: FakeHost) -> None:
+def test_full_disk_is_reported_for_each_place(monkeypatch: pytest.MonkeyPatch, host: FakeHost) -> None:
     room = {str(doctor.ROOT): 1 << 40, "/docker": 1 << 30}
     monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(1 << 40, 0, room[place]))  # type: ignore[attr-defined]
     assert doctor.disk(host) == Found(OK, f"1024.0 GiB free for {doctor.ROOT}")
@@ -252,13 +259,13 @@ def test_too_little_room_is_told_of_each_place(monkeypatch: pytest.MonkeyPatch, 
     assert doctor.disk(host).verdict == WARN
 
 
-def test_a_full_connection_table_is_told_before_it_is_full(host: FakeHost) -> None:
-    assert doctor.connections(host).found.startswith("not tried")
+def test_connection_table_is_reported_before_it_is_full(host: FakeHost) -> None:
+    assert doctor.conntrack(host).found.startswith("not tried")
     count, most = (f"/proc/sys/net/netfilter/nf_conntrack_{name}" for name in ("count", "max"))
     host.files = {count: "70000\n", most: "100000\n"}
-    assert doctor.connections(host).verdict == OK
+    assert doctor.conntrack(host).verdict == OK
     host.files[count] = "80001\n"
-    assert doctor.connections(host).mend == "sysctl net.netfilter.nf_conntrack_max=400000"
+    assert doctor.conntrack(host).fix == "sysctl net.netfilter.nf_conntrack_max=400000"
 
 
 def test_the_neighbour_table_has_to_have_room_for_the_most_backends() -> None:
@@ -268,17 +275,17 @@ def test_the_neighbour_table_has_to_have_room_for_the_most_backends() -> None:
         assert doctor.neighbours(host).found.startswith("not tried")
         host.files = thresholds
         assert doctor.neighbours(host).verdict == verdict
-    assert "net.ipv4.neigh.default.gc_thresh3=3078" in doctor.neighbours(host).mend
+    assert "net.ipv4.neigh.default.gc_thresh3=3078" in doctor.neighbours(host).fix
 
 
 def test_memory_is_counted_for_the_most_backends_and_says_how_many_fit() -> None:
     for changes, verdict in (({"max": 14}, OK), ({"max": 13, "spares": 2}, WARN), ({"memory": "1g"}, WARN)):
         host = FakeHost(**changes)
         host.files["/proc/meminfo"] = MEMINFO
-        told = doctor.memory(host)
-        assert told.verdict == verdict
-    assert told.found == "4.0 GiB available; 10 backends of 1g and the balancer may use 10.5 GiB"
-    assert told.mend.startswith("3 fit:")
+        found = doctor.memory(host)
+        assert found.verdict == verdict
+    assert found.found == "4.0 GiB available; 10 backends of 1g and the balancer may use 10.5 GiB"
+    assert found.fix.startswith("3 fit:")
     assert "may use 1.5 GiB" in doctor.memory(with_memory(memory="104858k")).found
     assert doctor.memory(with_memory(orchestrator="swarm", memory="1g")).verdict == OK, "other hosts have them"
 
@@ -292,57 +299,54 @@ def with_memory(**changes: object) -> FakeHost:
 # -- the whole -------------------------------------------------------------------------------------------------------
 
 
-def test_a_check_that_fails_itself_says_so_and_the_others_are_heard(
+def test_check_that_raises_is_a_warning_and_the_others_still_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fails(_: Host) -> Found:
         raise ValueError("no such thing")
 
-    well = dict.fromkeys(("second", "third"), lambda _: Found(OK, "all is well"))
-    monkeypatch.setattr(doctor, "CHECKS", {"first": fails, **well})
-    assert doctor.main([], {}) == 0
+    good = dict.fromkeys(("second", "third"), lambda _: Found(OK, "all is good"))
+    monkeypatch.setattr(doctor, "CHECKS", {"first": fails, **good})
+    assert doctor.report(FakeHost(), as_json=False) == 0
     first, second, *_, last = capsys.readouterr().out.splitlines()
     assert first.split(maxsplit=2) == ["first", "warn", "not tried: ValueError: no such thing"]
-    assert second.split(maxsplit=2) == ["second", "ok", "all is well"]
+    assert second.split(maxsplit=2) == ["second", "ok", "all is good"]
     assert last == "would stop run.sh: 0; warnings: 1"
 
 
-def test_the_table_is_aligned_in_a_hundred_columns_and_loses_no_word() -> None:
-    mend = "sysctl net.ipv4.neigh.default.gc_thresh1=2024 and --manager-port if that is not enough for all of them"
-    lines = doctor.row("manager port", Found(FAULT, "word " * 30, mend)).splitlines()
+def test_rows_are_wrapped_at_a_hundred_columns() -> None:
+    fix = "sysctl net.ipv4.neigh.default.gc_thresh1=2024 and --manager-port if that is not enough for all of them"
+    lines = doctor.row("manager port", Found(FAULT, "word " * 30, fix)).splitlines()
     assert max(map(len, lines)) <= 100
     assert {line.index(line.split()[0]) for line in lines[1:]} == {lines[0].index("word")}
     assert " ".join(lines).count("word") == 30
-    assert f"-> {mend}" in " ".join(" ".join(lines).split())
+    assert f"-> {fix}" in " ".join(" ".join(lines).split())
     for room in range(1, 80):
         assert "--manager-port" in doctor.row("a", Found(WARN, "b", f"{'x' * room} --manager-port PORT"))
-    assert "->" not in doctor.row("clock", Found(OK, "well"))
+    assert "->" not in doctor.row("clock", Found(OK, "good"))
 
 
-def test_the_exit_code_says_whether_anything_would_stop_run_sh(
+def test_exit_code_is_1_where_something_would_stop_run_sh(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = {"a": Found(OK, "x"), "b": Found(FAULT, "u", "v")}
     monkeypatch.setattr(doctor, "CHECKS", {name: lambda _, one=one: one for name, one in found.items()})
-    assert doctor.main(["--json", "--doctor"], {}) == 1
-    told = json.loads(capsys.readouterr().out)
-    assert (told["healthy"], told["checks"][1]) == (False, {"name": "b", "verdict": FAULT, "found": "u", "mend": "v"})
+    assert doctor.report(FakeHost(), as_json=True) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert (report["healthy"], report["checks"][1]) == (
+        False,
+        {"name": "b", "verdict": FAULT, "found": "u", "fix": "v"},
+    )
 
 
-def test_a_bad_setting_or_flag_is_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:
-    assert doctor.main([], {"LB_PORT": "x"}) == 2
-    assert "LB_PORT" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as ended:
-        doctor.main(["--dance"], {})
-    assert ended.value.code == 2
-
-
-def test_it_examines_this_host_with_nothing_but_the_standard_library(tmp_path: Path) -> None:
-    (tmp_path / "docker").write_text("#!/bin/sh\necho nobody is at home >&2\nexit 1\n")
+def test_doctor_needs_the_standard_library_alone(tmp_path: Path) -> None:
+    (tmp_path / "docker").write_text("#!/bin/sh\necho no daemon >&2\nexit 1\n")
     (tmp_path / "docker").chmod(0o755)
     environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LB_PROJECT": "p"}
     command = [sys.executable, "-I", "-S", "-c", f"import runpy, sys; sys.path.insert(0, {str(DOCTOR.parents[1])!r}); "]
-    command[-1] += "sys.argv[1:] = ['--json']; runpy.run_module('cli.doctor', run_name='__main__')"
+    command[-1] += (
+        "sys.argv[1:] = ['run.sh', '--doctor', '--json']; runpy.run_module('cli.arguments', run_name='__main__')"
+    )
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environ)
     assert done.stderr == ""
     checks = json.loads(done.stdout)["checks"]
@@ -350,7 +354,7 @@ def test_it_examines_this_host_with_nothing_but_the_standard_library(tmp_path: P
     assert [check["found"] for check in checks if "Error" in check["found"]] == []
 
 
-def test_the_real_host_runs_programs_reads_files_and_survives_what_is_not_there(tmp_path: Path) -> None:
+def test_host_runs_programs_and_reads_files_that_may_not_exist(tmp_path: Path) -> None:
     host = Host(fakes.settings(), {"PATH": os.environ["PATH"]})
     done = host.run("sh -c 'echo out; echo err >&2; exit 3'")
     assert (done.returncode, done.stdout, done.stderr) == (3, "out\n", "err\n")

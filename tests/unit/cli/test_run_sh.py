@@ -1,4 +1,4 @@
-"""run.sh and stop.sh as a whole, with a fake Docker client and a fake manager: interrupts, failed steps, updates."""
+"""run.sh and stop.sh as a whole, with a fake engine and a fake manager: interrupts, failed steps, updates."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ FIRST_ANSWER = "Waiting for the first answer"
 def system(tmp_path: Path) -> Iterator[System]:
     made = System(tmp_path)
     yield made
-    for pid in made.processes():
-        os.kill(pid, signal.SIGKILL)
+    made.close()
 
 
 def status(system: System) -> dict[str, Any]:
@@ -48,7 +47,7 @@ def read_until(process: subprocess.Popen[str], text: str) -> str:
     return seen
 
 
-def test_it_starts_the_manager_with_what_the_balancer_needs_and_stops_it(system: System) -> None:
+def test_start_gives_the_manager_its_settings_and_stop_removes_everything(system: System) -> None:
     output = system.up("3", "--image", "good")
     assert FIRST_ANSWER in output
     found = status(system)
@@ -66,13 +65,13 @@ def test_it_starts_the_manager_with_what_the_balancer_needs_and_stops_it(system:
 # -- interrupts ------------------------------------------------------------------------------------------------------
 
 
-def test_a_second_interrupt_does_not_cut_the_undo_off(system: System) -> None:
-    (system.state / "slow_rm").write_text("2")
+def test_second_interrupt_does_not_interrupt_the_undo(system: System) -> None:
+    system.engine.removal_seconds = 2
     process = system.start("--image", "hung")
     seen = read_until(process, FIRST_ANSWER)
     os.killpg(process.pid, signal.SIGINT)
     seen += read_until(process, "Undoing")
-    until(lambda: "network rm" in system.calls(), "the undo is at work")
+    until(lambda: "DELETE /networks/network-id" in system.engine.calls, "the undo is at work")
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         os.killpg(process.pid, number)
     output, _ = process.communicate(timeout=30)
@@ -81,7 +80,7 @@ def test_a_second_interrupt_does_not_cut_the_undo_off(system: System) -> None:
 
 
 @pytest.mark.parametrize("moment", ["Starting the manager", FIRST_ANSWER])
-def test_a_terminal_that_is_closed_undoes_what_was_begun(system: System, moment: str) -> None:
+def test_closed_terminal_undoes_the_start(system: System, moment: str) -> None:
     command = system.command("run.sh", "--image", "hung")
     pid, terminal = pty.fork()
     if pid == 0:
@@ -96,7 +95,7 @@ def test_a_terminal_that_is_closed_undoes_what_was_begun(system: System, moment:
     assert system.nothing_left()
 
 
-def test_a_reader_that_goes_away_leaves_no_half_a_system(system: System) -> None:
+def test_closed_pipe_interrupts_neither_a_start_nor_a_stop(system: System) -> None:
     for command in (system.command("run.sh", "--image", "good"), system.command("stop.sh")):
         process = subprocess.Popen(command, env=system.environment, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
@@ -107,22 +106,23 @@ def test_a_reader_that_goes_away_leaves_no_half_a_system(system: System) -> None
     assert system.nothing_left()
 
 
-def test_an_interrupted_check_of_the_kernel_leaves_no_container(system: System) -> None:
+def test_interrupted_kernel_check_leaves_no_container(system: System) -> None:
     (system.state / "slow_check").touch()
     process = system.start("--image", "good")
     read_until(process, "Checking that this kernel")
-    until((system.state / "checks").exists, "the check runs")
+    until((system.state / "check").exists, "the check runs")
     os.killpg(process.pid, signal.SIGINT)
     process.communicate(timeout=30)
     assert process.returncode == 130
-    assert not (system.state / "checks").exists()
-    assert "--label lbscaler.project=p --label lbscaler.role=check" in system.calls()
+    assert not (system.state / "check").exists()
+    command = (system.state / "kernel_checks").read_text()
+    assert "--label lbscaler.project=p --label lbscaler.role=check" in command
 
 
 # -- a start that fails ----------------------------------------------------------------------------------------------
 
 
-def test_settings_that_cannot_be_written_are_one_line_and_the_start_is_undone(system: System) -> None:
+def test_start_is_undone_where_its_settings_cannot_be_written(system: System) -> None:
     (system.run_dir / "settings.json.new").mkdir(parents=True)
     output = system.up("--image", "good", status=1)
     assert "run.sh: cannot write run/p/settings.json: Is a directory" in output
@@ -131,9 +131,9 @@ def test_settings_that_cannot_be_written_are_one_line_and_the_start_is_undone(sy
 
 
 @pytest.mark.parametrize("way", ["<&- >&- 2>&-", "</dev/null >/dev/null 2>&1"])
-def test_closed_streams_are_as_good_as_dev_null(system: System, way: str) -> None:
-    for script, *words in (("run.sh", "--image", "good"), ("run.sh", "--status"), ("stop.sh",)):
-        command = " ".join(f"'{word}'" for word in system.command(script, *words))
+def test_closed_standard_streams_are_like_dev_null(system: System, way: str) -> None:
+    for script, *flags in (("run.sh", "--image", "good"), ("run.sh", "--status"), ("stop.sh",)):
+        command = " ".join(f"'{argument}'" for argument in system.command(script, *flags))
         done = subprocess.run(["bash", "-c", f"exec {command} {way}"], env=system.environment, timeout=60, check=False)
         assert done.returncode == 0
         assert bool(system.processes()) == (script == "run.sh")
@@ -147,35 +147,33 @@ def test_closed_streams_are_as_good_as_dev_null(system: System, way: str) -> Non
         ("broken", "the balancer does not run: port is already allocated"),
     ],
 )
-def test_a_start_that_cannot_serve_ends_with_the_managers_reason(system: System, image: str, reason: str) -> None:
+def test_start_that_cannot_serve_ends_with_the_managers_reason(system: System, image: str, reason: str) -> None:
     output = system.up("--image", image, status=1)
     assert reason in output
     assert system.nothing_left()
 
 
-@pytest.mark.parametrize(("refusals", "asked"), [(0, 1), (3, 4), (99, 30)])
-def test_the_next_subnet_is_tried_where_another_start_took_the_first(system: System, refusals: int, asked: int) -> None:
-    (system.state / "refusal").write_text("Error response from daemon: Pool overlaps with other one on this address\n")
-    (system.state / "refusals").write_text(str(refusals))
-    system.up("--image", "good", status=0 if asked < 30 else 1)
-    subnets = (system.state / "asked").read_text().split()
-    assert (len(subnets), len(set(subnets))) == (asked, asked)
+@pytest.mark.parametrize(("refusals", "requests"), [(0, 1), (3, 4), (99, 30)])
+def test_next_subnet_is_tried_where_another_start_took_the_first(system: System, refusals: int, requests: int) -> None:
+    system.engine.refusal, system.engine.refusals = "Pool overlaps with other one on this address", refusals
+    system.up("--image", "good", status=0 if requests < 30 else 1)
+    subnets = system.engine.subnets_requested
+    assert (len(subnets), len(set(subnets))) == (requests, requests)
 
 
 @pytest.mark.parametrize(
     ("refusal", "flags"),
     [("permission denied", ()), ("Pool overlaps with other one", ("--subnet", "198.18.0.0/20"))],
 )
-def test_another_refusal_or_a_subnet_that_was_named_is_not_tried_again(
+def test_other_refusal_or_a_given_subnet_is_not_tried_again(
     system: System, refusal: str, flags: tuple[str, ...]
 ) -> None:
-    (system.state / "refusal").write_text(f"Error response from daemon: {refusal}\n")
-    (system.state / "refusals").write_text("99")
+    system.engine.refusal, system.engine.refusals = refusal, 99
     assert refusal in system.up("--image", "good", *flags, status=1)
-    assert len((system.state / "asked").read_text().split()) == 1
+    assert len(system.engine.subnets_requested) == 1
 
 
-def test_a_manager_is_started_again_where_nothing_can_be_written(system: System) -> None:
+def test_killed_manager_is_started_again_where_its_folder_was_deleted(system: System) -> None:
     system.up("--image", "good")
     pid = status(system)["pid"]
     shutil.rmtree(system.run_dir)
@@ -185,7 +183,7 @@ def test_a_manager_is_started_again_where_nothing_can_be_written(system: System)
     assert system.nothing_left()
 
 
-def test_a_running_project_whose_files_were_deleted_is_started_anew(system: System) -> None:
+def test_running_project_whose_files_were_deleted_gets_another_manager(system: System) -> None:
     system.up("--image", "good")
     pid = status(system)["pid"]
     shutil.rmtree(system.run_dir)
@@ -199,7 +197,7 @@ def test_a_running_project_whose_files_were_deleted_is_started_anew(system: Syst
 # -- an update -------------------------------------------------------------------------------------------------------
 
 
-def test_an_update_that_is_given_up_fails_and_the_old_settings_are_used_again(system: System) -> None:
+def test_update_that_is_given_up_fails_and_the_old_settings_apply_again(system: System) -> None:
     system.up("--image", "good")
     (system.run_dir / "balancer" / "orders.json").write_text("the operator's")
     (system.run_dir / "balancer" / "refused_update.json").write_text("an earlier one")
@@ -208,12 +206,15 @@ def test_an_update_that_is_given_up_fails_and_the_old_settings_are_used_again(sy
     assert settings(system)["LB_IMAGE"] == "good"
     assert status(system)["environment"]["LB_IMAGE"] == "sha256:good"
     assert (system.run_dir / "balancer" / "orders.json").read_text() == "the operator's"
-    assert not (system.run_dir / "balancer" / "refused_update.json").exists(), "whoever asks again has it tried again"
+    assert not (system.run_dir / "balancer" / "refused_update.json").exists(), (
+        "a new run tries the refused update again"
+    )
     assert len(system.processes()) == 2
 
 
-def test_the_old_image_is_used_again_even_where_its_name_means_the_new_one(system: System) -> None:
+def test_old_image_is_used_again_even_where_its_name_belongs_to_the_new_one(system: System) -> None:
     system.up("--image", "good")
+    system.engine.ids["good"] = "sha256:bad"
     (system.state / "id-of-good").write_text("sha256:bad")
     stored = (system.run_dir / "settings.json").read_text()
     assert "what ran before is used again" in system.up(status=1)
@@ -221,20 +222,21 @@ def test_the_old_image_is_used_again_even_where_its_name_means_the_new_one(syste
     assert status(system)["environment"]["LB_IMAGE"] == "sha256:good"
 
 
-def test_without_waiting_the_update_goes_on_and_its_end_is_the_managers(system: System) -> None:
+def test_update_continues_after_a_start_with_no_wait(system: System) -> None:
     system.up("--image", "good")
     system.up("--image", "bad", "--no-wait")
     assert settings(system)["LB_IMAGE"] == "bad"
     until(lambda: status(system)["launches"]["update_given_up"], "the update is given up")
-    assert "update given up: its container ended with exit code 3" in system.script("run.sh", "--status", status=3)
-    assert "what ran before is used again" in system.up(status=1), "and the next run.sh says so, too"
+    given_up = "the update was given up: its container ended with exit code 3"
+    assert given_up in system.script("run.sh", "--status", status=3)
+    assert "what ran before is used again" in system.up(status=1), "the next run.sh reports it, too"
     assert len(system.processes()) == 2
 
 
 # -- the manager's environment ---------------------------------------------------------------------------------------
 
 
-def test_a_failed_upgrade_leaves_the_environment_of_the_running_manager(system: System) -> None:
+def test_failed_upgrade_keeps_the_environment_of_the_running_manager(system: System) -> None:
     system.up("--image", "good")
     pid, venv = status(system)["pid"], system.tree / ".venv"
     (venv / "mark").touch()
@@ -252,7 +254,7 @@ def test_a_failed_upgrade_leaves_the_environment_of_the_running_manager(system: 
     assert status(system)["pid"] != pid, "other packages are another manager"
 
 
-def test_a_real_environment_works_at_the_place_it_is_moved_to(tmp_path: Path) -> None:
+def test_virtual_environment_works_after_it_was_moved(tmp_path: Path) -> None:
     subprocess.run(["python3", "-m", "venv", "--without-pip", str(tmp_path / ".venv.new")], check=True)
     (tmp_path / ".venv.new").rename(tmp_path / ".venv")
     command = [str(tmp_path / ".venv/bin/python"), "-c", "import sys; print(sys.prefix, sys.prefix != sys.base_prefix)"]
@@ -263,7 +265,7 @@ def test_a_real_environment_works_at_the_place_it_is_moved_to(tmp_path: Path) ->
 # -- stop.sh ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_manager_whose_files_were_deleted_is_stopped_all_the_same(system: System) -> None:
+def test_manager_whose_files_were_deleted_is_stopped(system: System) -> None:
     system.up("--image", "good")
     shutil.rmtree(system.run_dir)
     assert "Stopping the manager" in system.down()
@@ -276,26 +278,48 @@ def test_only_the_manager_of_the_project_is_stopped(system: System, tmp_path: Pa
     other.tree.symlink_to(system.tree)
     system.up("--image", "good")
     (other.tree / "run" / "q").mkdir()
-    for name in ("manager", "supervisor"):  # numbers that come from elsewhere
+    for name in ("manager", "supervisor"):  # of another project
         shutil.copy(system.run_dir / f"{name}.pid", other.tree / "run" / "q")
     other.down()
+    other.engine.close()
     assert len(system.processes()) == 2
 
 
-def test_what_is_left_is_named_and_no_success(system: System) -> None:
+def test_stop_keeps_a_network_that_a_foreign_container_is_attached_to(system: System) -> None:
     system.up("--image", "good")
-    (system.state / "left").write_text("container p-backend-7\n")
+    system.engine.networks[0]["Containers"] = {"their-id": {"Name": "theirs"}}
+    assert "Keeping the network p: theirs is attached to it" in system.down()
+    assert len(system.engine.networks) == 1
+    system.engine.networks[0]["Containers"] = {}
+    system.down()
+    assert system.nothing_left()
+
+
+def test_stop_without_an_engine_ends_the_manager(system: System) -> None:
+    system.up("--image", "good")
+    environment = dict(system.environment)
+    system.environment["DOCKER_HOST"] = f"unix://{system.state / 'nothing'}"
+    assert "No Docker Engine answers" in system.down()
+    assert system.processes() == []
+    system.environment = environment
+    system.down()
+    assert system.nothing_left()
+
+
+def test_stop_fails_and_names_what_is_left(system: System) -> None:
+    system.up("--image", "good")
+    system.engine.extra.append("p-backend-7")
     output = system.down(status=1)
     assert "project p is not down, left: container p-backend-7; run ./stop.sh again" in output
     assert "Project p is down" not in output
-    (system.state / "left").unlink()
+    system.engine.extra.clear()
     system.down()
 
 
 # -- the status, for programs ------------------------------------------------------------------------------------------
 
 
-def test_the_status_of_what_does_not_run_is_json(system: System) -> None:
+def test_status_of_a_stopped_project_is_json(system: System) -> None:
     never = json.loads(system.script("run.sh", "--status", "--json", status=1))
     assert (never["project"], never["state"]) == ("p", "down")
     system.up("--image", "good")
@@ -306,7 +330,7 @@ def test_the_status_of_what_does_not_run_is_json(system: System) -> None:
     assert (stopped["state"], "no manager of project p answers" in stopped["problem"]) == ("down", True)
 
 
-def test_the_manager_refuses_another_project_than_its_settings_name() -> None:
+def test_manager_refuses_another_project_than_that_of_its_settings() -> None:
     command = [sys.executable, str(ROOT / "manager" / "script.py"), "--project", "q"]
     environment = {**os.environ, "LB_PROJECT": "p"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)

@@ -1,4 +1,4 @@
-"""What run.sh waits for: a status and a time in, a verdict out; and once against a manager that answers on a port."""
+"""What run.sh waits for: a status and a time in, a verdict out; and once with a manager that answers on a port."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from werkzeug.serving import BaseWSGIServer, make_server
 
-from cli import startup
-from cli.startup import Checked, Outcome, Serve, Update
+from cli.output import Failed
+from cli.startup import Checked, Outcome, Serve, Update, wait_for_update, wait_until_it_serves
+from fakes import settings
 
 WAIT, REACHED, FAILED = Outcome.WAIT, Outcome.REACHED, Outcome.FAILED
 
@@ -67,7 +68,7 @@ def test_a_project_serves_once_its_balancer_runs_and_a_backend_is_in_rotation(
     assert outcome(Serve(60, 0.0), found, now) is expected
 
 
-def test_a_slow_image_has_the_time_that_ready_timeout_gives_it() -> None:
+def test_slow_image_has_its_ready_timeout() -> None:
     goal = Serve(300, 0.0)
     assert [outcome(goal, status("starting"), now) for now in (76, 314, 316)] == [WAIT, WAIT, FAILED]
 
@@ -76,12 +77,12 @@ def test_a_balancer_that_stays_failed_ends_the_wait_with_its_problem() -> None:
     goal, failed = Serve(60, 0.0), status("active", balancer="failed", problem="port 8000 is already allocated")
     assert [outcome(goal, failed, now) for now in (0, 9)] == [WAIT, WAIT]
     assert outcome(goal, status("active", balancer="starting"), 9.5) is WAIT
-    assert [outcome(goal, failed, now) for now in (10, 19)] == [WAIT, WAIT], "it had begun anew"
+    assert [outcome(goal, failed, now) for now in (10, 19)] == [WAIT, WAIT], "the time began again"
     verdict = goal.judge(failed, 20)
     assert (verdict.outcome, verdict.text) == (FAILED, "the balancer does not run: port 8000 is already allocated")
 
 
-def test_launches_that_fail_are_explained_by_what_the_manager_found() -> None:
+def test_failed_launches_are_explained_by_the_managers_reason() -> None:
     verdict = Serve(60, 0.0).judge(status("starting", failed=4, why="GET / on port 80: status 500"), 1)
     assert verdict.text.startswith("no backend got ready: GET / on port 80: status 500; see --backend-port")
 
@@ -93,7 +94,7 @@ def updating(replaced: int, to_replace: int, *states: str) -> dict[str, Any]:
     return status(*(states or ("active", "active")), updating=to_replace > 0, replaced=replaced, to_replace=to_replace)
 
 
-def test_without_an_update_there_is_nothing_to_wait_for() -> None:
+def test_wait_ends_where_there_is_no_update() -> None:
     verdict = Update(60, 30, 0.0).judge(status("active", "starting"), 0)
     assert (verdict.outcome, verdict.text) == (REACHED, "")
 
@@ -115,7 +116,7 @@ def test_an_update_that_was_given_up_has_failed_with_its_reason() -> None:
     assert verdict.text.endswith("what ran before is used again: exit code 3")
 
 
-def test_a_long_update_may_take_its_time_as_long_as_it_moves() -> None:
+def test_long_update_has_no_time_limit_while_it_progresses() -> None:
     goal = Update(60, 30, 0.0)  # 3 x 60 + 30 + 60 = 270 s without a change
     assert outcome(goal, updating(0, 5), 0) is WAIT
     assert outcome(goal, updating(1, 4), 269) is WAIT
@@ -128,7 +129,7 @@ def test_a_long_update_may_take_its_time_as_long_as_it_moves() -> None:
 # -- the manager and the service's port have to answer ----------------------------------------------------------------
 
 
-def test_a_service_port_that_does_not_answer_is_waited_for_and_then_a_failure() -> None:
+def test_service_port_that_does_not_answer_is_a_failure_after_thirty_seconds() -> None:
     answers: list[bool] = [False, False, True]
     goal = Checked(Serve(60, 0.0), lambda: answers.pop(0), 0.0)
     serving = status("active", "active")
@@ -137,13 +138,13 @@ def test_a_service_port_that_does_not_answer_is_waited_for_and_then_a_failure() 
     assert [never.judge(serving, "", now).outcome for now in (0, 29, 31)] == [WAIT, WAIT, FAILED]
 
 
-def test_a_manager_that_is_silent_for_long_is_a_failure() -> None:
+def test_silent_manager_is_a_failure_after_thirty_seconds() -> None:
     goal = Checked(Update(60, 30, 0.0), lambda: True, 0.0)
-    assert goal.judge(None, "nobody answers", 29).outcome is WAIT
+    assert goal.judge(None, "no manager answers", 29).outcome is WAIT
     assert goal.judge(updating(1, 1), "", 40).outcome is WAIT
-    assert goal.judge(None, "nobody answers", 69).outcome is WAIT
-    verdict = goal.judge(None, "nobody answers", 71)
-    assert (verdict.outcome, verdict.text) == (FAILED, "nobody answers")
+    assert goal.judge(None, "no manager answers", 69).outcome is WAIT
+    verdict = goal.judge(None, "no manager answers", 71)
+    assert (verdict.outcome, verdict.text) == (FAILED, "no manager answers")
 
 
 # -- the program -----------------------------------------------------------------------------------------------------
@@ -171,50 +172,43 @@ class Answers:
 
 
 @pytest.fixture
-def run() -> Iterator[Callable[..., int]]:
-    """Runs the program against a manager that answers with those statuses, and a service that answers."""
+def wait() -> Iterator[Callable[..., list[str]]]:
+    """Waits for a goal with a manager that answers with those statuses; the lines that were logged."""
     made: list[Answers] = []
+    logged: list[str] = []
 
-    def program(goal: str, *statuses: dict[str, Any]) -> int:
+    def run(goal: Callable[..., None], *statuses: dict[str, Any]) -> list[str]:
         manager, service = Answers(*statuses), Answers(status())
         made.extend([manager, service])
-        ports = {"LB_MANAGER_PORT": str(manager.server.server_port), "LB_PORT": str(service.server.server_port)}
-        return startup.main([goal], {"LB_PROJECT": "p", **ports})
+        goal(settings(manager_port=manager.server.server_port, port=service.server.server_port), logged.append)
+        return logged
 
-    yield program
+    run.logged = logged  # type: ignore[attr-defined]
+    yield run
     for one in made:
         one.close()
 
 
-def test_each_change_is_printed_once_until_it_serves(
-    run: Callable[..., int], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_each_change_is_logged_once_until_it_serves(wait: Callable[..., list[str]]) -> None:
     starting = status("starting", "starting")
-    assert run("serve", starting, starting, status("active", "starting"), status("active", "active")) == 0
-    assert capsys.readouterr().out == "0 of 2 backends are ready\n1 of 2 backends are ready\n"
+    changes = (starting, starting, status("active", "starting"), status("active", "active"))
+    assert wait(wait_until_it_serves, *changes) == ["0 of 2 backends are ready", "1 of 2 backends are ready"]
 
 
-def test_the_progress_of_an_update_is_printed(run: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("update", updating(0, 2), updating(1, 1), updating(1, 1), updating(2, 0)) == 0
-    assert capsys.readouterr().out.splitlines() == [
+def test_progress_of_an_update_is_logged(wait: Callable[..., list[str]]) -> None:
+    assert wait(wait_for_update, updating(0, 2), updating(1, 1), updating(1, 1), updating(2, 0)) == [
         "0 of 2 backends replaced, 2 in rotation",
         "1 of 2 backends replaced, 2 in rotation",
         "2 of 2 backends replaced",
     ]
 
 
-def test_a_failure_shows_what_is_known_of_each_backend_and_ends_with_the_reason(
-    run: Callable[..., int], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_failure_logs_each_backend_and_raises_the_reason(wait: Callable[..., list[str]]) -> None:
     hint = "its container ended with exit code 1; last log line: open() failed [--allow root]"
     failed = status("starting", failed=4, why=hint)
     failed["backends"] = [backend(3, "starting", "GET / on port 80: connection refused")]
-    assert run("serve", failed) == 1
-    lines = capsys.readouterr().out.splitlines()
-    assert any("p-backend-3" in line and "connection refused" in line for line in lines)
-    assert lines[-1].startswith(f"no backend got ready: {hint}; see --backend-port")
-
-
-def test_another_word_is_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:
-    assert startup.main(["dance"], {}) == 2
-    assert "startup.py serve" in capsys.readouterr().err
+    with pytest.raises(Failed) as caught:
+        wait(wait_until_it_serves, failed)
+    assert str(caught.value).startswith(f"no backend got ready: {hint}; see --backend-port")
+    (lines,) = wait.logged  # type: ignore[attr-defined]
+    assert any("p-backend-3" in line and "connection refused" in line for line in lines.splitlines())

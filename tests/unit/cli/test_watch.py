@@ -1,4 +1,4 @@
-"""The terminal's view: a status in, text out; and once against a manager that answers on a port."""
+"""The terminal's output: a status in, text out; and against a manager on a port."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MODULES = {"PYTHONPATH": str(Path(watch.__file__).parents[1])}
 NOW = 1_800_000_000.0
 
 
-def shown(thing: RenderableType, width: int = 100) -> str:
+def rendered(thing: RenderableType, width: int = 100) -> str:
     console = Console(width=width, color_system=None)
     with console.capture() as capture:
         console.print(thing)
@@ -52,11 +52,12 @@ def backend(number: int, **changes: object) -> dict[str, Any]:
 
 
 def status(**changes: object) -> dict[str, Any]:
-    """Two backends that serve as desired."""
+    """A healthy project with two backends."""
     return {
         **{"project": "p", "desired": 2, "current": 2, "min": 2, "max": 10, "metric": "packets", "rate": 150.5},
         **{"target": 100.0, "paused": False, "engine": "ok", "revision": "abc", "settings": {"interval": 2.0}},
-        "launches": {"failed": 0, "why": "", "updating": False, "update_given_up": ""},
+        **{"state": "healthy", "problems": []},
+        "launches": {"updating": False, "replaced": 2, "to_replace": 0},
         "backends": [backend(1), backend(2, share=0.75)],
         "balancers": [{"id": "b1", "last_seen": 0.8, "revision": "abc"}],
         "last_decision": {"verdict": "OK", "current": 2, "desired": 2, "reason": "150.5 packets/s over 2 backends"},
@@ -73,124 +74,93 @@ def point(ago: float, rate: float, capacity: float = 200.0) -> dict[str, Any]:
 
 
 def change(number: int) -> dict[str, Any]:
-    told = {"verdict": "CREATE_SERVER", "current": number, "desired": number + 1, "reason": f"reason {number}"}
-    return {"time": NOW - 60 + number, **told}
+    fields = {"verdict": "CREATE_SERVER", "current": number, "desired": number + 1, "reason": f"reason {number}"}
+    return {"time": NOW - 60 + number, **fields}
 
 
-# -- what is said ----------------------------------------------------------------------------------------------------
+# -- the parts of the output -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("changes", "trouble"),
-    [
-        ({"engine": "timed out"}, "engine unreachable: timed out"),
-        (launches(failed=3, why="no such image"), "launches that failed so far: 3: no such image"),
-        (launches(update_given_up="exit code 3"), "update given up: exit code 3"),
-        ({"balancer": {"state": "failed", "problem": "port taken"}}, "the balancer does not run (failed): port taken"),
-        ({"balancer": {"state": "starting", "problem": ""}}, "the balancer does not run (starting)"),
-        ({"data_path": {"working": False, "problem": "timed out"}}, "clients cannot reach the service: timed out"),
-        ({"balancers": []}, "no balancer reports"),
-        ({"balancers": [{"id": "b1", "last_seen": 6.1, "revision": "abc"}]}, "no balancer reports"),
-        ({"backends": [backend(1)]}, "backends that serve: 1 of 2"),
-        ({"backends": [backend(1), backend(2, state="starting")]}, "backends that serve: 1 of 2"),
-        ({"backends": [backend(1, healthy=False), backend(2, healthy=False)]}, "backends that serve: 0 of 2"),
-    ],
-)
-def test_each_trouble_makes_it_degraded_and_is_in_the_summary(changes: dict[str, Any], trouble: str) -> None:
-    degraded = status(**changes)
-    assert watch.troubles(degraded) == [trouble]
-    assert watch.summary(degraded).plain.startswith("p degraded: ")
-    assert watch.summary(degraded).plain.endswith(trouble)
+def test_the_summary_has_the_state_and_each_problem() -> None:
+    problems = [{"kind": "a", "text": "no balancer reports"}, {"kind": "b", "text": "1 of 2 backends serve"}]
+    summary = watch.summary(status(state="degraded", problems=problems))
+    assert summary.plain.startswith("p degraded: ")
+    assert summary.plain.endswith("; no balancer reports; 1 of 2 backends serve")
+    assert summary.style == "red"
+    assert watch.summary(status()).style == "green"
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"paused": True},
-        {"backends": [backend(n) for n in (1, 2, 3)]},
-        {"backends": [backend(1, healthy=None), backend(2), backend(3, state="draining")]},
-        launches(updating=True),
-        {"balancers": [{"id": "b1", "last_seen": 5.9, "revision": "abc"}]},
-        {"balancer": {"state": "running", "problem": ""}},
-        {"data_path": {"working": None, "problem": ""}},
-    ],
-)
-def test_what_serves_as_desired_is_healthy(changes: dict[str, Any]) -> None:
-    assert watch.troubles(status(**changes)) == []
-    assert watch.summary(status(**changes)).plain.startswith("p healthy: ")
+def test_a_status_of_an_earlier_version_has_an_unknown_state() -> None:
+    earlier = {name: value for name, value in status().items() if name not in ("state", "problems")}
+    assert watch.summary(earlier).plain.startswith("p unknown: ")
 
 
 def test_the_summary_is_one_line_with_counts_load_and_notes() -> None:
     assert (
         watch.summary(status()).plain == "p healthy: desired 2, current 2 (2 to 10); 150.5 packets/s, target 100 each"
     )
-    noted = status(paused=True, metric="concurrency", rate=None, **launches(updating=True, update_given_up="x\ny"))
-    wanted = "no rate yet, target 100 each; paused; updating; update given up: x y"
-    assert watch.summary(noted).plain.endswith(wanted)
-    counted = status(**launches(updating=True, replaced=3, to_replace=2))
-    assert watch.summary(counted).plain.endswith("; updating: 3 of 5 backends replaced")
+    updating = launches(updating=True, replaced=3, to_replace=2)
+    noted = status(paused=True, metric="concurrency", rate=None, **updating)
+    expected = "no rate yet, target 100 each; paused; updating: 3 of 5 backends replaced"
+    assert watch.summary(noted).plain.endswith(expected)
 
 
 def test_control_characters_from_a_container_never_reach_the_terminal() -> None:
     evil = "\x1b]0;title\x07\x1b[2J\r\n[red]"
     calm = status()
-    for ill in (
-        {"engine": evil},
-        launches(failed=1, why=evil),
-        launches(update_given_up=evil),
+    for changes in (
+        {"problems": [{"kind": "engine_unreachable", "text": evil}]},
         {"backends": [backend(1), backend(2, healthy=False, why=evil)]},
         {"backends": [backend(1), backend(2, reason=evil)]},
         {"balancers": [{**calm["balancers"][0], "id": evil}]},
         {"last_decision": {**calm["last_decision"], "reason": evil}},
     ):
-        text = shown(watch.view(status(**ill), watch.past([change(1)])), 200)
+        text = rendered(watch.render_status(status(**changes), watch.past([change(1)])), 200)
         assert not {"\x1b", "\x07", "\r"} & set(text)
-        assert "[red]" in text, "and brackets are no markup"
-    assert shown(watch.past([{**change(1), "reason": evil}])).endswith("CREATE_SERVER 1→2   ]0;title  [2J  [red]")
+        assert "[red]" in text, "brackets are not markup"
+    assert rendered(watch.past([{**change(1), "reason": evil}])).endswith("CREATE_SERVER 1→2   ]0;title  [2J  [red]")
 
 
-# -- what is shown ---------------------------------------------------------------------------------------------------
-
-
-def test_the_status_shows_every_backend_the_balancers_and_the_last_decision() -> None:
-    ill = backend(2, state="failed", share=0.0, healthy=False, ip="", why="refused", reason="exit 1")
+def test_the_output_has_every_backend_the_balancers_and_the_last_decision() -> None:
+    failed = backend(2, state="failed", share=0.0, healthy=False, ip="", why="refused", reason="exit 1")
     behind = {"id": "b2", "last_seen": 2.5, "revision": "old"}
-    text = shown(watch.view(status(backends=[backend(1), ill], balancers=[*status()["balancers"], behind])), 200)
-    first, heard, last, header, *rows = text.splitlines()
-    assert first.startswith("p degraded")
-    assert heard == "balancers' last reports: b1 0.8 s ago; b2 2.5 s ago, has not taken in the last change"
+    text = rendered(
+        watch.render_status(status(backends=[backend(1), failed], balancers=[*status()["balancers"], behind])), 200
+    )
+    first, reports, last, header, *rows = text.splitlines()
+    assert first.startswith("p healthy")
+    assert reports == "last reports of the balancers: b1 0.8 s ago; b2 2.5 s ago, not yet at the current revision"
     assert last == "last decision: OK 2→2  150.5 packets/s over 2 backends"
     assert header.split() == ["backend", "address", "state", "share", "conn/s", "pkt/s", "active", "healthy", "why"]
     assert rows[0].split() == ["p-backend-1", "198.18.0.2", "active", "25.0%", "3.5", "35.25", "2", "yes"]
     assert rows[1].split() == ["p-backend-2", "-", "failed", "0.0%", "3.5", "35.25", "2", "no", "refused;", "exit", "1"]
     assert header.index("conn/s") + len("conn/s") == rows[0].index(" 3.5 ") + len(" 3.5"), "figures are flush right"
-    nothing = shown(watch.view(status(backends=[], balancers=[], last_decision=None)), 200).splitlines()
-    assert nothing[1:3] == ["balancers' last reports: none", "last decision: none yet"]
+    nothing = rendered(watch.render_status(status(backends=[], balancers=[], last_decision=None)), 200).splitlines()
+    assert nothing[1:3] == ["last reports of the balancers: none", "last decision: none yet"]
 
 
-def test_why_is_shown_beside_a_backend_that_is_not_healthy_alone() -> None:
-    told = [watch.cells(backend(1, healthy=healthy, why="timed out"))["why"] for healthy in (True, False, None)]
-    assert told == ["", "timed out", "timed out"]
+def test_a_probes_result_is_left_out_for_a_healthy_backend() -> None:
+    texts = [watch.cells(backend(1, healthy=healthy, why="timed out"))["why"] for healthy in (True, False, None)]
+    assert texts == ["", "timed out", "timed out"]
     assert watch.cells(backend(1, why="x", reason="drained by hand"))["why"] == "drained by hand"
 
 
-def test_the_node_is_shown_by_eight_letters_where_any_backend_has_one() -> None:
+def test_the_node_column_exists_only_where_a_backend_has_a_node() -> None:
     rows = [backend(1, node="abcdefghijklmnop"), backend(2)]
-    header, first, second = shown(watch.fleet(status(backends=rows))).splitlines()
+    header, first, second = rendered(watch.fleet(status(backends=rows))).splitlines()
     assert header.split()[:4] == ["backend", "address", "node", "state"]
     assert (first.split()[2:4], second.split()[2]) == (["abcdefgh", "active"], "active")
-    assert "node" not in shown(watch.fleet(status()))
+    assert "node" not in rendered(watch.fleet(status()))
 
 
-def test_a_narrow_terminal_loses_no_word_of_the_fleet() -> None:
+def test_a_narrow_terminal_wraps_and_cuts_nothing() -> None:
     why = f"a long story of {'x' * 70}"
-    text = shown(watch.fleet(status(backends=[backend(1, healthy=False, why=why)])), 80)
+    text = rendered(watch.fleet(status(backends=[backend(1, healthy=False, why=why)])), 80)
     assert (text.count("x"), text.count("story")) == (70, 1)
     assert max(map(len, text.splitlines())) <= 80
 
 
-def test_a_part_of_the_past_is_its_highest_point_and_one_without_points_is_blank(
+def test_a_sparkline_column_is_its_highest_point_and_blank_without_points(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(watch, "COLUMNS", 5)
@@ -198,23 +168,23 @@ def test_a_part_of_the_past_is_its_highest_point_and_one_without_points_is_blank
     assert watch.sparkline(points, "rate", NOW, 10) == "▅  █▃"
 
 
-def test_the_load_is_drawn_on_one_scale_with_the_capacity(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_and_capacity_have_one_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "COLUMNS", 3)
     points = [point(1000, 9999), point(100, 100), point(10, 400)]
-    rate, capacity, scale = shown(watch.load(points, NOW)).splitlines()
+    rate, capacity, scale = rendered(watch.load(points, NOW)).splitlines()
     assert (rate, capacity) == ("rate       ▃█", "capacity   ▅▅")
-    assert scale.endswith("the last 5 minutes; full height is 400"), "what is past no longer counts"
-    assert shown(watch.load([], NOW)).startswith("rate")
-    assert shown(watch.load([point(1, 0.0, 0.0)], NOW)).startswith("rate        ▁")
+    assert scale.endswith("the last 5 minutes; full height is 400"), "older points do not count"
+    assert rendered(watch.load([], NOW)).startswith("rate")
+    assert rendered(watch.load([point(1, 0.0, 0.0)], NOW)).startswith("rate        ▁")
 
 
-def test_changes_are_told_the_newest_first_a_line_each() -> None:
-    rows = shown(Group(watch.past([change(1), {**change(2), "reason": "a long story " * 20}])), 60).splitlines()
+def test_changes_are_one_line_each_newest_first() -> None:
+    rows = rendered(Group(watch.past([change(1), {**change(2), "reason": "a long story " * 20}])), 60).splitlines()
     assert [row[10:27] for row in rows] == ["CREATE_SERVER 2→3", "CREATE_SERVER 1→2"]
     assert rows[0].endswith("…")
 
 
-# -- asking a manager ------------------------------------------------------------------------------------------------
+# -- against a manager -----------------------------------------------------------------------------------------------
 
 
 class Served:
@@ -256,42 +226,42 @@ def buffered(port: int) -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"} | environ(port) | MODULES
 
 
-def test_the_status_of_a_manager_that_answers_is_printed_once(
-    served: Served, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_status_is_printed_once(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
     assert watch.main(["--status"], environ(served.port)) == watch.HEALTHY
     assert capsys.readouterr().out.startswith("p healthy: desired 2, current 2")
     assert watch.main(["--status", "--json"], environ(served.port)) == watch.HEALTHY
     printed = json.loads(capsys.readouterr().out)
-    assert printed.keys() == served.controller.status().keys() | {"state", "problems"}
+    assert printed == json.loads(json.dumps(served.controller.status()))
     assert (printed["state"], printed["problems"]) == ("healthy", [])
 
 
-def test_a_manager_whose_balancers_fell_silent_is_degraded(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_project_whose_balancers_do_not_report_is_degraded(
+    served: Served, capsys: pytest.CaptureFixture[str]
+) -> None:
     served.clock.pass_by(7)
     assert watch.main(["--status"], environ(served.port)) == watch.DEGRADED
     assert "no balancer reports" in capsys.readouterr().out
     assert watch.main(["--json"], environ(served.port)) == watch.DEGRADED
     printed = json.loads(capsys.readouterr().out)
     assert printed["state"] == "degraded"
-    assert "no balancer reports" in printed["problems"]
+    assert {"kind": "no_balancer_reports", "text": "no balancer reports"} in printed["problems"]
 
 
-def test_loopback_is_reached_through_no_proxy(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proxy_is_not_used_for_loopback(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
     assert watch.Manager(environ(served.port)).status()["project"] == "p"
 
 
-def test_a_manager_of_another_project_or_none_is_absent(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_manager_of_another_project_counts_as_absent(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
     assert watch.main([], environ(served.port, "other")) == watch.ABSENT
     assert capsys.readouterr().err == f"watch.py: 127.0.0.1:{served.port} does not answer for project other\n"
     assert watch.main(["--watch"], environ(1)) == watch.ABSENT
     assert capsys.readouterr().err == "watch.py: no manager of project p answers at 127.0.0.1:1\n"
 
 
-def test_for_programs_a_project_that_is_down_is_json_too(capsys: pytest.CaptureFixture[str]) -> None:
+def test_with_json_a_project_that_is_down_is_reported_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert watch.main(["--status", "--json"], environ(1)) == watch.ABSENT
     printed = capsys.readouterr()
     problem = "no manager of project p answers at 127.0.0.1:1"
@@ -306,11 +276,11 @@ def test_the_port_is_the_one_the_project_was_started_with(
     (tmp_path / "run" / "q" / "settings.json").write_text('{"LB_MANAGER_PORT": "1"}')
     assert watch.main([], {"LB_PROJECT": "q"}) == watch.ABSENT
     assert watch.main([], environ(2, "q")) == watch.ABSENT
-    said = [f"watch.py: no manager of project q answers at 127.0.0.1:{port}" for port in (1, 2)]
-    assert capsys.readouterr().err.splitlines() == said
+    expected = [f"watch.py: no manager of project q answers at 127.0.0.1:{port}" for port in (1, 2)]
+    assert capsys.readouterr().err.splitlines() == expected
 
 
-def test_what_answers_but_is_no_manager_is_absent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_service_on_the_port_counts_as_absent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def answer(environ: object, start: Any) -> list[bytes]:
         start("200 OK", [])
         return [bodies.pop()]
@@ -328,7 +298,7 @@ def test_what_answers_but_is_no_manager_is_absent(tmp_path: Path, capsys: pytest
 
 
 @pytest.mark.parametrize("arguments", [["--dance"], ["--watch", "--json"]])
-def test_bad_usage_is_told_by_its_exit_code(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_usage_has_its_exit_code(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         watch.main(arguments, {})
     assert ended.value.code == watch.USAGE
@@ -341,7 +311,7 @@ def test_a_bad_setting_is_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 class Script(watch.Manager):
-    """Answers what it is given, one a second; then the user interrupts."""
+    """Returns the given answers, one a second; then the user interrupts."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *answers: dict[str, Any] | None) -> None:
         self._answers = list(answers)
@@ -354,7 +324,7 @@ class Script(watch.Manager):
     def status(self) -> dict[str, Any]:
         answer = self._answers.pop(0)
         if answer is None:
-            raise NoAnswer("nobody answers")
+            raise NoAnswer("no answer")
         return answer
 
     def get(self, path: str) -> dict[str, Any]:
@@ -370,7 +340,7 @@ def watched(monkeypatch: pytest.MonkeyPatch, *answers: dict[str, Any] | None, te
     return console.file.getvalue()
 
 
-def test_a_line_is_printed_only_when_it_says_something_new(
+def test_without_a_terminal_a_line_is_printed_only_at_a_change(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one, other = status(), status(desired=3)
@@ -378,20 +348,22 @@ def test_a_line_is_printed_only_when_it_says_something_new(
     first, second, away, back = (row[10:] for row in capsys.readouterr().out.splitlines())
     assert first == f"{watch.summary(one)}; last decision: OK 2→2  150.5 packets/s over 2 backends"
     assert "desired 3" in second
-    assert away.startswith("nobody answers since ")
+    assert away.startswith("no answer since ")
     assert back == second
 
 
-def test_the_screen_says_that_the_manager_is_away_and_that_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_screen_reports_that_the_manager_does_not_answer_and_since_when(monkeypatch: pytest.MonkeyPatch) -> None:
     usual = watched(monkeypatch, status(), status())
-    assert ("away" in usual, "Ctrl-C ends" in usual) == (False, True)
-    assert usual.count("reason 1") == 3, "the past is asked for once and kept, for two frames and the one that is left"
+    assert ("did not answer" in usual, "Ctrl-C ends" in usual) == (False, True)
+    assert usual.count("reason 1") == 3, (
+        "the past is fetched once and kept: two frames, and the last one that stays on the screen"
+    )
     gone = watched(monkeypatch, status(), None)
-    assert ("nobody answers since" in gone, "was away" in gone) == (True, False)
-    assert "the manager was away from" in watched(monkeypatch, status(), None, status())
+    assert ("no answer since" in gone, "did not answer" in gone) == (True, False)
+    assert "the manager did not answer from" in watched(monkeypatch, status(), None, status())
 
 
-def test_a_fleet_too_long_for_the_screen_is_cut_below_the_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_longer_than_the_screen_is_cut_below_the_charts(monkeypatch: pytest.MonkeyPatch) -> None:
     many = watched(monkeypatch, status(backends=[backend(n) for n in range(1, 60)]), terminal=True)
     frame = many.split("Ctrl-C ends")[1].split("\x1b[?25h")[0]
     assert ("full height" in frame, "reason 1" in frame, "p-backend-2 " in frame) == (True, True, True)
@@ -405,7 +377,7 @@ def test_only_the_last_ten_changes_are_kept(monkeypatch: pytest.MonkeyPatch) -> 
     assert [n for n in range(20, 40) if f"reason {n}" in text] == list(range(30, 40))
 
 
-def test_without_a_terminal_watching_prints_plain_lines_of_news_over_a_restart(served: Served, tmp_path: Path) -> None:
+def test_without_a_terminal_watching_prints_plain_lines_and_survives_a_restart(served: Served, tmp_path: Path) -> None:
     command = subprocess.Popen([*PYTHON, "--watch"], stdout=subprocess.PIPE, text=True, env=buffered(served.port))
     assert command.stdout is not None
     try:
@@ -428,7 +400,7 @@ def test_without_a_terminal_watching_prints_plain_lines_of_news_over_a_restart(s
     assert "\x1b" not in first + away + back + rest
 
 
-def test_lines_that_nobody_reads_any_more_end_quietly(served: Served) -> None:
+def test_a_closed_pipe_ends_it_without_an_error(served: Served) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     command = [*PYTHON, "--watch"]
@@ -444,24 +416,24 @@ def test_lines_that_nobody_reads_any_more_end_quietly(served: Served) -> None:
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_in_a_terminal_it_is_drawn_until_ctrl_c_and_the_cursor_comes_back(served: Served) -> None:
-    pid, door = pty.fork()
+def test_in_a_terminal_ctrl_c_ends_it_and_restores_the_cursor(served: Served) -> None:
+    pid, terminal = pty.fork()
     if pid == 0:
         os.execve(PYTHON[0], [*PYTHON, "--watch"], {**buffered(served.port), "TERM": "xterm"})
     try:
-        seen = read_until(door, "backend-2")
-        assert "\x1b[?25l" in seen, "the cursor is hidden meanwhile"
-        os.write(door, b"\x03")
-        read_until(door, "\x1b[?25h")
+        seen = read_until(terminal, "backend-2")
+        assert "\x1b[?25l" in seen, "the cursor is hidden"
+        os.write(terminal, b"\x03")
+        read_until(terminal, "\x1b[?25h")
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == watch.HEALTHY
     finally:
-        os.close(door)
+        os.close(terminal)
 
 
-def read_until(door: int, word: str, within: float = 20.0) -> str:
-    """What a terminal was sent, up to a word."""
+def read_until(terminal: int, expected: str, within: float = 20.0) -> str:
+    """The terminal's output up to a text."""
     seen, deadline = "", time.monotonic() + within
-    while word not in seen:
-        assert select.select([door], [], [], max(0.0, deadline - time.monotonic()))[0], seen
-        seen += os.read(door, 65536).decode(errors="replace")
+    while expected not in seen:
+        assert select.select([terminal], [], [], max(0.0, deadline - time.monotonic()))[0], seen
+        seen += os.read(terminal, 65536).decode(errors="replace")
     return seen

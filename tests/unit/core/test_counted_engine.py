@@ -1,5 +1,5 @@
-"""An engine that keeps a number of backends by itself: told how many, watched for who comes and goes, never second-
-guessed. A Swarm in memory, under a real controller."""
+"""An engine that keeps a number of backends on its own, under a real controller: it gets only the number. A Swarm in
+memory."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 
 from core import fleet as fleets
-from core.controller import Closing, Controller
+from core.controller import Controller
 from core.engine import Engine, EngineError, Event, TakenOver
-from core.fleet import ACTIVE, DRAINING, FAILED, LEAVING, STARTING, Backend, Container, Goal, Namer, Resize
+from core.fleet import ACTIVE, DRAINING, FAILED, STARTING, Backend, Container, Goal, Namer, Resize
+from core.publisher import Closing
+from core.reasons import Cause
 from fakes import Clock, controller, eventually, report, sample
 
 
@@ -88,10 +90,12 @@ class Rig:
         eventually(lambda: not self.controller._workers.busy or self.controller._workers._results.qsize())
         self.controller.step()
 
-    def all_well(self) -> None:
-        view = self.controller.wait_for_snapshot("", 0)
-        assert view is not None
-        self.controller.report(report(**{"_" + b["ip"].split(".")[-1]: sample(id=b["id"]) for b in view["backends"]}))
+    def report_all_healthy(self) -> None:
+        snapshot = self.controller.wait_for_snapshot("", 0)
+        assert snapshot is not None
+        self.controller.report(
+            report(**{"_" + b["ip"].split(".")[-1]: sample(id=b["id"]) for b in snapshot["backends"]})
+        )
 
     def states(self) -> dict[str, str]:
         return {b["name"].split("-")[-1].split(".")[0]: b["state"] for b in self.controller.status()["backends"]}
@@ -109,34 +113,32 @@ def test_a_manager_adopts_the_number_that_is_kept_and_orders_nothing(rig: Rig) -
     assert rig.engine.resizes == []
 
 
-def test_it_is_told_the_number_and_who_comes_is_active_when_found_healthy(rig: Rig) -> None:
+def test_engine_is_resized_and_new_backends_are_active_when_healthy(rig: Rig) -> None:
     rig.controller.scale(5, 5, None)
     rig.step()
     assert rig.engine.resizes == [(5, "image-1")]
     assert (rig.states()["4"], rig.states()["5"]) == (STARTING, STARTING)
-    rig.all_well()
+    rig.report_all_healthy()
     assert set(rig.states().values()) == {ACTIVE}
 
 
-def test_who_the_engine_lets_go_drains_in_the_view_until_it_has_ended(rig: Rig) -> None:
+def test_backend_that_the_engine_stops_is_listed_as_draining_until_it_has_ended(rig: Rig) -> None:
     rig.controller.scale(1, 2, None)
     rig.step()
     assert rig.engine.resizes == [(2, "image-1")]
-    leaver = next(b for b in rig.controller.status()["backends"] if b["state"] == DRAINING)
-    assert leaver["reason"] == LEAVING
-    view = rig.controller.wait_for_snapshot("", 0)
-    assert view is not None
-    assert leaver["ip"] in {b["ip"] for b in view["backends"] if b["state"] == DRAINING}
-    rig.controller.stop(leaver["ip"], "drained")
+    draining = next(b for b in rig.controller.status()["backends"] if b["state"] == DRAINING)
+    assert draining["cause"] == Cause.ENGINE_STOP
+    snapshot = rig.controller.wait_for_snapshot("", 0)
+    assert snapshot is not None
+    assert draining["ip"] in {b["ip"] for b in snapshot["backends"] if b["state"] == DRAINING}
+    rig.controller.stop(draining["ip"], "drained")
     rig.step()
     rig.engine.finish()
     rig.step()
     assert len(rig.states()) == 2
 
 
-def test_a_backend_that_ends_is_told_of_and_left_to_the_engine_to_replace(
-    rig: Rig, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_failed_backend_is_logged_and_the_engine_replaces_it(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
     rig.step()
     rig.engine.fail("p-backend-2.abcde")
     with caplog.at_level("INFO"):
@@ -150,7 +152,7 @@ def test_a_backend_that_ends_is_told_of_and_left_to_the_engine_to_replace(
     assert rig.engine.resizes == []
 
 
-def test_an_ill_backend_is_out_of_rotation_by_the_probes_alone_and_may_come_back(rig: Rig) -> None:
+def test_stop_report_for_an_active_backend_changes_nothing(rig: Rig) -> None:
     rig.step()
     rig.controller.stop("198.18.0.2", "ill for 10 s")
     rig.clock.pass_by(1000)
@@ -159,7 +161,7 @@ def test_an_ill_backend_is_out_of_rotation_by_the_probes_alone_and_may_come_back
     assert rig.engine.resizes == []
 
 
-def test_an_update_is_taken_back_by_the_engine_or_by_nobody(rig: Rig, tmp_path: Path) -> None:
+def test_manager_does_not_give_up_an_update_of_the_engine(rig: Rig, tmp_path: Path) -> None:
     rig.engine.image = "image-2"
     rig.controller = controller(rig.engine, tmp_path, rig.clock)  # type: ignore[arg-type]
     rig.controller.adopt(None)
@@ -185,9 +187,9 @@ def test_update_that_the_engine_refused_is_remembered_until_another_is_wanted(
     assert bool(again.status()["launches"]["update_given_up"]) == bool(rig.engine.refused) == given_up
 
 
-def test_who_is_slow_to_get_ready_is_not_given_up(rig: Rig) -> None:
+def test_backend_that_is_slow_to_get_ready_does_not_fail(rig: Rig) -> None:
     rig.step()
-    rig.all_well()
+    rig.report_all_healthy()
     rig.controller.scale(4, 4, None)
     rig.step()
     rig.controller.report(report(_5=sample(healthy=False)))
@@ -197,8 +199,8 @@ def test_who_is_slow_to_get_ready_is_not_given_up(rig: Rig) -> None:
     assert rig.states()["4"] == STARTING
 
 
-def test_draining_by_hand_is_refused_for_the_engine_picks(rig: Rig) -> None:
-    with pytest.raises(ValueError, match="picks the backends to stop by itself"):
+def test_drain_is_refused_where_the_engine_chooses(rig: Rig) -> None:
+    with pytest.raises(ValueError, match="chooses the backends to stop"):
         rig.controller.drain("198.18.0.2")
     assert rig.states()["1"] == ACTIVE
 
@@ -233,7 +235,7 @@ GOAL = Goal(3, 0, "new", 3)
         (GOAL, [], []),
     ],
 )
-def test_the_plan_is_a_number_or_nothing(goal: Goal, specs: list[str], steps: list[Resize]) -> None:
+def test_plan_is_a_resize_or_empty(goal: Goal, specs: list[str], steps: list[Resize]) -> None:
     fleet = {f"p-{i}": Backend(f"p-{i}", FAILED if i else ACTIVE, 0.0, "x", spec=spec) for i, spec in enumerate(specs)}
     assert fleets.plan(fleet, goal, Namer("p-"), 30, 1e6) == steps
 
@@ -252,6 +254,6 @@ def test_a_manager_ends_where_another_has_taken_over(rig: Rig, caplog: pytest.Lo
     loop.start()
     loop.join(5)
     assert not loop.is_alive()
-    with pytest.raises(Closing):  # it gives no balancer a view any more
+    with pytest.raises(Closing):  # it gives no balancer a snapshot any more
         rig.controller.wait_for_snapshot("x", 0)
     assert "has taken over" in caplog.text

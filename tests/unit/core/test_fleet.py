@@ -31,7 +31,8 @@ from core.fleet import (
     Stop,
     Verdict,
 )
-from core.launch_backoff import GIVE_UP, LaunchBackoff
+from core.launch_backoff import MAX_UPDATE_FAILURES, LaunchBackoff
+from core.reasons import NO_REASON, Cause, Reason
 
 LISTED, NOW = 90.0, 100.0
 READY_TIMEOUT = 60.0
@@ -47,19 +48,20 @@ def container(status: str = "running", name: str = "p-1", **changes: object) -> 
 
 
 SERVING = "198.18.0.77"  # in rotation when the manager before this one ended
-ADOPTED = backend(STARTING, since=NOW, reason="adopted", launched=NOW)
+ADOPTED = backend(STARTING, since=NOW, reason=Reason(Cause.ADOPTED), launched=NOW)
 ADOPTED_ACTIVE = replace(ADOPTED, state=ACTIVE, ip=SERVING)
-LEFT_OVER = backend(STOPPED, since=NOW, reason="left over", running=False, launched=NOW)
+LEFT_OVER = backend(STOPPED, since=NOW, reason=Reason(Cause.LEFT_OVER), running=False, launched=NOW)
 PLACEHOLDER = backend(STARTING, id="", ip="")
-CRASHED = "its container ended with exit code 3"
+CRASHED = Reason(Cause.ENDED, 3)
+EARLIER = Reason(Cause.BALANCER_REPORT, detail="drained")
 
 
-def ended(state: str, reason: str, since: float = NOW) -> Backend:
+def ended(state: str, reason: Reason, since: float = NOW) -> Backend:
     return backend(state, since=since, reason=reason, running=False)
 
 
-def failed(reason: str) -> Backend:
-    return backend(FAILED, since=NOW, reason=reason)
+def failed(cause: Cause) -> Backend:
+    return backend(FAILED, since=NOW, reason=Reason(cause))
 
 
 OBSERVED: dict[str, tuple[Backend | None, Container | None, Backend | None]] = {
@@ -82,17 +84,17 @@ OBSERVED: dict[str, tuple[Backend | None, Container | None, Backend | None]] = {
     "a list that tells no spec": (backend(spec="old"), container(), backend(spec="old")),
     "a spare is listed like any other": (backend(SPARE), container(), backend(SPARE)),
     "a spare died": (backend(SPARE), container("exited", ip="", exit_code=3), ended(FAILED, CRASHED)),
-    "a spare paused": (backend(SPARE), container("paused"), failed("somebody paused its container")),
-    "paused by somebody": (backend(), container("paused"), failed("somebody paused its container")),
-    "cut off before it was ready": (backend(STARTING), container(ip=""), failed("its container has lost its network")),
+    "a spare paused": (backend(SPARE), container("paused"), failed(Cause.PAUSED)),
+    "paused by somebody": (backend(), container("paused"), failed(Cause.PAUSED)),
+    "cut off before it was ready": (backend(STARTING), container(ip=""), failed(Cause.NETWORK_LOST)),
     "cut off while it drained: the address is kept": (backend(DRAINING), container(ip=""), backend(DRAINING)),
     "paused while it was stopped": (backend(STOPPED), container("paused"), backend(STOPPED)),
     "no address yet": (PLACEHOLDER, container(ip=""), backend(STARTING, ip="")),
     "died": (backend(), container("exited", ip="", exit_code=3), ended(FAILED, CRASHED)),
     "died before it was ready": (backend(STARTING), container("dead", exit_code=3), ended(FAILED, CRASHED)),
-    "left": (backend(DRAINING), container("exited"), ended(STOPPED, "its container has ended")),
-    "leaving": (backend(STOPPED, reason="r"), container("removing"), ended(STOPPED, "r", since=5.0)),
-    "failed before": (backend(FAILED, reason="r"), container("exited"), ended(FAILED, "r", since=5.0)),
+    "left": (backend(DRAINING), container("exited"), ended(STOPPED, Reason(Cause.ENDED_IN_DRAIN))),
+    "leaving": (backend(STOPPED, reason=EARLIER), container("removing"), ended(STOPPED, EARLIER, since=5.0)),
+    "failed before": (backend(FAILED, reason=EARLIER), container("exited"), ended(FAILED, EARLIER, since=5.0)),
 }
 
 
@@ -108,15 +110,15 @@ def test_the_engines_list_is_the_truth_about_containers(
 @pytest.mark.parametrize(
     ("state", "after", "reason"),
     [
-        (SPARE, FAILED, "its container ended with exit code 137"),
-        (STARTING, FAILED, "its container ended with exit code 137"),
-        (ACTIVE, FAILED, "its container ended with exit code 137"),
-        (DRAINING, STOPPED, "its container has ended"),
-        (STOPPED, STOPPED, ""),
-        (FAILED, FAILED, ""),
+        (SPARE, FAILED, Reason(Cause.ENDED, 137)),
+        (STARTING, FAILED, Reason(Cause.ENDED, 137)),
+        (ACTIVE, FAILED, Reason(Cause.ENDED, 137)),
+        (DRAINING, STOPPED, Reason(Cause.ENDED_IN_DRAIN)),
+        (STOPPED, STOPPED, NO_REASON),
+        (FAILED, FAILED, NO_REASON),
     ],
 )
-def test_an_ended_container_is_a_failure_unless_it_was_leaving(state: str, after: str, reason: str) -> None:
+def test_an_ended_container_is_a_failure_unless_it_was_draining(state: str, after: str, reason: Reason) -> None:
     seen = fleets.ended(backend(state), 137, NOW)
     assert (seen.state, seen.reason, seen.running, seen.known_to_balancers) == (after, reason, False, False)
     assert seen.since == (NOW if state != after else 5.0)
@@ -152,9 +154,9 @@ JUDGED = {
     "not yet": (backend(STARTING), False, True, 10, STARTING),
     "in time still": (backend(STARTING), None, True, LATE, STARTING),
     "never ready": (backend(STARTING), None, True, LATE + 1, FAILED),
-    "ill from the start": (backend(STARTING), False, True, LATE + 1, FAILED),
+    "unhealthy from the start": (backend(STARTING), False, True, LATE + 1, FAILED),
     "ready late is ready": (backend(STARTING), True, True, LATE + 1, ACTIVE),
-    "nobody probes": (backend(STARTING), None, False, LATE + 1, STARTING),
+    "no balancer reports": (backend(STARTING), None, False, LATE + 1, STARTING),
     "still being launched": (PLACEHOLDER, None, True, LATE + 1, STARTING),
     **{
         f"{state}, {healthy}": (backend(state, ready=state == ACTIVE), healthy, True, LATE + 1, state)
@@ -165,7 +167,7 @@ JUDGED = {
 
 
 @pytest.mark.parametrize(("known", "healthy", "probed", "now", "state"), JUDGED.values(), ids=JUDGED)
-def test_balancers_say_who_has_become_ready_and_who_never_does(
+def test_reports_make_a_backend_ready_or_failed(
     known: Backend, healthy: bool | None, probed: bool, now: float, state: str
 ) -> None:
     after = judge({"p-1": known}, healthy, now, probed)["p-1"]
@@ -173,7 +175,8 @@ def test_balancers_say_who_has_become_ready_and_who_never_does(
     if known.state == ACTIVE and healthy is False:
         fit = replace(fit, unhealthy_since=now, unhealthy_why="a why")
     assert after == (fit if state == known.state else fit.to(state, now, after.reason))
-    assert after.reason == ("not ready within 60 s: a why" if state == FAILED != known.state else "")
+    never_ready = Reason(Cause.NOT_READY, READY_TIMEOUT, "a why")
+    assert after.reason == (never_ready if state == FAILED != known.state else NO_REASON)
 
 
 def test_ready_timeout_counts_from_the_first_report_after_a_time_without_any() -> None:
@@ -188,7 +191,7 @@ def test_backend_without_an_address_is_given_up_after_the_ready_timeout(state: s
     known = {"p-1": backend(state, ip="")}
     assert judge(known, None, LATE, judged=False)["p-1"].state == state
     after = judge(known, None, LATE + 1, judged=False)["p-1"]
-    assert (after.state, after.reason) == (FAILED, "its container has no address")
+    assert (after.state, after.reason.cause) == (FAILED, Cause.NO_ADDRESS)
 
 
 def test_spare_that_becomes_unhealthy_is_not_admitted_and_is_replaced_if_it_stays_so() -> None:
@@ -209,7 +212,7 @@ def fleet_of(*states: str, **changes: object) -> dict[str, Backend]:
 
 
 def drains(*numbers: int, to: int) -> list[Step]:
-    return [Drain(f"p-{number}", f"scale-in to {to}") for number in numbers]
+    return [Drain(f"p-{number}", Reason(Cause.SCALE_IN, to)) for number in numbers]
 
 
 OVERDUE = 5.0 + 30 + DRAIN_GRACE
@@ -230,9 +233,9 @@ PLANS: dict[str, tuple[dict[str, Backend], int, float, list[Step]]] = {
     "there already, one starting": (fleet_of(ACTIVE, STARTING), 2, 10, []),
     "grow": (fleet_of(ACTIVE, ACTIVE), 3, 10, [Launch("p-3")]),
     "lowest free numbers": ({"p-2": backend(name="p-2")}, 3, 10, [Launch("p-1"), Launch("p-3")]),
-    "a leaver is no capacity, nor is its name free": (fleet_of(ACTIVE, DRAINING), 2, 10, [Launch("p-3")]),
-    "the dead are replaced and removed": (fleet_of(FAILED, ACTIVE), 2, 10, [Launch("p-3"), Stop("p-1")]),
-    "who has drained is stopped": (fleet_of(STOPPED, ACTIVE), 1, 10, [Stop("p-1")]),
+    "a draining is no capacity, nor is its name free": (fleet_of(ACTIVE, DRAINING), 2, 10, [Launch("p-3")]),
+    "failed ones are replaced and removed": (fleet_of(FAILED, ACTIVE), 2, 10, [Launch("p-3"), Stop("p-1")]),
+    "a drained one is stopped": (fleet_of(STOPPED, ACTIVE), 1, 10, [Stop("p-1")]),
     "nothing there to stop yet": (fleet_of(STOPPED, FAILED, DRAINING, STARTING, id="", ip=""), 1, 1e9, []),
     "the youngest first, by number": (fleet_of(*[ACTIVE] * 11), 9, 10, drains(11, 10, to=9)),
     "the unhealthy before those not yet ready": (
@@ -259,7 +262,7 @@ PLANS: dict[str, tuple[dict[str, Backend], int, float, list[Step]]] = {
         {**unhealthy(2, 1, since=0.0), "p-3": backend(ACTIVE, "p-3")},
         2,
         LONG,
-        [Drain("p-1", "unhealthy for 10 s: a why", unhealthy=True)],
+        [Drain("p-1", Reason(Cause.UNHEALTHY, LONG, "a why"))],
     ),
     "one in ten at a time": (
         unhealthy(30, *range(1, 9), since=0.0),
@@ -272,7 +275,7 @@ PLANS: dict[str, tuple[dict[str, Backend], int, float, list[Step]]] = {
         {**unhealthy(2, 1, since=0.0), "p-3": backend(ACTIVE, "p-3")},
         1,
         LONG,
-        [Drain("p-1", "unhealthy for 10 s: a why", unhealthy=True), *drains(3, to=1)],
+        [Drain("p-1", Reason(Cause.UNHEALTHY, LONG, "a why")), *drains(3, to=1)],
     ),
     "those not yet ready before all": (fleet_of(STARTING, ACTIVE, STARTING, ACTIVE), 1, 10, drains(3, 1, 4, to=1)),
     "draining in time": (fleet_of(ACTIVE, DRAINING), 1, OVERDUE, []),
@@ -287,16 +290,16 @@ def test_the_plan_leads_from_the_fleet_to_the_desired_number(
     assert fleets.plan(known, Goal(desired), Namer("p-"), 30, now) == steps
 
 
-def test_a_name_that_a_stranger_bears_is_passed_over() -> None:
+def test_name_of_a_foreign_container_is_skipped() -> None:
     assert fleets.plan({}, Goal(2), Namer("p-", {"p-1", "p-3"}), 30, NOW) == [Launch("p-2"), Launch("p-4")]
 
 
 def test_only_so_many_names_of_foreign_containers_are_remembered() -> None:
     namer = Namer("p-")
-    for number in range(1, 3 * fleets.TAKEN_NAMES):
+    for number in range(1, 3 * fleets.MAX_TAKEN_NAMES):
         namer.take(f"p-{number}")
         assert namer.free({}, 1) == [f"p-{number + 1}"] or len(namer.taken) < number
-    assert len(namer.taken) <= fleets.TAKEN_NAMES
+    assert len(namer.taken) <= fleets.MAX_TAKEN_NAMES
 
 
 def crew(*words: str) -> dict[str, Backend]:
@@ -310,11 +313,11 @@ def crew(*words: str) -> dict[str, Backend]:
 
 
 def unwanted(*numbers: int) -> list[Step]:
-    return [Drain(f"p-{number}", "spare no longer wanted") for number in numbers]
+    return [Drain(f"p-{number}", Reason(Cause.SURPLUS_SPARE)) for number in numbers]
 
 
 def replaced(*numbers: int) -> list[Step]:
-    return [Drain(f"p-{number}", "replaced by the update") for number in numbers]
+    return [Drain(f"p-{number}", Reason(Cause.UPDATE)) for number in numbers]
 
 
 WITH_SPARES: dict[str, tuple[dict[str, Backend], int, int, list[Step]]] = {
@@ -333,7 +336,7 @@ WITH_SPARES: dict[str, tuple[dict[str, Backend], int, int, list[Step]]] = {
         *(crew(FAILED, ACTIVE, "spare:ready"), 2, 1),
         [Admit("p-3"), Launch("p-4", spare=True), Stop("p-1")],
     ),
-    "a dead spare is replaced and removed": (crew(ACTIVE, FAILED), 1, 1, [Launch("p-3", spare=True), Stop("p-2")]),
+    "a failed spare is replaced and removed": (crew(ACTIVE, FAILED), 1, 1, [Launch("p-3", spare=True), Stop("p-2")]),
     "a surplus drains, those not ready first": (crew(ACTIVE, SPARE, "spare:ready", "spare:ready"), 1, 2, unwanted(2)),
     "none wanted any more": (crew(ACTIVE, SPARE, "spare:ready"), 1, 0, unwanted(3, 2)),
     "a stale one drains and is replaced, not admitted": (
@@ -345,7 +348,7 @@ WITH_SPARES: dict[str, tuple[dict[str, Backend], int, int, list[Step]]] = {
 
 
 @pytest.mark.parametrize(("known", "desired", "spares", "steps"), WITH_SPARES.values(), ids=WITH_SPARES)
-def test_spares_stand_by_are_admitted_when_missed_and_are_replaced(
+def test_spares_are_launched_admitted_when_needed_and_replaced(
     known: dict[str, Backend], desired: int, spares: int, steps: list[Step]
 ) -> None:
     assert fleets.plan(known, Goal(desired, spares, "new"), Namer("p-"), 30, 10) == steps
@@ -408,7 +411,7 @@ class World:
     What runs is made from `old`, what is launched from the manager's spec; what is made from "bad" is never ready.
     After every act the world checks what has to hold always: between the old number of backends and the new one are
     serving, none more runs than that, the spares, and in an update one above and one on its way out (and as many again
-    for each crash, by which spares and leavers are taken for backends), and none in rotation is stopped.
+    for each crash, by which spares and drainings are taken for backends), and none in rotation is stopped.
     """
 
     def __init__(self, running: int, desired: int, spares: int = 0, old: str = "", new: str = "") -> None:
@@ -459,8 +462,8 @@ class World:
                 yield from {Launch: self.launch, Admit: self.admit, Drain: self.drain, Stop: self.stop}[type(step)](
                     step
                 )
-        for leaver in [b for b in self.fleet.values() if b.state == DRAINING]:  # the balancer: no flows left
-            self.put(leaver.to(STOPPED, self.now, "drained"))
+        for draining in [b for b in self.fleet.values() if b.state == DRAINING]:  # the balancer: no flows left
+            self.put(draining.to(STOPPED, self.now, EARLIER))
             yield
 
     def verdict(self, one: Backend) -> Verdict:
@@ -537,7 +540,7 @@ COURSES: dict[str, tuple[tuple[int, int, int, str, str], int]] = {
 
 
 @pytest.mark.parametrize(("course", "acts"), COURSES.values(), ids=COURSES)
-def test_a_manager_that_crashes_after_any_single_act_still_comes_to_the_desired_number(
+def test_manager_that_crashes_after_any_step_reaches_the_desired_number(
     course: tuple[int, int, int, str, str], acts: int
 ) -> None:
     calm = World(*course)
@@ -551,7 +554,7 @@ def test_a_manager_that_crashes_after_any_single_act_still_comes_to_the_desired_
 
 
 @given(st.integers(0, 6), st.integers(1, 6), st.integers(0, 2), st.booleans(), st.sets(st.integers(1, 60)))
-def test_a_manager_that_crashes_again_and_again_still_comes_to_the_desired_number(
+def test_manager_that_crashes_repeatedly_reaches_the_desired_number(
     running: int, desired: int, spares: int, update: bool, crashes: set[int]
 ) -> None:
     world = World(running, desired, spares, "old" if update else "new", "new")
@@ -580,6 +583,6 @@ def test_an_update_that_is_never_ready_goes_back_and_ends_with_all_of_the_old(sp
     world = World(3, 3, spares, "old", "bad")
     world.live_until_done(lambda _: False)
     world.check_the_end("old")
-    assert (world.backoff.spec, world.backoff.given_up) == ("old", "not ready within 60 s")
-    assert world.launched - 3 == GIVE_UP * (1 + spares) + spares, "so many tries, and no more"
+    assert (world.backoff.spec, world.backoff.refusal) == ("old", Reason(Cause.NOT_READY, READY_TIMEOUT))
+    assert world.launched - 3 == MAX_UPDATE_FAILURES * (1 + spares) + spares, "so many tries, and no more"
     assert {f"p-{n}" for n in (1, 2, 3)} <= world.containers.keys(), "the old ones never left"

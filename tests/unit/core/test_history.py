@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.history import CHANGES, COARSE, FINE, MINUTE, History, Point
+from core.history import COARSE_MINUTES, FINE_MINUTES, MAX_CHANGES, MINUTE, History, Point
 from core.scaler import CREATE, OK, Decision
 
 START = 1_700_000_000.5
@@ -28,41 +28,41 @@ def decided(verdict: str) -> Decision:
 
 
 @given(STEPS)
-def test_points_are_told_oldest_first_and_each_minute_once(steps: list[tuple[float, int]]) -> None:
+def test_points_are_listed_oldest_first_and_each_minute_once(steps: list[tuple[float, int]]) -> None:
     history, points = walked(steps)
-    told = [point["time"] for point in history.since(0)["points"]]
-    assert told == sorted(set(told))
-    fine = {time // MINUTE for time in told if time % MINUTE}
-    assert not fine & {time // MINUTE for time in told if time not in {point.time for point in points}}
+    listed = [point["time"] for point in history.since(0)["points"]]
+    assert listed == sorted(set(listed))
+    fine = {time // MINUTE for time in listed if time % MINUTE}
+    assert not fine & {time // MINUTE for time in listed if time not in {point.time for point in points}}
 
 
 @given(STEPS)
 def test_no_peak_of_the_last_day_is_lost(steps: list[tuple[float, int]]) -> None:
     history, points = walked(steps)
-    told = history.since(0)["points"]
-    day = [point for point in points if point.minute >= points[-1].minute - COARSE]
+    listed = history.since(0)["points"]
+    day = [point for point in points if point.minute >= points[-1].minute - COARSE_MINUTES]
     for name in ("rate", "capacity"):
-        assert max(point[name] for point in told) == max(getattr(point, name) for point in day)
+        assert max(point[name] for point in listed) == max(getattr(point, name) for point in day)
 
 
 @given(STEPS)
-def test_every_decision_of_the_last_half_hour_is_told(steps: list[tuple[float, int]]) -> None:
+def test_every_decision_of_the_last_half_hour_is_listed(steps: list[tuple[float, int]]) -> None:
     history, points = walked(steps)
-    told = [point["time"] for point in history.since(0)["points"]]
-    assert {point.time for point in points if point.time > points[-1].time - FINE * MINUTE} <= set(told)
+    listed = [point["time"] for point in history.since(0)["points"]]
+    assert {point.time for point in points if point.time > points[-1].time - FINE_MINUTES * MINUTE} <= set(listed)
 
 
 def test_two_days_at_the_shortest_interval_take_no_more_than_a_day() -> None:
     history = History()
     for number in range(2 * 24 * 3600 * 8 // 3):
         history.add(Point(START + 0.375 * number, 1, 1, 1, 1))
-    assert len(history.coarse) <= COARSE + 1
-    assert len(history.fine) <= (FINE + 1) * MINUTE / 0.375
-    told = history.since(0)["points"]
-    assert told[-1]["time"] - told[0]["time"] >= 86400
+    assert len(history.coarse) <= COARSE_MINUTES + 1
+    assert len(history.fine) <= (FINE_MINUTES + 1) * MINUTE / 0.375
+    listed = history.since(0)["points"]
+    assert listed[-1]["time"] - listed[0]["time"] >= 86400
 
 
-def test_a_minute_that_is_past_is_told_by_its_peaks_and_its_last_fleet() -> None:
+def test_older_minute_has_its_peaks_and_its_last_fleet() -> None:
     history = History()
     for point in (
         Point(60, 5, 100, 1, 2),
@@ -75,7 +75,7 @@ def test_a_minute_that_is_past_is_told_by_its_peaks_and_its_last_fleet() -> None
     assert history.since(0)["points"][0] == first
 
 
-def test_only_what_is_newer_is_told_and_nothing_is_told_twice() -> None:
+def test_only_newer_points_are_listed() -> None:
     history = History()
     assert history.since(0) == {"points": [], "decisions": []}
     history.add(Point(100.00049, 1, 1, 1, 1))
@@ -87,9 +87,9 @@ def test_only_what_is_newer_is_told_and_nothing_is_told_twice() -> None:
 
 def test_the_last_decisions_that_changed_something_are_kept() -> None:
     history = History()
-    for number in range(CHANGES + 10):
+    for number in range(MAX_CHANGES + 10):
         history.note(decided(CREATE), 10 + number)
         history.note(decided(OK), 10.5 + number)
-    told = history.since(0)["decisions"]
-    assert [change["time"] for change in told] == list(range(20, 20 + CHANGES))
-    assert told[0] == {"time": 20, "verdict": CREATE, "current": 2, "desired": 3, "reason": "why"}
+    listed = history.since(0)["decisions"]
+    assert [change["time"] for change in listed] == list(range(20, 20 + MAX_CHANGES))
+    assert listed[0] == {"time": 20, "verdict": CREATE, "current": 2, "desired": 3, "reason": "why"}

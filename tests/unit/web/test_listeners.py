@@ -1,4 +1,4 @@
-"""The manager's listeners with real sockets: silent, slow, greedy and broken callers, many long polls, and the end."""
+"""The manager's listeners with real sockets: idle, slow, flooding and malformed clients, long polls, and the end."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ A_REPORT = request("POST", "/pkts_info", json.dumps(REPORT).encode(), f"{BEARER}
 
 
 class Site:
-    """A manager over a fake engine, on a TCP listener, one within TLS, and the operator's; and its callers."""
+    """A manager over a fake engine, on TCP, TLS and Unix socket listeners, and its clients."""
 
     def __init__(self, place: Path, limits: Limits | None = None) -> None:
         self.controller = controller(FakeEngine("p-backend-1", "p-backend-2"), place, Clock())
@@ -69,7 +69,7 @@ class Site:
         self.listeners.stop()
 
     def connect(self, port: int = 0) -> socket.socket:
-        """A caller that has said nothing; also not within TLS."""
+        """A client that has sent nothing, also no TLS handshake."""
         return self._sockets.enter_context(socket.create_connection(("127.0.0.1", port or self.tcp), 20))
 
     def connect_tls(self) -> socket.socket:
@@ -78,22 +78,22 @@ class Site:
         return self._sockets.enter_context(wrapped)
 
     def connect_unix(self) -> socket.socket:
-        caller = self._sockets.enter_context(socket.socket(socket.AF_UNIX))
-        caller.settimeout(20)
-        caller.connect(str(self.unix))
-        return caller
+        client = self._sockets.enter_context(socket.socket(socket.AF_UNIX))
+        client.settimeout(20)
+        client.connect(str(self.unix))
+        return client
 
-    def ask(self, sent: bytes = STATUS, connect: Callable[[], socket.socket] | None = None) -> tuple[int, bytes]:
-        """(status, body) of what is answered until the connection ends; the status is 0 where it just ends."""
-        with (connect or self.connect)() as caller:
-            caller.sendall(sent)
-            return parsed(until_end(caller))
+    def request(self, sent: bytes = STATUS, connect: Callable[[], socket.socket] | None = None) -> tuple[int, bytes]:
+        """(status, body) of the answer, read until the connection ends; status 0 for no answer."""
+        with (connect or self.connect)() as client:
+            client.sendall(sent)
+            return parsed(until_end(client))
 
     def long_poll(self, connect: Callable[[], socket.socket] | None = None) -> socket.socket:
-        caller = (connect or self.connect)()
+        client = (connect or self.connect)()
         revision = self.controller.status()["revision"]
-        caller.sendall(request("GET", f"/sync?have={revision}&wait=60", headers=f"{BEARER}Connection: close\r\n"))
-        return caller
+        client.sendall(request("GET", f"/sync?have={revision}&wait=60", headers=f"{BEARER}Connection: close\r\n"))
+        return client
 
 
 def certificate(place: Path) -> Path:
@@ -102,11 +102,11 @@ def certificate(place: Path) -> Path:
     return make_certificate(place)
 
 
-def until_end(caller: socket.socket) -> bytes:
-    """All that comes until the connection ends, by a reset too."""
+def until_end(client: socket.socket) -> bytes:
+    """All bytes until the connection ends, also by a reset."""
     received = b""
     with suppress(ConnectionResetError):
-        while piece := caller.recv(1 << 16):
+        while piece := client.recv(1 << 16):
             received += piece
     return received
 
@@ -145,9 +145,9 @@ def silent_logs(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[s
     return nothing
 
 
-# -- many callers -----------------------------------------------------------------------------------------------------
+# -- many clients -----------------------------------------------------------------------------------------------------
 
-POLLS, SILENT, NEEDED_FILES = 1000, 2000, 12_000
+POLLS, IDLE, NEEDED_FILES = 1000, 2000, 12_000
 
 
 @pytest.fixture
@@ -167,73 +167,73 @@ def memory() -> int:
     return pages * resource.getpagesize() >> 20
 
 
-def test_reports_and_status_are_fast_beside_a_thousand_long_polls_and_silent_callers(
+def test_reports_and_status_are_fast_during_a_thousand_long_polls_and_idle_connections(
     begin: Callable[..., Site], many_files: None, figure: Callable[[str], None]
 ) -> None:
     site, before, threads = begin(), memory(), threading.active_count()
     polls = [site.long_poll() for _ in range(POLLS // 2)]
     polls += [site.long_poll(site.connect_tls) for _ in range(POLLS // 2)]
-    silent = [site.connect(port) for _ in range(SILENT) for port in (site.tcp, site.tls)]
+    idle = [site.connect(port) for _ in range(IDLE) for port in (site.tcp, site.tls)]
     worst = {"GET /status": 0.0, "POST /pkts_info": 0.0}
     for _ in range(10):
         for connect in (site.connect, site.connect_tls):
             for name, sent in (("GET /status", STATUS), ("POST /pkts_info", A_REPORT)):
                 began = time.monotonic()
-                assert site.ask(sent, connect)[0] == 200
+                assert site.request(sent, connect)[0] == 200
                 worst[name] = max(worst[name], time.monotonic() - began)
-    assert threading.active_count() == threads, "no thread for a connection"
-    for caller in (silent[0], silent[-1]):
-        caller.setblocking(False)
+    assert threading.active_count() == threads, "connections have no threads"
+    for client in (idle[0], idle[-1]):
+        client.setblocking(False)
         with pytest.raises(BlockingIOError):
-            caller.recv(1)  # it is still connected
+            client.recv(1)  # it is still connected
     held = memory() - before
     site.controller.drain("198.18.0.2")
-    at_change = seconds(lambda: site.ask(A_REPORT))
+    at_change = seconds(lambda: site.request(A_REPORT))
     answers = [parsed(until_end(poll)) for poll in polls]
     assert all(status == 200 and b"draining" in body for status, body in answers)
     figure(
-        f"{POLLS} long polls, {len(silent)} silent callers: worst answer of "
+        f"{POLLS} long polls, {len(idle)} idle connections: worst answer of "
         + ", ".join(f"{name} {took:.3f} s" for name, took in worst.items())
         + f"; of a report when all polls are answered {at_change:.2f} s; {held} MB for both ends"
     )
     assert max(*worst.values(), at_change) < 1
 
 
-def test_more_silent_callers_than_a_listener_takes_stop_nobody(begin: Callable[..., Site]) -> None:
+def test_more_idle_connections_than_the_limit_do_not_block_others(begin: Callable[..., Site]) -> None:
     site = begin(Limits(connections=40, request=60))
     first = site.connect()
     for _ in range(100):
         site.connect()
-    assert seconds(site.ask) < 5
-    assert until_end(first) == b"", "who has taken longest is cut off"
+    assert seconds(site.request) < 5
+    assert until_end(first) == b"", "the longest idle connection is closed"
 
 
-def test_more_silent_callers_than_the_tls_listener_takes_stop_nobody(begin: Callable[..., Site]) -> None:
+def test_more_idle_connections_than_the_limit_do_not_block_others_with_tls(begin: Callable[..., Site]) -> None:
     site = begin(Limits(connections=40, request=60))
     for _ in range(100):
         site.connect(site.tls)
-    assert seconds(lambda: site.ask(connect=site.connect_tls)) < 5
+    assert seconds(lambda: site.request(connect=site.connect_tls)) < 5
 
 
-def test_a_long_poll_is_not_cut_off_for_silent_callers(begin: Callable[..., Site]) -> None:
+def test_a_long_poll_is_not_closed_in_favour_of_idle_connections(begin: Callable[..., Site]) -> None:
     site = begin(Limits(connections=40, request=60))
     poll = site.long_poll()
     for _ in range(100):
         site.connect()
-    assert site.ask()[0] == 200
+    assert site.request()[0] == 200
     site.controller.drain("198.18.0.2")
     assert parsed(until_end(poll))[0] == 200
 
 
-def test_long_polls_that_fill_one_listener_do_not_stop_another(begin: Callable[..., Site]) -> None:
+def test_long_polls_that_fill_one_listener_do_not_block_another(begin: Callable[..., Site]) -> None:
     site = begin(Limits(connections=16))
     for _ in range(50):
         site.long_poll()
     for connect in (site.connect_tls, site.connect_unix):
-        assert seconds(lambda connect=connect: site.ask(connect=connect)) < 1
+        assert seconds(lambda connect=connect: site.request(connect=connect)) < 1
 
 
-# -- slow callers -----------------------------------------------------------------------------------------------------
+# -- slow clients -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -246,95 +246,97 @@ def test_long_polls_that_fill_one_listener_do_not_stop_another(begin: Callable[.
         b"POST /stop HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{",
     ],
 )
-def test_who_does_not_send_a_whole_request_in_time_is_cut_off(
+def test_a_client_that_does_not_complete_its_request_in_time_is_disconnected(
     begin: Callable[..., Site], silent_logs: Callable[[], None], sent: bytes
 ) -> None:
     site = begin(QUICK)
     for connect in (site.connect, site.connect_tls, site.connect_unix):
-        caller = connect()
-        caller.sendall(sent)
-        assert 0.2 < seconds(lambda caller=caller: until_end(caller)) < 3
+        client = connect()
+        client.sendall(sent)
+        assert 0.2 < seconds(lambda client=client: until_end(client)) < 3
     silent_logs()
 
 
 @pytest.mark.parametrize(
     "begun", [b"", b"GET /status HTTP/1.1\r\nX: ", b"POST /stop HTTP/1.1\r\nContent-Length: 9999\r\n\r\n"]
 )
-def test_who_sends_single_bytes_is_cut_off(begin: Callable[..., Site], begun: bytes) -> None:
-    caller, deadline = begin(QUICK).connect(), time.monotonic() + 3
-    caller.sendall(begun)
-    caller.settimeout(0.05)
+def test_a_client_that_sends_single_bytes_is_disconnected(begin: Callable[..., Site], begun: bytes) -> None:
+    client, deadline = begin(QUICK).connect(), time.monotonic() + 3
+    client.sendall(begun)
+    client.settimeout(0.05)
     with pytest.raises(OSError):
         while time.monotonic() < deadline:
-            caller.sendall(b"a")
+            client.sendall(b"a")
             with suppress(TimeoutError):
-                assert caller.recv(1) == b""
+                assert client.recv(1) == b""
     assert time.monotonic() < deadline
 
 
 def test_a_connection_is_kept_for_the_next_request_and_ends_when_none_comes(begin: Callable[..., Site]) -> None:
-    caller = begin(QUICK).connect()
+    client = begin(QUICK).connect()
     for _ in range(3):
-        caller.sendall(request("GET", "/decisions", headers=""))
+        client.sendall(request("GET", "/decisions", headers=""))
         received = b""
         while not received.endswith(b"\r\n\r\n[]\n"):
-            received += caller.recv(1 << 16)
+            received += client.recv(1 << 16)
         time.sleep(0.15)
-    assert seconds(lambda: until_end(caller)) < 3
+    assert seconds(lambda: until_end(client)) < 3
 
 
 def test_an_answer_on_a_kept_connection_does_not_wait_for_an_acknowledgement(begin: Callable[..., Site]) -> None:
-    caller, began = begin().connect(), time.monotonic()
+    client, began = begin().connect(), time.monotonic()
     for _ in range(30):
-        caller.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)  # acknowledges after 40 ms
-        caller.sendall(request("GET", "/decisions", headers=""))
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)  # acknowledges after 40 ms
+        client.sendall(request("GET", "/decisions", headers=""))
         received = b""
         while not received.endswith(b"\r\n\r\n[]\n"):
-            received += caller.recv(1 << 16)
+            received += client.recv(1 << 16)
     assert time.monotonic() - began < 0.6
 
 
-def test_who_makes_no_tls_handshake_is_cut_off(begin: Callable[..., Site], silent_logs: Callable[[], None]) -> None:
+def test_a_client_that_does_not_complete_the_tls_handshake_is_disconnected(
+    begin: Callable[..., Site], silent_logs: Callable[[], None]
+) -> None:
     site = begin(QUICK)
-    caller = site.connect(site.tls)
-    assert 0.2 < seconds(lambda: until_end(caller)) < 3
+    client = site.connect(site.tls)
+    assert 0.2 < seconds(lambda: until_end(client)) < 3
     for sent in (STATUS, b"\x16\x03\x01\xff\xff", b"\x16\x03\x01\x00\x05\x01\x00\x00\x01\x00"):
-        caller = site.connect(site.tls)
-        caller.sendall(sent)
-        assert b"200" not in until_end(caller)
+        client = site.connect(site.tls)
+        client.sendall(sent)
+        assert b"200" not in until_end(client)
     reset(site.connect(site.tls))
-    assert site.ask(connect=site.connect_tls)[0] == 200
+    assert site.request(connect=site.connect_tls)[0] == 200
     silent_logs()
 
 
 @pytest.mark.parametrize(("path", "times"), [("/plotly.js", 1), ("/page.js", 2000)])
-def test_who_does_not_take_the_answers_is_cut_off(
+def test_a_client_that_does_not_read_answers_is_disconnected(
     begin: Callable[..., Site], silent_logs: Callable[[], None], path: str, times: int
 ) -> None:
     site = begin(QUICK)
-    whole = len(site.ask(request("GET", path, headers="Connection: close\r\n"))[1]) * times
+    whole = len(site.request(request("GET", path, headers="Connection: close\r\n"))[1]) * times
     for connect in (site.connect, site.connect_tls):
-        caller = connect()
-        caller.settimeout(1)
+        client = connect()
+        client.settimeout(1)
         with suppress(TimeoutError):
-            caller.sendall(request("GET", path) * times)
+            client.sendall(request("GET", path) * times)
         time.sleep(1)
-        assert 0 < len(until_end(caller)) < whole
+        assert 0 < len(until_end(client)) < whole
     silent_logs()
 
 
-def test_who_takes_no_headers_is_cut_off_too() -> None:
+def test_a_client_that_does_not_read_headers_is_disconnected() -> None:
     def long_headers(environ: Any, start_response: Any) -> list[bytes]:
         start_response("200 OK", [("X", "x" * 20_000_000)])
         return [b"x"]
 
     with serving(long_headers, QUICK) as port:
         before = open_files()
-        with socket.create_connection(("127.0.0.1", port), 5) as caller:
+        with socket.create_connection(("127.0.0.1", port), 5) as client:
             assert eventually(lambda: open_files() == before + 2), "accepted"
-            caller.sendall(STATUS)
-            assert eventually(lambda: open_files() == before + 1), "closed, though most is not taken"
-            assert until_end(caller).endswith(b"xxx"), "no second answer within the first"
+            client.sendall(STATUS)
+            assert eventually(lambda: open_files() == before + 1), "closed, although most of the answer was not read"
+            assert until_end(client).endswith(b"xxx"), "no second answer within the first"
 
 
 def open_files() -> int:
@@ -352,33 +354,33 @@ def serving(application: Any, limits: Limits | None = None) -> Iterator[int]:
     made.stop()
 
 
-def test_who_takes_no_answers_is_cut_off_at_the_limit_and_costs_little(begin: Callable[..., Site]) -> None:
+def test_clients_that_do_not_read_answers_cost_little_memory(begin: Callable[..., Site]) -> None:
     site = begin(Limits(connections=30, request=60, answer=60))
-    site.ask(request("GET", "/plotly.js", headers="Connection: close\r\n"))
+    site.request(request("GET", "/plotly.js", headers="Connection: close\r\n"))
     before = memory()
     for _ in range(60):
         site.connect().sendall(request("GET", "/plotly.js"))
-    assert seconds(site.ask) < 5
-    assert memory() - before < 50, "all have one copy in common"
+    assert seconds(site.request) < 5
+    assert memory() - before < 50, "all answers share one copy"
 
 
-# -- greedy callers ---------------------------------------------------------------------------------------------------
+# -- flooding clients ------------------------------------------------------------------------------------------------
 
 
-# Sends the first argument, and then the second again and again, both hexadecimal; reads whatever comes.
+# Sends the first argument, then the second again and again, both hexadecimal, and discards all answers.
 ENDLESS = """
 import contextlib, socket, sys, threading
-caller = socket.create_connection(("127.0.0.1", int(sys.argv[1])))
+client = socket.create_connection(("127.0.0.1", int(sys.argv[1])))
 def read():
     with contextlib.suppress(OSError):
-        while caller.recv(1 << 16):
+        while client.recv(1 << 16):
             pass
 threading.Thread(target=read, daemon=True).start()
 with contextlib.suppress(OSError):
-    caller.sendall(bytes.fromhex(sys.argv[2]))
+    client.sendall(bytes.fromhex(sys.argv[2]))
     print("begun", flush=True)
     while True:
-        caller.sendall(bytes.fromhex(sys.argv[3]))
+        client.sendall(bytes.fromhex(sys.argv[3]))
 """
 
 
@@ -395,7 +397,9 @@ CHUNKED = b"POST /stop HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked
     ],
     ids=["requests", "trailers", "chunk extensions", "a body too long"],
 )
-def test_who_sends_without_end_does_not_hold_up_others(begin: Callable[..., Site], begun: bytes, piece: bytes) -> None:
+def test_a_client_that_sends_without_pause_does_not_keep_others_waiting(
+    begin: Callable[..., Site], begun: bytes, piece: bytes
+) -> None:
     site = begin(LONG)
     argv = [sys.executable, "-c", ENDLESS, str(site.tcp), begun.hex(), piece.hex()]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as sender:
@@ -403,36 +407,38 @@ def test_who_sends_without_end_does_not_hold_up_others(begin: Callable[..., Site
             assert sender.stdout is not None
             assert sender.stdout.readline() == "begun\n"
             time.sleep(0.2)
-            assert max(seconds(lambda: site.ask(A_REPORT)) for _ in range(5)) < 2
+            assert max(seconds(lambda: site.request(A_REPORT)) for _ in range(5)) < 2
         finally:
             sender.kill()
 
 
-def test_bodies_that_are_being_read_have_a_limit_and_the_oldest_is_cut_off(
+def test_bodies_have_a_limit_in_all_and_the_oldest_connection_is_closed(
     begin: Callable[..., Site], silent_logs: Callable[[], None]
 ) -> None:
     site = begin(Limits(request=60, bodies=BODY_MAX))
     half = request("POST", "/pkts_info", b" " * BODY_MAX)[: BODY_MAX // 2]
-    callers = [site.connect() for _ in range(4)]
-    for caller in callers:
-        caller.sendall(half)
+    clients = [site.connect() for _ in range(4)]
+    for client in clients:
+        client.sendall(half)
         time.sleep(0.1)
     whole = request(
         "POST", "/pkts_info", json.dumps(REPORT).encode().ljust(BODY_MAX - 10), f"{BEARER}Connection: close\r\n"
     )
-    assert site.ask(whole)[0] == 200
-    assert [until_end(caller) for caller in callers[:3]] == [b""] * 3
-    assert site.ask()[0] == 200
+    assert site.request(whole)[0] == 200
+    assert [until_end(client) for client in clients[:3]] == [b""] * 3
+    assert site.request()[0] == 200
     silent_logs()
 
 
 @pytest.mark.parametrize("length", [BODY_MAX + 1, 3 * BODY_MAX, 10**30])
-def test_a_body_that_is_too_long_is_refused_and_the_answer_arrives(begin: Callable[..., Site], length: int) -> None:
+def test_a_body_that_is_too_long_is_refused_and_the_client_gets_the_answer(
+    begin: Callable[..., Site], length: int
+) -> None:
     site = begin()
     sent = f"POST /stop HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n".encode()
-    caller = site.connect()
-    caller.sendall(sent + b" " * min(length, 3 * BODY_MAX))
-    assert parsed(until_end(caller)) == (413, b"Request Entity Too Large\n")
+    client = site.connect()
+    client.sendall(sent + b" " * min(length, 3 * BODY_MAX))
+    assert parsed(until_end(client)) == (413, b"Request Entity Too Large\n")
 
 
 def test_a_chunked_body_is_read_and_one_that_is_too_long_is_refused(begin: Callable[..., Site]) -> None:
@@ -440,12 +446,12 @@ def test_a_chunked_body_is_read_and_one_that_is_too_long_is_refused(begin: Calla
     body = json.dumps(REPORT).encode()
     chunks = b"%x\r\n%b\r\n%x;a=b\r\n%b\r\n0\r\nTrailer: x\r\n\r\n" % (10, body[:10], len(body) - 10, body[10:])
     head = request("POST", "/pkts_info", headers=headers)
-    assert site.ask(head + chunks)[0] == 200
+    assert site.request(head + chunks)[0] == 200
     too_long = b"10000\r\n" + b" " * 65536 + b"\r\n"
-    assert site.ask(head + too_long * 17) == (413, b"Request Entity Too Large\n")
+    assert site.request(head + too_long * 17) == (413, b"Request Entity Too Large\n")
 
 
-# -- broken callers ---------------------------------------------------------------------------------------------------
+# -- malformed requests ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -483,101 +489,101 @@ def test_a_chunked_body_is_read_and_one_that_is_too_long_is_refused(begin: Calla
         (b"GET /sync?\xff HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", 400),
     ],
 )
-def test_a_broken_request_is_refused_and_not_logged(
+def test_a_malformed_request_is_refused_and_not_logged(
     begin: Callable[..., Site], silent_logs: Callable[[], None], sent: bytes, status: int
 ) -> None:
     site = begin(QUICK)
-    got, body = site.ask(sent)
+    got, body = site.request(sent)
     assert got == status
     assert status < 400 or len(body.splitlines()) == 1
-    assert site.ask()[0] == 200
+    assert site.request()[0] == 200
     silent_logs()
 
 
-def reset(caller: socket.socket) -> None:
-    caller.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-    caller.close()
+def reset(client: socket.socket) -> None:
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    client.close()
 
 
-def test_a_caller_that_resets_is_no_log_line(begin: Callable[..., Site], silent_logs: Callable[[], None]) -> None:
+def test_a_reset_by_a_client_is_not_logged(begin: Callable[..., Site], silent_logs: Callable[[], None]) -> None:
     site = begin(QUICK)
     polling = [site.long_poll() for _ in range(3)]
     for sent in (b"", b"GET /sta", request("POST", "/stop", b"x" * 50)[:-9], STATUS, request("GET", "/plotly.js")):
         for connect in (site.connect, site.connect_tls):
-            caller = connect()
-            caller.sendall(sent)
+            client = connect()
+            client.sendall(sent)
             time.sleep(0.02)
-            reset(caller)
+            reset(client)
     for poll in polling:
         reset(poll)
     site.controller.drain("198.18.0.2")
-    assert site.ask()[0] == 200
+    assert site.request()[0] == 200
     time.sleep(0.5)
     silent_logs()
 
 
-def test_a_request_that_ends_within_its_headers_is_not_served(begin: Callable[..., Site]) -> None:
+def test_a_request_with_incomplete_headers_is_not_handled(begin: Callable[..., Site]) -> None:
     site = begin()
-    caller = site.connect()
-    caller.sendall(request("POST", "/stop", headers=BEARER)[:-2])
-    caller.shutdown(socket.SHUT_WR)
-    assert until_end(caller) == b""
+    client = site.connect()
+    client.sendall(request("POST", "/stop", headers=BEARER)[:-2])
+    client.shutdown(socket.SHUT_WR)
+    assert until_end(client) == b""
 
 
-def test_an_error_of_the_application_itself_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_error_of_the_application_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     def failing(environ: Any, start_response: Any) -> Any:
         raise KeyError("a mistake")
 
-    with serving(failing) as port, socket.create_connection(("127.0.0.1", port), 5) as caller:
-        caller.sendall(STATUS)
-        assert parsed(until_end(caller))[0] == 500
+    with serving(failing) as port, socket.create_connection(("127.0.0.1", port), 5) as client:
+        client.sendall(STATUS)
+        assert parsed(until_end(client))[0] == 500
     assert "a connection failed" in caplog.text
     assert "a mistake" in caplog.text
 
 
-# -- good callers -----------------------------------------------------------------------------------------------------
+# -- valid requests --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
-def test_a_caller_of_either_version_is_answered_and_its_connection_closed_on_request(
+def test_both_http_versions_are_answered_and_the_connection_closed_on_request(
     begin: Callable[..., Site], version: str
 ) -> None:
     site = begin()
     headers = "Connection: close, TE\r\n" if version == "1.1" else ""
     for connect in (site.connect, site.connect_tls, site.connect_unix):
         began = time.monotonic()
-        status, body = site.ask(request("GET", "/status", headers=headers, version=version), connect)
+        status, body = site.request(request("GET", "/status", headers=headers, version=version), connect)
         assert (status, json.loads(body)["project"]) == (200, "p")
         assert time.monotonic() - began < 3
 
 
-def test_a_client_that_asks_for_the_end_is_told_of_it_and_keeps_no_connection(begin: Callable[..., Site]) -> None:
+def test_connection_close_is_confirmed_and_the_connection_closed(begin: Callable[..., Site]) -> None:
     site = begin()
-    manager = ManagerClient([f"127.0.0.1:{site.tls}"], TOKEN, "b", str(site.pem))  # as a balancer has it
+    manager = ManagerClient([f"127.0.0.1:{site.tls}"], TOKEN, "b", str(site.pem))  # as in a balancer
     for _ in range(300):
         assert manager.report(REPORT)["desired"] == 2
     for version in ("1.0", "1.1"):
-        caller = site.connect()
-        caller.sendall(request("GET", "/status", headers="Connection: close\r\n", version=version))
-        assert until_end(caller).partition(b"\r\n\r\n")[0].lower().count(b"\r\nconnection: close") == 1
+        client = site.connect()
+        client.sendall(request("GET", "/status", headers="Connection: close\r\n", version=version))
+        assert until_end(client).partition(b"\r\n\r\n")[0].lower().count(b"\r\nconnection: close") == 1
 
 
 def test_expect_100_continue_is_answered_before_the_body_is_sent(begin: Callable[..., Site]) -> None:
-    caller, body = begin().connect(), json.dumps(REPORT).encode()
+    client, body = begin().connect(), json.dumps(REPORT).encode()
     sent = request("POST", "/pkts_info", body, f"{BEARER}Expect: 100-continue\r\nConnection: close\r\n")
-    caller.sendall(sent[: -len(body)])
-    assert caller.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
-    caller.sendall(body)
-    assert parsed(until_end(caller))[0] == 200
+    client.sendall(sent[: -len(body)])
+    assert client.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+    client.sendall(body)
+    assert parsed(until_end(client))[0] == 200
 
 
-def test_only_the_unix_socket_makes_an_operator(begin: Callable[..., Site]) -> None:
+def test_operator_calls_need_the_unix_socket(begin: Callable[..., Site]) -> None:
     site, pause = begin(), request("POST", "/pause", headers=f"{BEARER}Lbscaler.operator: 1\r\nConnection: close\r\n")
-    assert site.ask(pause)[0] == site.ask(pause, site.connect_tls)[0] == 403
-    assert site.ask(pause, site.connect_unix)[0] == 200
+    assert site.request(pause)[0] == site.request(pause, site.connect_tls)[0] == 403
+    assert site.request(pause, site.connect_unix)[0] == 200
 
 
-def test_the_unix_socket_never_has_wider_rights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_unix_socket_is_created_with_mode_0600(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     modes: list[int] = []
 
     class Watched(socket.socket):
@@ -589,13 +595,13 @@ def test_the_unix_socket_never_has_wider_rights(tmp_path: Path, monkeypatch: pyt
     before = os.umask(0)
     try:
         bind_unix(tmp_path / "manager.sock").close()
-        bind_unix(tmp_path / "manager.sock").close()  # over the one that is left
+        bind_unix(tmp_path / "manager.sock").close()  # replaces the file of an earlier manager
     finally:
         os.umask(before)
     assert modes == [0o600, 0o600]
 
 
-def test_a_listener_is_bound_before_its_address_is_up() -> None:
+def test_a_listener_can_be_bound_before_its_address_exists() -> None:
     bind_tcp("198.18.99.1", 0).close()
     with pytest.raises(OSError, match="in use"), bind_tcp("127.0.0.1", 0) as taken:
         bind_tcp("127.0.0.1", taken.getsockname()[1])
@@ -617,11 +623,11 @@ def test_tls_before_1_2_and_a_file_without_a_key_are_refused(begin: Callable[...
 @pytest.mark.parametrize(
     ("files", "listeners", "connections"), [(20_000, 3, 4096), (4096, 3, 1194), (1024, 3, 170), (256, 3, 16)]
 )
-def test_connections_leave_files_for_everything_else(files: int, listeners: int, connections: int) -> None:
+def test_connections_leave_file_descriptors_for_everything_else(files: int, listeners: int, connections: int) -> None:
     assert connections_each(4096, files, listeners) == connections
 
 
-def test_the_limit_of_files_is_raised_as_far_as_it_may() -> None:
+def test_the_limit_of_open_files_is_raised_up_to_the_hard_limit() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 1024), hard))
     try:
@@ -637,7 +643,7 @@ def test_the_limit_of_files_is_raised_as_far_as_it_may() -> None:
 
 def test_an_ending_manager_refuses_long_polls_once_and_then_closes(begin: Callable[..., Site]) -> None:
     site = begin()
-    refused = (503, b"this manager ends; ask again in a few seconds\n")
+    refused = (503, b"the manager is ending; retry in a few seconds\n")
     waiting = [site.long_poll(), site.long_poll(site.connect_tls)]
     time.sleep(0.2)
     site.controller.close()
@@ -648,10 +654,10 @@ def test_an_ending_manager_refuses_long_polls_once_and_then_closes(begin: Callab
     assert until_end(idle) == b""
     with pytest.raises(ConnectionRefusedError):
         site.connect()
-    site.listeners.notify()  # comes too late and does no harm
+    site.listeners.notify()  # has no effect after the end
 
 
-def test_listeners_that_cannot_start_say_why(tmp_path: Path) -> None:
+def test_listeners_that_cannot_start_raise_the_error(tmp_path: Path) -> None:
     made, closed = Listeners(), bind_tcp("127.0.0.1", 0)
     closed.close()
     made.add(closed, lambda *_: [])
@@ -680,7 +686,7 @@ sys.exit(script.main())
 
 
 class ManagerProcess:
-    """The manager in a process of its own, as it is started, over a fake engine."""
+    """The manager in its own process, over a fake engine."""
 
     def __init__(self, place: Path, orchestrator: str = "docker", *arguments: str) -> None:
         self.run_dir = place / "run" / "p"
@@ -699,9 +705,9 @@ class ManagerProcess:
         return log.read_text() if log.exists() else ""
 
     def status(self, address: str = "127.0.0.1") -> int:
-        with socket.create_connection((address, self.port), 5) as caller:
-            caller.sendall(request("GET", "/status", headers=f"{BEARER}Connection: close\r\n"))
-            return parsed(until_end(caller))[0]
+        with socket.create_connection((address, self.port), 5) as client:
+            client.sendall(request("GET", "/status", headers=f"{BEARER}Connection: close\r\n"))
+            return parsed(until_end(client))[0]
 
 
 @pytest.fixture
@@ -719,7 +725,7 @@ def manager(tmp_path: Path) -> Iterator[Callable[..., ManagerProcess]]:
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_and_continued_manager_goes_on_until_it_is_asked_to_end(
+def test_a_suspended_and_resumed_manager_runs_until_it_gets_a_signal_to_end(
     manager: Callable[..., ManagerProcess], end: signal.Signals
 ) -> None:
     made = manager()
@@ -727,14 +733,14 @@ def test_a_stopped_and_continued_manager_goes_on_until_it_is_asked_to_end(
     time.sleep(2)
     made.process.send_signal(signal.SIGCONT)
     time.sleep(0.5)
-    assert made.process.poll() is None, "only a signal of the two ends it"
+    assert made.process.poll() is None, "neither SIGSTOP nor SIGCONT ends it"
     assert made.status() == made.status("127.0.0.2") == 200
     made.process.send_signal(end)
     assert made.process.wait(10) == 0
     assert "manager ended" in made.log()
 
 
-def test_a_manager_whose_listeners_fail_ends_for_its_supervisor_to_start_another(
+def test_a_manager_ends_with_its_own_exit_code_when_its_listeners_fail(
     manager: Callable[..., ManagerProcess],
 ) -> None:
     made = manager("docker", "fail")
@@ -742,7 +748,7 @@ def test_a_manager_whose_listeners_fail_ends_for_its_supervisor_to_start_another
     assert "the listeners have failed; this manager ends" in made.log()
 
 
-def test_in_a_swarm_the_nodes_listener_is_within_tls(manager: Callable[..., ManagerProcess], tmp_path: Path) -> None:
+def test_in_a_swarm_the_node_address_has_tls(manager: Callable[..., ManagerProcess], tmp_path: Path) -> None:
     (tmp_path / "run" / "p").mkdir(parents=True)
     pem = certificate(tmp_path / "run" / "p")
     made = manager("swarm")
@@ -751,7 +757,7 @@ def test_in_a_swarm_the_nodes_listener_is_within_tls(manager: Callable[..., Mana
     assert made.status("127.0.0.2") == 0
 
 
-def test_a_long_poll_lasts_longer_than_a_request_may_and_ends_with_a_notify(begin: Callable[..., Site]) -> None:
+def test_a_long_poll_may_last_longer_than_a_request_and_ends_with_a_notify(begin: Callable[..., Site]) -> None:
     site = begin(QUICK)
     poll = site.long_poll()
     time.sleep(4 * QUICK.request)

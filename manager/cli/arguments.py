@@ -1,0 +1,163 @@
+"""The command lines of run.sh and stop.sh, and the first stage of both: it checks the flags before anything changes.
+
+`arguments.py run.sh FLAG...` ends with 2 and one line for a bad setting, performs --help, --doctor, --status and
+--watch, and ends with CONTINUE where the flags are for a start. `arguments.py stop.sh FLAG...` checks those of a stop.
+A flag overrides its variable, that overrides what the running project was started with, that overrides the default.
+Standard library alone: the virtual environment may not exist yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from core.settings import ROOT, SETTINGS, SettingError, Settings, flag, parse, read, variable, with_stored
+
+CONTINUE = 10  # exit code: the flags are valid, run.sh or stop.sh continues
+BAD_USAGE = 2
+
+EPILOG = """\
+Every setting can also be given as a variable: --max 20 is LB_MAX=20.
+Exit codes: 0 it serves, 1 a step failed and was undone, 2 a bad setting, 129, 130, 143 ended by a signal."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What run.sh was called with. `variables` has the text of every setting by its LB_ name."""
+
+    settings: Settings
+    variables: Mapping[str, str]
+    backends: str = ""  # how many to start with; empty: as many as run, or --min
+    follow: bool = False
+    no_wait: bool = False
+    swarm_init: bool = False
+    no_install: bool = False
+    doctor: bool = False
+    status: bool = False
+    watch: bool = False
+    json: bool = False
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise SettingError(f"{message}; ./{self.prog} --help lists the flags")
+
+
+def run_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="run.sh",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Starts the load balancer, or applies changed settings to the running one.",
+        epilog=EPILOG,
+    )
+    switches = {
+        "follow": "stay and print the manager's log",
+        "no_wait": "do not wait for the end of an update of the backends",
+        "swarm_init": "make this host a Swarm where it is in none",
+        "no_install": "install nothing on this host; print what is missing",
+        "status": "print the state of the running project; exit code 0 healthy, 1 it does not run, 3 degraded",
+        "watch": "print the state continuously, until Ctrl-C",
+        "doctor": "check this host: print what would stop run.sh, and how to fix it",
+        "json": "with --status or --doctor: print JSON",
+    }
+    parser.add_argument("backends", nargs="?", default="", help="how many backends to start with (default: --min)")
+    for name, meaning in switches.items():
+        parser.add_argument(flag(name), action="store_true", help=meaning)
+    groups = {}
+    for name, setting in SETTINGS.items():
+        if setting.group not in groups:
+            groups[setting.group] = parser.add_argument_group(setting.group)
+        default = f" (default: {setting.default})" if setting.default else ""
+        groups[setting.group].add_argument(
+            flag(name),
+            action="append" if setting.many else "store",
+            metavar=name.upper(),
+            help=f"{setting.meaning}; {setting.allowed}{default}",
+        )
+    return parser
+
+
+def stop_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="stop.sh",
+        allow_abbrev=False,
+        description="Waits for the open connections, then removes everything of this project, and nothing else.",
+    )
+    default = os.environ.get(variable("project"), SETTINGS["project"].default)
+    parser.add_argument("--project", default=default, help="name of the installation (default: %(default)s)")
+    parser.add_argument("--now", action="store_true", help="do not wait for open connections")
+    parser.add_argument("--images", action="store_true", help="also remove the images made by run.sh")
+    parser.add_argument("--engine", action="store_true", help="also stop the Docker Engine, if run.sh started it")
+    return parser
+
+
+def run_arguments(words: Sequence[str], environ: Mapping[str, str]) -> Arguments:
+    """Raises SettingError."""
+    # Flags override variables.
+    parsed = vars(run_parser().parse_args(words))
+    given = dict(environ)
+    for name in SETTINGS:
+        value = parsed.pop(name)
+        if isinstance(value, list):  # --tmpfs '' clears the list
+            value = shlex.join(item for item in value if item)
+        if value is not None:
+            given[variable(name)] = value
+    # What neither has is as the project was started with, or the default.
+    variables = with_stored(given)
+    settings = read(variables)
+    backends = parsed["backends"]
+    if backends and not (backends.isdecimal() and settings.min <= int(backends) <= settings.max):
+        allowed = f"{settings.min} (--min) to {settings.max} (--max)"
+        raise SettingError(f"the number of backends is {backends!r}; allowed: {allowed}")
+    return Arguments(settings, variables, **parsed)
+
+
+def stop_arguments(words: Sequence[str]) -> argparse.Namespace:
+    """Raises SettingError."""
+    parsed = stop_parser().parse_args(words)
+    parse("project", parsed.project)
+    return parsed
+
+
+def _status(arguments: Arguments) -> int:  # noqa: RET503 - exec does not return
+    """Prints the state of the project with cli.watch, which needs the packages in .venv; the exit code."""
+    python = ROOT / ".venv" / "bin" / "python"
+    if not python.exists():
+        problem = f"project {arguments.settings.project} does not run here; ./run.sh starts it"
+        if arguments.json:
+            print(json.dumps({"project": arguments.settings.project, "state": "down", "problem": problem}))
+        else:
+            print(f"run.sh: {problem}", file=sys.stderr)
+        return 1
+    flags = [flag(name) for name in ("status", "watch", "json") if getattr(arguments, name)]
+    environment = {**os.environ, **arguments.variables}
+    os.execve(python, [str(python), "-m", "cli.watch", *flags], environment)  # noqa: S606 - a fixed program
+
+
+def main(program: str, words: Sequence[str]) -> int:
+    from cli import doctor  # noqa: PLC0415 - a start does not need it
+
+    try:
+        if program == "stop.sh":
+            stop_arguments(words)
+            return CONTINUE
+        arguments = run_arguments(words, os.environ)
+    except SettingError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return BAD_USAGE
+    if arguments.doctor:
+        return doctor.report(doctor.Host(arguments.settings, os.environ, not arguments.no_install), arguments.json)
+    if arguments.status or arguments.watch or arguments.json:
+        return _status(arguments)
+    return CONTINUE
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], sys.argv[2:]))

@@ -1,0 +1,98 @@
+"""The project's network, and the host's one rule for it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+from ipaddress import IPv4Network
+from typing import Any
+
+import docker.errors
+from docker.types import IPAMConfig, IPAMPool
+
+from cli import host_checks
+from cli.output import Failed
+from cli.project import Project
+
+TRIES = 30  # subnets that another start may take first
+
+
+def make(project: Project, subnet: str, overlay: bool) -> None:
+    """Creates the network unless it exists. `subnet` is empty where any free one will do."""
+    if project.network() is not None:
+        return
+    wanted = f", {subnet}" if subnet else ""
+    with project.output.step(f"Creating the network {project.name}{wanted}") as step:
+        refused: list[IPv4Network] = []
+        while True:
+            chosen = IPv4Network(subnet) if subnet else host_checks.free_subnet([*_taken(project), *refused])
+            step.log(f"subnet {chosen}")
+            try:
+                _create(project, chosen, overlay)
+            except docker.errors.APIError as error:
+                # Another start took this subnet first. The engine has no error code of its own for that.
+                taken_meanwhile = "Pool overlaps" in str(error.explanation)
+                if subnet or not taken_meanwhile or len(refused) + 1 == TRIES:
+                    raise
+                refused.append(chosen)
+            else:
+                return
+
+
+def _taken(project: Project) -> list[IPv4Network]:
+    """The subnets of the engine's networks and the routes of this host."""
+    taken = host_checks.host_routes()
+    for network in project.docker.networks.list():
+        for pool in network.attrs["IPAM"]["Config"] or ():
+            if ":" not in pool.get("Subnet", ":"):  # IPv6
+                taken.append(IPv4Network(pool["Subnet"], strict=False))
+    return taken
+
+
+def _create(project: Project, subnet: IPv4Network, overlay: bool) -> None:
+    pool = IPAMPool(subnet=str(subnet), gateway=str(subnet[1]))
+    project.docker.networks.create(
+        project.name,
+        driver="overlay" if overlay else "bridge",
+        attachable=overlay,
+        ipam=IPAMConfig(pool_configs=[pool]),
+        labels=project.labels("network"),
+    )
+
+
+def gateway(network: Any) -> str:
+    return str(network.attrs["IPAM"]["Config"][0]["Gateway"])
+
+
+# -- the host's rule --------------------------------------------------------------------------------------------------
+# Bridge netfilter passes the traffic between balancer and backends through the host's connection tracking, twice and
+# without use. The rule exempts it. Both ends are in our subnet and on our bridge, so no rule of Docker's is affected.
+
+
+def exempt_from_tracking(project: Project) -> None:
+    network = project.network()
+    if os.geteuid() or network is None or not shutil.which("iptables"):
+        return
+    bridge, subnet = f"br-{network.id[:12]}", network.attrs["IPAM"]["Config"][0]["Subnet"]
+    rule = ["PREROUTING", "-i", bridge, "-s", subnet, "-d", subnet, "-m", "addrtype", "!", "--dst-type", "LOCAL"]
+    rule += ["-m", "comment", "--comment", f"lbscaler.project={project.name}", "-j", "CT", "--notrack"]
+    try:
+        if subprocess.run(["iptables", "-w", "-t", "raw", "-C", *rule], capture_output=True, check=False).returncode:
+            project.output.run("iptables", "-w", "-t", "raw", "-A", *rule)
+    except Failed:
+        project.output.say("Without CT --notrack on the host: new connections cost a little more")
+
+
+def remove_exemption(project: Project) -> None:
+    """Removes our rule, also where the network it was for is gone."""
+    if os.geteuid() or not shutil.which("iptables-save"):
+        return
+    rules = subprocess.run(["iptables-save", "-t", "raw"], capture_output=True, text=True, check=False).stdout
+    for line in rules.splitlines():
+        words = shlex.split(line)
+        if words[:1] == ["-A"] and f"lbscaler.project={project.name}" in words:
+            command = ["iptables", "-w", "-t", "raw", "-D", *words[1:]]
+            if not subprocess.run(command, capture_output=True, check=False).returncode:
+                project.output.say(f"Removed the host's rule for {project.name}")

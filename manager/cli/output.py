@@ -1,0 +1,224 @@
+"""What run.sh and stop.sh print: named steps with their seconds; and what they do when a step fails or a signal comes.
+
+Guarantees: a reader that goes away stops nothing; the first signal ends the program with 128 + its number, and no
+later one interrupts the clean-up; what a failed run began is undone, latest first, also where one undo action fails.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import TextIO
+
+LOG_LINES = 15  # printed of the log after a failure
+
+
+class Failed(Exception):
+    """A step failed, or the host lacks something. The message is for people; the exit code is 1. `log` has the last
+    lines of the log where they belong to it."""
+
+    def __init__(self, message: str, log: str = "") -> None:
+        super().__init__(message)
+        self.log = log
+
+
+class Output:
+    """Standard output and the log file of one run; what commands print goes to the log."""
+
+    def __init__(self, program: str, log: Path) -> None:
+        self.program, self.path = program, log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text("")
+        # In append mode, because a supervisor from an earlier run writes to the same file.
+        self.log = log.open("a", buffering=1, errors="replace")
+        self.terminal = sys.stdout.isatty()
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.log.close()
+
+    def say(self, text: str, end: str = "\n") -> None:
+        """Prints a line; to the log where the standard output was closed."""
+        try:
+            print(text, end=end, flush=True)
+        except OSError:
+            os.dup2(self.log.fileno(), sys.stdout.fileno())
+            print(text, end=end, flush=True)
+
+    def step(self, text: str) -> Step:
+        return Step(self, text)
+
+    def run(self, *command: str) -> None:
+        """Runs a program with its output in the log. Raises Failed."""
+        status = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log, check=False
+        ).returncode
+        if status:
+            raise Failed(f"{command[0]} ended with status {status}")
+
+    def need(self, program: str, purpose: str, package: str) -> None:
+        """Installs a Debian package unless its program is there. Raises Failed where that is not allowed."""
+        if shutil.which(program):
+            return
+        install = '. manager/host.sh; LOG=$1; shift; need "$@"'
+        if subprocess.run(["bash", "-c", install, "run.sh", self.path, purpose, package], check=False).returncode:
+            raise Failed(f"{program} is missing for {purpose}")
+
+    def end_of_log(self) -> str:
+        lines = self.path.read_text(errors="replace").splitlines()[-LOG_LINES:]
+        return "\n".join([f"--- the end of {self.path}:", *lines, "---", ""])
+
+
+class Step:
+    """Prints its name before it begins and its seconds after; while it runs, that it still does.
+
+    An exception within it ends it as Failed, with the step's name and the end of the log.
+    """
+
+    def __init__(self, output: Output, text: str) -> None:
+        self._output, self._text = output, text
+        self._progress = ""
+        self._ended = threading.Event()
+
+    def log(self, line: str) -> None:
+        """Adds a line to the log; the last one is printed while the step runs."""
+        self._output.log.write(f"{line.rstrip()}\n")
+        self._progress = "".join(letter for letter in line if letter.isprintable())
+
+    def __enter__(self) -> Step:
+        raise_pending_signal()
+        # The name comes before the work, so that a step that hangs is known.
+        self._output.say(f"{self._text} … ", end="")
+        self._began = time.monotonic()
+        self._ticker = threading.Thread(target=self._tick, daemon=True)
+        self._ticker.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._ended.set()
+        self._ticker.join()
+        if self._output.terminal:
+            self._output.say(f"\r\033[K{self._text} … ", end="")
+        if error is None:
+            self._output.say(f"{time.monotonic() - self._began:.1f} s")
+            raise_pending_signal()
+            return
+        self._output.say("failed" if isinstance(error, Exception) else "interrupted")
+        if isinstance(error, Exception):
+            self._output.log.write(f"{error}\n")
+            raise Failed(f"{self._text}: failed: {reason(error)}", self._output.end_of_log()) from error
+
+    def _tick(self) -> None:
+        pause = 1 if self._output.terminal else 5
+        while not self._ended.wait(pause):
+            seconds = time.monotonic() - self._began
+            if self._output.terminal:
+                self._output.say(f"\r\033[K{self._text} … {seconds:.0f} s  {self._progress:.60}", end="")
+            else:
+                progress = f": {self._progress}" if self._progress else ""
+                self._output.say(f"{seconds:.0f} s{progress} … ", end="")
+
+
+def reason(error: BaseException) -> str:
+    """One line of an error: the engine's own text where it is an error of the engine."""
+    return str(getattr(error, "explanation", None) or error) or type(error).__name__
+
+
+# -- signals ----------------------------------------------------------------------------------------------------------
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_pending: list[int] = []  # the exit code for the first signal
+
+
+def handle_signals() -> None:
+    """From now on the first signal raises SystemExit in the main thread."""
+    for number in SIGNALS:
+        signal.signal(number, _end)
+
+
+def shield() -> None:
+    """From now on signals are ignored here; programs that are started still receive theirs (SIG_IGN is inherited)."""
+    for number in SIGNALS:
+        signal.signal(number, lambda *_: None)
+
+
+def _end(number: int, _: object) -> None:
+    shield()
+    _pending.append(128 + number)
+    raise_pending_signal()
+
+
+def raise_pending_signal() -> None:
+    """Python drops an exception that a signal raises within a finalizer, so each step raises it again."""
+    if _pending:
+        raise SystemExit(_pending[0])
+
+
+# -- undo -------------------------------------------------------------------------------------------------------------
+
+
+class Undo:
+    """Actions that undo what a run began. Where its block ends with an exception they run, latest first."""
+
+    def __init__(self, output: Output) -> None:
+        self._output = output
+        self._actions: list[tuple[str, Callable[[], object]]] = []
+
+    def add(self, name: str, action: Callable[[], object]) -> None:
+        self._actions.append((name, action))
+
+    def __enter__(self) -> Undo:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or not self._actions:
+            return
+        # From here on no signal may leave half a system.
+        shield()
+        _pending.clear()
+        self._output.say("Undoing what this run began")
+        for name, action in reversed(self._actions):
+            try:
+                action()
+            except Exception as error:
+                self._output.say(f"  could not {name}: {reason(error)} (see {self._output.path})")
+
+
+# -- one run ----------------------------------------------------------------------------------------------------------
+
+
+def main(program: str, run_dir: Path, log: str, run: Callable[[Output], None]) -> int:
+    """Calls `run` while this process holds the project's lock; the exit code."""
+    handle_signals()
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr] # where the locale has no such letter
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with (run_dir / "lock").open("w") as lock:
+            _acquire(lock, run_dir.name)
+            with Output(program, run_dir / log) as output:
+                run(output)
+    except (Failed, OSError) as error:
+        text = f"{getattr(error, 'log', '')}{program}: {error}"
+        with suppress(OSError):  # it was closed
+            print(text, file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def _acquire(lock: TextIO, project: str) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise Failed(f"another run.sh or stop.sh of project {project} is at work") from None

@@ -1,0 +1,115 @@
+"""One project on this host: the labels of what it owns in Docker, its files, its lock and its processes.
+
+Labels and command lines are the state: everything is found by them, also where files were deleted.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import subprocess
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import docker
+
+from cli.output import Failed, Output
+from cli.processes import MANAGER, SUPERVISOR, end, find
+from core.settings import ROOT
+
+ENGINE_TIMEOUT = 600  # seconds without a byte from the engine: a build may be silent for long
+SYSTEMD = Path("/run/systemd/system")  # it is there where systemd runs this host
+
+
+class Project:
+    def __init__(self, name: str, output: Output) -> None:
+        self.name, self.output = name, output
+        self.run_dir = ROOT / "run" / name
+
+    # -- Docker -------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def docker(self) -> docker.DockerClient:
+        return docker.from_env(timeout=ENGINE_TIMEOUT)
+
+    def labels(self, role: str) -> dict[str, str]:
+        return {"lbscaler.project": self.name, "lbscaler.role": role}
+
+    def filter(self, role: str = "") -> dict[str, list[str]]:
+        """A filter of the Engine API for what this project owns, in one role or in all."""
+        labels = [f"lbscaler.project={self.name}"]
+        if role:
+            labels.append(f"lbscaler.role={role}")
+        return {"label": labels}
+
+    def containers(self, role: str = "") -> list[Any]:
+        found: list[Any] = self.docker.containers.list(all=True, filters=self.filter(role), ignore_removed=True)
+        return found
+
+    def services(self, role: str = "") -> list[Any]:
+        found: list[Any] = self.docker.services.list(filters=self.filter(role)) if self.is_swarm_manager() else []
+        return found
+
+    def network(self) -> Any | None:
+        """This project's network."""
+        found = self.docker.networks.list(filters=self.filter("network"))
+        return found[0] if found else None
+
+    def swarm_node(self) -> Mapping[str, Any]:
+        """`docker info`'s part about this host as a node of a Swarm."""
+        node: Mapping[str, Any] = self.docker.info()["Swarm"]
+        return node
+
+    def is_swarm_manager(self) -> bool:
+        node = self.swarm_node()
+        return bool(node["LocalNodeState"] == "active" and node["ControlAvailable"])
+
+    def remove_checks(self) -> None:
+        """Removes the containers of kernel checks, also those of a run.sh that was killed."""
+        for container in self.containers("check"):
+            container.remove(force=True)
+
+    # -- files --------------------------------------------------------------------------------------------------------
+
+    def make_token(self) -> None:
+        path = self.run_dir / "token"
+        if not path.exists() or not path.stat().st_size:
+            write(path, secrets.token_hex(24))
+
+    # -- the manager and its supervisor -------------------------------------------------------------------------------
+
+    @property
+    def unit(self) -> str:
+        """The name of its unit, where systemd runs the manager."""
+        return f"lbscaler-{self.name}"
+
+    def end_manager(self) -> None:
+        """Ends the supervisor first, so that it does not start the manager again."""
+        # systemd would start the supervisor again.
+        if SYSTEMD.is_dir():
+            subprocess.run(["systemctl", "stop", self.unit], capture_output=True, check=False)
+        for program in (SUPERVISOR, MANAGER):
+            for pid in find(self.name, program):
+                end(pid)
+
+    def manager_runs(self) -> bool:
+        return any(find(self.name, MANAGER))
+
+    def supervisor_runs(self) -> bool:
+        return any(find(self.name, SUPERVISOR))
+
+
+def write(path: Path, text: str) -> None:
+    """Replaces the file, mode 0600, in one step: a reader gets the old text or the new one. Raises Failed."""
+    fresh = path.with_name(f"{path.name}.new")
+    try:
+        fresh.unlink(missing_ok=True)
+        with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(path)
+    except OSError as error:
+        raise Failed(f"cannot write {os.path.relpath(path, ROOT)}: {error.strerror}") from error

@@ -1,0 +1,35 @@
+"""Writes docs/settings.md from the table of the settings: `PYTHONPATH=manager python3 -m cli.settings_page`."""
+
+from __future__ import annotations
+
+from core.settings import ROOT, SETTINGS, flag, variable
+
+PAGE = ROOT / "docs" / "settings.md"
+HEAD = """\
+# Settings
+
+Every setting is a flag of `run.sh` and a variable: `--max 20` is `LB_MAX=20`. A flag overrides its variable, that
+overrides what the running project was started with, that overrides the default. A flag that may be given several times
+is marked with +; its variable holds all values, quoted as in a shell.
+
+This page is made from `manager/core/settings.py`: `PYTHONPATH=manager python3 -m cli.settings_page`.
+"""
+
+
+def page() -> str:
+    lines = [HEAD]
+    group = ""
+    for name, setting in SETTINGS.items():
+        if setting.group != group:
+            group = setting.group
+            lines += [f"\n## {group}\n", "| flag | variable | default | meaning | allowed |", "|---|---|---|---|---|"]
+        default = f"`{setting.default}`" if setting.default else ""
+        more = " +" if setting.many else ""
+        lines.append(
+            f"| `{flag(name)}`{more} | `{variable(name)}` | {default} | {setting.meaning} | {setting.allowed} |"
+        )
+    return "\n".join(lines).replace("\n\n\n", "\n\n") + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())

@@ -1,0 +1,214 @@
+"""What run.sh and stop.sh do differently where a Swarm runs the backends."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import docker.errors
+from docker.types import RestartPolicy, SecretReference
+
+from cli import images
+from cli.output import Failed, Undo
+from cli.project import Project, write
+
+TASK_TIMEOUT = 60.0  # seconds until Swarm has started a task on this node
+DRAIN_TIMEOUT = 120.0  # seconds for the balancers of all nodes; Swarm ends each after its own grace period
+CLAIM_TIME = 86400  # seconds; a claim this far in the future is newer than any manager's own
+CLAIM_PAUSE = 5.0  # seconds in which managers on other nodes notice a newer claim
+POLL = 0.1  # seconds
+KEYS = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 3650 -subj /CN=lbscaler-manager"
+ALT_NAME = "subjectAltName=DNS:lbscaler-manager"
+
+
+# -- run.sh -----------------------------------------------------------------------------------------------------------
+
+
+def join(project: Project, advertise: str, registry: str, may_init: bool, undo: Undo) -> str:
+    """The address at which other nodes reach this one, which has to be a manager of a Swarm. Raises Failed."""
+    api = project.docker.api
+    if project.swarm_node()["LocalNodeState"] == "inactive":
+        if not may_init:
+            raise Failed("this host is in no Swarm; join one as a manager, or make one with --swarm-init")
+        undo.add("leave the Swarm", lambda: api.leave_swarm(force=True))
+        with project.output.step("Making this host a Swarm"):
+            api.init_swarm(advertise_addr=advertise or None)
+    node = project.swarm_node()
+    if node["LocalNodeState"] != "active":
+        raise Failed(f"this host's state in its Swarm is '{node['LocalNodeState']}', not active; see docker info")
+    if not node["ControlAvailable"]:
+        raise Failed("this node is a worker of its Swarm; run on a manager of it, or: docker node promote")
+    nodes = len(project.docker.nodes.list())
+    if nodes > 1 and not registry:
+        raise Failed(f"the Swarm has {nodes} nodes, which need a registry to get the images from: --registry HOST:PORT")
+    return advertise or str(node["NodeAddr"])
+
+
+def publish(project: Project, registry: str, name: str) -> str:
+    """Pushes an image to the registry, unless it is there; its name there."""
+    if name.startswith((f"{registry}/", "sha256:")):
+        return name
+    there = f"{registry}/{name}"
+    with project.output.step(f"Publishing {name} at {registry}") as step:
+        project.docker.images.get(name).tag(there)
+        images.follow(step, project.docker.api.push(there, stream=True, decode=True))
+    return there
+
+
+def share_secrets(project: Project, image: str) -> dict[str, str]:
+    """Makes the token and the certificate Swarm secrets; the variables that name them to the manager.
+
+    The certificate with its key is a secret that no balancer gets: a manager that takes over on another node uses it,
+    so that no balancer has to be updated while a node is lost.
+    """
+    names = {"token": f"{project.name}-token", "manager.pem": f"{project.name}-manager"}
+    # Where files are missing here and the Swarm has them, another node ran the manager before.
+    complete = all(_has_text(project.run_dir / file) for file in names)
+    if not complete and _secret(project, names["manager.pem"]) is not None:
+        with project.output.step("Fetching the project's secrets from the Swarm"):
+            _fetch(project, names, image)
+    # Otherwise this is the first start, which makes them.
+    project.make_token()
+    _make_certificate(project)
+    names["certificate.pem"] = f"{project.name}-certificate"
+    for file, name in names.items():
+        _share(project, name, file)
+    return {"LB_TOKEN_SECRET": names["token"], "LB_CERTIFICATE_SECRET": names["certificate.pem"]}
+
+
+def _has_text(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0
+
+
+def _secret(project: Project, name: str) -> Any | None:
+    try:
+        return project.docker.secrets.get(name)
+    except docker.errors.NotFound:
+        return None
+
+
+def _fetch(project: Project, names: dict[str, str], image: str) -> None:
+    """Swarm gives secrets only to tasks, so a task on this node has them for a moment."""
+    for service in project.services("secrets"):  # of a start that was killed
+        service.remove()
+    references = [SecretReference(_secret(project, name).id, name, filename=file) for file, name in names.items()]  # type: ignore[union-attr]
+    service = project.docker.services.create(
+        image,
+        command=["sleep", "120"],
+        name=f"{project.name}-secrets",
+        labels=project.labels("secrets"),
+        constraints=[f"node.id=={project.swarm_node()['NodeID']}"],
+        restart_policy=RestartPolicy(condition="none"),
+        secrets=references,
+    )
+    try:
+        container = _task_of(project, f"{project.name}-secrets")
+        for file in names:
+            path = project.run_dir / file
+            if not _has_text(path):
+                code, text = container.exec_run(["cat", f"/run/secrets/{file}"])
+                if code:
+                    raise Failed(f"cannot read the secret {file}: {text.decode(errors='replace').strip()}")
+                write(path, text.decode())
+    finally:
+        service.remove()
+
+
+def _task_of(project: Project, service: str) -> Any:
+    """The container of a service on this node."""
+    deadline = time.monotonic() + TASK_TIMEOUT
+    while time.monotonic() < deadline:
+        label = f"com.docker.swarm.service.name={service}"
+        found = project.docker.containers.list(filters={"label": label})
+        if found:
+            return found[0]
+        time.sleep(POLL)
+    raise Failed(f"Swarm did not start the service {service}")
+
+
+def _make_certificate(project: Project) -> None:
+    """manager.pem, the certificate with its key, and certificate.pem, the certificate alone."""
+    project.output.need("openssl", "the manager's certificate", "openssl")
+    both = project.run_dir / "manager.pem"
+    if not _has_text(both):
+        command = [*KEYS.split(), "-addext", ALT_NAME, "-keyout", "-", "-out", "-"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=project.output.log, text=True, check=True)
+        write(both, done.stdout)
+    done = subprocess.run(["openssl", "x509", "-in", both], capture_output=True, text=True, check=True)
+    write(project.run_dir / "certificate.pem", done.stdout)
+
+
+def _share(project: Project, name: str, file: str) -> None:
+    data = (project.run_dir / file).read_bytes()
+    digest = hashlib.sha256(data).hexdigest()[:16]
+    secret = _secret(project, name)
+    if secret is None:
+        labels = {"lbscaler.project": project.name, "lbscaler.digest": digest}
+        project.docker.secrets.create(name=name, data=data, labels=labels)
+    elif secret.attrs["Spec"]["Labels"].get("lbscaler.digest") != digest:
+        raise Failed(
+            f"run/{project.name}/{file} is not the one that this Swarm's balancers have; copy it from the node that "
+            "ran the manager, or ./stop.sh first"
+        )
+
+
+# -- stop.sh ----------------------------------------------------------------------------------------------------------
+
+
+def is_worker(project: Project) -> bool:
+    """Whether this node runs tasks of the project and may not control their Swarm."""
+    node = project.swarm_node()
+    if node["LocalNodeState"] != "active" or node["ControlAvailable"]:
+        return False
+    return any("com.docker.swarm.service.name" in container.labels for container in project.containers())
+
+
+def remove_services(project: Project, drain: bool) -> None:
+    """A manager on another node would create the services again, so this claims the project first, as a newer manager
+    would."""
+    node = project.docker.nodes.get(project.swarm_node()["NodeID"])
+    node.attrs["Spec"].setdefault("Labels", {})[_claim_label(project)] = f"{int(time.time()) + CLAIM_TIME} stop.sh"
+    node.update(node.attrs["Spec"])
+    time.sleep(CLAIM_PAUSE)
+    for role in ("secrets", "balancer", "backend"):
+        for service in project.services(role):
+            if role == "balancer" and drain:
+                with project.output.step("Waiting for the open connections on every node"):
+                    _drain_everywhere(project, service)
+            with project.output.step(f"Removing the service {service.name}"):
+                service.remove()
+
+
+def _drain_everywhere(project: Project, service: Any) -> None:
+    """Leaves no node to the balancers: each accepts no new connection, waits for the open ones and ends."""
+    spec = service.attrs["Spec"]
+    spec["TaskTemplate"].setdefault("Placement", {})["Constraints"] = ["node.role==nowhere"]
+    # Another digest, so that a manager that is started meanwhile updates the service again.
+    labels = {**spec["Labels"], "lbscaler.config": "leaving"}
+    project.docker.api.update_service(
+        service.id, service.version, task_template=spec["TaskTemplate"], labels=labels, fetch_current_spec=True
+    )
+    deadline = time.monotonic() + DRAIN_TIMEOUT
+    while time.monotonic() < deadline:
+        if not any(task["Status"]["State"] == "running" for task in service.tasks()):
+            return
+        time.sleep(POLL)
+
+
+def forget(project: Project) -> None:
+    """Removes the claims and the secrets; a start that failed may have left them without any service."""
+    label = _claim_label(project)
+    for node in project.docker.nodes.list():
+        if node.attrs["Spec"].get("Labels", {}).pop(label, None) is not None:
+            with suppress(docker.errors.APIError):  # it changed meanwhile; without services the claim has no effect
+                node.update(node.attrs["Spec"])
+    for secret in project.docker.secrets.list(filters=project.filter()):
+        secret.remove()
+
+
+def _claim_label(project: Project) -> str:
+    return f"lbscaler.manager.{project.name}"

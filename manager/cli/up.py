@@ -1,0 +1,256 @@
+"""The start: `./run.sh`, once Docker runs and .venv is complete.
+
+Each step is named before it begins. Where one fails, or a signal comes, the run undoes what it began: a new project is
+removed, a running one goes back to the settings and the image it ran with. The settings are stored before the start
+counts as a success, so that the next run knows them.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from json import dumps
+from pathlib import Path
+
+import requests
+
+from cli import doctor, down, images, network, output, startup, swarm
+from cli.arguments import Arguments, run_arguments
+from cli.output import Failed, Output, Undo
+from cli.project import SYSTEMD, Project, write
+from core.settings import ROOT, SETTINGS, read, stored, variable, with_stored
+
+MANAGER_START = 10.0  # seconds until the manager answers
+SUPERVISOR_START = 2.0  # seconds until its supervisor has to be there
+POLL = 0.05  # seconds
+
+
+@dataclass(frozen=True)
+class Images:
+    """Names of the two images, and the id of the backends' one: its name may be given to another image later."""
+
+    balancer: str
+    backend: str
+    backend_id: str
+
+
+class Start:
+    """One run of ./run.sh. Each method is a part of it; `run` has their order."""
+
+    def __init__(self, arguments: Arguments, out: Output, undo: Undo, image: str = "") -> None:
+        """`image` overrides the backends' image: a run that goes back has the id of the one it ran with."""
+        self.arguments, self.settings = arguments, arguments.settings
+        self.output, self.undo, self._image = out, undo, image
+        self.project = Project(self.settings.project, out)
+        self.run_dir = self.project.run_dir
+        self.swarm = self.settings.orchestrator == "swarm"
+
+    def run(self) -> None:
+        settings, project = self.settings, self.project
+        address = ""
+        if self.swarm:
+            may_init = self.arguments.swarm_init
+            address = swarm.join(project, settings.advertise, settings.registry, may_init, self.undo)
+        # What can fail without a trace comes first.
+        self._check_host()
+        built = self._images()
+        # A balancer that runs has tried its rules.
+        if not self.project.containers("balancer"):
+            self._check_kernel(built.balancer)
+        self._make_network()
+        secrets = swarm.share_secrets(project, built.balancer) if self.swarm else {}
+        # The manager launches the backends and the balancer.
+        self._start_manager(address or network.gateway(project.network()), built, secrets)
+        self._wait()
+        # Part of the start: without its settings, the next run would not know the project.
+        write(self.run_dir / "settings.json", self._snapshot(built, secrets))
+
+    # -- before anything starts ---------------------------------------------------------------------------------------
+
+    def _check_host(self) -> None:
+        obstacles = doctor.obstacles(doctor.Host(self.settings, os.environ))
+        if obstacles:
+            raise Failed("\nrun.sh: ".join(obstacles))
+
+    def _images(self) -> Images:
+        client, base = self.project.docker, self.settings.base_image
+        balancer = images.build(client, self.output, "balancer", base)
+        backend = self._image or self.settings.image
+        if not backend:
+            backend = images.build(client, self.output, "server", base)
+        elif not images.exists(client, backend):
+            images.pull(client, self.output, backend)
+        backend_id = client.images.get(backend).id
+        if self.swarm and self.settings.registry:
+            balancer = swarm.publish(self.project, self.settings.registry, balancer)
+            backend = swarm.publish(self.project, self.settings.registry, backend)
+        return Images(balancer, backend, backend_id)
+
+    def _check_kernel(self, image: str) -> None:
+        try:
+            with self.output.step("Checking that this kernel has what the rules need"):
+                self.output.run(*doctor.check_rules(image, self.project.name))
+        finally:
+            self.project.remove_checks()
+
+    # -- the network and the manager ----------------------------------------------------------------------------------
+
+    def _make_network(self) -> None:
+        project = self.project
+        # A project that exists in part is kept: what runs of it may serve.
+        if not (project.containers() or project.services() or project.manager_runs()):
+            self.undo.add("remove the project", lambda: down.remove(project, drain=0))
+        network.make(project, self.settings.subnet, overlay=self.swarm)
+        if not self.swarm:
+            network.exempt_from_tracking(project)
+
+    def _snapshot(self, built: Images, secrets: Mapping[str, str]) -> str:
+        """The text of settings.json: the settings and everything else that a manager is started with. Where it differs,
+        another manager has to be started."""
+        code = " ".join([images.digest("manager", self.settings.base_image), *secrets.values()])
+        made_from = {"backend_image": built.backend_id, "balancer_image": built.balancer, "manager": code}
+        return dumps({**self.arguments.variables, **made_from}, indent=1)
+
+    def _start_manager(self, address: str, built: Images, secrets: Mapping[str, str]) -> None:
+        project, out = self.project, self.output
+        path = self.run_dir / "settings.json"
+        unchanged = path.exists() and path.read_text() == self._snapshot(built, secrets)
+        complete = project.manager_runs() and project.supervisor_runs()
+        if complete and unchanged and not self.arguments.backends:
+            out.say("The manager is up and its settings are unchanged")
+            return
+        if project.manager_runs() or project.supervisor_runs():
+            if path.exists() and not self._image:
+                self.undo.add("go back to the settings before", self._go_back)
+            with out.step("Stopping the manager, to start it with changed settings"):
+                project.end_manager()
+        # What the manager and the balancer read at their start.
+        project.make_token()
+        self._write_run_time_files(f"{address}:{self.settings.manager_port}\n")
+        if not unchanged:
+            self._forget_orders()
+        with out.step("Starting the manager"):
+            self._launch(self._environment(built, secrets))
+
+    def _write_run_time_files(self, address: str) -> None:
+        """hostip.txt has the manager's address for the balancer; the links present both files in balancer/."""
+        (self.run_dir / "balancer").mkdir(exist_ok=True)
+        (self.run_dir / "balancer" / "hostip.txt").write_text(address)
+        for name in images.RUN_TIME_FILES:
+            link = ROOT / "balancer" / name
+            link.unlink(missing_ok=True)
+            link.symlink_to(Path("..", "run", self.project.name, "balancer", name))
+
+    def _forget_orders(self) -> None:
+        """With other settings the operator's orders end, and a refused update may be tried again."""
+        place = self.run_dir / "balancer"
+        (place / "refused_update.json").unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            (place / "orders.json").replace(place / "orders.before")
+
+    def _environment(self, built: Images, secrets: Mapping[str, str]) -> dict[str, str]:
+        """What the manager is started with."""
+        variables = {**os.environ, **self.arguments.variables, **secrets}
+        by_id = self.swarm and not self.settings.registry  # a Swarm looks a name up in a registry, and not an id
+        balancer = self.project.docker.images.get(built.balancer).id if by_id else built.balancer
+        default_health = "tcp" if self.settings.image else ""
+        health = variables[variable("health")] or default_health
+        return {**variables, "LB_BALANCER_IMAGE": balancer, "LB_IMAGE": built.backend, "LB_HEALTH": health}
+
+    def _launch(self, environment: Mapping[str, str]) -> None:
+        """Starts the supervisor, under systemd where it runs this host, and waits until its manager answers."""
+        project = self.project
+        command = [str(ROOT / "manager" / "supervise.sh"), "--project", project.name]
+        if self.arguments.backends:
+            command += ["--backends", self.arguments.backends]
+        # systemd restarts a supervisor that was killed; elsewhere the supervisor is in a session of its own.
+        if os.geteuid() == 0 and SYSTEMD.is_dir():
+            self.output.run(*_systemd_run(project.unit, environment), *command)
+        else:
+            streams = {"stdin": subprocess.DEVNULL, "stdout": self.output.log, "stderr": self.output.log}
+            subprocess.Popen(command, env=environment, start_new_session=True, **streams)  # type: ignore[call-overload]
+        # A manager that cannot start ends its supervisor, too: then there is nothing to wait for.
+        began = time.monotonic()
+        while not self._manager_answers():
+            waited = time.monotonic() - began
+            gave_up = waited > SUPERVISOR_START and not project.supervisor_runs()
+            if gave_up or waited > MANAGER_START:
+                project.end_manager()
+                raise Failed("the manager does not answer")
+            time.sleep(POLL)
+
+    def _manager_answers(self) -> bool:
+        with suppress(requests.RequestException), requests.Session() as session:
+            session.trust_env = False  # this host is reached through no proxy
+            return session.get(f"http://127.0.0.1:{self.settings.manager_port}/status", timeout=5).status_code == 200
+        return False
+
+    def _go_back(self) -> None:
+        """Starts the manager with the stored settings and the image of then, and waits until it serves again. An update
+        back to them is not waited for."""
+        self.project.end_manager()
+        with suppress(FileNotFoundError):
+            orders = self.run_dir / "balancer" / "orders.before"
+            orders.replace(orders.with_name("orders.json"))
+        variables = with_stored({variable("project"): self.project.name})
+        arguments = Arguments(read(variables), variables, no_wait=True)
+        image = stored(self.project.name)["backend_image"]
+        Start(arguments, self.output, Undo(self.output), image).run()
+
+    # -- until it serves ----------------------------------------------------------------------------------------------
+
+    def _wait(self) -> None:
+        """Until the service answers and, unless --no-wait was given, an update of the backends has ended."""
+        with self.output.step(f"Waiting for the first answer on port {self.settings.port}") as step:
+            startup.wait_until_it_serves(self.settings, step.log)
+        if not self.arguments.no_wait:
+            with self.output.step("Waiting until every backend has these settings") as step:
+                startup.wait_for_update(self.settings, step.log)
+
+    def print_summary(self) -> None:
+        settings = self.settings
+        host = "localhost" if settings.bind == "0.0.0.0" else settings.bind
+        is_default = settings.project == SETTINGS["project"].default
+        self.output.say("")
+        self.output.say(f"  service   http://{host}:{settings.port}/")
+        self.output.say(f"  manager   http://localhost:{settings.manager_port}/")
+        self.output.say(f"  log       tail -F '{self.run_dir / 'manager.log'}'")
+        self.output.say(f"  stop      ./stop.sh{'' if is_default else f' --project {settings.project}'}")
+
+
+def _systemd_run(unit: str, environment: Mapping[str, str]) -> list[str]:
+    command = ["systemd-run", "--quiet", "--collect", "--unit", unit, "--property", "Restart=on-failure"]
+    command += ["--property", "RestartPreventExitStatus=1 2"]
+    for name, value in environment.items():
+        if name.startswith(("LB_", "DOCKER_")):
+            command.append(f"--setenv={name}={value}")
+    return command
+
+
+def run(arguments: Arguments, out: Output) -> None:
+    with Undo(out) as undo:
+        if os.environ.get("ENGINE_STARTED"):
+            undo.add("stop the Docker Engine", lambda: out.run("bash", "-c", ". manager/host.sh; stop_engine"))
+        start = Start(arguments, out, undo)
+        start.run()
+    (start.run_dir / "balancer" / "orders.before").unlink(missing_ok=True)
+    start.print_summary()
+
+
+def main() -> int:
+    arguments = run_arguments(sys.argv[1:], os.environ)
+    run_dir = arguments.settings.run_dir
+    status = output.main("run.sh", run_dir, "run.log", lambda out: run(arguments, out))
+    if status == 0 and arguments.follow:
+        command = ["tail", "-n", "20", "-F", str(run_dir / "manager.log")]
+        os.execvp(command[0], command)  # noqa: S606 - a fixed program
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""Keeps the balancer running: repairs it where the engine's list or the test of the data path requires it.
+
+Docker's restart policy covers a crash of the balancer, but not `docker kill`, `stop` or `rm`. Repairs that fail, or
+after which the balancer soon ends again, are tried again with growing waits.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+from core import event_log
+from core.engine import BalancerState
+from core.launch_backoff import STABLE, LaunchBackoff
+from core.load import Finding
+from core.path_check import REPAIRABLE, PathCheck
+from core.reasons import Cause, Reason
+from core.workers import BALANCER, Workers
+
+NEVER = float("-inf")
+
+log = logging.getLogger("manager")
+
+
+class BalancerKeeper:
+    """All calls are made with the controller's lock held. `chance` returns a number from 0 to 1."""
+
+    def __init__(self, workers: Workers, chance: Callable[[], float]) -> None:
+        self.state = BalancerState.RUNNING
+        self.path = PathCheck()
+        self._workers, self._chance = workers, chance
+        self._backoff = LaunchBackoff()
+        self._repaired_at = NEVER
+
+    @property
+    def running(self) -> bool:
+        return self.state is BalancerState.RUNNING
+
+    def keep(self, listed: BalancerState, now: float) -> None:
+        """Repairs the balancer unless it runs, according to the engine's list."""
+        runs = listed is BalancerState.RUNNING
+        being_repaired = BALANCER in self._workers.busy
+        # During a repair, the list shows intermediate states.
+        if listed != self.state and (runs or not being_repaired):
+            event_log.balancer(listed)
+            self.state = listed
+        self._backoff.settle(runs, now)
+        if not runs:
+            self._repair(now)
+
+    def _repair(self, now: float) -> None:
+        if BALANCER in self._workers.busy or self._backoff.wait(now):
+            return
+        if now - self._repaired_at < STABLE:
+            # The last repair did not last. It counts as one failure.
+            self._failed(Reason(Cause.BALANCER_ENDED), now)
+            if self._backoff.wait(now):
+                return
+        self._repaired_at = now
+        self._workers.repair_balancer()
+
+    def repaired(self, problem: str, now: float) -> None:
+        """A repair has ended, with the engine's error if it failed."""
+        if problem:
+            log.error("the balancer cannot be started: %s", problem)
+            self._failed(Reason(Cause.LAUNCH_ERROR, detail=problem), now)
+
+    def _failed(self, reason: Reason, now: float) -> None:
+        self._repaired_at = NEVER
+        self._backoff.failed("", reason, now, self._chance())
+
+    def path_tested(self, errors: Mapping[str, str], findings: Sequence[Finding], now: float) -> None:
+        """Takes the result of a test of the data path: the error of each target, empty if it worked."""
+        was_broken = bool(self.path.problem)
+        failed = [(target, error) for target, error in errors.items() if error]
+        if failed:
+            target, error = failed[0]
+            self.path.failed(target, error, findings)
+        elif errors:
+            self.path.passed()
+        broken = bool(self.path.problem)
+        if broken != was_broken:
+            event_log.path(self.path)
+        if broken and any(finding.kind in REPAIRABLE for finding in findings):
+            self._repair(now)
+
+    def status(self) -> dict[str, str]:
+        """For /status: `running`; `starting` during the first repair; `failed` with the problem after a failure."""
+        if self.running:
+            return {"state": "running", "problem": ""}
+        return {"state": "failed" if self._backoff.reason else "starting", "problem": self._backoff.why}

@@ -1,0 +1,83 @@
+"""The files that outlive the manager, all in one folder: ip.txt for a balancer that starts, and what the next manager
+has to know. Each is replaced in one step, so a reader gets the old text or the new one. A failed write is logged and
+stops nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from core.reasons import NO_REASON, Cause, Reason
+from core.scaler import Policy
+
+# Why a file cannot be used: it is missing, unreadable, no JSON, or JSON of another shape.
+UNUSABLE = (OSError, ValueError, KeyError, TypeError)
+
+log = logging.getLogger("manager")
+
+
+class StateFiles:
+    def __init__(self, ip_file: Path) -> None:
+        self._ip_file = ip_file
+        self._operator_file = ip_file.with_name("orders.json")
+        self._refused_file = ip_file.with_name("refused_update.json")
+        self._trace_file = ip_file.with_name("trace.csv")
+
+    def read_addresses(self) -> set[str]:
+        """The addresses that the manager before this one had in rotation."""
+        with suppress(OSError):
+            return set(self._ip_file.read_text().split())
+        return set()
+
+    def write_addresses(self, addresses: Iterable[str]) -> None:
+        save(self._ip_file, "".join(f"{address}\n" for address in addresses))
+
+    def read_operator_settings(self, policy: Policy) -> tuple[Policy, bool]:
+        """`policy` with the operator's limits, and whether the operator has paused the manager."""
+        with suppress(*UNUSABLE):
+            saved = json.loads(self._operator_file.read_text())
+            limits = {name: saved[name] for name in ("min", "max", "target")}
+            return replace(policy, **limits), bool(saved["paused"])
+        return policy, False
+
+    def write_operator_settings(self, policy: Policy, paused: bool) -> None:
+        saved = {"min": policy.min, "max": policy.max, "target": policy.target, "paused": paused}
+        save(self._operator_file, json.dumps(saved))
+
+    def read_refusal(self, spec: str) -> Reason:
+        """Why an earlier manager gave up the update to `spec`; no reason if it did not."""
+        with suppress(*UNUSABLE):
+            saved = json.loads(self._refused_file.read_text())
+            if saved["spec"] == digest(spec):
+                reason = Reason(**saved["reason"])
+                return replace(reason, cause=Cause(reason.cause))
+        return NO_REASON
+
+    def write_refusal(self, spec_digest: str, reason: Reason) -> None:
+        save(self._refused_file, json.dumps({"spec": spec_digest, "reason": asdict(reason)}))
+
+    def append_to_trace(self, time: float, rate: float) -> None:
+        """Adds a line for tests/bench/replay.py: seconds since 1970, load."""
+        with suppress(OSError), self._trace_file.open("a") as trace:
+            trace.write(f"{time:.1f},{rate:.3f}\n")
+
+
+def digest(spec: str) -> str:
+    """Specs may contain passwords, so files and engines keep digests of them."""
+    return hashlib.sha256(spec.encode()).hexdigest()
+
+
+def save(path: Path, text: str) -> None:
+    new = path.with_suffix(".new")
+    try:
+        new.write_text(text)
+        os.replace(new, path)
+    except OSError as error:
+        log.error("cannot write %s: %s", path.name, error)

@@ -1,0 +1,128 @@
+"""The secrets that run.sh shares with a Swarm's balancers, with a fake engine that is a manager of a Swarm."""
+
+from __future__ import annotations
+
+import base64
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cli import project as project_module
+from cli import swarm
+from cli.output import Failed, Output, Undo
+from cli.project import Project
+from fakes_engine import FakeEngine
+
+
+@pytest.fixture
+def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeEngine]:
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl")
+    (tmp_path / "state").mkdir()
+    made = FakeEngine(tmp_path / "state")
+    made.swarm = {"LocalNodeState": "active", "ControlAvailable": True, "NodeID": "this-node", "NodeAddr": "198.18.0.1"}
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{made.socket}")
+    yield made
+    made.close()
+
+
+def node(place: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    """The project on a node whose checkout is at `place`."""
+    monkeypatch.setattr(project_module, "ROOT", place)
+    made = Project("p", Output("run.sh", place / "log"))
+    made.run_dir.mkdir(parents=True, exist_ok=True)
+    return made
+
+
+@pytest.fixture
+def first(engine: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Project]:
+    made = node(tmp_path / "first", monkeypatch)
+    yield made
+    made.docker.close()
+    made.output.log.close()
+
+
+@pytest.fixture
+def second(engine: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Project]:
+    made = node(tmp_path / "second", monkeypatch)
+    yield made
+    made.docker.close()
+    made.output.log.close()
+
+
+def text(engine: FakeEngine, name: str) -> str:
+    return base64.b64decode(engine.secrets[name]["Spec"]["Data"]).decode()
+
+
+def test_balancers_get_the_certificate_and_never_the_key(engine: FakeEngine, first: Project) -> None:
+    names = swarm.share_secrets(first, "image")
+    assert names == {"LB_TOKEN_SECRET": "p-token", "LB_CERTIFICATE_SECRET": "p-certificate"}
+    assert text(engine, "p-token") == (first.run_dir / "token").read_text()
+    assert text(engine, "p-certificate") == (first.run_dir / "certificate.pem").read_text()
+    for name in names.values():
+        assert "PRIVATE KEY" not in text(engine, name)
+    both = (first.run_dir / "manager.pem").read_text()
+    assert ("PRIVATE KEY" in both, "BEGIN CERTIFICATE" in both) == (True, True)
+    assert (first.run_dir / "manager.pem").stat().st_mode & 0o777 == 0o600
+    assert swarm.share_secrets(first, "image") == names
+    assert engine.secrets.keys() == {*names.values(), "p-manager"}
+    assert engine.services == [], "nothing had to be fetched"
+
+
+def test_manager_on_another_node_uses_the_same_token_key_and_certificate(
+    engine: FakeEngine, first: Project, second: Project
+) -> None:
+    names = swarm.share_secrets(first, "image")
+    assert swarm.share_secrets(second, "image") == names
+    for name in ("token", "manager.pem", "certificate.pem"):
+        assert (second.run_dir / name).read_text() == (first.run_dir / name).read_text()
+    for name in ("token", "manager.pem"):
+        assert (second.run_dir / name).stat().st_mode & 0o777 == 0o600
+    (service,) = engine.services
+    assert service["TaskTemplate"]["Placement"]["Constraints"] == ["node.id==this-node"]
+    assert engine.running_services == [], "the service that had the secrets is removed"
+
+
+def test_service_with_the_secrets_is_removed_where_they_cannot_be_read(
+    engine: FakeEngine, first: Project, second: Project
+) -> None:
+    swarm.share_secrets(first, "image")
+    engine.unreadable_secret = "token"
+    with pytest.raises(Failed, match="Fetching the project's secrets from the Swarm: failed"):
+        swarm.share_secrets(second, "image")
+    assert engine.running_services == []
+
+
+def test_another_token_than_the_balancers_have_is_refused(engine: FakeEngine, first: Project, second: Project) -> None:
+    swarm.share_secrets(first, "image")
+    (second.run_dir / "token").write_text("another")
+    with pytest.raises(Failed, match="run/p/token is not the one that this Swarm's balancers have"):
+        swarm.share_secrets(second, "image")
+
+
+def test_start_that_failed_leaves_neither_secrets_nor_a_claim(engine: FakeEngine, first: Project) -> None:
+    swarm.share_secrets(first, "image")
+    engine.nodes[0]["Spec"] = {"Labels": {"lbscaler.manager.p": "1 a-manager", "zone": "a"}}
+    swarm.forget(first)
+    assert engine.secrets == {}
+    assert engine.nodes[0]["Spec"] == {"Labels": {"zone": "a"}}
+
+
+@pytest.mark.parametrize(
+    ("state", "control", "registry", "line"),
+    [
+        ("inactive", False, "", "this host is in no Swarm; join one as a manager, or make one with --swarm-init"),
+        ("locked", False, "", "this host's state in its Swarm is 'locked', not active; see docker info"),
+        ("active", False, "", "this node is a worker of its Swarm; run on a manager of it, or: docker node promote"),
+        ("active", True, "", "the Swarm has 2 nodes, which need a registry to get the images from"),
+    ],
+)
+def test_host_that_cannot_control_a_swarm_is_refused(
+    engine: FakeEngine, first: Project, state: str, control: bool, registry: str, line: str
+) -> None:
+    engine.swarm |= {"LocalNodeState": state, "ControlAvailable": control}
+    engine.nodes.append({**engine.nodes[0], "ID": "another-node"})
+    with pytest.raises(Failed, match=line):
+        swarm.join(first, "", registry, may_init=False, undo=Undo(first.output))

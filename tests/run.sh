@@ -70,6 +70,7 @@ else
     say "unit, netns, browser, e2e, swarm: $WORKERS at a time"
     status=0
     run_parallel -m "not serial" "${all[@]}" || status=$?
+    [ "$status" -le 1 ] || exit "$status" # 1: some tests failed; above: pytest was interrupted, or could not start
     say "the tests that need the machine for themselves, one after another"
     "$VENV/bin/python" -m pytest -m serial "${all[@]}" || status=$?
     exit "$status"

@@ -42,7 +42,7 @@ def test_manager_killed_during_scale_out_and_scale_in_completes_them_and_fails_n
         backends = docker("ps", "-a", "--filter", f"label=lbscaler.project={system.project}", "--format", "{{.Names}}")
         assert sum("backend" in name for name in backends.split()) == size
     answered, others, _ = load.result()
-    assert (answered > 800, others) == (True, 0)
+    assert (answered > 300, others) == (True, 0)
 
 
 def test_killed_balancer_client_fails_no_request_and_killed_balancer_restarts_with_its_rules(system: System) -> None:
@@ -102,7 +102,7 @@ def test_run_sh_finds_a_running_manager_whose_files_were_deleted(fresh: System) 
 OWN_ENGINE = os.environ.get("LBTEST_OWN_ENGINE")
 
 
-@pytest.mark.serial
+@pytest.mark.serial  # all systems of this engine fail with it
 @pytest.mark.skipif(not OWN_ENGINE, reason="would kill an engine that tests/run.sh did not start")
 @pytest.mark.parametrize("live_restore", [True, False])
 def test_service_recovers_from_a_killed_engine(system: System, live_restore: bool) -> None:

@@ -64,7 +64,7 @@ def test_services_have_the_requested_options(system: System) -> None:
 def test_scaling_from_three_to_nine_to_three_under_load_fails_no_request(
     cluster: Cluster, system: System, figure: Figure
 ) -> None:
-    loads = [Load(cluster, node, seconds=40, per_second=30) for node in cluster.nodes]
+    loads = [Load(cluster, node, seconds=40, per_second=15) for node in cluster.nodes]
     time.sleep(2)
     began = time.monotonic()
     system.scale(min=9, max=9)
@@ -77,10 +77,10 @@ def test_scaling_from_three_to_nine_to_three_under_load_fails_no_request(
     others = [line for _, lines in results for line in lines]
     answered = sum(count for count, _ in results)
     figure(
-        f"Swarm, 3→9→3 on three nodes at 90 connections/s: {len(others)} of {answered} failed; 3→9 took {grown:.1f} s"
+        f"Swarm, 3→9→3 on three nodes at 45 connections/s: {len(others)} of {answered} failed; 3→9 took {grown:.1f} s"
     )
     assert others == []
-    assert answered > 2500
+    assert answered > 900
     assert "the engine is stopping its container" in system.log()
 
 
@@ -132,7 +132,7 @@ def test_rolling_update_by_swarm_fails_no_request(cluster: Cluster, system: Syst
 
 def test_failed_update_is_rolled_back_and_not_retried(system: System) -> None:
     before = {row["name"] for row in system.wait_for_active(3)}
-    system.up("--memory", "7m")  # too little to start
+    system.up("--memory", "7m", "--no-wait")  # too little to start
     state = ["service", "inspect", "--format", "{{with .UpdateStatus}}{{.State}}{{end}}", f"{system.project}-backend"]
     wait_until(lambda: system.node.docker(*state) == "rollback_completed", "Swarm goes back", 120)
     time.sleep(3)

@@ -1,4 +1,4 @@
-"""Finds frozen backends by their connections: the kernel of a frozen process still accepts, so probes may succeed.
+"""Finds frozen backends by their connections: their kernel still accepts connections, so probes may succeed.
 
 Pure: time is an argument. A backend is frozen when several of its connections wait for a first reply, none has got one
 for a while, and most other backends do answer. So long polls, slow applications and a failed network mark no backend.
@@ -15,7 +15,7 @@ from health import Cause, Health
 STALL_SECONDS = 10.0  # without a first reply from the backend
 MIN_STALLED = 3  # stalled connections: one or two may be long polls
 ANSWERS_WITHIN = 5.0  # seconds since a backend's latest first reply in which it counts as answering
-RETRY_SECONDS = 60.0  # after which a frozen backend is tried again: without connections it cannot prove that it answers
+RETRY_SECONDS = 60.0  # then a frozen backend gets connections again, without which it could not send a reply
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Replies:
 
 @dataclass
 class _Watched:
-    """What the samples showed of one backend. Times are in seconds on the clock of `now`."""
+    """What the samples so far showed about one backend. Times are in seconds on the clock of `now`."""
 
     first_replies: int
     since: float  # of the first sample, or of the last retry
@@ -60,7 +60,7 @@ class StallDetector:
         watched = {}
         for id_, seen in backends.items():
             one = watched[id_] = self._watched.get(id_) or _Watched(seen.first_replies, now)
-            # Any other counter than before is a reply; one that fell was restarted. A reply ends the frozen state.
+            # A changed counter means a reply, also one that fell: it was restarted. A reply ends the frozen state.
             if seen.first_replies != one.first_replies:
                 one.first_replies, one.replied_at, one.frozen_at = seen.first_replies, now, None
             # A retry gives the backend STALL_SECONDS to answer.
@@ -73,7 +73,7 @@ class StallDetector:
         suspicious = seen.in_rotation and seen.stalled >= MIN_STALLED and one.frozen_at is None
         if not suspicious or now - max(one.since, one.replied_at) < STALL_SECONDS:
             return False
-        # Most of the others in rotation have to answer.
+        # Most of the others in rotation have to answer: if they do not, the network or a shared dependency is at fault.
         others = [other for other in backends if other != id_ and backends[other].in_rotation]
         answering = 0
         for other in others:

@@ -20,7 +20,7 @@ class Draining:
     unhealthy: bool
 
     def stop_reason(self, drain_timeout: float) -> str:
-        """Why it can be stopped, for people; empty while the drain goes on. `drain_timeout` in seconds."""
+        """Why it can be stopped now, in words; empty while the drain continues. `drain_timeout` in seconds."""
         if not self.live:
             return f"drained in {self.seconds:.1f} s"
         # A failed backend answers none of its connections, so waiting for their end would only cost time.

@@ -19,7 +19,7 @@ COUNTED = CollectorRegistry()
 APPLY_SECONDS = Histogram(
     f"{PREFIX}apply_seconds", "Time of one restore of a table.", registry=COUNTED, buckets=SECONDS
 )
-REPAIRS = Counter(f"{PREFIX}repairs", "Passes that found our nat rules changed by another program.", registry=COUNTED)
+REPAIRS = Counter(f"{PREFIX}repairs", "Passes that found the nat rules changed by another program.", registry=COUNTED)
 FAILED_PROBES = Counter(f"{PREFIX}failed_probes", "Failed probes, also of starting backends.", registry=COUNTED)
 FAILED_PASSES = Counter(f"{PREFIX}failed_passes", "Passes of a loop that ended with an error.", registry=COUNTED)
 

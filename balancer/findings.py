@@ -33,7 +33,7 @@ class Kind(Enum):
 @dataclass(frozen=True)
 class Finding:
     kind: Kind
-    detail: str  # for people
+    detail: str  # a text for operators
 
     def message(self) -> dict[str, str]:
         return {"kind": self.kind.value, "detail": self.detail}

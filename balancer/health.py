@@ -20,7 +20,7 @@ class Cause(Enum):
 
 @dataclass(frozen=True)
 class Answer:
-    """The result of one probe: `cause` is None for a success, `why` says what was requested and what came back."""
+    """The result of one probe: `cause` is None for a success, `why` is a text with the request and its result."""
 
     cause: Cause | None = None
     why: str = ""
@@ -34,7 +34,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Health:
-    """`healthy` is None until the first result. `streak` counts the latest probes that contradict `healthy`."""
+    """`healthy` is None until it is decided. `streak` counts the latest probes in a row that contradict it."""
 
     healthy: bool | None = None
     streak: int = 0

@@ -1,7 +1,9 @@
 """Probes every backend concurrently: a backend that hangs delays none of the others.
 
-The snapshot's health setting says how: `sync` (GET /sync on port 5000: 200 ready, 503 no new connections), `tcp` (the
-backend's port accepts a connection) or `http:/path` (GET on the backend's port answers with a status below 400).
+The snapshot's health setting is the method. A backend is healthy
+- with `sync`, if GET /sync on port 5000 has the status 200; with 503 it refuses new connections,
+- with `tcp`, if its port accepts a connection,
+- with `http:/path`, if GET on its port has a status from 200 to 399.
 """
 
 from __future__ import annotations
@@ -61,8 +63,8 @@ def _cause(status: int, method: str) -> Cause | None:
 
 
 class Prober(threading.Thread):
-    """Probes the watched backends until the process ends. Calls `changed` when a backend's health changes; `table_full`
-    says whether the connection table is full."""
+    """Probes the watched backends until the process ends. Calls `changed` when a backend's health changes. `table_full`
+    returns whether the connection table is full."""
 
     def __init__(self, changed: Callable[[], None], table_full: Callable[[], bool] = lambda: False) -> None:
         super().__init__(name="prober", daemon=True)

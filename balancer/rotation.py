@@ -1,8 +1,8 @@
 """Which backends get new connections. Pure.
 
-An unhealthy backend leaves rotation at once while at least half of the candidates are healthy. Below half all of them
-stay, which is called panic: the health checks are then likely to be wrong, or the load too high, and fewer backends
-would make an overload worse. (Envoy's panic threshold, at its default of 50 %.)
+An unhealthy backend leaves rotation immediately while at least half of the candidates are healthy. Below half, all
+of them stay, which is called panic: the health checks are then likely to be wrong, or the load too high, and fewer
+backends would make an overload worse. (Envoy's panic threshold, at its default of 50 %.)
 
 Unreachable backends leave even in panic, for example when half of the nodes fail. They cannot answer any client, and
 other backends can. An overloaded backend stays, because it still answers some of its clients.

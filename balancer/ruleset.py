@@ -11,7 +11,7 @@ Guarantees:
   first packets only, grows for as long as the backend is known, however often the dispatch chains are rewritten.
 - Shares are exact: rule i of a chain has probability w_i / (w_i + … + w_n), and the last rule has none.
 - Rules have the form that `iptables-save` prints, so a comparison of strings finds every change by another program.
-- Our rules stand first in every built-in chain they are in. Only Docker's rules for its DNS may stand before them.
+- The project's rules stand first in every built-in chain. Only Docker's rules for its DNS may stand before them.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class Table:
-    """The wanted content of one table: our chains, and the rules that lead from built-in chains into ours, in order."""
+    """The wanted content of one table: the project's chains, and the rules that lead from built-in chains into them."""
 
     name: str
     chains: Chains
@@ -195,7 +195,7 @@ def dispatch(rotation: Sequence[Endpoint]) -> Chains:
 
 
 def _choice(targets: Sequence[tuple[str, float]], match: str = "") -> Rules:
-    """One rule for each (target, weight): a packet that reaches rule i takes it with w_i / (w_i + … + w_n)."""
+    """One rule for each (target, weight). A packet that reaches rule i matches with probability w_i / (w_i + … + w_n)."""
     rules = []
     for i, (target, weight) in enumerate(targets):
         if i == len(targets) - 1:
@@ -209,12 +209,12 @@ def _choice(targets: Sequence[tuple[str, float]], match: str = "") -> Rules:
 
 
 def _probability(p: float) -> str:
-    """`p` as the kernel stores it, a multiple of 2^-31, and as `iptables-save` prints it."""
+    """`p` rounded to a multiple of 2^-31, as the kernel stores it, and written as `iptables-save` prints it."""
     return f"{round(p * 2**31) / 2**31:.11f}"
 
 
 def restore(table: Table, actual: Listing) -> str:
-    """The text that turns `actual` into `table` in one atomic step; empty when there is nothing to change."""
+    """The text that changes `actual` into `table` in one atomic step; empty if they are equal."""
     changed = [chain for chain, rules in table.chains.items() if actual.chains.get(chain) != rules]
     stale = [chain for chain in actual.chains if chain.startswith(PREFIX) and chain not in table.chains]
     hooks: list[str] = []
@@ -248,7 +248,7 @@ def _hook_changes(chain: str, wanted: Rules, actual: Rules) -> list[str]:
 
 
 def is_hooked(nat: Listing) -> bool:
-    """Whether new connections reach our dispatch chain."""
+    """Whether a rule in PREROUTING leads new connections to dispatch."""
     return DISPATCH in nat.chains and any(target_of(rule) == DISPATCH for rule in nat.chains.get("PREROUTING", ()))
 
 

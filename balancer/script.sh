@@ -60,8 +60,8 @@ drain() {
     iptables=iptables-$(cat /run/flavour)
     touch /run/draining
     kill -TERM "$(cat /run/client.pid)" 2>/dev/null || true
-    # Without dispatch rules a new connection reaches the balancer itself, and without LB-INPUT it is refused at once
-    # instead of dropped: its client must not wait for a service that is ending.
+    # Without dispatch rules a new connection reaches the balancer itself, and without LB-INPUT it is refused
+    # immediately instead of dropped: its client must not wait for a service that is ending.
     "$iptables" -w 5 -t nat -F LB-DISPATCH
     "$iptables" -w 5 -F LB-INPUT 2>/dev/null || true
     for ((tries = 0; tries < $1 * 5; tries++)); do

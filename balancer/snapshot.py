@@ -1,4 +1,4 @@
-"""The manager's answer to GET /sync: the backends it knows, and how to serve them. Pure."""
+"""The manager's answer to GET /sync: the backends, and how the balancer has to serve them. Pure."""
 
 from __future__ import annotations
 

@@ -50,28 +50,28 @@ class StallDetector:
             found = [id_ for id_ in backends if self._is_frozen(id_, backends, now)]
             for id_ in found:
                 self._watched[id_].frozen_at, self._watched[id_].stalled = now, backends[id_].stalled
-        return {id_: one.stalled for id_, one in self._watched.items() if one.frozen_at is not None}
+        return {id_: record.stalled for id_, record in self._watched.items() if record.frozen_at is not None}
 
     def answering(self, now: float) -> frozenset[str]:
         """The ids of the backends that gave a client a first reply within ANSWERS_WITHIN."""
-        return frozenset(id_ for id_, one in self._watched.items() if now - one.replied_at < ANSWERS_WITHIN)
+        return frozenset(id_ for id_, record in self._watched.items() if now - record.replied_at < ANSWERS_WITHIN)
 
     def _update(self, backends: Mapping[str, Replies], now: float) -> None:
         watched = {}
         for id_, seen in backends.items():
-            one = watched[id_] = self._watched.get(id_) or _Watched(seen.first_replies, now)
-            # A changed counter means a reply, also one that fell: it was restarted. A reply ends the frozen state.
-            if seen.first_replies != one.first_replies:
-                one.first_replies, one.replied_at, one.frozen_at = seen.first_replies, now, None
+            record = watched[id_] = self._watched.get(id_) or _Watched(seen.first_replies, now)
+            # A changed counter means a reply. It is smaller if it was restarted. A reply ends the frozen state.
+            if seen.first_replies != record.first_replies:
+                record.first_replies, record.replied_at, record.frozen_at = seen.first_replies, now, None
             # A retry gives the backend STALL_SECONDS to answer.
-            if one.frozen_at is not None and now - one.frozen_at >= RETRY_SECONDS:
-                one.frozen_at, one.since = None, now
+            if record.frozen_at is not None and now - record.frozen_at >= RETRY_SECONDS:
+                record.frozen_at, record.since = None, now
         self._watched = watched
 
     def _is_frozen(self, id_: str, backends: Mapping[str, Replies], now: float) -> bool:
-        seen, one = backends[id_], self._watched[id_]
-        suspicious = seen.in_rotation and seen.stalled >= MIN_STALLED and one.frozen_at is None
-        if not suspicious or now - max(one.since, one.replied_at) < STALL_SECONDS:
+        seen, record = backends[id_], self._watched[id_]
+        suspicious = seen.in_rotation and seen.stalled >= MIN_STALLED and record.frozen_at is None
+        if not suspicious or now - max(record.since, record.replied_at) < STALL_SECONDS:
             return False
         # Most of the others in rotation have to answer: if they do not, the network or a shared dependency is at fault.
         others = [other for other in backends if other != id_ and backends[other].in_rotation]

@@ -1,4 +1,4 @@
-"""What the balancer's threads share.
+"""The state that the balancer's threads share.
 
 Each attribute is an immutable value that one thread replaces in one assignment, or an object with its own lock: the
 prober, the learner, the events.

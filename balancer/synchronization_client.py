@@ -94,8 +94,8 @@ class Balancer:
             state.manager_reachable = True
 
     def sync(self) -> tuple[dict[str, Any], int]:
-        """The answer to GET /sync, and its status: 503 when a loop is stuck or our rules are missing. An unreachable
-        manager causes no 503: traffic flows without it."""
+        """The answer to GET /sync, and its status: 503 when a loop is stuck or the dispatch rules are missing, but
+        not when the manager is unreachable: traffic flows without it."""
         state, now = self.state, time.monotonic()
         longest = LOOP_SECONDS + state.snapshot.interval
         loops_alive = all(now - beat < longest for beat in dict(self._beats).values())
@@ -134,7 +134,7 @@ def attempt(body: Callable[[], None]) -> None:
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout)
     flavour, node = os.environ["IPTABLES"], os.environ.get("LB_NODE", "")
-    # One host passes files and variables; a Swarm passes variables and secrets.
+    # On one host the container has files and variables; in a Swarm, variables and secrets.
     addresses = os.environ.get("LB_MANAGERS") or (HERE / "hostip.txt").read_text().strip()
     token = os.environ.get("LB_TOKEN") or (SECRETS / "token").read_text().strip()
     certificate = str(SECRETS / "certificate.pem") if node else ""

@@ -19,10 +19,10 @@ import gevent
 from gevent.pywsgi import WSGIHandler, WSGIServer
 
 REQUEST_TIMEOUT = 10.0  # seconds from a request's first byte to its last
-SEND_TIMEOUT = 20.0  # seconds that an answer waits for a client that does not read
-REFUSED_IDLE_TIMEOUT = 1.0  # seconds that a connection above the limit has to begin its request
+SEND_TIMEOUT = 20.0  # seconds until a client that does not read its answer is disconnected
+REFUSED_IDLE_TIMEOUT = 1.0  # seconds in which a connection above the limit has to begin its request
 RESERVE = 256  # connections above the limit that are refused with an answer
-OTHER_FILES = 64  # open files that the process needs beside its connections
+OTHER_FILES = 64  # open files that the process needs for other purposes
 SEND_BUFFER = 16_384  # bytes in the kernel for answers that a client does not read
 READ_BUFFER = 1024  # bytes; pywsgi's own 8 KiB would be most of what an idle connection costs
 BODY_CHUNK = 65_536  # bytes

@@ -117,7 +117,7 @@ def mangle(check_source: str = "", marks: bool = True) -> Table:
     """Counts packets and bytes to every backend with one rule: the set keeps a counter for each member.
 
     With `marks`, the first packet with data of each side marks the connection, and the backend's first one is counted
-    in a set of its own. All other packets pass only one more rule: those without PSH or after the first reply.
+    in a set of its own. Packets without PSH, or after the first reply, pass only one more rule.
     """
     chains: Chains = {COUNT: (f"-m set --match-set {SET} dst",)}
     if marks:
@@ -195,7 +195,7 @@ def dispatch(rotation: Sequence[Endpoint]) -> Chains:
 
 
 def _choice(targets: Sequence[tuple[str, float]], match: str = "") -> Rules:
-    """One rule for each (target, weight). A packet that reaches rule i matches with probability w_i / (w_i + … + w_n)."""
+    """One rule for each (target, weight). A packet at rule i matches with probability w_i / (w_i + … + w_n)."""
     rules = []
     for i, (target, weight) in enumerate(targets):
         if i == len(targets) - 1:

@@ -5,8 +5,8 @@ Each backend is modelled as an M/M/1 processor-sharing queue: at arrival rate λ
 for an idle backend and tends to λ for an overloaded one. For L ≥ 1 it lies between λ and 2λ, so the large swings of L
 on a busy backend change it little.
 
-A capacity counts for at most HEADROOM times the median of the backends that keep up. A backend that answers
-every request immediately with an error has L ≈ 0, and would otherwise get most of the traffic.
+A capacity counts for at most HEADROOM times the median of the backends that keep up. A backend that answers every
+request immediately with an error has L ≈ 0, and would otherwise get most of the traffic.
 
 Stability: each interval, weights move HALF of the way towards μ_i/Σμ. In the model this target depends on the backends'
 speed only, not on the weights, so the distance to it halves each interval. The smoothing adds a lag of 1/α ≈ 3

@@ -1,7 +1,7 @@
-"""The balancer's own HTTP interface on port 5000: for the health check, Prometheus and people.
+"""The balancer's own HTTP interface on port 5000: for Docker's health check, Prometheus and people.
 
-gevent serves it, in a thread with its own event loop. A request must arrive within REQUEST_SECONDS, and up to
-MAX_CONNECTIONS are open at a time, so that silent or slow clients do not block other requests.
+gevent serves it, in a thread with its own event loop. Silent or slow clients do not block others: a request must arrive
+and be answered within REQUEST_SECONDS, and up to MAX_CONNECTIONS connections may be open at a time.
 """
 
 from __future__ import annotations
@@ -34,14 +34,15 @@ def create_app(sync: Callable[[], tuple[dict[str, Any], int]], metrics: Callable
 class _Handler(WSGIHandler):  # type: ignore[misc]  # gevent has no types
     def handle_one_request(self) -> Any:
         """Reads and answers one request; disconnects a client that takes too long."""
+        # The timeout ends the block without an exception. None then makes pywsgi close the connection.
         with gevent.Timeout(REQUEST_SECONDS, False):
             return super().handle_one_request()
         return None
 
 
 def connection_limit() -> int:
-    """How many connections may be open at a time: they must not use up the files that the process itself needs. Raises
-    the process's limit of open files as far as allowed and useful."""
+    """How many connections may be open at a time. Each is an open file, and RESERVED_FILES are left for other purposes.
+    Raises the process's limit of open files, if MAX_CONNECTIONS needs it and the hard limit allows it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MAX_CONNECTIONS + RESERVED_FILES
     if soft < wanted:
@@ -51,8 +52,8 @@ def connection_limit() -> int:
 
 
 def make_server(app: Flask, port: int = PORT) -> WSGIServer:
-    # Errors of clients are not logged.
     pool = Pool(connection_limit())
+    # Without a log, which clients could fill with their errors.
     quiet = {"log": None, "error_log": None}
     return WSGIServer(("0.0.0.0", port), app, spawn=pool, backlog=BACKLOG, handler_class=_Handler, **quiet)
 
@@ -61,7 +62,8 @@ def serve_in_thread(app: Flask, port: int = PORT) -> threading.Thread:
     """Serves until the process ends."""
 
     def serve() -> None:
-        make_server(app, port).serve_forever()  # created here: the event loop belongs to this thread
+        # The server has to be created in its thread, because gevent has one event loop per thread.
+        make_server(app, port).serve_forever()
 
     thread = threading.Thread(target=serve, name="http", daemon=True)
     thread.start()

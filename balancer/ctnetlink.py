@@ -1,9 +1,9 @@
-"""The kernel's connection table over a netlink socket: lists it in blocks, and deletes flows. Needs NET_ADMIN.
+"""Lists the kernel's connection table over a netlink socket, block by block, and deletes flows. Needs NET_ADMIN.
 
 Errors of the kernel are OSErrors; a listing or deletion that takes longer than SCAN_SECONDS is a TimeoutError.
 
 The program conntrack does the same, but it filters by address outside the kernel, needs a scan for each address, and
-prints text: six seconds and 160 MB for a million flows, where the kernel's own filter takes 0.4 s.
+prints text. For a million flows it needs six seconds and 160 MB; the kernel's own filter needs 0.4 s.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ NLMSG_ERROR, NLMSG_DONE = 2, 3
 def listing(request: bytes) -> Iterator[bytes]:
     """The answer to a request of `flows.listing_request`, block by block."""
     deadline = time.monotonic() + SCAN_SECONDS
-    with _opened() as netlink:
+    with _open_socket() as netlink:
         netlink.send(request)
         while True:
             block = _receive(netlink, deadline)
+            # DONE ends a listing; a request that the kernel refuses gets only an ERROR.
             (kind,) = struct.unpack_from("=H", block, 4)
             if kind in (NLMSG_ERROR, NLMSG_DONE):
                 _raise_error(block)
@@ -44,10 +45,11 @@ def delete(deletions: Iterable[bytes]) -> None:
     """Deletes the flows that `flows.deletions` found. A flow that has ended since then is no error."""
     remaining = iter(deletions)
     deadline = time.monotonic() + SCAN_SECONDS
-    with _opened() as netlink:
+    with _open_socket() as netlink:
         while batch := list(islice(remaining, BATCH)):
             last = len(batch) - 1
             messages = bytearray()
+            # Only the last deletion asks for an acknowledgement: one answer per batch instead of one per flow.
             for i, attributes in enumerate(batch):
                 messages += flows.message(flows.DELETE, flows.ACK if i == last else 0, i, attributes)
             netlink.send(messages)
@@ -59,7 +61,7 @@ def delete(deletions: Iterable[bytes]) -> None:
                 _raise_error(answer, accept=errno.ENOENT)
 
 
-def _opened() -> socket.socket:
+def _open_socket() -> socket.socket:
     netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
     netlink.bind((0, 0))
     netlink.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
@@ -75,8 +77,8 @@ def _receive(netlink: socket.socket, deadline: float) -> bytes:
 
 
 def _raise_error(answer: bytes, accept: int = 0) -> None:
-    """Raises the error of an answer, if it has one that is not `accept`. An acknowledgement has the number 0, and the
-    end of a listing may have none."""
+    """Raises the error in an answer, except `accept`. An acknowledgement has the code 0; the end of a listing may have
+    no code."""
     code = -struct.unpack_from("=i", answer, 16)[0] if len(answer) >= 20 else 0
     if code not in (0, accept):
         raise OSError(code, os.strerror(code))

@@ -1,5 +1,7 @@
-"""This balancer's metrics for Prometheus. A new metric is one row: below COUNTED, if other modules count it as it
-happens, or in `gauges`, if its value is read at each scrape."""
+"""This balancer's metrics for Prometheus.
+
+A new metric is one row: below COUNTED if other modules count events, in `gauges` if its value is read at each scrape.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,8 @@ COUNTED = CollectorRegistry()
 APPLY_SECONDS = Histogram(
     f"{PREFIX}apply_seconds", "Time of one restore of a table.", registry=COUNTED, buckets=SECONDS
 )
-REPAIRS = Counter(f"{PREFIX}repairs", "Passes that found our nat rules changed by another program.", registry=COUNTED)
-FAILED_PROBES = Counter(f"{PREFIX}failed_probes", "Probes that failed, of starting backends too.", registry=COUNTED)
+REPAIRS = Counter(f"{PREFIX}repairs", "Passes that found the nat rules changed by another program.", registry=COUNTED)
+FAILED_PROBES = Counter(f"{PREFIX}failed_probes", "Failed probes, also of starting backends.", registry=COUNTED)
 FAILED_PASSES = Counter(f"{PREFIX}failed_passes", "Passes of a loop that ended with an error.", registry=COUNTED)
 
 
@@ -27,7 +29,7 @@ def gauges(state: State) -> tuple[tuple[str, str, float], ...]:
     used, limit = state.netfilter.conntrack_use()
     return (
         ("rotation_backends", "Backends that get new connections.", len(state.rotation.endpoints)),
-        ("panic", "1 while fewer than half of the backends are healthy, so that all stay.", state.rotation.panic),
+        ("panic", "1 while unhealthy backends stay in rotation: fewer than half are healthy.", state.rotation.panic),
         ("flows", "Live flows to backends.", sum(state.live.values())),
         ("conntrack_entries", "Entries in the connection table.", used),
         ("conntrack_entries_limit", "Entries that the connection table can hold.", limit),
@@ -37,6 +39,7 @@ def gauges(state: State) -> tuple[tuple[str, str, float], ...]:
 
 def exposition(state: State) -> bytes:
     """One scrape of all metrics."""
+    # A registry for each scrape, so that gauges cannot keep an old value.
     read = CollectorRegistry()
     for name, meaning, value in gauges(state):
         Gauge(PREFIX + name, meaning, registry=read).set(value)

@@ -1,4 +1,4 @@
-"""Faults of the data path that are not in our own rules. Pure: listings in, findings out."""
+"""Finds faults of the data path that are not in the balancer's own rules. Pure: listings in, findings out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ PASSED = {
     "nat": ("PREROUTING",),
     "filter": ("FORWARD",),
 }
+# Targets that drop, redirect or untrack a packet.
 HARMFUL = frozenset({"DROP", "REJECT", "DNAT", "REDIRECT", "TPROXY", "NETMAP", "CT", "NOTRACK", "QUEUE", "NFQUEUE"})
+# A rule for one of these cannot match the service's packets, which are TCP.
 OTHER_PROTOCOL = re.compile(r"(^| )-p (udp|icmp|sctp|esp|igmp)\b")
 
 
@@ -31,7 +33,7 @@ class Kind(Enum):
 @dataclass(frozen=True)
 class Finding:
     kind: Kind
-    detail: str  # for people
+    detail: str  # a text for operators
 
     def message(self) -> dict[str, str]:
         return {"kind": self.kind.value, "detail": self.detail}
@@ -61,6 +63,7 @@ def _foreign_rules(chain: str, listing: Listing, visited: set[str]) -> Iterator[
         target = target_of(rule)
         if target in HARMFUL:
             yield f"-A {chain} {rule}"
+        # A chain can be reached by several rules; one visit is enough.
         elif target in listing.chains and target not in visited:
             visited.add(target)
             yield from _foreign_rules(target, listing, visited)

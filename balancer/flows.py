@@ -31,7 +31,7 @@ REQUEST, ACK, DUMP = 0x1, 0x4, 0x300  # flags
 IPV4, TCP = 2, 6
 HEADERS = 20  # bytes before a message's attributes
 
-# enum tcp_conntrack. A flow in one of the last three states has ended; in any other, it may still carry an answer.
+# enum tcp_conntrack. A flow in one of the last three states has ended; in the others it may still carry data.
 SYN_SENT, SYN_RECV, ESTABLISHED, FIN_WAIT, CLOSE_WAIT, LAST_ACK, TIME_WAIT, CLOSE = range(1, 9)
 OVER = (LAST_ACK, TIME_WAIT, CLOSE)
 # The backend's kernel has accepted the connection. A client that timed out has sent its FIN without getting a reply.
@@ -91,6 +91,7 @@ class FlowCounts:
 
 
 def attribute(kind: int, payload: bytes) -> bytes:
+    # The length does not include the padding to four bytes.
     length = _ATTRIBUTE.size + len(payload)
     return _ATTRIBUTE.pack(length, kind) + payload + bytes(-length % 4)
 
@@ -102,7 +103,7 @@ def message(kind: int, flags: int, number: int, attributes: bytes) -> bytes:
 
 
 def listing_request(backend: str = "", waiting_only: bool = False) -> bytes:
-    """Requests all flows to the service, or only those of one backend, or those that wait for a first reply.
+    """The request for all flows to the service, or only for those of one backend, or those that wait for a first reply.
 
     The kernel does the filtering: by address and port since Linux 5.8, by mark in all versions. An older kernel sends
     more flows than requested, so `count` and `deletions` check each flow themselves."""
@@ -123,8 +124,9 @@ def listing_request(backend: str = "", waiting_only: bool = False) -> bytes:
 
 
 def deletions(block: bytes, backends: Collection[str], unanswered_only: bool = False) -> Iterator[bytes]:
-    """The attributes that delete each flow of `backends` in `block`: its first tuple, and its id, so that a newer
-    connection with the same ports is kept. `unanswered_only`: only flows whose SYN the backend did not answer."""
+    """For each flow of `backends` in `block`, the attributes of the message that deletes it: its first tuple and its
+    id. With the id, a newer connection with the same ports is kept. `unanswered_only`: only flows whose SYN the backend
+    did not answer."""
     wanted = {IPv4Address(ip).packed for ip in backends}
     for entry in _entries(block):
         flow = _flow(block, entry)
@@ -132,8 +134,9 @@ def deletions(block: bytes, backends: Collection[str], unanswered_only: bool = F
             continue
         if unanswered_only and flow.state != SYN_SENT:
             continue
-        first, id_ = entry[ORIGINAL], entry[ID]
-        yield attribute(NESTED | ORIGINAL, block[first : first + _TUPLE.size]) + attribute(ID, block[id_ : id_ + 4])
+        tuple_at, id_at = entry[ORIGINAL], entry[ID]
+        first_tuple = attribute(NESTED | ORIGINAL, block[tuple_at : tuple_at + _TUPLE.size])
+        yield first_tuple + attribute(ID, block[id_at : id_at + 4])
 
 
 # -- answers ---------------------------------------------------------------------------------------------------------
@@ -148,9 +151,9 @@ def flows(block: bytes) -> Iterator[Flow]:
 
 
 def count(seen: Iterable[Flow], timeouts: Timeouts, check_source: str = "") -> FlowCounts:
-    """`seen` by backend, without the manager's self-check connections from `check_source`."""
+    """Counts the flows in `seen` by backend, without the manager's self-check connections from `check_source`."""
     checker = IPv4Address(check_source).packed if check_source else None
-    # First by what the counts depend on: there are few such combinations, and up to a million flows.
+    # First count equal combinations of these four values: a million flows have few of them.
     kinds: Counter[tuple[bytes, int, bool, bool]] = Counter()
     for flow in seen:
         is_check = flow.source == checker and CHECK_PORTS[0] <= flow.source_port <= CHECK_PORTS[1]
@@ -159,7 +162,7 @@ def count(seen: Iterable[Flow], timeouts: Timeouts, check_source: str = "") -> F
         waits = flow.mark & (REQUEST_MARK | REPLY_MARK) == REQUEST_MARK
         silent = timeouts.idle(flow) >= SILENT_SECONDS
         kinds[flow.backend, flow.state, waits, silent] += 1
-    # Then by backend.
+    # Then add the combinations up by backend.
     counts = FlowCounts()
     for (backend, state, waits, silent), number in kinds.items():
         ip = str(IPv4Address(backend))
@@ -175,6 +178,7 @@ def count(seen: Iterable[Flow], timeouts: Timeouts, check_source: str = "") -> F
 
 def _entries(block: bytes) -> Iterator[dict[int, int]]:
     """For each message in a block: attribute type → offset of its payload."""
+    # Offsets, not values: most attributes are never read, and a listing may have a million messages.
     begin = 0
     unpack = _ATTRIBUTE.unpack_from
     while begin < len(block):
@@ -184,7 +188,7 @@ def _entries(block: bytes) -> Iterator[dict[int, int]]:
         while at < end:
             size, kind = unpack(block, at)
             entry[kind & TYPE_MASK] = at + _ATTRIBUTE.size
-            at += size + 3 & ~3
+            at += size + 3 & ~3  # padded to four bytes
         yield entry
         begin = end + 3 & ~3
 

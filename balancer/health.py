@@ -1,4 +1,4 @@
-"""When a backend counts as healthy. Pure: the answers to its probes in, its health out."""
+"""Decides from the results of its probes whether a backend is healthy. Pure."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ class Cause(Enum):
     """Why a backend is unhealthy, as reports name it."""
 
     PROBE_FAILED = "probe_failed"
-    UNREACHABLE = "unreachable"  # its kernel does not answer either
-    REFUSED = "refused"  # it answered that it wants no new connections
+    UNREACHABLE = "unreachable"  # not even its kernel answers
+    REFUSED = "refused"  # it reported that it accepts no new connections
     NO_FIRST_REPLY = "no_first_reply"  # found by its connections, not by its probes
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The result of one probe: `cause` is None for a success, `why` says what was requested and what came back."""
+    """The result of one probe: `cause` is None for a success, `why` is a text with the request and its result."""
 
     cause: Cause | None = None
     why: str = ""
@@ -28,13 +28,13 @@ class Answer:
 
     @property
     def may_be_lost(self) -> bool:
-        """Whether lost packets explain this answer, as they occur with a full connection table."""
+        """Whether lost packets, which a full connection table causes, can explain this answer."""
         return self.timed_out or self.cause is Cause.UNREACHABLE
 
 
 @dataclass(frozen=True)
 class Health:
-    """`healthy` is None until the first result. `streak` counts the latest probes that contradict `healthy`."""
+    """`healthy` is None until it is decided. `streak` counts the latest probes in a row that contradict it."""
 
     healthy: bool | None = None
     streak: int = 0
@@ -48,6 +48,8 @@ class Health:
         good = answer.cause is None
         if good == self.healthy:
             return Health(good, 0, answer.why, answer.cause)
+        # One contradicting probe may be an accident, so several are needed. There are two exceptions: the first success
+        # of a new backend, and a refusal, with which the backend itself reports its state.
         streak = self.streak + 1
         is_first_success = good and self.healthy is None
         enough = streak >= (RISE if good else FALL)

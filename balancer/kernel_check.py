@@ -1,4 +1,4 @@
-"""Prints what this kernel lacks of what the rules need, for each flavour of iptables, until one has everything."""
+"""Prints the features that the rules need and this kernel lacks, for each flavour of iptables, until one has all."""
 
 from __future__ import annotations
 

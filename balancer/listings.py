@@ -27,7 +27,7 @@ def parse_table(text: str) -> Listing:
             chains.setdefault(chain, [])
             if policy != "-":
                 policies[chain] = policy
-        # A rule, with the packets that it counted.
+        # A rule, with its packet and byte counters.
         elif match := re.match(r"\[(\d+):\d+\] -A (\S+) ?(.*)", line):
             chain = match[2]
             packets.setdefault(chain, int(match[1]))

@@ -29,6 +29,7 @@ class ManagerClient:
         self._balancer = balancer
         self._urls = deque(f"{'https' if certificate else 'http'}://{address}" for address in addresses)
         self._session = requests.Session()
+        # HTTP_PROXY and the like are for other programs: the manager is always called directly.
         self._session.trust_env = False
         self._session.headers.update({"Authorization": f"Bearer {token}", "Connection": "close"})
         if certificate:
@@ -42,6 +43,7 @@ class ManagerClient:
             answer = self._session.get(f"{self._urls[0]}/sync", params=query, timeout=(3, LONG_POLL + 10))
             answer.raise_for_status()
         except requests.RequestException:
+            # All further calls use the next address, in case the manager now runs on another node.
             self._urls.rotate(-1)
             raise
         message: Mapping[str, Any] | None = None if answer.status_code == 204 else answer.json()
@@ -52,7 +54,8 @@ class ManagerClient:
 
     def stop(self, ip: str, reason: str) -> None:
         answer = self._post("/stop", {"ip": ip, "reason": reason, "balancer": self._balancer})
-        if answer.status_code != 404:  # unknown to the manager: already removed
+        # With 404 the manager does not know the backend, so it was removed already.
+        if answer.status_code != 404:
             answer.raise_for_status()
 
     def _post(self, path: str, message: Mapping[str, Any]) -> requests.Response:

@@ -19,9 +19,9 @@ from flows import FlowCounts, Timeouts
 from listings import Listing, parse_set, parse_table
 from ruleset import REPLIES, SET
 
-LOCKED, TRIES = 4, 5  # the exit code for a lock held by another program, the only failure that is tried again
+LOCKED, TRIES = 4, 5  # the exit code when another program holds the lock, the only failure that is tried again
 TIMEOUT = 30  # seconds
-MAX_FILTERED_SCANS = 8  # at a million flows 0.4 s each, where one scan of all takes four seconds
+MAX_FILTERED_SCANS = 8  # at a million flows each takes 0.4 s, and one scan of all flows four seconds
 PROC = Path("/proc/sys/net")
 
 
@@ -42,7 +42,7 @@ def run(argv: Sequence[str], text: str = "") -> str:
             return done.stdout
         if done.returncode != LOCKED:
             break
-    # A failed restore names the line by its number.
+    # The program names a faulty line only by its number, so print the lines with their numbers.
     numbered = "".join(f"\n{number:5} {line}" for number, line in enumerate(text.splitlines(), 1))
     raise NetfilterError(f"{' '.join(argv)}: exit code {done.returncode}: {done.stderr.strip()}{numbered}")
 
@@ -90,7 +90,7 @@ class Netfilter:
         return run(["ipset", "save"])
 
     def members(self) -> dict[str, dict[str, tuple[int, int]]]:
-        """Of both sets, by name: (packets, bytes) of each member, by address."""
+        """For each of the two sets, by name: (packets, bytes) of each member, by address."""
         text = self.sets()
         return {name: parse_set(text, name) for name in (SET, REPLIES)}
 
@@ -105,11 +105,11 @@ class Netfilter:
         return self._count([flows.listing_request()], check_source)
 
     def waiting_flows(self, check_source: str = "") -> FlowCounts:
-        """Counts those that wait for a first reply; the kernel selects them."""
+        """Counts the flows that wait for a first reply; the kernel selects them."""
         return self._count([flows.listing_request(waiting_only=True)], check_source)
 
     def flows_of(self, ips: Collection[str]) -> FlowCounts:
-        """Counts the flows of some backends; the result may contain those of others, too."""
+        """Counts the flows of some backends. The result may also contain other backends."""
         return self._count(_requests_for(ips))
 
     def _count(self, requests: Iterable[bytes], check_source: str = "") -> FlowCounts:
@@ -144,7 +144,7 @@ class Netfilter:
 
 @contextlib.contextmanager
 def _connection_table() -> Iterator[None]:
-    """Makes errors of ctnetlink errors of this module."""
+    """Turns an OSError of ctnetlink into a NetfilterError."""
     try:
         yield
     except OSError as error:
@@ -152,7 +152,7 @@ def _connection_table() -> Iterator[None]:
 
 
 def _requests_for(ips: Collection[str]) -> list[bytes]:
-    """The kernel selects the flows of few backends, one scan each. Those of many are found in one scan of all flows."""
+    """For a few backends one filtered scan each; for many, one scan of all flows."""
     if len(ips) <= MAX_FILTERED_SCANS:
         return [flows.listing_request(backend=ip) for ip in ips]
     return [flows.listing_request()]

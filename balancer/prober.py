@@ -1,7 +1,9 @@
 """Probes every backend concurrently: a backend that hangs delays none of the others.
 
-The snapshot's health setting says how: `sync` (GET /sync on port 5000: 200 ready, 503 no new connections), `tcp` (the
-backend's port accepts a connection) or `http:/path` (GET on the backend's port answers with a status below 400).
+The snapshot's health setting is the method. A backend is healthy
+- with `sync`, if GET /sync on port 5000 has the status 200; with 503 it refuses new connections,
+- with `tcp`, if its port accepts a connection,
+- with `http:/path`, if GET on its port has a status from 200 to 399.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ _Target = tuple[str, int, str]  # address, port, method
 
 async def probe(ip: str, port: int, method: str) -> Answer:
     """Makes one probe of at most TIMEOUT seconds."""
+    # Only the sample server is probed on a port of its own.
     port, path = (SYNC_PORT, "/sync") if method == "sync" else (port, method.removeprefix("http:"))
     request = f"port {port}" if method == "tcp" else f"GET {path} on port {port}"
     connected = False
@@ -40,6 +43,7 @@ async def probe(ip: str, port: int, method: str) -> Answer:
                 writer.write(f"GET {path} HTTP/1.1\r\nHost: {ip}:{port}\r\nConnection: close\r\n\r\n".encode())
                 status = int((await reader.readline()).split()[1])
     except TimeoutError:
+        # A connection without an answer is a failure of the program; without a connection the host may be unreachable.
         if connected:
             return Answer(Cause.PROBE_FAILED, f"{request}: no answer within {TIMEOUT:g} s", timed_out=True)
         return Answer(Cause.UNREACHABLE, f"{request}: no connection within {TIMEOUT:g} s")
@@ -52,15 +56,15 @@ async def probe(ip: str, port: int, method: str) -> Answer:
 
 
 def _cause(status: int, method: str) -> Cause | None:
-    """What the status of an HTTP answer means; None where it means healthy."""
+    """The cause that the status of an HTTP answer stands for; None for a healthy backend."""
     if method == "sync":
         return {200: None, 503: Cause.REFUSED}.get(status, Cause.PROBE_FAILED)
     return None if 200 <= status < 400 else Cause.PROBE_FAILED
 
 
 class Prober(threading.Thread):
-    """Probes the watched backends until the process ends. Calls `changed` when a backend's health changes; `table_full`
-    says whether the connection table is full."""
+    """Probes the watched backends until the process ends. Calls `changed` when a backend's health changes. `table_full`
+    returns whether the connection table is full."""
 
     def __init__(self, changed: Callable[[], None], table_full: Callable[[], bool] = lambda: False) -> None:
         super().__init__(name="prober", daemon=True)
@@ -81,6 +85,7 @@ class Prober(threading.Thread):
     def watch(self, snapshot: Snapshot) -> None:
         """Watches the backends of the snapshot and no others."""
         targets = {backend.id: (backend.ip, snapshot.port, snapshot.health) for backend in snapshot.backends}
+        # Tasks may be changed in the thread of their event loop only.
         self._loop.call_soon_threadsafe(self._retarget, targets)
 
     def _retarget(self, targets: Mapping[str, _Target]) -> None:

@@ -1,10 +1,10 @@
-"""Brings the kernel's rules, sets and flows to what the snapshot and the backends' health require. The only writer of
-rules.
+"""Changes the kernel's rules, sets and flows until they match the snapshot and the backends' health. The client writes
+rules nowhere else.
 
 A pass adds first and removes last:
 
-    in:   healthy → old flows of its address deleted → in the sets → its chain and its share, in one step
-    out:  share and chain removed, in one step → its flows deleted → out of the sets
+    add:     it is healthy → old flows of its address deleted → added to the sets → chain and share written in one step
+    remove:  share and chain deleted in one step → its flows deleted → removed from the sets
 
 A pass that fails at any step leaves working rules, and the next pass completes it. Without a manager, the last snapshot
 stays in force.
@@ -33,16 +33,16 @@ log = logging.getLogger("balancer")
 
 
 class Reconciler:
-    """`node` is the machine that this balancer is on, where there are several."""
+    """`node` is the Swarm node of this balancer; empty on a single host."""
 
     def __init__(self, state: State, node: str = "") -> None:
         self._state, self._netfilter, self._node = state, state.netfilter, node
-        # What the kernel has: address → id of each backend that it may know (None after a start), and the nat table.
+        # Address → id of each backend that the kernel may have flows of. None before the first pass.
         self._known: Mapping[str, str] | None = None
-        self._nat: Table | None = None
+        self._nat: Table | None = None  # as the last pass wrote it
 
     def wait_and_reconcile(self) -> None:
-        """Makes one pass: when something changed, or after an interval, which repairs what other programs changed."""
+        """Makes one pass when something changes, or after an interval: other programs may have changed the rules."""
         wait = self._state.snapshot.interval
         if self._state.learner.ramping(time.monotonic()):
             wait = min(SLOW_START_STEP, wait)
@@ -90,8 +90,8 @@ class Reconciler:
         _log_changes(before, chosen, repaired)
 
     def _weighted(self, chosen: Rotation, snapshot: Snapshot, health: Mapping[str, Health]) -> Rotation:
-        """`chosen` with weights by the backends' speed. Backends that became healthy a moment ago get a part of their
-        share; a spare was healthy long before it enters rotation."""
+        """`chosen` with weights by the backends' speed. In its slow start, a backend gets only a part of its share. A
+        spare has none when it enters rotation, because it became healthy long before."""
         learner, now, adaptive = self._state.learner, time.monotonic(), snapshot.weights == "adaptive"
         ids = snapshot.ids
         healthy = {id_ for id_, one in health.items() if one.healthy}
@@ -103,14 +103,14 @@ class Reconciler:
         return replace(chosen, endpoints=tuple(endpoints))
 
     def _prepare(self, ids: Mapping[str, str], known: Mapping[str, str]) -> None:
-        """Deletes what the kernel still has of new backends' addresses. Only an address that another backend had until
-        now can have flows: those of an unknown address were deleted when its last backend was removed."""
+        """Deletes the old flows and neighbour entries of new backends' addresses. Only an address that another backend
+        had until now can have flows: `_remove` has deleted those of all others."""
         reused = {ip for ip, id_ in ids.items() if known.get(ip) and known[ip] != id_}
         self._netfilter.delete_flows(reused)
         self._netfilter.delete_neighbours((ids.keys() - known.keys()) | reused)
 
     def _remove(self, removed: Collection[str], ejected: Collection[str]) -> None:
-        """Deletes what the kernel has of removed backends, and the unanswered connections of ejected ones: the
+        """Deletes the flows and neighbour entries of removed backends, and the unanswered flows of ejected ones: the
         client's next SYN is then sent to another backend."""
         self._netfilter.delete_flows(removed)
         self._netfilter.delete_neighbours(removed)
@@ -124,7 +124,8 @@ class Reconciler:
         )
 
     def _write(self, tables: list[Table], nat: Listing) -> bool:
-        """Writes what differs, and returns whether the nat table did."""
+        """Writes the tables that differ from the kernel's, and returns whether the nat table did."""
+        # The nat table first: it alone decides where connections go.
         listings = {"nat": nat}
         changed = self._apply(tables[0], nat)
         self._state.rules_in_place = True

@@ -17,7 +17,7 @@ NEARLY_FULL = 0.9  # of the connection table: reported as a warning
 
 
 class Reporter:
-    """`name` is this balancer's."""
+    """`name` is the balancer's name in its reports."""
 
     def __init__(self, state: State, manager: ManagerClient, name: str) -> None:
         self._state, self._manager, self._name = state, manager, name
@@ -27,6 +27,7 @@ class Reporter:
         """Sends the next report: a regular one each interval, or an early one after a change of health."""
         state = self._state
         is_early = state.report_due.wait(self._schedule.until_regular(time.monotonic()))
+        # One failure often causes several changes within a short time: the pause puts them into one report.
         if is_early:
             time.sleep(self._schedule.early_pause(time.monotonic()))
         state.report_due.clear()
@@ -34,6 +35,7 @@ class Reporter:
         if not state.snapshot.revision:
             return
         report = self.report()
+        # An early report would end a short interval with few connections, and make the estimates noisy.
         if is_regular:
             self.learn(report)
         if state.manager_reachable:  # the thread that follows the manager logs when it is not

@@ -1,11 +1,11 @@
 """Which backends get new connections. Pure.
 
-An unhealthy backend leaves rotation at once while at least half of the candidates are healthy. Below half all of them
-stay, which is called panic: the health checks are then likely to be wrong, or the load too high, and fewer backends
-would make an overload worse. (Envoy's panic threshold, at its default of 50 %.)
+An unhealthy backend leaves rotation immediately while at least half of the candidates are healthy. Below half, all
+of them stay, which is called panic: the health checks are then likely to be wrong, or the load too high, and fewer
+backends would make an overload worse. (Envoy's panic threshold, at its default of 50 %.)
 
-In panic, unreachable backends still leave, as when half of the nodes fail: nothing can connect to them and they answer
-no client, while other backends do. An overloaded backend stays: it still answers some of its clients.
+Unreachable backends leave even in panic, for example when half of the nodes fail. They cannot answer any client, and
+other backends can. An overloaded backend stays, because it still answers some of its clients.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from health import Cause, Health
 from ruleset import Endpoint
 from snapshot import Backend, Snapshot
 
-REMOTE_WEIGHT = 0.1  # of a backend on another node, where the balancer's own node is preferred
+REMOTE_WEIGHT = 0.1  # of a backend on another node, if the balancer's own node is preferred
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,15 @@ def _is_candidate(backend: Backend, health: Health) -> bool:
 def _reachable(
     candidates: Sequence[Backend], health: Mapping[str, Health], answering: Collection[str]
 ) -> Sequence[Backend]:
-    """`candidates` without the unreachable ones. All of them where no backend is known to answer: the fault may be this
-    node's own network."""
+    """`candidates` without the unreachable ones. If no backend is known to answer, all of them: the fault may be
+    in this node's own network."""
     some_answer = bool(answering) or any(one.healthy for one in health.values())
     reachable = [b for b in candidates if b.id in answering or health[b.id].cause is not Cause.UNREACHABLE]
     return reachable if some_answer and reachable else candidates
 
 
 def _endpoints(snapshot: Snapshot, chosen: Sequence[Backend], node: str) -> tuple[Endpoint, ...]:
+    # Without a local backend, there is nothing to prefer.
     some_are_local = any(backend.node == node for backend in chosen)
     remote_weight = REMOTE_WEIGHT if snapshot.locality and some_are_local else 1.0
     endpoints = []

@@ -1,4 +1,4 @@
-"""Backends and weights in, `iptables-restore` text out. Pure: runs nothing, reads nothing.
+"""Renders backends and weights as `iptables-restore` text. Pure: runs nothing, reads nothing.
 
 The path of a new connection through the nat table (all chains of this project begin with LB-):
 
@@ -8,10 +8,10 @@ Guarantees:
 - A text holds one table and changes only chains that differ from the listing it was made for. Applied with
   `--noflush` it is atomic, and foreign chains stay as they are.
 - A backend's chain is written once. So the counter of its one rule, which counts connections because the nat table sees
-  first packets only, grows for as long as the backend is known, whatever happens to the dispatch above it.
+  first packets only, grows for as long as the backend is known, however often the dispatch chains are rewritten.
 - Shares are exact: rule i of a chain has probability w_i / (w_i + … + w_n), and the last rule has none.
-- Rules are spelled as `iptables-save` prints them, so comparing strings finds every change by another program.
-- Our rules stand first in every built-in chain they are in. Only Docker's rules for its DNS may stand before them.
+- Rules have the form that `iptables-save` prints, so a comparison of strings finds every change by another program.
+- The project's rules stand first in every built-in chain. Only Docker's rules for its DNS may stand before them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PREFIX = "LB-"
 DISPATCH, MASQUERADE, INPUT, FORWARD, COUNT = "LB-DISPATCH", "LB-MASQ", "LB-INPUT", "LB-FORWARD", "LB-COUNT"
 FIRST, CHECK, OWN_IN, OWN_OUT = "LB-FIRST", "LB-CHECK", "LB-OWN-IN", "LB-OWN-OUT"
 SET, REPLIES = "LB-BACKENDS", "LB-REPLIES"  # packets and bytes to a backend; its connections with a first reply
-LEAF, DIGIT_BITS = 8, 2  # a chain dispatches to at most LEAF targets; above that it splits by one base-4 digit
+LEAF, DIGIT_BITS = 8, 2  # a chain dispatches to at most LEAF backends; with more, it branches on one base-4 digit
 
 # Bits of a connection's mark: the client has sent data, the backend has sent data. Other bits are left as they are.
 REQUEST_MARK, REPLY_MARK = 0x20000000, 0x40000000
@@ -53,7 +53,7 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class Table:
-    """The wanted content of one table: our chains, and the rules that lead from built-in chains into ours, in order."""
+    """The wanted content of one table: the project's chains, and the rules that lead from built-in chains into them."""
 
     name: str
     chains: Chains
@@ -101,7 +101,7 @@ def nat(
     # From PREROUTING into dispatch, and first self-checks into their own chain.
     entry = [f"-p tcp -m tcp --dport {SERVICE_PORT} -m addrtype --dst-type LOCAL -j {DISPATCH}"]
     if check_source:
-        # Equal shares over a few backends, by DNAT directly: the backends' own chains count connections.
+        # Equal shares over a few backends. Not through their own chains, which count connections.
         checked = sorted(rotation, key=_address)[:MAX_CHECKED]
         chains[CHECK] = _choice([(_dnat(backend), 1.0) for backend in checked], match="-p tcp ")
         ports = f"--sport {CHECK_PORTS[0]}:{CHECK_PORTS[1]} --dport {SERVICE_PORT}"
@@ -117,7 +117,7 @@ def mangle(check_source: str = "", marks: bool = True) -> Table:
     """Counts packets and bytes to every backend with one rule: the set keeps a counter for each member.
 
     With `marks`, the first packet with data of each side marks the connection, and the backend's first one is counted
-    in a set of its own. Packets without PSH, and those of a connection that has its first reply, pass one rule for it.
+    in a set of its own. Packets without PSH, or after the first reply, pass only one more rule.
     """
     chains: Chains = {COUNT: (f"-m set --match-set {SET} dst",)}
     if marks:
@@ -150,7 +150,7 @@ def raw() -> Table:
 
 
 def filters(rotation: Sequence[Endpoint], retries: bool = True) -> Table:
-    """Has a client's kernel try a failed connection again.
+    """Makes a client's kernel try a failed connection again.
 
     A SYN that reaches the balancer itself was not dispatched, because no backend was ready. It is dropped: the client
     sends it again a second later. A RST that is a backend's first packet is a refusal. With `retries` it is dropped
@@ -167,7 +167,7 @@ def dispatch(rotation: Sequence[Endpoint]) -> Chains:
     """LB-DISPATCH and, above LEAF backends, the tree below it: a new connection passes O(log n) rules.
 
     The tree is a trie over the address's base-4 digits, least significant first. Docker assigns consecutive addresses,
-    so it is balanced. A backend that is added, removed or weighted otherwise changes only the chains on its own path.
+    so it is balanced. A backend that is added, removed or gets another weight changes only the chains on its own path.
     """
     chains: Chains = {}
 
@@ -181,7 +181,8 @@ def dispatch(rotation: Sequence[Endpoint]) -> Chains:
             for member in members:
                 groups.setdefault(_digit(member, digit), []).append(member)
             path += next(iter(groups))
-        # One child chain for each value of the digit, with the sum of its members' weights.
+        # One child chain for each value of the digit, with the sum of its members' weights. The loop has put a value of
+        # this digit at the end of the path; each child has its own value there.
         targets = []
         for value, group in sorted(groups.items()):
             child = f"LB-T-{path[:-1]}{value}"
@@ -194,24 +195,26 @@ def dispatch(rotation: Sequence[Endpoint]) -> Chains:
 
 
 def _choice(targets: Sequence[tuple[str, float]], match: str = "") -> Rules:
-    """One rule for each (target, weight): a packet that reaches rule i takes it with w_i / (w_i + … + w_n)."""
+    """One rule for each (target, weight). A packet at rule i matches with probability w_i / (w_i + … + w_n)."""
     rules = []
     for i, (target, weight) in enumerate(targets):
-        if i == len(targets) - 1:  # a guaranteed match, whatever rounding did to the others
+        if i == len(targets) - 1:
+            # No probability: a guaranteed match, in spite of the others' rounding.
             rules.append(f"{match}-j {target}")
         else:
+            # Only packets that no earlier rule matched get here, so the chance is a part of the remaining weight.
             chance = _probability(weight / sum(weight for _, weight in targets[i:]))
             rules.append(f"{match}-m statistic --mode random --probability {chance} -j {target}")
     return tuple(rules)
 
 
 def _probability(p: float) -> str:
-    """`p` as the kernel stores it, a multiple of 2^-31, and as `iptables-save` prints it."""
+    """`p` rounded to a multiple of 2^-31, as the kernel stores it, and written as `iptables-save` prints it."""
     return f"{round(p * 2**31) / 2**31:.11f}"
 
 
 def restore(table: Table, actual: Listing) -> str:
-    """The text that turns `actual` into `table` in one atomic step; empty when there is nothing to change."""
+    """The text that changes `actual` into `table` in one atomic step; empty if they are equal."""
     changed = [chain for chain, rules in table.chains.items() if actual.chains.get(chain) != rules]
     stale = [chain for chain in actual.chains if chain.startswith(PREFIX) and chain not in table.chains]
     hooks: list[str] = []
@@ -220,13 +223,15 @@ def restore(table: Table, actual: Listing) -> str:
     if not (changed or stale or hooks):
         return ""
     lines = [f"*{table.name}"]
-    for chain in (*changed, *stale):  # creates the chain, or empties it
+    # With --noflush, this line creates the chain, or empties it if it exists.
+    for chain in (*changed, *stale):
         lines.append(f":{chain} - [0:0]")
     for chain in changed:
         for rule in table.chains[chain]:
             lines.append(f"-A {chain} {rule}")
     lines += hooks
-    for chain in stale:  # last: by now no rule leads to it
+    # Last, because a chain can be deleted only when no rule leads to it.
+    for chain in stale:
         lines.append(f"-X {chain}")
     return "\n".join([*lines, "COMMIT", ""])
 
@@ -243,7 +248,7 @@ def _hook_changes(chain: str, wanted: Rules, actual: Rules) -> list[str]:
 
 
 def is_hooked(nat: Listing) -> bool:
-    """Whether new connections reach our dispatch chain."""
+    """Whether a rule in PREROUTING leads new connections to dispatch."""
     return DISPATCH in nat.chains and any(target_of(rule) == DISPATCH for rule in nat.chains.get("PREROUTING", ()))
 
 

@@ -1,7 +1,7 @@
 """Samples the flows: for reports, for the weights, to find frozen backends, and to end drains.
 
-At a million flows a sample takes 0.4 s for those that wait, and for each draining backend, because the kernel selects
-them; all flows take four seconds. So each kind of sample has a limit on the share of the time that it takes.
+At a million flows, a sample of the waiting flows or of one draining backend takes 0.4 s, because the kernel selects the
+flows. A sample of all flows takes four seconds. So each kind of sample may use only a limited share of the time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from snapshot import Snapshot
 from stalls import Replies, StallDetector
 from state import State
 
-# The largest shares of the time: of samples of waiting flows, and of all flows and draining backends together.
+# The largest shares of the time: for samples of waiting flows, and for those of all flows and of draining backends.
 WAITING_LOAD, COUNT_LOAD = 0.01, 0.04
 DRAINING_LOAD = 0.03  # of COUNT_LOAD, while there are draining backends
 
@@ -103,7 +103,7 @@ class Sampler:
 
     def _request_stop(self, ip: str, reason: str) -> None:
         """A request that the manager refuses does not affect the others. A manager that does not answer ends this
-        sample, or each of its requests would wait for the time limit."""
+        sample: otherwise each further request would wait for its timeout."""
         try:
             self._manager.stop(ip, reason)
         except requests.HTTPError as error:
@@ -111,5 +111,5 @@ class Sampler:
 
 
 def _is_failed(health: Health) -> bool:
-    """Whether a draining backend can no longer serve. One that refuses new connections can."""
+    """Whether a draining backend no longer serves. One that only refuses new connections still serves the open ones."""
     return health.healthy is False and health.cause is not Cause.REFUSED

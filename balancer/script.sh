@@ -16,7 +16,7 @@ alive() {
     head -n 1 <&3 | grep -q ' 200 '
 }
 
-# install_first_rules: by the flavour of iptables that accepts them. A kernel without a raw table still serves.
+# install_first_rules: with the first flavour of iptables that accepts them. The raw table is optional.
 install_first_rules() {
     local nat raw
     nat=$(python3 first_rules.py nat)
@@ -39,14 +39,16 @@ serve() {
         python3 synchronization_client.py &
         echo $! >/run/client.pid
         wait $! || echo "script.sh: the client ended with status $?; starting it again" >&2
+        # In the background, because bash handles SIGTERM only between commands and during `wait`.
         sleep 0.5 &
         wait $!
     done
+    # Draining: the container has to stay, because its end would end the open connections.
     sleep infinity &
     wait $!
 }
 
-# leave: ends the container. In a Swarm, it first lets the open connections finish: nothing else does.
+# leave: ends the container. In a Swarm, it first waits for the open connections, because stop.sh cannot do so there.
 leave() {
     [ -z "${LB_LEAVE:-}" ] || drain "$LB_LEAVE"
     exit 0
@@ -58,7 +60,8 @@ drain() {
     iptables=iptables-$(cat /run/flavour)
     touch /run/draining
     kill -TERM "$(cat /run/client.pid)" 2>/dev/null || true
-    # Without dispatch rules, a new connection reaches the balancer itself, which refuses it without LB-INPUT.
+    # Without dispatch rules a new connection reaches the balancer itself, and without LB-INPUT it is refused
+    # immediately instead of dropped: its client must not wait for a service that is ending.
     "$iptables" -w 5 -t nat -F LB-DISPATCH
     "$iptables" -w 5 -F LB-INPUT 2>/dev/null || true
     for ((tries = 0; tries < $1 * 5; tries++)); do

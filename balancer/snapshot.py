@@ -1,4 +1,4 @@
-"""The manager's answer to GET /sync: the backends it knows, and how to serve them. Pure."""
+"""The manager's answer to GET /sync: the backends, and how the balancer has to serve them. Pure."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Backend:
-    id: str  # its container's: a new backend on the address of an old one has another id
+    id: str  # of its container: a new backend with the address of an old one has another id
     ip: str
     state: str  # starting | active | draining | spare
-    node: str = ""  # the machine it is on, where there are several
+    node: str = ""  # its Swarm node; empty on a single host
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Snapshot:
     interval: float = 2.0
     drain_timeout: float = 30.0
     weights: str = "equal"  # equal | adaptive
-    backend_subnet: str = ""  # the backends' network, where they are to see their clients' own addresses
+    backend_subnet: str = ""  # the backends' network, if they are to see their clients' own addresses
     locality: str = ""  # prefer: the balancer's own node first
-    check_source: str = ""  # the address of the manager's self-check connections; empty where there are none
+    check_source: str = ""  # the address of the manager's self-check connections; empty if there are none
 
     @property
     def ids(self) -> dict[str, str]:

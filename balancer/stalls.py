@@ -1,4 +1,4 @@
-"""Finds frozen backends by their connections: the kernel of a frozen process still accepts, so probes may succeed.
+"""Finds frozen backends by their connections: their kernel still accepts connections, so probes may succeed.
 
 Pure: time is an argument. A backend is frozen when several of its connections wait for a first reply, none has got one
 for a while, and most other backends do answer. So long polls, slow applications and a failed network mark no backend.
@@ -15,7 +15,7 @@ from health import Cause, Health
 STALL_SECONDS = 10.0  # without a first reply from the backend
 MIN_STALLED = 3  # stalled connections: one or two may be long polls
 ANSWERS_WITHIN = 5.0  # seconds since a backend's latest first reply in which it counts as answering
-RETRY_SECONDS = 60.0  # after which a frozen backend is tried again: without connections it cannot prove that it answers
+RETRY_SECONDS = 60.0  # then a frozen backend gets connections again, without which it could not send a reply
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Replies:
 
 @dataclass
 class _Watched:
-    """What the samples showed of one backend. Times are in seconds on the clock of `now`."""
+    """What the samples so far showed about one backend. Times are in seconds on the clock of `now`."""
 
     first_replies: int
     since: float  # of the first sample, or of the last retry
@@ -50,30 +50,30 @@ class StallDetector:
             found = [id_ for id_ in backends if self._is_frozen(id_, backends, now)]
             for id_ in found:
                 self._watched[id_].frozen_at, self._watched[id_].stalled = now, backends[id_].stalled
-        return {id_: one.stalled for id_, one in self._watched.items() if one.frozen_at is not None}
+        return {id_: record.stalled for id_, record in self._watched.items() if record.frozen_at is not None}
 
     def answering(self, now: float) -> frozenset[str]:
         """The ids of the backends that gave a client a first reply within ANSWERS_WITHIN."""
-        return frozenset(id_ for id_, one in self._watched.items() if now - one.replied_at < ANSWERS_WITHIN)
+        return frozenset(id_ for id_, record in self._watched.items() if now - record.replied_at < ANSWERS_WITHIN)
 
     def _update(self, backends: Mapping[str, Replies], now: float) -> None:
         watched = {}
         for id_, seen in backends.items():
-            one = watched[id_] = self._watched.get(id_) or _Watched(seen.first_replies, now)
-            # Any other counter than before is a reply; one that fell was restarted. A reply ends the frozen state.
-            if seen.first_replies != one.first_replies:
-                one.first_replies, one.replied_at, one.frozen_at = seen.first_replies, now, None
+            record = watched[id_] = self._watched.get(id_) or _Watched(seen.first_replies, now)
+            # A changed counter means a reply. It is smaller if it was restarted. A reply ends the frozen state.
+            if seen.first_replies != record.first_replies:
+                record.first_replies, record.replied_at, record.frozen_at = seen.first_replies, now, None
             # A retry gives the backend STALL_SECONDS to answer.
-            if one.frozen_at is not None and now - one.frozen_at >= RETRY_SECONDS:
-                one.frozen_at, one.since = None, now
+            if record.frozen_at is not None and now - record.frozen_at >= RETRY_SECONDS:
+                record.frozen_at, record.since = None, now
         self._watched = watched
 
     def _is_frozen(self, id_: str, backends: Mapping[str, Replies], now: float) -> bool:
-        seen, one = backends[id_], self._watched[id_]
-        suspicious = seen.in_rotation and seen.stalled >= MIN_STALLED and one.frozen_at is None
-        if not suspicious or now - max(one.since, one.replied_at) < STALL_SECONDS:
+        seen, record = backends[id_], self._watched[id_]
+        suspicious = seen.in_rotation and seen.stalled >= MIN_STALLED and record.frozen_at is None
+        if not suspicious or now - max(record.since, record.replied_at) < STALL_SECONDS:
             return False
-        # Most of the others in rotation have to answer.
+        # Most of the others in rotation have to answer: if they do not, the network or a shared dependency is at fault.
         others = [other for other in backends if other != id_ and backends[other].in_rotation]
         answering = 0
         for other in others:

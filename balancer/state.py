@@ -1,4 +1,4 @@
-"""What the balancer's threads share.
+"""The state that the balancer's threads share.
 
 Each attribute is an immutable value that one thread replaces in one assignment, or an object with its own lock: the
 prober, the learner, the events.
@@ -20,7 +20,7 @@ from rotation import Rotation
 from snapshot import Snapshot
 from weights import Learner
 
-FULL = 0.98  # of the connection table: above it the kernel may drop packets
+FULL = 0.98  # share of the connection table in use from which the kernel may drop packets
 
 
 class State:

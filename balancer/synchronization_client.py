@@ -32,14 +32,14 @@ from state import State
 
 HERE = Path(__file__).parent
 SECRETS = Path("/run/secrets")  # where a Swarm mounts them
-# Plus an interval, without a new pass: the loop is stuck. A long poll takes up to 38 s.
+# A loop that begins no pass for this time plus an interval is stuck. One pass with a long poll takes up to 38 s.
 LOOP_SECONDS = 120.0
 
 log = logging.getLogger("balancer")
 
 
 class Balancer:
-    """Wires the parts, runs their loops, and serves their state."""
+    """Connects the parts, runs their loops, and reports their state."""
 
     def __init__(self, netfilter: Netfilter, manager: ManagerClient, name: str, node: str = "") -> None:
         self.state = State(netfilter)
@@ -62,6 +62,7 @@ class Balancer:
         for name, body in loops.items():
             self.beat(name)
             threading.Thread(target=self._forever, args=(name, body), name=name, daemon=True).start()
+        # In the main thread: a daemon thread alone would not keep the process running.
         self._forever("reconcile", self.reconciler.wait_and_reconcile)
 
     def _forever(self, name: str, body: Callable[[], None]) -> None:
@@ -93,8 +94,8 @@ class Balancer:
             state.manager_reachable = True
 
     def sync(self) -> tuple[dict[str, Any], int]:
-        """The answer to GET /sync, and its status: 503 when a loop is stuck or our rules are missing. An unreachable
-        manager is no reason: traffic flows without it."""
+        """The answer to GET /sync, and its status: 503 when a loop is stuck or the dispatch rules are missing, but
+        not when the manager is unreachable: traffic flows without it."""
         state, now = self.state, time.monotonic()
         longest = LOOP_SECONDS + state.snapshot.interval
         loops_alive = all(now - beat < longest for beat in dict(self._beats).values())
@@ -116,7 +117,7 @@ def log_missing(features: tuple[Feature, ...]) -> None:
 
 
 def attempt(body: Callable[[], None]) -> None:
-    """Runs one pass of a loop. Logs a pass that fails, and returns: the loop must not end."""
+    """Runs one pass of a loop. Logs every error instead of raising it, because the loop must not end."""
     try:
         with FAILED_PASSES.count_exceptions():
             body()
@@ -126,13 +127,14 @@ def attempt(body: Callable[[], None]) -> None:
         log.error("%s", error)
     except Exception:
         log.exception("this pass failed; trying again")
+        # An error at the start of every pass must not fill the log.
         time.sleep(1)
 
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout)
     flavour, node = os.environ["IPTABLES"], os.environ.get("LB_NODE", "")
-    # One host passes files and variables; a Swarm passes variables and secrets.
+    # On one host the container has files and variables; in a Swarm, variables and secrets.
     addresses = os.environ.get("LB_MANAGERS") or (HERE / "hostip.txt").read_text().strip()
     token = os.environ.get("LB_TOKEN") or (SECRETS / "token").read_text().strip()
     certificate = str(SECRETS / "certificate.pem") if node else ""

@@ -6,16 +6,16 @@ for an idle backend and tends to λ for an overloaded one. For L ≥ 1 it lies b
 on a busy backend change it little.
 
 A capacity counts for at most HEADROOM times the median of the backends that keep up. A backend that answers every
-request at once with an error has L ≈ 0, and would otherwise get most of the traffic.
+request immediately with an error has L ≈ 0, and would otherwise get most of the traffic.
 
-Stability: weights move HALF of the way towards μ_i/Σμ, which depends on the backends' speed and, in the model, not on
-the weights. That is a contraction by ½ each interval, with the true speeds as its fixed point. The smoothing adds a lag
-of 1/α ≈ 3 intervals, which half steps tolerate. Against noise, a weight stays as it is while its error is less than
-DEADBAND, or less than the estimate's own standard error, 3/√events to be safe.
+Stability: each interval, weights move HALF of the way towards μ_i/Σμ. In the model this target depends on the backends'
+speed only, not on the weights, so the distance to it halves each interval. The smoothing adds a lag of 1/α ≈ 3
+intervals, which is stable with half steps. Against noise, a weight does not change while its distance to the target is
+below DEADBAND, or below three standard errors of the estimate, 3/√events.
 
-Only flows that wait for their first reply count, so requests on kept-alive connections do not: they only lengthen the
-wait of new ones, as they should. Where all backends are overloaded, every L is large and μ_i ≈ λ_i confirms any
-weights. RETURN_STEP then moves them towards equal until one backend keeps up again.
+Only flows that wait for their first reply count. Later requests on kept-alive connections have an indirect effect: they
+lengthen that wait. If all backends are overloaded, every L is large and μ_i ≈ λ_i, so the estimates confirm any
+weights. RETURN_STEP then moves the weights towards equal ones until one backend keeps up again.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ ALPHA = 0.3  # share of the newest interval in the smoothed rate and flows
 HALF = 0.5  # of the way towards the target, each interval
 DEADBAND = 0.1  # relative; smaller changes do not matter
 BOUND = 4.0  # every weight is between 1/BOUND and BOUND
-BUSY = 0.5  # mean waiting flows; with fewer the fleet is nearly idle, and weights cannot matter
+BUSY = 0.5  # mean waiting flows; with fewer the fleet is nearly idle, and weights have no effect
 KEEPS_UP = 8.0  # mean waiting flows; with more a backend is overloaded, and its rate is not its capacity
-RETURN_STEP = 0.05  # of the way, each interval: to equal where every backend is overloaded, and down to a new cap
+RETURN_STEP = 0.05  # of the way, each interval: to equal weights if every backend is overloaded, and down to a cap
 HEADROOM = 1.25  # times the median capacity: the most that a capacity counts for
 RAMP = 4.0  # seconds of slow start
 RAMP_STEPS = 4  # few, because each is a rewrite of rules
@@ -73,6 +73,7 @@ def adapt(before: Estimates, rates: Mapping[str, float], flows: Mapping[str, flo
     now = {}
     for id_, rate in rates.items():
         now[id_] = before[id_].blend(rate, flows[id_]) if id_ in before else Estimate(rate, flows[id_])
+    # Without waiting flows, there is nothing to estimate a capacity from.
     idle = sum(estimate.flows for estimate in now.values()) < BUSY * len(now)
     if len(now) < 2 or idle:
         return now
@@ -90,14 +91,14 @@ def adapt(before: Estimates, rates: Mapping[str, float], flows: Mapping[str, flo
         if overloaded and weight == estimate.weight:
             weight += RETURN_STEP * (1 - weight)
         weights[id_] = weight
-    # Back to a mean of 1.
+    # Scale them to a mean of 1.
     mean = sum(weights.values()) / len(weights)
     return {id_: replace(estimate, weight=_bounded(weights[id_] / mean)) for id_, estimate in now.items()}
 
 
 def _capped(estimates: Estimates) -> dict[str, float]:
     """Capacities of at most HEADROOM times the lower median. The median is that of the backends that keep up, or of all
-    where fewer than half do: else one backend that fails every request at once could decide for all."""
+    if fewer than half do: otherwise one backend that fails every request immediately could set the cap for all."""
     keeping_up = [estimate for estimate in estimates.values() if estimate.flows <= KEEPS_UP]
     measured = keeping_up if 2 * len(keeping_up) >= len(estimates) else estimates.values()
     cap = HEADROOM * median_low(estimate.capacity for estimate in measured)
@@ -105,8 +106,9 @@ def _capped(estimates: Estimates) -> dict[str, float]:
 
 
 def _moved(estimate: Estimate, wanted: float, interval: float, is_capped: bool) -> float:
-    """The weight one interval later. A slow backend that keeps up at times moves the cap up and down, so a weight falls
-    slowly to a cap: otherwise weights would oscillate."""
+    """The weight one interval later. It falls to a cap slowly: a slow backend that keeps up only at times moves the
+    cap up and down, and the weights would oscillate with it."""
+    # The smoothed rate rests on the connections of about 1/ALPHA intervals.
     events = estimate.rate * interval / ALPHA
     error = max(DEADBAND, 3 / math.sqrt(max(events, 1.0)))
     if abs(wanted - estimate.weight) <= error * estimate.weight:
@@ -125,7 +127,7 @@ def slow_start(age: float) -> float:
 
 
 class Learner:
-    """Collects the input of the estimates, interval by interval, and since when each backend is ready. Keys are ids.
+    """Collects each interval's input of the estimates, and the time since which each backend is ready. Keys are ids.
 
     Threads share it: the lock guards every field."""
 
@@ -151,7 +153,7 @@ class Learner:
                 interval = now - self._since
                 rates, flows = {}, {}
                 for id_, count in connections.items():
-                    # No connections where a counter is new or restarted.
+                    # A counter that is new or was restarted counts no connections in this interval.
                     rates[id_] = max(0, count - self._counted.get(id_, count)) / interval
                     flows[id_] = self._waiting[id_] / self._samples
                 self._estimates = adapt(self._estimates, rates, flows, interval)

@@ -1,11 +1,11 @@
-"""An HTTP server that idle, slow and hostile clients cannot fill up: gevent's pywsgi with deadlines and limits.
+"""An HTTP server that idle, slow and hostile clients cannot exhaust: gevent's pywsgi with deadlines and limits.
 
 - An idle connection costs some 16 KB and no thread. It is closed after `idle_timeout`.
 - A request has to arrive completely, header and body, within REQUEST_TIMEOUT of its first byte.
 - A client that does not read its answers is disconnected after SEND_TIMEOUT.
 - A connection above `max_connections` is refused: its first request is answered with 503, then it is closed. At most
   RESERVE such connections are open; any others are closed without an answer.
-- A malformed request is answered with 400 and is not logged: callers must not be able to fill the log.
+- A malformed request is answered with 400 and is not logged, because clients could fill the log.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import gevent
 from gevent.pywsgi import WSGIHandler, WSGIServer
 
 REQUEST_TIMEOUT = 10.0  # seconds from a request's first byte to its last
-SEND_TIMEOUT = 20.0  # seconds that an answer waits for a client that does not read
-REFUSED_IDLE_TIMEOUT = 1.0  # seconds that a connection above the limit has to begin its request
+SEND_TIMEOUT = 20.0  # seconds until a client that does not read its answer is disconnected
+REFUSED_IDLE_TIMEOUT = 1.0  # seconds in which a connection above the limit has to begin its request
 RESERVE = 256  # connections above the limit that are refused with an answer
-OTHER_FILES = 64  # open files that the process needs beside its connections
+OTHER_FILES = 64  # open files that the process needs for other purposes
 SEND_BUFFER = 16_384  # bytes in the kernel for answers that a client does not read
 READ_BUFFER = 1024  # bytes; pywsgi's own 8 KiB would be most of what an idle connection costs
 BODY_CHUNK = 65_536  # bytes
@@ -56,6 +56,7 @@ class Handler(WSGIHandler):
         super().__init__(*args)
         # Header and body are two packets: without this, the second waits for the first's delayed acknowledgement.
         self.socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
+        # A small buffer, so that an answer that is not read is noticed early and takes little memory.
         self.socket.setsockopt(SOL_SOCKET, SO_SNDBUF, SEND_BUFFER)
         self.rfile = self.socket.makefile("rb", READ_BUFFER)
         self.above_limit = self.server.connections > self.server.max_connections
@@ -66,6 +67,7 @@ class Handler(WSGIHandler):
             return None
         if self.above_limit:
             return REFUSED
+        # From the first byte on, because a shutdown waits for the requests that are being received, too.
         self.server.busy += 1
         try:
             with gevent.Timeout(REQUEST_TIMEOUT) as self.deadline:
@@ -110,7 +112,7 @@ class LimitedServer(WSGIServer):
 
     handler_class = Handler
     backlog = 4096  # the kernel reduces it to net.core.somaxconn
-    max_accept = 20  # new connections that are accepted before the open ones get their turn
+    max_accept = 20  # new connections that are accepted before the event loop serves the open ones
 
     def __init__(
         self, listener: tuple[str, int], application: Callable[..., Any], max_connections: int, idle_timeout: float
@@ -122,6 +124,7 @@ class LimitedServer(WSGIServer):
     def handle(self, *connection: Any) -> None:
         """Called for each accepted connection, in the order in which they were accepted."""
         self.connections += 1
+        # Above the reserve, return without reading: the caller then closes the connection.
         try:
             if self.connections <= self.max_connections + RESERVE:
                 super().handle(*connection)

@@ -29,6 +29,6 @@ done
 status=0
 kill -TERM "$server" 2>/dev/null || true
 while kill -0 "$server" 2>/dev/null; do wait "$server" || status=$?; done
-# The other program answers "draining" until the end and does not exit on SIGTERM. It has no requests to finish.
+# synchronization_server.py answers "draining" until here, and does not exit on SIGTERM. It has no requests to finish.
 kill -KILL "$sync" 2>/dev/null || true
 [ -n "$stopping" ] || exit $((status ? status : 1))

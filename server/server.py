@@ -1,12 +1,12 @@
-"""The sample workload on port 8000: counts primes and names the backend that did it.
+"""The sample workload on port 8000: counts primes, and answers with the result and the backend's name.
 
-Under too much load it refuses early, because otherwise all clients would wait too long. With MAX_REQUESTS requests in
-progress, or more than MAX_CONNECTIONS connections, it answers a request immediately with 503, `Retry-After` and
-`Connection: close`, so that the client returns through the balancer. `GET /ready` reports 200, or 503 while that is so.
-It does not count as a request in progress and does not wait for one.
+Under too much load it refuses requests immediately, because otherwise all clients would wait too long. With
+MAX_REQUESTS requests in progress, or more than MAX_CONNECTIONS connections, it answers a request immediately with 503,
+`Retry-After` and `Connection: close`, so that the client returns through the balancer. `GET /ready` is answered with
+200, or with 503 while a limit is reached; it does not count as a request in progress and does not wait for one.
 
-It stops in order: after SIGTERM it serves for LINGER more seconds, because balancers still send it new connections
-until they receive the change. Then it closes its listener, finishes the requests in progress and exits with status 0.
+After SIGTERM it serves for LINGER more seconds, because balancers send it new connections until they have removed it
+from their rules. Then it closes its listener, finishes the requests in progress and exits with status 0.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FINISH = 60.0  # seconds for the requests in progress
 MAX_REQUESTS = int(os.environ.get("MAX_REQUESTS", "512"))  # in progress: received and not completely answered
 MAX_CONNECTIONS = int(os.environ.get("MAX_CONNECTIONS", "8000"))  # fewer where the limit of open files is lower
 IDLE_TIMEOUT = 120.0  # seconds between two requests on one connection
-READY_AGAIN = 0.8  # share of either limit; a backend that was saturated is ready again below it
+READY_AGAIN = 0.8  # a saturated backend is ready again below this share of both limits
 COMPUTE_SLICE = 0.01  # seconds of computing, at least, before the event loop runs again
 
 app = Flask(__name__)
@@ -46,6 +46,7 @@ def count_primes(limit: int) -> int:
     """How many primes there are up to and including `limit` (sieve of Eratosthenes)."""
     if limit < 2:
         return 0
+    # One byte per number, 1 for those that are not crossed out.
     sieve = bytearray([1]) * (limit + 1)
     sieve[0:2] = b"\0\0"
     for n in range(2, int(limit**0.5) + 1):
@@ -54,7 +55,8 @@ def count_primes(limit: int) -> int:
     return sum(sieve)
 
 
-@cache  # a lookup blocks all other requests
+# Cached, because a lookup blocks all other requests.
+@cache
 def own_address() -> str:
     """The address of this container's name, or a text that there is none."""
     try:
@@ -111,6 +113,7 @@ class Turns:
     @contextmanager
     def one(self) -> Iterator[None]:
         with self._turn:
+            # Within a slice, requests compute one after the other without a pass of the event loop.
             if time.monotonic() >= self._slice_ends:
                 self._run_event_loop()
             yield
@@ -142,6 +145,7 @@ class Backend:
         self.server = LimitedServer(("0.0.0.0", PORT), self, max_connections, IDLE_TIMEOUT)
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        # Before the limit: a readiness check has to be answered under full load.
         if environ["PATH_INFO"] == "/ready":
             readiness = NOT_READY if self.is_saturated() else READY
             return readiness(environ, start_response)
@@ -161,6 +165,7 @@ class Backend:
 
     def is_saturated(self) -> bool:
         """True from the time that a limit is reached until both numbers are below READY_AGAIN of their limits."""
+        # Two thresholds, so that readiness does not change with every request.
         share = READY_AGAIN if self._saturated else 1.0
         too_many_requests = self.in_progress >= share * MAX_REQUESTS
         too_many_connections = self.server.connections >= share * self.server.max_connections

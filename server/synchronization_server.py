@@ -20,7 +20,7 @@ from limited_server import LimitedServer, raise_file_limit
 
 PORT, WORKLOAD_PORT = 5000, 8000
 TIMEOUT = 0.8  # seconds; the balancer's timeout for the whole probe is 1 s
-CHECK_TIMEOUT = 10.0  # seconds; the check after it begins on a new connection
+CHECK_TIMEOUT = 10.0  # seconds until a check is given up; the next one uses a new connection
 MAX_CONNECTIONS = 2000
 IDLE_TIMEOUT = 5.0  # seconds; each probe has its own connection
 
@@ -50,7 +50,7 @@ class Client(HTTPConnection):
 
 
 class Workload:
-    """Checks the workload over one kept connection. A new one would wait in the queue of the listener."""
+    """Checks the workload over one connection that stays open: a new one would wait in the queue of the listener."""
 
     def __init__(self, port: int) -> None:
         self._client = Client("127.0.0.1", port, timeout=CHECK_TIMEOUT)
@@ -58,6 +58,7 @@ class Workload:
 
     def readiness(self) -> Readiness:
         """Waits for TIMEOUT at most. A check that takes longer continues, and the next call waits for its result."""
+        # One check at a time: probes during a slow check wait for the same result.
         if self._check is None or self._check.ready():
             self._check = gevent.spawn(self._request)
         self._check.join(TIMEOUT)

@@ -69,7 +69,7 @@ def supervised() -> Iterator[tuple[str, str]]:
     yield from re.findall(r"T (ERROR) +(.*?)\\n'", (ROOT / "manager" / "supervise.sh").read_text())
 
 
-def told(heading: str) -> list[tuple[str, str]]:
+def documented(heading: str) -> list[tuple[str, str]]:
     """(level, line) of each row of the table under that heading."""
     section = OPERATIONS.read_text().partition(f"## {heading}\n")[2].partition("\n## ")[0]
     return re.findall(r"^\| (INFO|WARNING|ERROR) \| `([^`]+)` \|", section, re.MULTILINE)
@@ -81,19 +81,19 @@ LOGS = {
 }
 
 
-def is_told(level: str, text: str, row: tuple[str, str]) -> bool:
+def is_documented(level: str, text: str, row: tuple[str, str]) -> bool:
     return level in ("", row[0]) and pattern(text, VALUE).fullmatch(row[1]) is not None
 
 
 @pytest.mark.parametrize("heading", LOGS)
 def test_every_line_that_is_logged_is_explained_with_its_level(heading: str) -> None:
-    rows = told(heading)
-    assert [line for line in LOGS[heading] if not any(is_told(*line, row) for row in rows)] == []
+    rows = documented(heading)
+    assert [line for line in LOGS[heading] if not any(is_documented(*line, row) for row in rows)] == []
 
 
 @pytest.mark.parametrize("heading", LOGS)
 def test_every_line_that_is_explained_is_logged(heading: str) -> None:
-    assert [row for row in told(heading) if not any(is_told(*line, row) for line in LOGS[heading])] == []
+    assert [row for row in documented(heading) if not any(is_documented(*line, row) for line in LOGS[heading])] == []
 
 
 def refusals() -> Iterator[re.Pattern[str]]:

@@ -1,6 +1,8 @@
-"""The files that outlive the manager, all in one folder: ip.txt for a balancer that starts, and what the next manager
-has to know. Each is replaced in one step, so a reader gets the old text or the new one. A failed write is logged and
-stops nothing.
+"""The files that remain after the manager has ended, all in one folder: ip.txt for a balancer that starts, the state
+for the next manager, and the recorded load.
+
+Files are replaced atomically: a reader gets the old text or the new one. The recorded load is only appended to. A
+failed write never stops the manager.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from pathlib import Path
 from core.reasons import NO_REASON, Cause, Reason
 from core.scaler import Policy
 
-# Why a file cannot be used: it is missing, unreadable, no JSON, or JSON of another shape.
+# The errors of a file that cannot be used: it is missing, unreadable, not JSON, or JSON with other fields.
 UNUSABLE = (OSError, ValueError, KeyError, TypeError)
 
 log = logging.getLogger("manager")
@@ -75,6 +77,7 @@ def digest(spec: str) -> str:
 
 
 def save(path: Path, text: str) -> None:
+    """Replaces the file atomically. An error is logged."""
     new = path.with_suffix(".new")
     try:
         new.write_text(text)

@@ -1,4 +1,4 @@
-"""The newest log records in memory, as fields, for GET /log. The file manager.log is for people and keeps more."""
+"""Keeps the newest log records in memory, as fields, for GET /log. The file manager.log, for people, keeps more."""
 
 from __future__ import annotations
 

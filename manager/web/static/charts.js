@@ -1,5 +1,5 @@
 'use strict';
-/* The charts of the past. Plotly draws them; if it cannot be loaded, the rest of the page still works. */
+/* The charts of load and fleet. Plotly draws them; if it cannot be loaded, the rest of the page still works. */
 
 const DAY = 86400; // seconds
 const GAP = 125; // seconds without a point that interrupt a line; old points are one a minute
@@ -7,14 +7,14 @@ const GAP = 125; // seconds without a point that interrupt a line; old points ar
 const way = (decision) => (decision.verdict === 'CREATE_SERVER' ? 'grow' : decision.verdict === 'STOP_SERVER' ? 'shrink' : '');
 const step = (decision) => `${{ grow: '▲', shrink: '▼' }[way(decision)] || ''} ${decision.current}→${decision.desired}`.trim();
 
-/* Joins the known entries and new ones. Where they overlap, the new ones replace the known ones. Entries of an earlier
-   manager are kept for a day. */
+/* Joins known and new entries. From the time of the first new entry on, the new ones replace the known ones. Older
+   entries are kept for a day, also those of an earlier manager. */
 function join(known, fresh) {
   if (!fresh.length) return known;
   return [...known.filter((one) => one.time < fresh[0].time && one.time > fresh[0].time - DAY), ...fresh];
 }
 
-/* Escapes and wraps a text, because Plotly interprets some tags in its texts. */
+/* Wraps a text, and escapes it, because Plotly interprets some tags. */
 function plain(text, width) {
   const lines = [''];
   for (const word of text.split(' ')) {
@@ -25,6 +25,7 @@ function plain(text, width) {
   return escaped.filter((line) => line).join('<br>');
 }
 
+/* One line of a chart. A null after a gap in the data interrupts it. */
 function series(points, name, field, line, more) {
   const x = [], y = [];
   points.forEach((point, index) => {
@@ -35,6 +36,7 @@ function series(points, name, field, line, more) {
   return { name, x, y, type: 'scatter', mode: 'lines', line, ...more };
 }
 
+/* A triangle on the line for each decision that changed the number of backends. */
 function marks(points, decisions, field, colour) {
   const width = innerWidth < 700 ? 34 : 60;
   const at = (time) => points.findLast((point) => point.time <= time) || points[0];
@@ -53,7 +55,7 @@ function marks(points, decisions, field, colour) {
   };
 }
 
-/* Draws the `seconds` before `end`, a time of the manager's clock. */
+/* Draws the last `seconds` before `end`, a time of the manager's clock. */
 function draw(points, decisions, end, seconds) {
   if (!window.Plotly || !points.length) return;
   document.querySelector('.empty')?.remove();

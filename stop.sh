@@ -4,7 +4,7 @@
 #     --now      do not wait for open connections
 #     --images   also remove the images made by run.sh
 #     --engine   also stop the Docker Engine, if run.sh started it
-# This script prepares what the stop in manager/cli/down.py needs: Python and the packages in .venv.
+# This script installs what is missing (Python, the packages in .venv). Then manager/cli/down.py stops the project.
 set -euo pipefail
 cd "$(dirname "$0")"
 # shellcheck source=manager/host.sh

@@ -1,4 +1,4 @@
-"""Subnets, routes and ports of this host, for cli.doctor and cli.network. Standard library alone."""
+"""Subnets, routes and ports of this host, for cli.doctor and cli.network. Uses the standard library only."""
 
 from __future__ import annotations
 
@@ -60,6 +60,7 @@ def _kernel_routes(table: str) -> Iterator[IPv4Network]:
 
 
 def is_taken(address: str, port: int) -> bool:
+    # Other errors, such as a missing permission, do not mean that the port is taken.
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -90,7 +91,7 @@ def owner(port: int) -> Owner:
 
 
 def _listening_sockets(port: int) -> set[str]:
-    """As /proc/PID/fd names them: socket:[INODE]."""
+    """The sockets that listen on the port, named as in /proc/PID/fd: socket:[INODE]."""
     found = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         for line in Path(table).read_text().splitlines()[1:] if Path(table).exists() else ():

@@ -52,7 +52,8 @@ end_step() {
 # apt_install PACKAGE…: updates the package lists only if the installation fails, because that is slow.
 apt_install() {
     export DEBIAN_FRONTEND=noninteractive
-    apt-get install -y --no-install-recommends "$@" || { apt-get update && apt-get install -y --no-install-recommends "$@"; }
+    apt-get install -y --no-install-recommends "$@" ||
+        { apt-get update && apt-get install -y --no-install-recommends "$@"; }
 }
 
 # need PURPOSE PACKAGE…: installs Debian packages. Ends the script with the missing names if it may not install.
@@ -95,7 +96,10 @@ engine_answers() { timeout 10 docker info >/dev/null 2>&1; }
 # Sets ENGINE_STARTED to 1 if it started the engine, else to the empty string.
 ensure_engine() {
     export ENGINE_STARTED=
-    case "${DOCKER_HOST:-unix:}" in unix:*) ;; *) die "DOCKER_HOST is $DOCKER_HOST; the engine has to be on this host" ;; esac
+    case "${DOCKER_HOST:-unix:}" in
+        unix:*) ;;
+        *) die "DOCKER_HOST is $DOCKER_HOST; the engine has to be on this host" ;;
+    esac
     if have docker && engine_answers; then return; fi
     [ -z "${DOCKER_HOST:-}" ] || die "no engine answers at DOCKER_HOST=$DOCKER_HOST"
     have dockerd || need "running containers" docker.io iptables

@@ -22,11 +22,13 @@ for ((starts = 1; ; starts++)); do
     write_pid manager "$manager"
     wait "$manager" || status=$?
     manager=
-    if [ "$status" -eq 0 ] || [ "$status" -eq 2 ] || [ "$status at start $starts" = "1 at start 1" ]; then exit "$status"; fi
+    if [ "$status" -eq 0 ] || [ "$status" -eq 2 ] || [ "$status at start $starts" = "1 at start 1" ]; then
+        exit "$status"
+    fi
     # A manager that ran for a while did not fail at its start, so the next one need not wait for long.
     [ $((SECONDS - began)) -lt 30 ] || pause=1
-    printf '%(%Y-%m-%d %H:%M:%S)T ERROR   manager ended with status %s; starting it again in %s s\n' -1 "$status" "$pause" \
-        >>"$RUN/manager.log" || true
+    printf '%(%Y-%m-%d %H:%M:%S)T ERROR   manager ended with status %s; starting it again in %s s\n' \
+        -1 "$status" "$pause" >>"$RUN/manager.log" || true
     # In the background, because bash handles a signal during `wait`, but not during `sleep`.
     sleep "$pause" &
     wait $!

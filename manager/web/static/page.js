@@ -38,7 +38,10 @@ function noticesOf(status) {
   const { launches } = status;
   if (launches.retry_in) notices.push(['note', 'Launches wait:', `the next one is in ${digits(launches.retry_in)} s.`]);
   if (status.paused) notices.push(['note', 'Paused.', 'Decisions are recorded, but not carried out.']);
-  if (launches.updating) notices.push(['note', 'Updating:', `${launches.replaced} of ${launches.replaced + launches.to_replace} backends are replaced.`]);
+  if (launches.updating) {
+    const all = launches.replaced + launches.to_replace;
+    notices.push(['note', 'Updating:', `${launches.replaced} of ${all} backends are replaced.`]);
+  }
   return notices;
 }
 
@@ -148,7 +151,9 @@ async function refresh() {
   updates += 1;
   points = join(points, past.points);
   decisions = join(decisions, past.decisions);
-  if (past.points.length && points.at(-1).time > newest.time) newest = { time: points.at(-1).time, at: performance.now() };
+  if (past.points.length && points.at(-1).time > newest.time) {
+    newest = { time: points.at(-1).time, at: performance.now() };
+  }
   announce(status);
   writeNotices(noticesOf(status));
   writeDecision(status);

@@ -38,6 +38,7 @@ log = logging.getLogger("manager")
 def serve(controller: Controller, settings: Settings, token: str, gateway: str, recent_log: RecentLog) -> Listeners:
     """Serves on all three listeners. Raises OSError if one cannot be opened."""
     listeners = Listeners()
+    # Long polls wait on the listeners' thread, so a change of the snapshot has to wake them there.
     controller.subscribe(listeners.notify)
     app = create_app(controller, token, [gateway], waits_in(listeners, controller), recent_log)
     tls = tls_context(settings.run_dir / "manager.pem") if settings.orchestrator == "swarm" else None
@@ -90,6 +91,7 @@ def main() -> int:
     except SettingError as error:
         print(f"manager: {error}", file=sys.stderr)
         return 2
+    # stop.sh finds the manager by --project, so the two names have to be the same.
     if arguments.project not in (None, settings.project):
         print(f"manager: --project is {arguments.project}, LB_PROJECT is {settings.project}", file=sys.stderr)
         return 2

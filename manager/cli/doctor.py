@@ -254,6 +254,7 @@ def neighbours(host: Host) -> Found:
     size = int(host.read("/proc/sys/net/ipv4/neigh/default/gc_thresh3") or 0)
     if not size:
         return Found(WARN, "not tried: no thresholds in /proc", "run the doctor on the host itself")
+    # Some entries more for the host's own neighbours. Above gc_thresh3 the kernel refuses new entries.
     needed = 2 * (host.settings.max + host.settings.spares) + 24
     sizes = " ".join(f"net.ipv4.neigh.default.gc_thresh{n}={needed * n}" for n in (1, 2, 3))
     return judged(f"room for {size}, --max {host.settings.max} needs {needed}", needed > size, f"sysctl {sizes}")

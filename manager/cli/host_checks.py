@@ -81,6 +81,7 @@ class Owner(NamedTuple):
 
 
 def owner(port: int) -> Owner:
+    # /proc/net/tcp names sockets by inode, and each process has links to its sockets.
     sockets = _listening_sockets(port)
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended, or is another user's

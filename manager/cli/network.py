@@ -79,6 +79,7 @@ def exempt_from_tracking(project: Project) -> None:
     bridge, subnet = f"br-{network.id[:12]}", network.attrs["IPAM"]["Config"][0]["Subnet"]
     rule = ["PREROUTING", "-i", bridge, "-s", subnet, "-d", subnet, "-m", "addrtype", "!", "--dst-type", "LOCAL"]
     rule += ["-m", "comment", "--comment", f"lbscaler.project={project.name}", "-j", "CT", "--notrack"]
+    # The rule may exist from an earlier start. Without it everything works, so an error does not stop the start.
     try:
         if subprocess.run(["iptables", "-w", "-t", "raw", "-C", *rule], capture_output=True, check=False).returncode:
             project.output.run("iptables", "-w", "-t", "raw", "-A", *rule)

@@ -55,6 +55,7 @@ class Output:
         try:
             print(text, end=end, flush=True)
         except OSError:
+            # The log takes the place of the closed output, so that later lines do not fail.
             os.dup2(self.log.fileno(), sys.stdout.fileno())
             print(text, end=end, flush=True)
 
@@ -110,6 +111,7 @@ class Step:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._ended.set()
         self._ticker.join()
+        # On a terminal, the line is written again without the progress.
         if self._output.terminal:
             self._output.say(f"\r\033[K{self._text} … ", end="")
         if error is None:

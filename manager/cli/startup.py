@@ -108,6 +108,7 @@ class Update:
         replaced = not launches["updating"] and active >= status["desired"]
         if replaced or not self._updating:
             return Verdict(Outcome.REACHED, progress(status) if self._updating else "")
+        # Any change of these numbers is progress, also a backend that leaves rotation.
         seen = f"{progress(status)}, {active} in rotation"
         if seen != self._last_seen:
             self._last_seen, self._changed_at = seen, now

@@ -43,6 +43,7 @@ def join(project: Project, advertise: str, registry: str, may_init: bool, undo: 
         raise Failed(f"this host's state in its Swarm is '{node['LocalNodeState']}', not active; see docker info")
     if not node["ControlAvailable"]:
         raise Failed("this node is a worker of its Swarm; run on a manager of it, or: docker node promote")
+    # An image that was built here exists on this node only.
     nodes = len(project.docker.nodes.list())
     if nodes > 1 and not registry:
         raise Failed(f"the Swarm has {nodes} nodes, which need a registry to get the images from: --registry HOST:PORT")

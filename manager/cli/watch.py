@@ -241,6 +241,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     how.add_argument("--json", action="store_true", help="print the manager's GET /status as JSON")
     parser.add_argument("--status", action="store_true", help="print it once; the default")
     chosen = parser.parse_args(arguments)
+    # Without a terminal, rich would assume 80 columns and wrap the table.
     console = Console(force_terminal=sys.stdout.isatty(), width=None if sys.stdout.isatty() else 200)
     try:
         settings = with_stored(environ)

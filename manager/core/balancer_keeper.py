@@ -83,6 +83,7 @@ class BalancerKeeper:
         broken = bool(self.path.problem)
         if broken != was_broken:
             event_log.path(self.path)
+        # A repair interrupts the service, so it is tried only if a new balancer fixes the problem.
         if broken and any(finding.kind in REPAIRABLE for finding in findings):
             self._repair(now)
 

@@ -113,6 +113,7 @@ class Controller:
         serving = self._files.read_addresses()
         spec = self._engine.spec()
         refusal = self._files.read_refusal(spec)
+        # An engine that keeps a number carries updates out, so it has to know which one not to try again.
         if refusal and self._engine_keeps_number:
             self._engine.refused = digest(spec)
         containers = self._engine.list()
@@ -186,6 +187,7 @@ class Controller:
                 self._load.keep(self._engine.balancers, listed_at)
                 self.recorder.keep(self._engine.balancers)
             self._set_fleet(self._judged(fleet.observe(self._fleet, containers, listed_at, now), now))
+            # The engine has rolled an update back. This is stored, so that the next manager does not try it again.
             if self._engine.refused and not self._backoff.refusal:
                 self._backoff.refusal = Reason(Cause.ENGINE_ROLLBACK)
                 self._files.write_refusal(self._engine.refused, self._backoff.refusal)
@@ -255,6 +257,7 @@ class Controller:
         none yet) if it is too soon for a new one."""
         with self._lock:
             now = self._clock()
+            # Reports repeat a warning for as long as its cause lasts; it is logged once.
             for warning in set(report.warnings) - set(self._load.warnings(report.balancer)):
                 log.warning("balancer %s: %s", report.balancer, warning)
             measured = self._load.add(report, now)
@@ -483,6 +486,7 @@ class Controller:
         if result.last_log_line and result.name == self._failed_name:
             self._explain_failure(result.last_log_line)
         backend = after.get(result.name)
+        # A container that is still there keeps its state, so the next plan stops it again.
         if backend is None or result.still_there:
             return
         if result.container is not None:

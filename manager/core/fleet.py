@@ -181,6 +181,7 @@ def observe(
 
 
 def _adopt(name: str, container: Container, serving: Collection[str], now: float) -> Backend:
+    # A container that was created and not started is of no use: the manager that launched it has ended.
     ended = container.ended or container.status == "created"
     if ended:
         state, cause = STOPPED, Cause.LEFT_OVER
@@ -196,6 +197,7 @@ def _compare(backend: Backend, container: Container, now: float) -> Backend:
     other_container = bool(backend.id) and backend.id != container.id
     if container.status == "created" or other_container:
         return backend  # our own launch is not finished, or the list is older than what is known here
+    # The list shows no address for a container that has ended or lost its network, so the known one is kept.
     ip, spec = container.ip or backend.ip, container.spec or backend.spec
     seen = replace(backend, id=container.id, node=container.node, ip=ip, spec=spec)
     if container.ended:
@@ -227,6 +229,7 @@ def after_event(backend: Backend, action: str, code: int, now: float) -> Backend
         return backend
     if action == "pause":
         return replace(backend, external=True).to(FAILED, now, Reason(Cause.PAUSED))
+    # `docker stop` gives the container a grace period, in which it can drain.
     if action == "kill" and code == SIGTERM:
         return backend.to(DRAINING, now, Reason(Cause.EXTERNAL_STOP))
     return backend
@@ -369,6 +372,7 @@ def plan(fleet: Fleet, goal: Goal, namer: Namer, drain_timeout: float, now: floa
 
 def _grow(fleet: Fleet, goal: Goal, namer: Namer, missing: int) -> list[Step]:
     """Adds `missing` backends to the rotation, spares first, and keeps the wanted number of spares."""
+    # A spare of an old spec is not admitted, because the update would replace it immediately.
     spares = [backend for backend in fleet.values() if backend.state == SPARE]
     usable = sorted((b for b in spares if b.spec == goal.spec), key=lambda backend: not backend.ready)
     outdated = [backend for backend in spares if backend.spec != goal.spec]

@@ -63,6 +63,7 @@ class History:
 
     def since(self, time: float) -> dict[str, list[dict[str, Any]]]:
         """The body of GET /history: the points and changes after `time`, oldest first."""
+        # A minute whose decisions are still kept is returned without its coarse point.
         coarse = [point for point in self.coarse if point.minute < self.fine[0].minute]
         points = [*coarse, *self.fine]
         return {

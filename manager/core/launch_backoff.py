@@ -61,6 +61,7 @@ class LaunchBackoff:
             return  # the same event as a failure that was counted already
         self.failures += 1
         doubled = FIRST_WAIT * 2 ** min(self.failures - 1, 10)  # the exponent is limited: a float would overflow
+        # With jitter, several managers on one engine do not retry at the same moments.
         wait = min(LONGEST_WAIT, doubled) * (0.5 + chance)
         self.retry_at = now if served and self.failures == 1 else now + wait
 

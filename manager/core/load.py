@@ -115,6 +115,7 @@ class LoadTracker:
     def load(self, metric: str, now: float) -> Load | None:
         """The fleet's load by `metric` (packets, connections or concurrency); None while no balancer can measure it.
         The last load of a silent balancer is part of it, and `missing` names that balancer."""
+        # If all balancers are silent, nothing is known about the present load.
         silent = sorted(name for name, entry in self.balancers.items() if entry.silent(now))
         measured = [entry.load for entry in self.balancers.values() if entry.rates is not None]
         if not measured or len(silent) == len(self.balancers):

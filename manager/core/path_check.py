@@ -45,6 +45,7 @@ class PathCheck:
         self.failures, self.working = 0, True
 
     def failed(self, target: str, error: str, findings: Sequence[Finding]) -> None:
+        # A single failure may be a lost packet or a backend that has just ended.
         self.failures += 1
         if self.failures < MAX_FAILURES:
             return

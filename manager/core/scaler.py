@@ -172,6 +172,7 @@ def _shrink_limit(policy: Policy, memory: Memory, load: Load, panic: bool, capac
         return capacity, Clamp(ClampKind.NO_HISTORY, now - memory.started)
     if panic:
         return capacity, Clamp(ClampKind.PANIC)
+    # At most the present number: a higher recommendation prevents shrinking but does not grow the fleet.
     highest = min(capacity, max(value for _, value in memory.recommended))
     return highest, Clamp(ClampKind.STABLE_WINDOW, highest, f"{policy.stable_window:g} s")
 

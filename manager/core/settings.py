@@ -57,6 +57,7 @@ def _address(text: str) -> str:
 
 
 def _subnet(text: str) -> str:
+    # A network smaller than /28 would have too few addresses for backends.
     network = ipaddress.IPv4Network(text)
     if not 8 <= network.prefixlen <= 28:
         raise ValueError
@@ -214,6 +215,7 @@ def parse(name: str, text: str) -> Any:
     setting = SETTINGS[name]
     try:
         return setting.parse(text)
+    # The parser's error is left out, because the message already says what is allowed.
     except ValueError:
         raise SettingError(f"{flag(name)} ({variable(name)}) is {text!r}; allowed: {setting.allowed}") from None
 
@@ -223,6 +225,7 @@ def _check_together(s: Settings) -> None:
         raise SettingError(f"--min {s.min} is above --max {s.max}; raise the one or lower the other")
     if s.port == s.manager_port:
         raise SettingError(f"--port and --manager-port are both {s.port}; change one of them")
+    # In a Swarm, every node publishes the port on all its addresses, and Swarm decides where backends run.
     if s.orchestrator == "swarm" and (s.spares or s.preserve_client_ip or s.bind != "0.0.0.0"):
         raise SettingError("--spares, --preserve-client-ip and --bind are for --orchestrator docker; leave them out")
     # A window that is shorter than the interval would average over one report only.

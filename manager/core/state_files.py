@@ -56,6 +56,7 @@ class StateFiles:
     def read_refusal(self, spec: str) -> Reason:
         """Why an earlier manager gave up the update to `spec`; no reason if it did not."""
         with suppress(*UNUSABLE):
+            # A refusal holds for this spec only: any other update may be tried.
             saved = json.loads(self._refused_file.read_text())
             if saved["spec"] == digest(spec):
                 reason = Reason(**saved["reason"])

@@ -111,6 +111,7 @@ class Workers:
                     log.warning("last log line of %s: %s", backend.name, line or "none")
             self._engine.stop(backend.id)
         except EngineError as error:
+            # The controller plans the stop again as soon as it has this result, hence the pause.
             log.error("stop of %s failed, will try again: %s", backend.name, error)
             time.sleep(PAUSE)
             return Result(backend.name, still_there=True)

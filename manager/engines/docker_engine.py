@@ -150,6 +150,7 @@ class DockerEngine(BaseEngine):
         try:
             container.start()
             container.reload()
+        # A container that did not start would keep its name in use.
         except Exception:
             with suppress(docker.errors.APIError, requests.RequestException):
                 container.remove(force=True, v=True)
@@ -218,6 +219,7 @@ class DockerEngine(BaseEngine):
     def events(self) -> Iterator[Event]:
         """The changes of containers from now on. Ends, or raises EngineError, when the engine becomes unreachable."""
         filters = {"type": ["container", "network"], "event": list(EVENTS)}
+        # A client of its own, without a timeout, because there may be no event for hours.
         with (
             engine_errors(),
             closing(docker.from_env(timeout=None)) as client,

@@ -215,6 +215,7 @@ class SwarmEngine(BaseEngine):
     def _balancer_spec(self) -> Spec:
         nodes = self._client.api.nodes()
         manager = swarm_balancer.manager_addresses(nodes, self.gateway(), self._settings.manager_port)
+        # A service refers to secrets by id; the options have their names.
         secrets = {secret["Spec"]["Name"]: secret["ID"] for secret in self._client.api.secrets()}
         missing = [name for name in self._balancer_options.secrets if name not in secrets]
         if missing:

@@ -211,7 +211,8 @@ def _view(route: Route, api: Api) -> Callable[[], Response]:
             return answer
         if answer is None:
             return Response(status=204)
-        body = msgspec.json.encode(answer, enc_hook=str)  # for schemas.Text, which msgspec does not know
+        # The hook is for schemas.Text, a type that msgspec does not know.
+        body = msgspec.json.encode(answer, enc_hook=str)
         return Response(body + b"\n", mimetype="application/json")
 
     return view

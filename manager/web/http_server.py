@@ -57,6 +57,7 @@ class Server(WSGIServer):
         # Without this name, pywsgi would resolve it by DNS.
         environ = {"SERVER_NAME": address[0] if isinstance(address, tuple) else "localhost"}
         options: dict[str, Any] = {"handler_class": _Connection, "log": None, "error_log": None}
+        # The handshake follows in wrap_socket_and_handle, with a deadline.
         if tls is not None:
             options |= {"ssl_context": tls, "do_handshake_on_connect": False}
         super().__init__(listener, application, spawn=pool, environ=environ, **options)
@@ -157,6 +158,7 @@ class _Connection(WSGIHandler):
         if len(raw_requestline.split()) != 3 or not raw_requestline.isascii():  # HTTP/0.9, or no URL
             raise _Refused(HTTPStatus.BAD_REQUEST)
         super().read_request(raw_requestline)
+        # With another encoding, the end of the body would not be known.
         if self.headers.get("Transfer-Encoding", "chunked").lower() != "chunked":
             raise _Refused(HTTPStatus.NOT_IMPLEMENTED)
         options = self.headers.get("Connection", "").lower().split(",")
@@ -188,6 +190,7 @@ class _Connection(WSGIHandler):
         except _Refused as refused:
             self._refuse(refused.status)
             return
+        # The request is complete. From here on, only the answer has a deadline.
         self._deadline.close()
         self.server.end_waiting()
         self.environ["wsgi.input"] = io.BytesIO(body)

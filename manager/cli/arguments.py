@@ -60,7 +60,7 @@ def run_parser() -> argparse.ArgumentParser:
     switches = {
         "follow": "stay and print the manager's log",
         "no_wait": "do not wait for the end of an update of the backends",
-        "swarm_init": "make this host a Swarm where it is in none",
+        "swarm_init": "make this host a Swarm if it is in none",
         "no_install": "install nothing on this host; print what is missing",
         "status": "print the state of the running project; exit code 0 healthy, 1 it does not run, 3 degraded",
         "watch": "print the state continuously, until Ctrl-C",

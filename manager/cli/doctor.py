@@ -64,7 +64,7 @@ class Host:
             return subprocess.CompletedProcess(command, 127, "", str(error))
 
     def read(self, path: Path | str) -> str:
-        """A file's text; empty where it does not exist or this user may not read it."""
+        """A file's text; empty if it does not exist or this user may not read it."""
         try:
             return Path(path).read_text(errors="replace").strip()
         except OSError:

@@ -41,7 +41,7 @@ def routes(table: str) -> Iterator[IPv4Network]:
 
 
 def host_routes() -> list[IPv4Network]:
-    """The routes of all tables where `ip` is installed, else those of the main table, from /proc."""
+    """The routes of all tables if `ip` is installed, else those of the main table, from /proc."""
     try:
         done = subprocess.run(["ip", "-4", "route", "show", "table", "all"], capture_output=True, text=True, check=True)
         return list(routes(done.stdout))
@@ -71,7 +71,7 @@ def is_taken(address: str, port: int) -> bool:
 
 
 class Owner(NamedTuple):
-    """The process that listens on a port; `pid` is 0 where this user may not read that."""
+    """The process that listens on a port; `pid` is 0 if this user may not read it."""
 
     pid: int
     name: str
@@ -81,6 +81,7 @@ class Owner(NamedTuple):
 
 
 def owner(port: int) -> Owner:
+    """The process that listens on this port."""
     # /proc/net/tcp names sockets by inode, and each process has links to its sockets.
     sockets = _listening_sockets(port)
     for process in Path("/proc").glob("[0-9]*"):

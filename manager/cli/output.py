@@ -207,7 +207,7 @@ class Undo:
 def main(program: str, run_dir: Path, log: str, run: Callable[[Output], None]) -> int:
     """Calls `run` while this process holds the project's lock. Returns the exit code."""
     handle_signals()
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr] # where the locale has no such letter
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr] # for letters that the locale does not have
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         with (run_dir / "lock").open("w") as lock:

@@ -208,7 +208,7 @@ def forget(project: Project) -> None:
     label = _claim_label(project)
     for node in project.docker.nodes.list():
         if node.attrs["Spec"].get("Labels", {}).pop(label, None) is not None:
-            with suppress(docker.errors.APIError):  # it changed meanwhile; without services the claim has no effect
+            with suppress(docker.errors.APIError):  # the node has changed; without services the claim has no effect
                 node.update(node.attrs["Spec"])
     for secret in project.docker.secrets.list(filters=project.filter()):
         secret.remove()

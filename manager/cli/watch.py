@@ -200,7 +200,7 @@ def watch(manager: Manager, status: Status, console: Console) -> NoReturn:
     """Draws the status each second; without a terminal, prints a line at each change. Reports when the manager does not
     answer, and continues."""
     points, changes = deque[Status](maxlen=POINTS), deque[Status](maxlen=LAST)
-    note, gone, printed = "Ctrl-C ends", "", ""  # `gone`: since when the manager does not answer
+    note, silent_since, printed = "Ctrl-C ends", "", ""  # `silent_since`: when the manager stopped answering, if so
     live = Live(console=console, auto_refresh=False)
     with live if console.is_terminal else nullcontext():
         while True:
@@ -210,14 +210,16 @@ def watch(manager: Manager, status: Status, console: Console) -> NoReturn:
                 fresh = manager.get(f"/history?since={points[-1]['time'] if points else 0}")
                 points.extend(fresh["points"])
                 changes.extend(fresh["decisions"])
-                note, gone = f"the manager did not answer from {gone} to {clock()}" if gone else note, ""
+                if silent_since:
+                    note, silent_since = f"the manager did not answer from {silent_since} to {clock()}", ""
             except NoAnswer as error:
-                gone = gone or clock()
-                note = f"{error} since {gone}; waiting"
+                silent_since = silent_since or clock()
+                note = f"{error} since {silent_since}; waiting"
             # Draw, or print a line that differs from the last one.
-            line = note if gone else f"{summary(status)}; last decision: {decision(status['last_decision'])}"
+            summarized = f"{summary(status)}; last decision: {decision(status['last_decision'])}"
+            line = note if silent_since else summarized
             if console.is_terminal:
-                heading = Text(f"{clock()}  {note}", style="yellow" if gone else "dim")
+                heading = Text(f"{clock()}  {note}", style="yellow" if silent_since else "dim")
                 charts = load(points, time.time()), past(changes)
                 live.update(Group(heading, render_status(status, *charts)), refresh=True)
             elif line != printed:

@@ -387,7 +387,7 @@ class Controller:
         return fleet.apply_health(some, self._load.verdict, since, self.settings.ready_timeout, now)
 
     def _note_health(self, report: Report, now: float) -> None:
-        """Applies the reported health where it may change a backend. `step` applies all of it.
+        """Applies a report's health to the backends that it may change. `step` applies the health of all backends.
 
         The verdict on an unhealthy backend scans all balancers, which is too slow for each row of each report: 100
         balancers with 600 unhealthy backends would keep more than one processor busy.

@@ -48,7 +48,7 @@ class Container:
     status: str  # Docker's: created, running, paused, restarting, exited, dead, removing
     exit_code: int | None = None
     spec: str = ""  # the image and options it was made from, as the engine writes them
-    node: str = ""  # the machine it is on, where there are several
+    node: str = ""  # the machine it is on, if there are several
     leaving: bool = False  # the engine is about to stop it, or has begun to
 
     @property
@@ -211,12 +211,12 @@ def _compare(backend: Backend, container: Container, now: float) -> Backend:
 
 def ended(backend: Backend, exit_code: int | None, now: float) -> Backend:
     """The backend after the end of its container: a failure, unless it was draining or being stopped."""
-    gone = replace(backend, running=False, unhealthy_since=None)
+    not_running = replace(backend, running=False, unhealthy_since=None)
     if backend.state in (STOPPED, FAILED):
-        return gone
+        return not_running
     if backend.state == DRAINING:
-        return gone.to(STOPPED, now, Reason(Cause.ENDED_IN_DRAIN))
-    return gone.to(FAILED, now, Reason(Cause.ENDED, exit_code))
+        return not_running.to(STOPPED, now, Reason(Cause.ENDED_IN_DRAIN))
+    return not_running.to(FAILED, now, Reason(Cause.ENDED, exit_code))
 
 
 def after_event(backend: Backend, action: str, code: int, now: float) -> Backend:

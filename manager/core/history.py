@@ -3,7 +3,7 @@ changes.
 
 Pure: time is an argument, in seconds since 1970, and never decreases. Memory is bounded, because decisions are at least
 3/8 s apart. Points are removed in whole minutes, and `since` returns either one point for a minute or all its
-decisions, never both. So no peak is lost where the coarse points end and the fine ones begin.
+decisions, never both. So no peak is lost between the coarse points and the fine ones.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class Sample:
     active: int
     healthy: bool | None
     share: float | None = None  # of the balancer's new connections
-    id: str = ""  # the container's, where reported: the address may have had another backend before
+    id: str = ""  # the container's, if reported: the address may have belonged to another backend before
     why: str = ""  # the last probe's result, for people
     cause: str = ""  # kind of failure of an unhealthy backend
 

@@ -70,7 +70,7 @@ def backend_options(settings: Settings, image_user: str) -> dict[str, Any]:
     allowed = settings.allow
     image_runs_as_root = image_user.split(":", 1)[0] in ("", "root", "0")
     change_user = image_runs_as_root and "root" not in allowed
-    # runc ignores the mode of a tmpfs where the image has a directory of that path, but it does set the owner.
+    # If the image has a directory at the path of a tmpfs, runc ignores the mode, but it sets the owner.
     owner = f",uid={UNPRIVILEGED_UID},gid={UNPRIVILEGED_UID}" if change_user else ""
     return {
         "command": list(settings.command) or None,

@@ -84,8 +84,8 @@ class Tally:
     def keep(self, balancers: Collection[str]) -> None:
         """Removes the samples of balancers that no longer exist."""
         for samples in self._newest.values():
-            for gone in samples.keys() - balancers:
-                del samples[gone]
+            for removed in samples.keys() - balancers:
+                del samples[removed]
 
     def decided(self, decision: Decision) -> None:
         self._decisions[decision.verdict, reason(decision)] += 1
@@ -95,7 +95,7 @@ class Tally:
 
 
 def reason(decision: Decision) -> str:
-    """The kind of the limit that was applied last; `load` where none was."""
+    """The kind of the limit that was applied last; `load` if none was applied."""
     return decision.clamps[-1].kind.value if decision.clamps else "load"
 
 

@@ -16,7 +16,7 @@ class RecentLog(logging.Handler):
         self._records: deque[LogRecord] = deque(maxlen=KEPT)
 
     def emit(self, record: logging.LogRecord) -> None:
-        # The default format is the message and, where there is one, the traceback.
+        # The default format is the message and the traceback, if there is one.
         self._records.append(LogRecord(record.created, record.levelname, self.format(record)))
 
     def newest(self, count: int) -> list[LogRecord]:

@@ -49,7 +49,7 @@ class BackendRow(Struct):
     share: Annotated[Share | None, Meta(description="part of this balancer's new connections")] = None
     id: Annotated[Text | None, Meta(description="the container's id")] = None
     why: Annotated[Text | None, Meta(description="result of the last probe, a text for people")] = None
-    cause: Annotated[Text | None, Meta(description="kind of failure where the backend is unhealthy")] = None
+    cause: Annotated[Text | None, Meta(description="kind of failure of an unhealthy backend")] = None
 
     def sample(self) -> Sample:
         counters = self.connections, self.packets, self.bytes, self.active

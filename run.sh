@@ -21,7 +21,7 @@ trap 'finish $?' EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 trap 'exit 129' HUP
-trap : PIPE # see say
+trap : PIPE # a closed standard output must not end this script, see say
 LOG=run/setup.log
 mkdir -p run
 case " $* " in *" --no-install "*) export NO_INSTALL=1 ;; esac

@@ -14,7 +14,7 @@ FLAGS_ARE_VALID=10 # exit code of cli.arguments for a stop; --help ends with ano
 
 open_streams
 trap end_step EXIT
-trap : PIPE # see say
+trap : PIPE # a closed standard output must not end this script, see say
 LOG=run/setup.log
 
 mkdir -p run

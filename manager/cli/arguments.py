@@ -100,7 +100,7 @@ def stop_parser() -> argparse.ArgumentParser:
 
 def run_arguments(words: Sequence[str], environ: Mapping[str, str]) -> Arguments:
     """Raises SettingError."""
-    # Flags override variables.
+    # A flag overrides its variable.
     parsed = vars(run_parser().parse_args(words))
     given = dict(environ)
     for name in SETTINGS:

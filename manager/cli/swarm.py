@@ -146,6 +146,7 @@ def _make_certificate(project: Project) -> None:
 
 
 def _share(project: Project, name: str, file: str) -> None:
+    """Stores a file as a Swarm secret. Raises Failed if the Swarm has other data under that name."""
     data = (project.run_dir / file).read_bytes()
     digest = hashlib.sha256(data).hexdigest()[:16]
     secret = _secret(project, name)
@@ -163,7 +164,7 @@ def _share(project: Project, name: str, file: str) -> None:
 
 
 def is_worker(project: Project) -> bool:
-    """Whether this node runs tasks of the project and may not control their Swarm."""
+    """Whether this node runs tasks of the project but is a worker, which cannot control the Swarm."""
     node = project.swarm_node()
     if node["LocalNodeState"] != "active" or node["ControlAvailable"]:
         return False

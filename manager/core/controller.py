@@ -42,7 +42,7 @@ log = logging.getLogger("manager")
 
 
 class Recorder(Protocol):
-    """Counts for the metrics what happens."""
+    """Is called for everything that the metrics count."""
 
     def changed(self, before: Backend | None, after: Backend | None, now: float) -> None: ...
     def reported(self, report: Report, fleet: Fleet) -> None: ...

@@ -57,15 +57,19 @@ class Engine(Protocol):
     balancers: frozenset[str] | None = None
     refused: str = ""  # digest of the spec whose update the engine has rolled back
 
+    # The project's backends, running or not.
     def list(self) -> Sequence[Container]: ...
+    # What new backends are created from. Backends with equal texts need no replacement.
     def spec(self) -> str: ...
     def last_log_line(self, container_id: str) -> str: ...
+    # Makes a balancer run that has the current settings.
     def repair_balancer(self) -> None: ...
 
     def check_path(self) -> Mapping[str, str]:
         """Opens one connection through each balancer. Returns the error of each target, empty if it worked."""
         ...
 
+    # Blocks until the next event. Ends, or raises EngineError, when the engine becomes unreachable.
     def events(self) -> Iterator[Event]: ...
 
     def launch(self, name: str, spec: str) -> Container:  # noqa: ARG002 - used by the engines

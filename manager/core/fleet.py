@@ -92,7 +92,7 @@ class Backend:
 
     @property
     def healthy(self) -> bool:
-        """Whether a balancer has reported it healthy, and they have not reported it unhealthy since."""
+        """Whether a balancer has reported it healthy and the balancers do not report it unhealthy now."""
         return self.ready and self.unhealthy_since is None
 
     def unhealthy_for(self, now: float) -> float:
@@ -327,7 +327,7 @@ class Namer:
 
 @dataclass(frozen=True)
 class Goal:
-    """The number of backends in rotation and of spares beside them, all made from `spec`."""
+    """The number of backends in rotation, and the number of spares in addition. All are made from `spec`."""
 
     desired: int
     spares: int = 0

@@ -51,7 +51,7 @@ class LaunchBackoff:
 
     def failed(self, spec: str, reason: Reason, now: float, chance: float, served: bool = False) -> None:
         """A launch of `spec` failed, or a backend made from it did. `served`: it had been in rotation for STABLE
-        seconds. `chance`, 0 to 1, is the jitter of the wait: half to one and a half of it."""
+        seconds. `chance`, 0 to 1, sets the jitter: 0.5 to 1.5 times the wait."""
         together = served and now - self.failed_at < TOGETHER
         self.reason, self.failed_at, self.at_desired_size_since = reason, now, None
         if self._gives_up(spec, now):

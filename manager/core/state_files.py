@@ -54,7 +54,7 @@ class StateFiles:
         save(self._operator_file, json.dumps(saved))
 
     def read_refusal(self, spec: str) -> Reason:
-        """Why an earlier manager gave up the update to `spec`; no reason if it did not."""
+        """Why an earlier manager gave up the update to `spec`; NO_REASON if none did."""
         with suppress(*UNUSABLE):
             # A refusal holds for this spec only: any other update may be tried.
             saved = json.loads(self._refused_file.read_text())
@@ -73,7 +73,7 @@ class StateFiles:
 
 
 def digest(spec: str) -> str:
-    """Specs may contain passwords, so files and engines keep digests of them."""
+    """A hash of a spec. The files contain it in place of the spec, which may contain passwords."""
     return hashlib.sha256(spec.encode()).hexdigest()
 
 

@@ -147,7 +147,7 @@ class _Connection(WSGIHandler):
         # Lets other greenlets run between requests that a client sends in one packet.
         gevent.sleep(0)
         result = None
-        # With False, the timeout leaves the block without an exception outside of it.
+        # With False, the timeout ends the block below and its exception does not leave it.
         with gevent.Timeout(self.server.limits.request, False) as self._deadline, self.server.waiting_for_client():
             result = super().handle_one_request()
             if isinstance(result, tuple):

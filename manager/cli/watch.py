@@ -216,8 +216,9 @@ def watch(manager: Manager, status: Status, console: Console) -> NoReturn:
                 silent_since = silent_since or clock()
                 note = f"{error} since {silent_since}; waiting"
             # Draw, or print a line that differs from the last one.
-            summarized = f"{summary(status)}; last decision: {decision(status['last_decision'])}"
-            line = note if silent_since else summarized
+            line = note
+            if not silent_since:
+                line = f"{summary(status)}; last decision: {decision(status['last_decision'])}"
             if console.is_terminal:
                 heading = Text(f"{clock()}  {note}", style="yellow" if silent_since else "dim")
                 charts = load(points, time.time()), past(changes)

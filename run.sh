@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Starts the load balancer, or applies changed settings to the running one. ./run.sh --help lists the settings.
-# This script prepares what the start in manager/cli/up.py needs: Python, a Docker Engine and the packages in .venv.
+# This script installs what is missing (Python, a Docker Engine, the packages in .venv). Then manager/cli/up.py starts
+# the project.
 set -euo pipefail
 cd "$(dirname "$0")"
 # shellcheck source=manager/host.sh
@@ -8,6 +9,7 @@ cd "$(dirname "$0")"
 
 FLAGS_ARE_VALID=10 # exit code of cli.arguments for a start; --help ends with another one
 
+# finish STATUS: up.py stops the engine itself if its run fails, so this is for failures before up.py.
 finish() {
     end_step
     [ "$1" -eq 0 ] || [ -z "${ENGINE_STARTED:-}" ] || stop_engine
@@ -19,10 +21,11 @@ trap 'finish $?' EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 trap 'exit 129' HUP
-trap : PIPE # see say
+trap : PIPE # a closed standard output must not end this script, see say
 LOG=run/setup.log
 mkdir -p run
 case " $* " in *" --no-install "*) export NO_INSTALL=1 ;; esac
+# The flags are checked before anything else is installed, and some need neither an engine nor .venv.
 have python3 || need "reading the settings" python3 python3-venv
 for word in "$@"; do
     case "$word" in

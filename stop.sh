@@ -4,7 +4,7 @@
 #     --now      do not wait for open connections
 #     --images   also remove the images made by run.sh
 #     --engine   also stop the Docker Engine, if run.sh started it
-# This script prepares what the stop in manager/cli/down.py needs: Python and the packages in .venv.
+# This script installs what is missing (Python, the packages in .venv). Then manager/cli/down.py stops the project.
 set -euo pipefail
 cd "$(dirname "$0")"
 # shellcheck source=manager/host.sh
@@ -14,7 +14,7 @@ FLAGS_ARE_VALID=10 # exit code of cli.arguments for a stop; --help ends with ano
 
 open_streams
 trap end_step EXIT
-trap : PIPE # see say
+trap : PIPE # a closed standard output must not end this script, see say
 LOG=run/setup.log
 
 mkdir -p run

@@ -1,28 +1,30 @@
 # shellcheck shell=bash
-# What run.sh, stop.sh and tests/run.sh share: steps, packages, and starting and stopping the Docker Engine.
-# Sourced with the repository's root as the working directory. LOG is the file that steps write to.
+# Functions that run.sh, stop.sh and tests/run.sh share: steps, packages, and starting and stopping the Docker Engine.
+# Source it with the repository's root as the working directory. LOG is the file that steps write to.
 
 ENGINE_DIR=run/engine
-TICKER='' # process id of what prints that a step still runs
+TICKER='' # id of the background process that prints the seconds while a step runs
 
-# A reader that went away is no reason to stop half way.
+# say: prints a line. A closed standard output must not end the script in the middle of its work.
 say() { printf '%s\n' "$*" 2>/dev/null || true; }
 die() { printf '%s: %s\n' "${0##*/}" "$*" >&2; exit 1; }
 have() { command -v "$1" >/dev/null 2>&1; }
 
-# open_streams: a closed standard stream becomes /dev/null; else the next file that is opened would take its place.
+# open_streams: opens each closed standard stream as /dev/null. Otherwise the next file that is opened would get its
+# number, and output meant for the terminal would be written into that file.
 open_streams() {
     true 9>&2 || exec 2>/dev/null
     { true 9<&0; } 2>/dev/null || exec </dev/null
     { true 9>&1; } 2>/dev/null || exec >/dev/null
 }
 
-# step TEXT COMMAND…: prints TEXT, runs COMMAND with its output in LOG, prints how long it took. A failure ends the script.
+# step TEXT COMMAND…: prints TEXT, runs COMMAND with its output in LOG, and prints the duration. If COMMAND fails, it
+# prints the end of LOG and ends the script.
 step() {
     local text=$1 began=$SECONDS status=0
     shift
     printf '%s … ' "$text" 2>/dev/null || true
-    tick 8>&- & # it may outlive the step for a moment, and must not keep the lock of make_venv
+    tick 8>&- & # without descriptor 8: it may live longer than the step, and must not keep the lock of make_venv
     TICKER=$!
     "$@" >>"$LOG" 2>&1 </dev/null || status=$?
     end_step
@@ -47,12 +49,14 @@ end_step() {
     TICKER=''
 }
 
+# apt_install PACKAGE…: updates the package lists only if the installation fails, because that is slow.
 apt_install() {
     export DEBIAN_FRONTEND=noninteractive
-    apt-get install -y --no-install-recommends "$@" || { apt-get update && apt-get install -y --no-install-recommends "$@"; }
+    apt-get install -y --no-install-recommends "$@" ||
+        { apt-get update && apt-get install -y --no-install-recommends "$@"; }
 }
 
-# need PURPOSE PACKAGE…: installs Debian packages, or prints what is missing where it may not.
+# need PURPOSE PACKAGE…: installs Debian packages. Ends the script with the missing names if it may not install.
 need() {
     local purpose=$1
     shift
@@ -62,7 +66,7 @@ need() {
     step "Installing $* ($purpose)" apt_install "$@"
 }
 
-# make_venv: all projects share .venv, and their managers run from it.
+# make_venv: makes .venv if the requirements have changed. All projects share it, hence the lock.
 make_venv() {
     python3 -c 'import ensurepip, venv' 2>/dev/null || [ "$(venv_stamp)" = "$(wanted_stamp)" ] ||
         need "the manager's environment" python3-venv
@@ -75,7 +79,7 @@ make_venv() {
 venv_stamp() { cat .venv/stamp 2>/dev/null || true; }
 wanted_stamp() { sha256sum <manager/requirements.txt; }
 
-# install_venv: makes a new environment beside the one in use, which it replaces once it is complete.
+# install_venv: makes a new environment and, once it is complete, puts it in the place of the one in use.
 install_venv() {
     [ -e .venv ] || [ ! -e .venv.old ] || mv .venv.old .venv # a replacement that was interrupted
     rm -rf .venv.new .venv.old
@@ -88,22 +92,25 @@ install_venv() {
 
 engine_answers() { timeout 10 docker info >/dev/null 2>&1; }
 
-# ensure_engine: uses the engine that answers, else starts the installed one, else installs and starts Debian's.
-# ENGINE_STARTED is 1 when it was started here, else empty.
+# ensure_engine: if no engine answers, starts the installed one; if none is installed, installs Debian's first.
+# Sets ENGINE_STARTED to 1 if it started the engine, else to the empty string.
 ensure_engine() {
     export ENGINE_STARTED=
-    case "${DOCKER_HOST:-unix:}" in unix:*) ;; *) die "DOCKER_HOST is $DOCKER_HOST; the engine has to be on this host" ;; esac
+    case "${DOCKER_HOST:-unix:}" in
+        unix:*) ;;
+        *) die "DOCKER_HOST is $DOCKER_HOST; the engine has to be on this host" ;;
+    esac
     if have docker && engine_answers; then return; fi
     [ -z "${DOCKER_HOST:-}" ] || die "no engine answers at DOCKER_HOST=$DOCKER_HOST"
     have dockerd || need "running containers" docker.io iptables
     have docker || need "controlling the engine" docker-cli
     [ "$(id -u)" -eq 0 ] || die "no engine answers this user; start it, or join the docker group, or run as root"
-    ENGINE_STARTED=1 # before it starts, so that an interrupt stops it
+    ENGINE_STARTED=1 # before the start, so that an interrupted start is undone
     step "Starting the Docker Engine" start_engine
 }
 
-# start_engine [FLAG…]: flags for dockerd, where there is no systemd. It tries again, because an engine that was just
-# killed may still hold what the next one needs.
+# start_engine [FLAG…]: starts the engine through systemd, or without systemd as dockerd with the flags. It tries up to
+# three times, because an engine that was just killed may still hold files and sockets that the next one needs.
 start_engine() {
     local tries
     mkdir -p "$ENGINE_DIR"
@@ -131,13 +138,13 @@ wait_for_engine() {
     return 1
 }
 
-# stop_engine: stops the engine that start_engine started, and no other.
+# stop_engine: stops the engine if start_engine has started it.
 stop_engine() {
     local pid tries
     pid=$(cat "$ENGINE_DIR/dockerd.pid" 2>/dev/null) || return 0
     if [ "$pid" = systemd ]; then
         systemctl stop docker docker.socket
-    elif is_dockerd "$pid"; then # and not another process with a reused number
+    elif is_dockerd "$pid"; then # another process may have the number by now
         kill -TERM "$pid"
         for ((tries = 0; tries < 300; tries++)); do
             is_dockerd "$pid" || break

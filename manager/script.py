@@ -1,7 +1,7 @@
-"""The manager's entry point: reads the settings, wires engine, controller and listeners, and waits for the end.
+"""The manager's entry point: reads the settings, connects engine, controller and listeners, and waits for a signal.
 
-run.sh starts it under supervise.sh, with the settings in LB_ variables. Exit codes: 0 it was asked to end; 1 it could
-not start; 2 a bad setting; 3 its listeners failed.
+run.sh starts it under supervise.sh, with the settings in LB_ variables. Exit codes: 0 ended by SIGTERM or SIGINT, or
+another manager has taken over; 1 cannot start; 2 invalid setting; 3 the listeners failed.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ log = logging.getLogger("manager")
 
 
 def serve(controller: Controller, settings: Settings, token: str, gateway: str, recent_log: RecentLog) -> Listeners:
-    """Serves all three listeners. Raises OSError where one cannot be opened."""
+    """Serves on all three listeners. Raises OSError if one cannot be opened."""
     listeners = Listeners()
+    # Long polls wait on the listeners' thread, so a change of the snapshot has to wake them there.
     controller.subscribe(listeners.notify)
     app = create_app(controller, token, [gateway], waits_in(listeners, controller), recent_log)
     tls = tls_context(settings.run_dir / "manager.pem") if settings.orchestrator == "swarm" else None
@@ -49,7 +50,7 @@ def serve(controller: Controller, settings: Settings, token: str, gateway: str, 
 
 
 def start_log(path: Path) -> RecentLog:
-    """Logs to the file, and to the records in memory that GET /log returns."""
+    """Logs to the file and to the RecentLog that GET /log reads."""
     handler = logging.handlers.RotatingFileHandler(path, maxBytes=5_000_000, backupCount=3)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S"))
     recent_log = RecentLog()
@@ -71,10 +72,10 @@ def make_engine(settings: Settings, token: str) -> DockerEngine | SwarmEngine:
 
 
 def wait_for_end(*alive: Callable[[], bool]) -> None:
-    """Returns when SIGTERM or SIGINT, which have to be blocked, is pending, or when one of `alive` is False.
+    """Returns when SIGTERM or SIGINT is pending (both have to be blocked), or when one of `alive` returns False.
 
-    Asks for pending signals because `signal.sigtimedwait` returns an arbitrary signal when SIGCONT interrupts it after
-    its timeout.
+    It polls for pending signals, because `signal.sigtimedwait` returns an arbitrary signal when SIGCONT interrupts it
+    after its timeout.
     """
     while all(is_alive() for is_alive in alive) and not signal.sigpending() & set(END):
         time.sleep(END_POLL)
@@ -90,10 +91,12 @@ def main() -> int:
     except SettingError as error:
         print(f"manager: {error}", file=sys.stderr)
         return 2
+    # stop.sh finds the manager by --project, so the two names have to be the same.
     if arguments.project not in (None, settings.project):
         print(f"manager: --project is {arguments.project}, LB_PROJECT is {settings.project}", file=sys.stderr)
         return 2
-    signal.pthread_sigmask(signal.SIG_BLOCK, END)  # before any thread starts, so that none of them takes a signal
+    # Before any thread starts: threads inherit the mask, so none of them receives a signal.
+    signal.pthread_sigmask(signal.SIG_BLOCK, END)
     raise_file_limit()
     recent_log = start_log(settings.run_dir / "manager.log")
     try:
@@ -116,7 +119,7 @@ def main() -> int:
     failed = not listeners.is_alive()
     if failed:
         log.error("the listeners have failed; this manager ends")
-    controller.close()  # ends all long polls; those that still come are refused
+    controller.close()  # ends all long polls; later ones are refused
     loop.join(10)
     listeners.stop()
     log.info("manager ended")
@@ -126,4 +129,4 @@ def main() -> int:
 if __name__ == "__main__":
     ended = main()
     logging.shutdown()
-    os._exit(ended)  # no other thread holds anything worth waiting for
+    os._exit(ended)  # without waiting for other threads: an engine call may take up to 30 s

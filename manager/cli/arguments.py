@@ -1,9 +1,9 @@
 """The command lines of run.sh and stop.sh, and the first stage of both: it checks the flags before anything changes.
 
-`arguments.py run.sh FLAG...` ends with 2 and one line for a bad setting, performs --help, --doctor, --status and
---watch, and ends with CONTINUE where the flags are for a start. `arguments.py stop.sh FLAG...` checks those of a stop.
-A flag overrides its variable, that overrides what the running project was started with, that overrides the default.
-Standard library alone: the virtual environment may not exist yet.
+`arguments.py run.sh FLAG...` exits with 2 and one line of text for an invalid setting, performs --help, --doctor,
+--status and --watch, and exits with CONTINUE if a start has to follow. `arguments.py stop.sh FLAG...` does the same for
+a stop. The value of a setting is that of its flag, else of its variable, else of the running project, else the default.
+This module uses the standard library only, because the virtual environment may not exist yet.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Exit codes: 0 it serves, 1 a step failed and was undone, 2 a bad setting, 129, 1
 
 @dataclass(frozen=True)
 class Arguments:
-    """What run.sh was called with. `variables` has the text of every setting by its LB_ name."""
+    """The command line of run.sh. `variables` has the text of every setting, by its LB_ name."""
 
     settings: Settings
     variables: Mapping[str, str]
@@ -60,7 +60,7 @@ def run_parser() -> argparse.ArgumentParser:
     switches = {
         "follow": "stay and print the manager's log",
         "no_wait": "do not wait for the end of an update of the backends",
-        "swarm_init": "make this host a Swarm where it is in none",
+        "swarm_init": "make this host a Swarm if it is in none",
         "no_install": "install nothing on this host; print what is missing",
         "status": "print the state of the running project; exit code 0 healthy, 1 it does not run, 3 degraded",
         "watch": "print the state continuously, until Ctrl-C",
@@ -100,7 +100,7 @@ def stop_parser() -> argparse.ArgumentParser:
 
 def run_arguments(words: Sequence[str], environ: Mapping[str, str]) -> Arguments:
     """Raises SettingError."""
-    # Flags override variables.
+    # A flag overrides its variable.
     parsed = vars(run_parser().parse_args(words))
     given = dict(environ)
     for name in SETTINGS:
@@ -109,7 +109,7 @@ def run_arguments(words: Sequence[str], environ: Mapping[str, str]) -> Arguments
             value = shlex.join(item for item in value if item)
         if value is not None:
             given[variable(name)] = value
-    # What neither has is as the project was started with, or the default.
+    # Without flag and variable, the running project's value is used, or else the default.
     variables = with_stored(given)
     settings = read(variables)
     backends = parsed["backends"]
@@ -127,7 +127,8 @@ def stop_arguments(words: Sequence[str]) -> argparse.Namespace:
 
 
 def _status(arguments: Arguments) -> int:  # noqa: RET503 - exec does not return
-    """Prints the state of the project with cli.watch, which needs the packages in .venv; the exit code."""
+    """Replaces this process by cli.watch, which needs the packages in .venv. Without .venv no project runs here: prints
+    that and returns the exit code."""
     python = ROOT / ".venv" / "bin" / "python"
     if not python.exists():
         problem = f"project {arguments.settings.project} does not run here; ./run.sh starts it"

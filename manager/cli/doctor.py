@@ -1,7 +1,8 @@
-"""The checks of this host: what would stop run.sh or disturb the system, and how to fix it.
+"""Checks this host for what would stop run.sh or disturb a running project, and says how to fix it.
 
 `./run.sh --doctor` runs and prints all of CHECKS; a start runs those in REQUIRED. They change nothing. A check that
-cannot be made says "not tried". Standard library alone: the doctor runs before the virtual environment exists.
+cannot be performed reports "not tried". This module uses the standard library only, because it runs before the virtual
+environment exists.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ BALANCER_MEMORY = 0.5  # GiB, its container's limit
 
 
 class Found(NamedTuple):
-    """The result of one check. `fix` says what to do; it is empty where nothing is wrong."""
+    """The result of one check. `fix` says what to do; it is empty if nothing is wrong."""
 
     verdict: str
     found: str
@@ -46,7 +47,7 @@ class Found(NamedTuple):
 
 
 class Host:
-    """What the checks read of this host."""
+    """Everything that the checks read from this host."""
 
     def __init__(self, settings: Settings, environ: Mapping[str, str], may_install: bool = True) -> None:
         self.settings = settings
@@ -63,7 +64,7 @@ class Host:
             return subprocess.CompletedProcess(command, 127, "", str(error))
 
     def read(self, path: Path | str) -> str:
-        """A file's text; empty where it does not exist or this user may not read it."""
+        """A file's text; empty if it does not exist or this user may not read it."""
         try:
             return Path(path).read_text(errors="replace").strip()
         except OSError:
@@ -71,20 +72,21 @@ class Host:
 
     def clock_error(self) -> float:
         """The kernel's estimate of its clock's greatest error, in seconds."""
-        timex = (ctypes.c_long * 64)()  # a struct timex and room; its fourth word is maxerror, see adjtimex(2)
+        # Larger than a struct timex, whose fourth word is maxerror in microseconds, see adjtimex(2).
+        timex = (ctypes.c_long * 64)()
         ctypes.CDLL(None).adjtimex(timex)
         return timex[3] / 1e6
 
     @cached_property
     def engine(self) -> dict[str, Any]:
-        """`docker info`; empty where no engine answers this user."""
+        """The output of `docker info`; empty if no engine answers this user."""
         done = self.run(INFO)
         info: dict[str, Any] = json.loads(done.stdout) if done.returncode == 0 else {}
         return info if info.get("ServerVersion") else {}
 
     @cached_property
     def network(self) -> dict[str, Any]:
-        """The engine's network with the project's name; empty where there is none."""
+        """The engine's network with the project's name; empty if there is none."""
         found = json.loads(self.run(f"docker network inspect {self.settings.project}").stdout or "[]")
         return dict(found[0]) if found else {}
 
@@ -147,14 +149,15 @@ def check_rules(image: str, project: str) -> list[str]:
 
 
 def kernel(host: Host) -> Found:
-    """By trying the rules where the balancer's image exists, else by the list of modules; never by what is loaded."""
-    # The balancer's own test is the best answer: it loads modules as the real rules do.
+    """Tries the rules if the balancer's image exists. Otherwise checks that the kernel has the modules that they need;
+    whether these are loaded does not matter, because the kernel loads them on demand."""
+    # The balancer's own test is the most reliable one: it loads modules as the real rules do.
     image = images.tag("balancer", host.settings.base_image)
     if host.run(f"docker image inspect {image}").returncode == 0:
         done = host.run(shlex.join(check_rules(image, host.settings.project)), timeout=60)
         result = "; ".join((done.stdout or done.stderr).splitlines())
         return judged(f"tried: {result}", done.returncode != 0, "load or build what is missing", FAULT)
-    # Without the image: every module has to be built, into the kernel or beside it.
+    # Without the image: every module has to be part of the kernel or to have a file.
     tree = Path("/lib/modules", platform.release())
     listing = f"{host.read(tree / 'modules.builtin')}\n{host.read(tree / 'modules.dep')}"
     built = set(re.findall(r"(\w+)\.ko\b", listing))
@@ -178,7 +181,7 @@ def manager_port(host: Host) -> Found:
 
 
 def port(host: Host, address: str, number: int, flag: str) -> Found:
-    # A port of a running project is taken, by its balancer or its manager.
+    # The project itself may use the port: its balancer or its manager.
     if not host_checks.is_taken(address, number):
         return Found(OK, f"port {number} is free")
     owner, project = host_checks.owner(number), host.settings.project
@@ -201,12 +204,12 @@ def network(host: Host) -> Found:
     return judged(f"the network {name} is {subnet}", changed, f"./stop.sh, then --subnet {wanted} applies", FAULT)
 
 
-# -- what may disturb the system --------------------------------------------------------------------------------------
+# -- what may disturb a running project -------------------------------------------------------------------------------
 
 
 def routes(host: Host) -> Found:
-    """The project's subnet, or the one it would get, against the other routes of this host. A narrower route takes the
-    backends' traffic; a wider one loses what it has in common with the subnet."""
+    """Compares the project's subnet, or the one it would get, with the other routes of this host. A narrower route
+    would take traffic of the backends; a wider one would lose the addresses that the subnet covers."""
     all_routes = host_checks.host_routes()
     # The project's own routes overlap its subnet by nature.
     if host.network:
@@ -229,7 +232,7 @@ def clock(host: Host) -> Found:
 
 
 def disk(host: Host) -> Found:
-    """Where the engine keeps images, and where the logs are."""
+    """The free space of the engine's images and of the logs."""
     free = {}
     for place in (host.engine.get("DockerRootDir", str(ROOT)), str(ROOT)):
         free[place] = shutil.disk_usage(place).free / 2**30
@@ -246,10 +249,12 @@ def conntrack(host: Host) -> Found:
 
 
 def neighbours(host: Host) -> Found:
-    """The balancer has an entry per backend and each backend one of the balancer, in one table for all namespaces."""
+    """Compares the size of the kernel's neighbour table with what --max backends need. All network namespaces share
+    the table: the balancer has an entry for each backend, and each backend one for the balancer."""
     size = int(host.read("/proc/sys/net/ipv4/neigh/default/gc_thresh3") or 0)
     if not size:
         return Found(WARN, "not tried: no thresholds in /proc", "run the doctor on the host itself")
+    # Some entries more for the host's own neighbours. Above gc_thresh3 the kernel refuses new entries.
     needed = 2 * (host.settings.max + host.settings.spares) + 24
     sizes = " ".join(f"net.ipv4.neigh.default.gc_thresh{n}={needed * n}" for n in (1, 2, 3))
     return judged(f"room for {size}, --max {host.settings.max} needs {needed}", needed > size, f"sysctl {sizes}")
@@ -284,13 +289,13 @@ REQUIRED = ("engine", "service port", "manager port", "network")
 
 
 def obstacles(host: Host) -> list[str]:
-    """Why a start cannot succeed here, a line each."""
+    """The reasons why a start cannot succeed on this host, one line each."""
     results = [CHECKS[name](host) for name in REQUIRED]
     return [f"{result.found}; {result.fix}" for result in results if result.verdict == FAULT]
 
 
 def tried(host: Host, check: Callable[[Host], Found]) -> Found:
-    """The result of a check; an error of its own is a result, too."""
+    """The result of a check. If the check raises an error, the result says so."""
     try:
         return check(host)
     except host_checks.NoFreeSubnet as error:
@@ -300,14 +305,14 @@ def tried(host: Host, check: Callable[[Host], Found]) -> Found:
 
 
 def row(name: str, result: Found) -> str:
-    """One check in lines of 100 columns."""
+    """One check as text, in lines of at most 100 columns."""
     fix = f" -> {result.fix}" if result.fix else ""
     text = f"{name:<14}{result.verdict:<7}{result.found}{fix}"
     return textwrap.fill(text, 100, subsequent_indent=" " * 21, break_on_hyphens=False)
 
 
 def report(host: Host, as_json: bool) -> int:
-    """Prints all checks; the exit code is 1 where one of them would stop run.sh."""
+    """Prints all checks. Returns the exit code: 1 if one of them would stop run.sh."""
     results = {name: tried(host, check) for name, check in CHECKS.items()}
     verdicts = [result.verdict for result in results.values()]
     faults = verdicts.count(FAULT)

@@ -1,7 +1,7 @@
-"""The stop: `./stop.sh`, once .venv exists. It waits for the open connections, then removes everything of the project.
+"""The second part of `./stop.sh`, once .venv exists: it waits for the open connections, then removes the whole project.
 
-Guarantees: nothing of another project or of the user's is removed; a second run is fine; where something is left, it is
-named and the exit code is 1.
+Guarantees: nothing that belongs to another project or to the user is removed; it can be run again; if something cannot
+be removed, it is named and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from cli.processes import MANAGER, SUPERVISOR, find
 from cli.project import Project
 from core.settings import ROOT, SETTINGS, stored, variable
 
-DRAIN_MARGIN = 10.0  # seconds past the drain timeout until a drain counts as failed
+DRAIN_MARGIN = 10.0  # seconds after the drain timeout until the command that drains is ended
 STOP_GRACE = 10  # seconds between SIGTERM and SIGKILL for a container
 NETWORK_TIMEOUT = 60.0  # seconds; in a Swarm other nodes' tasks use the network until they have ended
 GONE_TIMEOUT = 10.0  # seconds; a Swarm lists a network for a moment after its removal
@@ -35,7 +35,8 @@ TEMPORARY = ("token", "settings.json", "manager.sock", "*.pem", "*.pid", "*.new"
 
 def remove(project: Project, drain: float) -> None:
     """Removes everything of the project; open connections have `drain` seconds to end. Raises Failed."""
-    if project.manager_runs() or project.supervisor_runs():  # first, so that nothing is launched again
+    # The manager first, because it would launch again what is removed.
+    if project.manager_runs() or project.supervisor_runs():
         with project.output.step("Stopping the manager"):
             project.end_manager()
     network.remove_exemption(project)
@@ -57,7 +58,7 @@ def engine_answers(project: Project) -> bool:
 
 
 def _remove_from_engine(project: Project, drain: float) -> bool:
-    """Whether the network had to be kept."""
+    """Removes containers, services, secrets and the network. Returns whether the network had to be kept."""
     # A worker cannot remove the services, which would start the containers again.
     if swarm.is_worker(project):
         raise Failed("this node is a worker of a Swarm; run stop.sh on a manager of it")
@@ -75,7 +76,7 @@ def _remove_from_engine(project: Project, drain: float) -> bool:
 
 
 def _drain(project: Project, seconds: float) -> None:
-    """A balancer that fails to drain has no open connections, and is no reason to leave anything behind."""
+    """Waits for the open connections of each balancer. If that fails, the removal continues."""
     for balancer in project.docker.containers.list(filters=project.filter("balancer")):
         with project.output.step(f"Waiting for open connections, {seconds:g} s at most"):
             command = ["timeout", f"{seconds + DRAIN_MARGIN:g}", "/bin/bash", "/balancer/script.sh", "drain"]
@@ -93,14 +94,14 @@ def _remove_containers(project: Project, role: str) -> None:
 
 
 def _remove_container(container: Any) -> None:
-    with suppress(docker.errors.APIError):  # it does not run, or does not stop; removal is by force
+    with suppress(docker.errors.APIError):  # it may not run, or not stop; the removal below is forced
         container.stop(timeout=STOP_GRACE)
     with suppress(docker.errors.NotFound):
         container.remove(force=True, v=True)
 
 
 def _remove_network(project: Project) -> bool:
-    """Whether it had to be kept: a foreign container is attached to it."""
+    """Returns whether the network had to be kept because a foreign container is attached to it."""
     found = project.network()
     if found is None:
         return False
@@ -110,7 +111,7 @@ def _remove_network(project: Project) -> bool:
         names = " ".join(one["Name"] for one in found.attrs["Containers"].values())
         project.output.say(f"Keeping the network {project.name}: {names} is attached to it")
         return True
-    # It is in use until the last task has ended.
+    # The engine refuses the removal until the last task has ended.
     with project.output.step(f"Removing the network {project.name}"):
         deadline = time.monotonic() + NETWORK_TIMEOUT
         while project.network() is not None:
@@ -129,7 +130,7 @@ def _remove_network(project: Project) -> bool:
 
 
 def _check_nothing_is_left(project: Project, answers: bool, network_kept: bool) -> None:
-    """Raises Failed. Another program may have started something again meanwhile."""
+    """Raises Failed if something of the project exists, such as a container that another program has started again."""
     deadline = time.monotonic() + GONE_TIMEOUT
     while left := list(_left(project, answers, network_kept)):
         if time.monotonic() > deadline:
@@ -154,13 +155,13 @@ def _left(project: Project, answers: bool, network_kept: bool) -> Iterator[str]:
 
 
 def _remove_files(project: Project) -> None:
-    """Everything but the logs and the recorded load."""
+    """Removes the project's files except the logs and the recorded load."""
     place = project.run_dir / "balancer"
     for name in images.RUN_TIME_FILES:
         link = ROOT / "balancer" / name
         if link.is_symlink() and link.readlink().parts[-3:] == (project.name, "balancer", name):
             link.unlink()
-    # The recorded load stays, beside the logs.
+    # The recorded load is kept beside the logs.
     with suppress(FileNotFoundError):
         (place / "trace.csv").replace(project.run_dir / "trace.csv")
     shutil.rmtree(place, ignore_errors=True)
@@ -170,7 +171,7 @@ def _remove_files(project: Project) -> None:
 
 
 def _remove_images(project: Project) -> None:
-    """Several passes, because an image that another one is built on goes last."""
+    """Removes the images in several passes, because an image cannot be removed before those that are built on it."""
     filters = {"label": images.LABEL}
     for _ in range(3):
         for image in project.docker.images.list(filters=filters):

@@ -1,4 +1,4 @@
-"""Subnets, routes and ports of this host, for cli.doctor and cli.network. Standard library alone."""
+"""Subnets, routes and ports of this host, for cli.doctor and cli.network. Uses the standard library only."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def routes(table: str) -> Iterator[IPv4Network]:
 
 
 def host_routes() -> list[IPv4Network]:
-    """The routes of all tables where `ip` is installed, else those of the main table, from /proc."""
+    """The routes of all tables if `ip` is installed, else those of the main table, from /proc."""
     try:
         done = subprocess.run(["ip", "-4", "route", "show", "table", "all"], capture_output=True, text=True, check=True)
         return list(routes(done.stdout))
@@ -60,6 +60,7 @@ def _kernel_routes(table: str) -> Iterator[IPv4Network]:
 
 
 def is_taken(address: str, port: int) -> bool:
+    # Other errors, such as a missing permission, do not mean that the port is taken.
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -70,7 +71,7 @@ def is_taken(address: str, port: int) -> bool:
 
 
 class Owner(NamedTuple):
-    """The process that listens on a port; `pid` is 0 where this user may not read that."""
+    """The process that listens on a port; `pid` is 0 if this user may not read it."""
 
     pid: int
     name: str
@@ -80,6 +81,8 @@ class Owner(NamedTuple):
 
 
 def owner(port: int) -> Owner:
+    """The process that listens on this port."""
+    # /proc/net/tcp names sockets by inode, and each process has links to its sockets.
     sockets = _listening_sockets(port)
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended, or is another user's
@@ -90,7 +93,7 @@ def owner(port: int) -> Owner:
 
 
 def _listening_sockets(port: int) -> set[str]:
-    """As /proc/PID/fd names them: socket:[INODE]."""
+    """The sockets that listen on the port, named as in /proc/PID/fd: socket:[INODE]."""
     found = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         for line in Path(table).read_text().splitlines()[1:] if Path(table).exists() else ():

@@ -1,6 +1,6 @@
-"""The images that are built here, each tagged with a digest of what it is made from: same digest, no build.
+"""Builds the project's images. Each is tagged with a digest of its sources, and is not built again if that tag exists.
 
-`images.py FOLDER...` builds them where they are missing, and prints their tags; the benchmark and the tests use it.
+`images.py FOLDER...` builds the images that are missing and prints all tags; the benchmark and the tests use it.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from cli.output import Failed, Output, Step
 from core.settings import ROOT, SETTINGS
 
 DEFAULT_BASE = SETTINGS["base_image"].default
-OWN_BASE = "lbscaler-base:debootstrap-trixie"  # made here where DEFAULT_BASE cannot be pulled
+OWN_BASE = "lbscaler-base:debootstrap-trixie"  # made on this host if DEFAULT_BASE cannot be pulled
 RUN_TIME_FILES = ("ip.txt", "hostip.txt")  # run.sh and the manager write them into balancer/
-LABEL = "lbscaler.image"  # marks every image that was made here
+LABEL = "lbscaler.image"  # marks every image that was made on this host
 
 
 def digest(folder: str, base: str) -> str:
-    """12 hexadecimal digits of the base image's name and all files of a folder of this checkout."""
+    """A hash, in 12 hexadecimal digits, of the base image's name and of all files in a folder of this checkout."""
     made_from = hashlib.sha256(f"{base}\n".encode())
     for path in sorted((ROOT / folder).rglob("*")):
         is_source = path.is_file() and not path.is_symlink() and "__pycache__" not in path.parts
@@ -48,7 +48,7 @@ def exists(client: Any, name: str) -> bool:
 
 
 def build(client: Any, output: Output, folder: str, base: str) -> str:
-    """The tag of the folder's image, which is built unless it exists."""
+    """Builds the folder's image unless it exists, and returns its tag."""
     name = tag(folder, base)
     if not exists(client, name):
         base = _base_image(client, output, base)
@@ -65,7 +65,7 @@ def pull(client: Any, output: Output, name: str) -> None:
 
 
 def follow(step: Step, messages: Iterable[Mapping[str, Any]]) -> None:
-    """Logs the progress that the engine reports. Raises Failed for an error among it."""
+    """Logs the progress that the engine reports. Raises Failed if a message is an error."""
     for message in messages:
         if "error" in message:
             raise Failed(str(message["error"]))
@@ -75,7 +75,8 @@ def follow(step: Step, messages: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _base_image(client: Any, output: Output, wanted: str) -> str:
-    """The base image that is here, or can be pulled, or else, in place of the default one, is made by debootstrap."""
+    """The name of a base image that exists on this host. If there is none, `wanted` is pulled. In place of the default
+    one, if that cannot be pulled, debootstrap makes one."""
     for name in (wanted, OWN_BASE) if wanted == DEFAULT_BASE else (wanted,):
         if exists(client, name):
             return name

@@ -1,4 +1,4 @@
-"""The project's network, and the host's one rule for it."""
+"""Creates the project's network, and adds and removes the one rule that it needs on the host."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from cli import host_checks
 from cli.output import Failed
 from cli.project import Project
 
-TRIES = 30  # subnets that another start may take first
+TRIES = 30  # how often another start may take the chosen subnet first
 
 
 def make(project: Project, subnet: str, overlay: bool) -> None:
-    """Creates the network unless it exists. `subnet` is empty where any free one will do."""
+    """Creates the network unless it exists. If `subnet` is empty, a free one is chosen."""
     if project.network() is not None:
         return
     wanted = f", {subnet}" if subnet else ""
@@ -67,8 +67,9 @@ def gateway(network: Any) -> str:
 
 
 # -- the host's rule --------------------------------------------------------------------------------------------------
-# Bridge netfilter passes the traffic between balancer and backends through the host's connection tracking, twice and
-# without use. The rule exempts it. Both ends are in our subnet and on our bridge, so no rule of Docker's is affected.
+# With bridge netfilter, the traffic between balancer and backends passes the host's connection tracking twice, and
+# nothing there needs it. The rule exempts this traffic: both ends are in our subnet and on our bridge. So no rule of
+# Docker's is affected.
 
 
 def exempt_from_tracking(project: Project) -> None:
@@ -78,6 +79,7 @@ def exempt_from_tracking(project: Project) -> None:
     bridge, subnet = f"br-{network.id[:12]}", network.attrs["IPAM"]["Config"][0]["Subnet"]
     rule = ["PREROUTING", "-i", bridge, "-s", subnet, "-d", subnet, "-m", "addrtype", "!", "--dst-type", "LOCAL"]
     rule += ["-m", "comment", "--comment", f"lbscaler.project={project.name}", "-j", "CT", "--notrack"]
+    # The rule may exist from an earlier start. Without it everything works, so an error does not stop the start.
     try:
         if subprocess.run(["iptables", "-w", "-t", "raw", "-C", *rule], capture_output=True, check=False).returncode:
             project.output.run("iptables", "-w", "-t", "raw", "-A", *rule)
@@ -86,7 +88,7 @@ def exempt_from_tracking(project: Project) -> None:
 
 
 def remove_exemption(project: Project) -> None:
-    """Removes our rule, also where the network it was for is gone."""
+    """Removes the project's rule, even if its network no longer exists."""
     if os.geteuid() or not shutil.which("iptables-save"):
         return
     rules = subprocess.run(["iptables-save", "-t", "raw"], capture_output=True, text=True, check=False).stdout

@@ -1,7 +1,8 @@
-"""What run.sh and stop.sh print: named steps with their seconds; and what they do when a step fails or a signal comes.
+"""What run.sh and stop.sh print, and how they end: named steps with their durations, signals, and undo.
 
-Guarantees: a reader that goes away stops nothing; the first signal ends the program with 128 + its number, and no
-later one interrupts the clean-up; what a failed run began is undone, latest first, also where one undo action fails.
+Guarantees: a closed standard output does not stop a run; the first signal ends the program with exit code 128 + its
+number, and later ones do not interrupt the clean-up; the changes of a failed run are undone, latest first, and an undo
+action that fails does not stop the others.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ LOG_LINES = 15  # printed of the log after a failure
 
 
 class Failed(Exception):
-    """A step failed, or the host lacks something. The message is for people; the exit code is 1. `log` has the last
-    lines of the log where they belong to it."""
+    """A step failed, or something is missing on the host. The message is for people; the exit code is 1. `log` is the
+    end of the log if it helps to explain the failure."""
 
     def __init__(self, message: str, log: str = "") -> None:
         super().__init__(message)
@@ -33,7 +34,7 @@ class Failed(Exception):
 
 
 class Output:
-    """Standard output and the log file of one run; what commands print goes to the log."""
+    """Standard output and the log file of one run. The output of commands goes to the log."""
 
     def __init__(self, program: str, log: Path) -> None:
         self.program, self.path = program, log
@@ -50,10 +51,11 @@ class Output:
         self.log.close()
 
     def say(self, text: str, end: str = "\n") -> None:
-        """Prints a line; to the log where the standard output was closed."""
+        """Prints a line to the standard output, or to the log once the standard output is closed."""
         try:
             print(text, end=end, flush=True)
         except OSError:
+            # The log takes the place of the closed output, so that later lines do not fail.
             os.dup2(self.log.fileno(), sys.stdout.fileno())
             print(text, end=end, flush=True)
 
@@ -69,7 +71,7 @@ class Output:
             raise Failed(f"{command[0]} ended with status {status}")
 
     def need(self, program: str, purpose: str, package: str) -> None:
-        """Installs a Debian package unless its program is there. Raises Failed where that is not allowed."""
+        """Installs a Debian package unless its program exists. Raises Failed if that fails or is not allowed."""
         if shutil.which(program):
             return
         install = '. manager/host.sh; LOG=$1; shift; need "$@"'
@@ -82,9 +84,9 @@ class Output:
 
 
 class Step:
-    """Prints its name before it begins and its seconds after; while it runs, that it still does.
+    """A context that prints its name when it begins, its progress while it runs, and its duration when it ends.
 
-    An exception within it ends it as Failed, with the step's name and the end of the log.
+    An exception in the context becomes Failed, with the step's name and the end of the log.
     """
 
     def __init__(self, output: Output, text: str) -> None:
@@ -99,7 +101,7 @@ class Step:
 
     def __enter__(self) -> Step:
         raise_pending_signal()
-        # The name comes before the work, so that a step that hangs is known.
+        # The name is printed first, so that it is known which step hangs.
         self._output.say(f"{self._text} … ", end="")
         self._began = time.monotonic()
         self._ticker = threading.Thread(target=self._tick, daemon=True)
@@ -109,6 +111,7 @@ class Step:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._ended.set()
         self._ticker.join()
+        # On a terminal, the line is written again without the progress.
         if self._output.terminal:
             self._output.say(f"\r\033[K{self._text} … ", end="")
         if error is None:
@@ -132,7 +135,7 @@ class Step:
 
 
 def reason(error: BaseException) -> str:
-    """One line of an error: the engine's own text where it is an error of the engine."""
+    """The text of an error. For an error of the engine, this is the engine's own text."""
     return str(getattr(error, "explanation", None) or error) or type(error).__name__
 
 
@@ -149,7 +152,8 @@ def handle_signals() -> None:
 
 
 def shield() -> None:
-    """From now on signals are ignored here; programs that are started still receive theirs (SIG_IGN is inherited)."""
+    """From now on this process ignores the signals. It uses a function, because SIG_IGN would be inherited by the
+    programs that it starts."""
     for number in SIGNALS:
         signal.signal(number, lambda *_: None)
 
@@ -161,7 +165,8 @@ def _end(number: int, _: object) -> None:
 
 
 def raise_pending_signal() -> None:
-    """Python drops an exception that a signal raises within a finalizer, so each step raises it again."""
+    """Raises SystemExit if a signal has come. Each step calls it, because Python drops an exception that the signal's
+    handler raises within a finalizer."""
     if _pending:
         raise SystemExit(_pending[0])
 
@@ -170,7 +175,7 @@ def raise_pending_signal() -> None:
 
 
 class Undo:
-    """Actions that undo what a run began. Where its block ends with an exception they run, latest first."""
+    """The actions that undo a run's changes. If the context ends with an exception, they run, latest first."""
 
     def __init__(self, output: Output) -> None:
         self._output = output
@@ -185,7 +190,7 @@ class Undo:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None or not self._actions:
             return
-        # From here on no signal may leave half a system.
+        # A signal must not interrupt the undo, which would leave an incomplete project.
         shield()
         _pending.clear()
         self._output.say("Undoing what this run began")
@@ -200,9 +205,9 @@ class Undo:
 
 
 def main(program: str, run_dir: Path, log: str, run: Callable[[Output], None]) -> int:
-    """Calls `run` while this process holds the project's lock; the exit code."""
+    """Calls `run` while this process holds the project's lock. Returns the exit code."""
     handle_signals()
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr] # where the locale has no such letter
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr] # for letters that the locale does not have
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         with (run_dir / "lock").open("w") as lock:

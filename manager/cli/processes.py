@@ -1,4 +1,4 @@
-"""A project's manager and supervisor: finding them by their command lines, and ending them. Standard library alone."""
+"""Finds a project's manager and supervisor by their command lines, and ends them. Uses the standard library only."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ POLL = 0.05  # seconds
 def find(project: str, program: str) -> Iterator[int]:
     """The processes whose command line is INTERPRETER PROGRAM --project NAME, with this checkout's PROGRAM.
 
-    No pid file is needed, and neither another project's process nor a reused process number is taken for ours.
+    This needs no pid file, and never finds another project's process or one that has a reused process number.
     """
     for directory in Path("/proc").glob("[0-9]*"):
         words = command_line(int(directory.name))
         if len(words) < 4 or words[2:4] != ["--project", project]:
             continue
         by_path = words[1] == str(ROOT / program)
-        # The checkout may have been reached through another path: then the working directory is the same.
+        # The process may have been started through another path of this checkout, such as a link. Then its working
+        # directory is this checkout.
         by_directory = f"/{words[1]}".endswith(f"/{program}") and _works_in_root(directory)
         if by_path or by_directory:
             yield int(directory.name)
@@ -55,6 +56,6 @@ def end(pid: int) -> None:
             return
         deadline = time.monotonic() + END_TIMEOUT
         while time.monotonic() < deadline:
-            if not command_line(pid):  # a zombie has none, either
+            if not command_line(pid):  # empty for a zombie, too
                 return
             time.sleep(POLL)

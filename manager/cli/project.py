@@ -1,6 +1,6 @@
-"""One project on this host: the labels of what it owns in Docker, its files, its lock and its processes.
+"""One project on this host: the labels of what it owns in Docker, its files and its processes.
 
-Labels and command lines are the state: everything is found by them, also where files were deleted.
+Everything is found by labels and command lines, so it is found even if files were deleted.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from cli.output import Failed, Output
 from cli.processes import MANAGER, SUPERVISOR, end, find
 from core.settings import ROOT
 
-ENGINE_TIMEOUT = 600  # seconds without a byte from the engine: a build may be silent for long
-SYSTEMD = Path("/run/systemd/system")  # it is there where systemd runs this host
+ENGINE_TIMEOUT = 600  # seconds without a byte from the engine: a build may print nothing for minutes
+SYSTEMD = Path("/run/systemd/system")  # exists if systemd is the init of this host
 
 
 class Project:
@@ -38,7 +38,7 @@ class Project:
         return {"lbscaler.project": self.name, "lbscaler.role": role}
 
     def filter(self, role: str = "") -> dict[str, list[str]]:
-        """A filter of the Engine API for what this project owns, in one role or in all."""
+        """A filter of the Engine API for everything that this project owns, in one role or in all."""
         labels = [f"lbscaler.project={self.name}"]
         if role:
             labels.append(f"lbscaler.role={role}")
@@ -58,7 +58,7 @@ class Project:
         return found[0] if found else None
 
     def swarm_node(self) -> Mapping[str, Any]:
-        """`docker info`'s part about this host as a node of a Swarm."""
+        """The part of `docker info` about this host as a node of a Swarm."""
         node: Mapping[str, Any] = self.docker.info()["Swarm"]
         return node
 
@@ -67,7 +67,7 @@ class Project:
         return bool(node["LocalNodeState"] == "active" and node["ControlAvailable"])
 
     def remove_checks(self) -> None:
-        """Removes the containers of kernel checks, also those of a run.sh that was killed."""
+        """Removes the containers of kernel checks. A run.sh that was killed may have left some."""
         for container in self.containers("check"):
             container.remove(force=True)
 
@@ -82,12 +82,12 @@ class Project:
 
     @property
     def unit(self) -> str:
-        """The name of its unit, where systemd runs the manager."""
+        """The name of the systemd unit that the supervisor runs in."""
         return f"lbscaler-{self.name}"
 
     def end_manager(self) -> None:
         """Ends the supervisor first, so that it does not start the manager again."""
-        # systemd would start the supervisor again.
+        # Through systemd if possible: it would start a supervisor that was killed again.
         if SYSTEMD.is_dir():
             subprocess.run(["systemctl", "stop", self.unit], capture_output=True, check=False)
         for program in (SUPERVISOR, MANAGER):
@@ -106,6 +106,7 @@ def write(path: Path, text: str) -> None:
     fresh = path.with_name(f"{path.name}.new")
     try:
         fresh.unlink(missing_ok=True)
+        # The text is on the disk before the file gets its name, so a crash of the host leaves no empty file.
         with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(text)
             file.flush()

@@ -8,9 +8,9 @@ PAGE = ROOT / "docs" / "settings.md"
 HEAD = """\
 # Settings
 
-Every setting is a flag of `run.sh` and a variable: `--max 20` is `LB_MAX=20`. A flag overrides its variable, that
-overrides what the running project was started with, that overrides the default. A flag that may be given several times
-is marked with +; its variable holds all values, quoted as in a shell.
+Every setting is a flag of `run.sh` and a variable: `--max 20` is `LB_MAX=20`. The flag is used first, then its
+variable, then the value that the running project was started with, then the default. A flag that may be given several
+times is marked with +; its variable holds all values, quoted as in a shell.
 
 This page is made from `manager/core/settings.py`: `PYTHONPATH=manager python3 -m cli.settings_page`.
 """

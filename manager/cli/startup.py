@@ -1,6 +1,6 @@
-"""The waits of run.sh after it has started the manager: until the project serves, and until an update has ended.
+"""How run.sh waits after it has started the manager: until the project serves, and until an update has ended.
 
-The three classes are pure: a status and a time in, a verdict out.
+The classes are pure: `judge` takes a status and a time, and returns a verdict.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from cli.watch import Manager, NoAnswer, Status, progress, view
 from core.settings import Settings
 
 POLL = 0.2  # seconds between two requests
-BALANCER_FAILED = 10.0  # seconds that the balancer may be failed; the manager tries again meanwhile
-FAILED_LAUNCHES = 4  # in a row, with no backend in rotation: waiting longer does not help
-OTHERS = 15.0  # seconds to wait for all backends to be ready, once one is
-MARGIN = 15.0  # seconds past the ready timeout, in which the manager detects and reports it
+BALANCER_FAILED = 10.0  # seconds for which the balancer may be failed; the manager tries again in this time
+FAILED_LAUNCHES = 4  # in a row, without a backend in rotation: after that, waiting does not help
+OTHERS = 15.0  # seconds from the beginning for all backends to be ready; after that, one is enough
+MARGIN = 15.0  # seconds after the ready timeout, for the manager to detect and report it
 TIMEOUT = 5.0  # seconds for one request through the service's port
-UNANSWERED = 30.0  # seconds without an answer there, although a backend is in rotation, until that is a failure
-SILENT = 30.0  # seconds without an answer of the manager until that is a failure; its supervisor may be restarting it
-EXPLAINED = 1.0  # seconds after a failure until its reason is complete
-LINE = 1000  # characters: no line is wrapped
+UNANSWERED = 30.0  # seconds for which the service may not answer although a backend is in rotation
+SILENT = 30.0  # seconds for which the manager may not answer: its supervisor may be restarting it
+EXPLAINED = 1.0  # seconds from a failure until its reason is complete
+LINE = 1000  # width in characters, so that no line is wrapped
 HELP = "see --backend-port, --health, --ready-timeout and --allow in ./run.sh --help"
 
 
@@ -52,7 +52,7 @@ class Goal(Protocol):
 
 
 class Serve:
-    """A started project serves. Times in seconds of one clock; `now` is when the wait begins."""
+    """The goal of a start: the project serves. Times in seconds of one clock; `now` is when the wait begins."""
 
     def __init__(self, ready_timeout: float, now: float) -> None:
         self._began, self._deadline = now, now + ready_timeout + MARGIN
@@ -71,7 +71,7 @@ class Serve:
         # One failed launch may be an accident; several in a row are not.
         if "active" not in states and status["launches"]["failed"] >= FAILED_LAUNCHES:
             return Verdict(Outcome.FAILED, f"no backend got ready: {status['launches']['why']}; {HELP}")
-        # One backend serves; the others have some more time, so that the start ends with a complete project.
+        # One backend is enough to serve. The others get some more time, so that a start usually ends with all of them.
         all_ready = "starting" not in states or now - self._began > OTHERS
         if balancer["state"] == "running" and "active" in states and all_ready:
             return Verdict(Outcome.REACHED)
@@ -87,15 +87,15 @@ class Serve:
 
 
 class Update:
-    """The backends of a running project have been replaced, where they had to be.
+    """The goal of an update: all backends that have to be replaced have been replaced.
 
-    An update has no time limit as long as it progresses. It fails when the manager gives it up, or when nothing changes
-    for longer than two failing launches and a drain take.
+    There is no time limit as long as the update progresses. It has failed when the manager gives it up, or when nothing
+    changes for longer than two failing launches and a drain take.
     """
 
     def __init__(self, ready_timeout: float, drain_timeout: float, now: float) -> None:
         self._longest_pause = 3 * ready_timeout + drain_timeout + 60.0
-        self._moved_at, self._last_seen = now, ""
+        self._changed_at, self._last_seen = now, ""
         self._updating = False
 
     def judge(self, status: Status, now: float) -> Verdict:
@@ -108,16 +108,18 @@ class Update:
         replaced = not launches["updating"] and active >= status["desired"]
         if replaced or not self._updating:
             return Verdict(Outcome.REACHED, progress(status) if self._updating else "")
+        # Any change of these numbers is progress, also a backend that leaves rotation.
         seen = f"{progress(status)}, {active} in rotation"
         if seen != self._last_seen:
-            self._last_seen, self._moved_at = seen, now
-        if now - self._moved_at > self._longest_pause:
+            self._last_seen, self._changed_at = seen, now
+        if now - self._changed_at > self._longest_pause:
             return Verdict(Outcome.FAILED, f"the update has not moved for {self._longest_pause:g} s: {seen}")
         return Verdict(Outcome.WAIT, seen)
 
 
 class Checked:
-    """A goal that also needs the manager to answer and, once it is reached, a request to be answered."""
+    """A goal with two more conditions: the manager answers and, once the goal is reached, a request to the service is
+    answered."""
 
     def __init__(self, goal: Goal, answers: Callable[[], bool], now: float) -> None:
         self._goal, self._answers = goal, answers
@@ -125,7 +127,7 @@ class Checked:
         self._unanswered: float | None = None  # since when
 
     def judge(self, status: Status | None, problem: str, now: float) -> Verdict:
-        """`status` is None where the manager does not answer, and `problem` says so."""
+        """`status` is None if the manager does not answer; then `problem` is the error."""
         if status is None:
             silent = now - self._manager_answered > SILENT
             return Verdict(Outcome.FAILED if silent else Outcome.WAIT, problem)
@@ -140,13 +142,13 @@ class Checked:
 
 
 def wait_until_it_serves(settings: Settings, log: Callable[[str], None]) -> None:
-    """Until the project serves. Raises Failed; `log` gets each change."""
+    """Waits until the project serves. Raises Failed; `log` gets each change."""
     now = time.monotonic()
     _wait(Checked(Serve(settings.ready_timeout, now), request_through(settings), now), settings, log)
 
 
 def wait_for_update(settings: Settings, log: Callable[[str], None]) -> None:
-    """Until the backends have been replaced, where they had to be. Raises Failed; `log` gets each change."""
+    """Waits until all backends that have to be replaced have been replaced. Raises Failed; `log` gets each change."""
     now = time.monotonic()
     update = Update(settings.ready_timeout, settings.drain_timeout, now)
     _wait(Checked(update, lambda: True, now), settings, log)
@@ -175,9 +177,9 @@ def _wait(goal: Checked, settings: Settings, log: Callable[[str], None]) -> None
 def _explain(
     goal: Checked, manager: Manager, status: Status | None, verdict: Verdict, log: Callable[[str], None]
 ) -> str:
-    """The reason of a failure; `log` gets what is known of each backend.
+    """The reason for a failure; `log` gets the state of each backend.
 
-    Both are read again after a moment: by then the manager has read the failed backend's last log line.
+    The status is read again after a moment, when the manager has read the failed backend's last log line.
     """
     time.sleep(EXPLAINED)
     with suppress(NoAnswer):
@@ -194,8 +196,9 @@ def _explain(
 
 
 def request_through(settings: Settings) -> Callable[[], bool]:
-    """A request through the service's port, at this host's own address. Another image may serve another protocol, and
-    in a Swarm this node may have no balancer: there the manager's report has to do."""
+    """Returns a function that sends a request to the service, at an address of this host, and says whether it was
+    answered. Another image may not serve HTTP, and a Swarm may have no balancer on this node. Then no request is sent,
+    and the manager's status is enough."""
     if settings.image or settings.orchestrator == "swarm":
         return lambda: True
     address = "127.0.0.1" if settings.bind == "0.0.0.0" else settings.bind

@@ -1,4 +1,4 @@
-"""What run.sh and stop.sh do differently where a Swarm runs the backends."""
+"""The parts of run.sh and stop.sh that only a project on a Swarm needs."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from cli.output import Failed, Undo
 from cli.project import Project, write
 
 TASK_TIMEOUT = 60.0  # seconds until Swarm has started a task on this node
-DRAIN_TIMEOUT = 120.0  # seconds for the balancers of all nodes; Swarm ends each after its own grace period
-CLAIM_TIME = 86400  # seconds; a claim this far in the future is newer than any manager's own
+DRAIN_TIMEOUT = 120.0  # seconds for the balancers of all nodes; Swarm kills each after its grace period
+CLAIM_TIME = 86400  # seconds; a claim that lies this far in the future is newer than any manager's claim
 CLAIM_PAUSE = 5.0  # seconds in which managers on other nodes notice a newer claim
 POLL = 0.1  # seconds
 KEYS = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 3650 -subj /CN=lbscaler-manager"
@@ -29,7 +29,8 @@ ALT_NAME = "subjectAltName=DNS:lbscaler-manager"
 
 
 def join(project: Project, advertise: str, registry: str, may_init: bool, undo: Undo) -> str:
-    """The address at which other nodes reach this one, which has to be a manager of a Swarm. Raises Failed."""
+    """Checks that this host is a manager of a Swarm, or makes it one if `may_init`. Returns the address at which the
+    other nodes reach it. Raises Failed."""
     api = project.docker.api
     if project.swarm_node()["LocalNodeState"] == "inactive":
         if not may_init:
@@ -42,6 +43,7 @@ def join(project: Project, advertise: str, registry: str, may_init: bool, undo: 
         raise Failed(f"this host's state in its Swarm is '{node['LocalNodeState']}', not active; see docker info")
     if not node["ControlAvailable"]:
         raise Failed("this node is a worker of its Swarm; run on a manager of it, or: docker node promote")
+    # An image that was built here exists on this node only.
     nodes = len(project.docker.nodes.list())
     if nodes > 1 and not registry:
         raise Failed(f"the Swarm has {nodes} nodes, which need a registry to get the images from: --registry HOST:PORT")
@@ -49,7 +51,8 @@ def join(project: Project, advertise: str, registry: str, may_init: bool, undo: 
 
 
 def publish(project: Project, registry: str, name: str) -> str:
-    """Pushes an image to the registry, unless it is there; its name there."""
+    """Pushes an image to the registry and returns its name there. An image that is named by an id, or with the
+    registry, is left as it is."""
     if name.startswith((f"{registry}/", "sha256:")):
         return name
     there = f"{registry}/{name}"
@@ -60,13 +63,13 @@ def publish(project: Project, registry: str, name: str) -> str:
 
 
 def share_secrets(project: Project, image: str) -> dict[str, str]:
-    """Makes the token and the certificate Swarm secrets; the variables that name them to the manager.
+    """Stores the token and the certificate as Swarm secrets. Returns the variables with their names for the manager.
 
-    The certificate with its key is a secret that no balancer gets: a manager that takes over on another node uses it,
-    so that no balancer has to be updated while a node is lost.
+    The certificate with its key is a third secret, which no balancer gets. A manager that takes over on another node
+    uses it, so that the balancers can keep the certificate they have.
     """
     names = {"token": f"{project.name}-token", "manager.pem": f"{project.name}-manager"}
-    # Where files are missing here and the Swarm has them, another node ran the manager before.
+    # If files are missing here and the Swarm has them, the manager ran on another node before.
     complete = all(_has_text(project.run_dir / file) for file in names)
     if not complete and _secret(project, names["manager.pem"]) is not None:
         with project.output.step("Fetching the project's secrets from the Swarm"):
@@ -92,7 +95,7 @@ def _secret(project: Project, name: str) -> Any | None:
 
 
 def _fetch(project: Project, names: dict[str, str], image: str) -> None:
-    """Swarm gives secrets only to tasks, so a task on this node has them for a moment."""
+    """Reads the missing files from a short-lived task on this node, because Swarm gives secrets to tasks only."""
     for service in project.services("secrets"):  # of a start that was killed
         service.remove()
     references = []
@@ -122,7 +125,7 @@ def _fetch(project: Project, names: dict[str, str], image: str) -> None:
 
 
 def _task_of(project: Project, service: str) -> Any:
-    """The container of a service on this node."""
+    """Waits for the service's container on this node and returns it. Raises Failed."""
     deadline = time.monotonic() + TASK_TIMEOUT
     while time.monotonic() < deadline:
         label = f"com.docker.swarm.service.name={service}"
@@ -134,7 +137,7 @@ def _task_of(project: Project, service: str) -> Any:
 
 
 def _make_certificate(project: Project) -> None:
-    """manager.pem, the certificate with its key, and certificate.pem, the certificate alone."""
+    """Writes manager.pem, the certificate with its key, and certificate.pem, the certificate alone."""
     project.output.need("openssl", "the manager's certificate", "openssl")
     both = project.run_dir / "manager.pem"
     if not _has_text(both):
@@ -146,6 +149,7 @@ def _make_certificate(project: Project) -> None:
 
 
 def _share(project: Project, name: str, file: str) -> None:
+    """Stores a file as a Swarm secret. Raises Failed if the Swarm has other data under that name."""
     data = (project.run_dir / file).read_bytes()
     digest = hashlib.sha256(data).hexdigest()[:16]
     secret = _secret(project, name)
@@ -163,7 +167,7 @@ def _share(project: Project, name: str, file: str) -> None:
 
 
 def is_worker(project: Project) -> bool:
-    """Whether this node runs tasks of the project and may not control their Swarm."""
+    """Whether this node runs tasks of the project but is a worker, which cannot control the Swarm."""
     node = project.swarm_node()
     if node["LocalNodeState"] != "active" or node["ControlAvailable"]:
         return False
@@ -171,8 +175,8 @@ def is_worker(project: Project) -> bool:
 
 
 def remove_services(project: Project, drain: bool) -> None:
-    """A manager on another node would create the services again, so this claims the project first, as a newer manager
-    would."""
+    """Removes the project's services. First it claims the project, as a newer manager would; otherwise a manager on
+    another node would create the services again."""
     node = project.docker.nodes.get(project.swarm_node()["NodeID"])
     node.attrs["Spec"].setdefault("Labels", {})[_claim_label(project)] = f"{int(time.time()) + CLAIM_TIME} stop.sh"
     node.update(node.attrs["Spec"])
@@ -187,10 +191,11 @@ def remove_services(project: Project, drain: bool) -> None:
 
 
 def _drain_everywhere(project: Project, service: Any) -> None:
-    """Leaves no node to the balancers: each accepts no new connection, waits for the open ones and ends."""
+    """Makes Swarm stop the balancers of all nodes. Each accepts no new connection, waits for the open ones and ends."""
+    # Swarm stops the tasks of a global service on nodes that no longer match its constraints.
     spec = service.attrs["Spec"]
     spec["TaskTemplate"].setdefault("Placement", {})["Constraints"] = ["node.role==nowhere"]
-    # Another digest, so that a manager that is started meanwhile updates the service again.
+    # With another digest, a manager that is started in the meantime restores the service.
     labels = {**spec["Labels"], "lbscaler.config": "leaving"}
     project.docker.api.update_service(
         service.id, service.version, task_template=spec["TaskTemplate"], labels=labels, fetch_current_spec=True
@@ -203,11 +208,11 @@ def _drain_everywhere(project: Project, service: Any) -> None:
 
 
 def forget(project: Project) -> None:
-    """Removes the claims and the secrets; a start that failed may have left them without any service."""
+    """Removes the claims and the secrets, which exist without a service after a start that failed."""
     label = _claim_label(project)
     for node in project.docker.nodes.list():
         if node.attrs["Spec"].get("Labels", {}).pop(label, None) is not None:
-            with suppress(docker.errors.APIError):  # it changed meanwhile; without services the claim has no effect
+            with suppress(docker.errors.APIError):  # the node has changed; without services the claim has no effect
                 node.update(node.attrs["Spec"])
     for secret in project.docker.secrets.list(filters=project.filter()):
         secret.remove()

@@ -1,8 +1,8 @@
-"""The start: `./run.sh`, once Docker runs and .venv is complete.
+"""The second part of `./run.sh`, once Docker runs and .venv is complete: it starts the project or changes its settings.
 
-Each step is named before it begins. Where one fails, or a signal comes, the run undoes what it began: a new project is
-removed, a running one goes back to the settings and the image it ran with. The settings are stored before the start
-counts as a success, so that the next run knows them.
+The name of each step is printed before the step begins. If a step fails or a signal arrives, the run undoes its
+changes: a new project is removed, and a running one gets its previous settings and image again. The settings are stored
+before the start counts as a success, because the next run compares with them.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from cli.project import SYSTEMD, Project, write
 from core.settings import ROOT, SETTINGS, read, stored, variable, with_stored
 
 MANAGER_START = 10.0  # seconds until the manager answers
-SUPERVISOR_START = 2.0  # seconds until its supervisor has to be there
+SUPERVISOR_START = 2.0  # seconds until the supervisor's process has to exist
 POLL = 0.05  # seconds
 
 
 @dataclass(frozen=True)
 class Images:
-    """Names of the two images, and the id of the backends' one: its name may be given to another image later."""
+    """The names of the two images, and the id of the backends' image, whose name may later refer to another image."""
 
     balancer: str
     backend: str
@@ -40,10 +40,10 @@ class Images:
 
 
 class Start:
-    """One run of ./run.sh. Each method is a part of it; `run` has their order."""
+    """One run of ./run.sh. `run` calls the parts in their order."""
 
     def __init__(self, arguments: Arguments, out: Output, undo: Undo, image: str = "") -> None:
-        """`image` overrides the backends' image: a run that goes back has the id of the one it ran with."""
+        """`image` overrides the backends' image: a run that restores the previous settings gives the previous id."""
         self.arguments, self.settings = arguments, arguments.settings
         self.output, self.undo, self._image = out, undo, image
         self.project = Project(self.settings.project, out)
@@ -56,10 +56,10 @@ class Start:
         if self.swarm:
             may_init = self.arguments.swarm_init
             address = swarm.join(project, settings.advertise, settings.registry, may_init, self.undo)
-        # What can fail without a trace comes first.
+        # First the parts that leave nothing to undo when they fail.
         self._check_host()
         built = self._images()
-        # A balancer that runs has tried its rules.
+        # A balancer that exists has already tried its rules on this kernel.
         if not self.project.containers("balancer"):
             self._check_kernel(built.balancer)
         self._make_network()
@@ -67,7 +67,7 @@ class Start:
         # The manager launches the backends and the balancer.
         self._start_manager(address or network.gateway(project.network()), built, secrets)
         self._wait()
-        # Part of the start: without its settings, the next run would not know the project.
+        # Part of the start: without this file, the next run would not know the project's settings.
         write(self.run_dir / "settings.json", self._snapshot(built, secrets))
 
     # -- before anything starts ---------------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ class Start:
 
     def _make_network(self) -> None:
         project = self.project
-        # A project that exists in part is kept: what runs of it may serve.
+        # If parts of the project exist, a failure does not remove them: they may be serving.
         if not (project.containers() or project.services() or project.manager_runs()):
             self.undo.add("remove the project", lambda: down.remove(project, drain=0))
         network.make(project, self.settings.subnet, overlay=self.swarm)
@@ -110,8 +110,8 @@ class Start:
             network.exempt_from_tracking(project)
 
     def _snapshot(self, built: Images, secrets: Mapping[str, str]) -> str:
-        """The text of settings.json: the settings and everything else that a manager is started with. Where it differs,
-        another manager has to be started."""
+        """The text of settings.json: the settings and everything else that a manager is started with. If this has
+        changed, a new manager has to be started."""
         code = " ".join([images.digest("manager", self.settings.base_image), *secrets.values()])
         made_from = {"backend_image": built.backend_id, "balancer_image": built.balancer, "manager": code}
         return dumps({**self.arguments.variables, **made_from}, indent=1)
@@ -129,7 +129,7 @@ class Start:
                 self.undo.add("go back to the settings before", self._go_back)
             with out.step("Stopping the manager, to start it with changed settings"):
                 project.end_manager()
-        # What the manager and the balancer read at their start.
+        # The files that the manager and the balancer read when they start.
         project.make_token()
         self._write_run_time_files(f"{address}:{self.settings.manager_port}\n")
         if not unchanged:
@@ -138,7 +138,7 @@ class Start:
             self._launch(self._environment(built, secrets))
 
     def _write_run_time_files(self, address: str) -> None:
-        """hostip.txt has the manager's address for the balancer; the links present both files in balancer/."""
+        """Writes hostip.txt, the manager's address for the balancer, and links both run-time files into balancer/."""
         (self.run_dir / "balancer").mkdir(exist_ok=True)
         (self.run_dir / "balancer" / "hostip.txt").write_text(address)
         for name in images.RUN_TIME_FILES:
@@ -147,39 +147,42 @@ class Start:
             link.symlink_to(Path("..", "run", self.project.name, "balancer", name))
 
     def _forget_orders(self) -> None:
-        """With other settings the operator's orders end, and a refused update may be tried again."""
+        """Changed settings replace the limits and the pause that the operator has set, and a refused update may be
+        tried again."""
         place = self.run_dir / "balancer"
         (place / "refused_update.json").unlink(missing_ok=True)
         with suppress(FileNotFoundError):
             (place / "orders.json").replace(place / "orders.before")
 
     def _environment(self, built: Images, secrets: Mapping[str, str]) -> dict[str, str]:
-        """What the manager is started with."""
+        """The environment variables that the manager is started with."""
         variables = {**os.environ, **self.arguments.variables, **secrets}
-        by_id = self.swarm and not self.settings.registry  # a Swarm looks a name up in a registry, and not an id
+        # Swarm would look a name up in a registry; it uses an id as it is.
+        by_id = self.swarm and not self.settings.registry
         balancer = self.project.docker.images.get(built.balancer).id if by_id else built.balancer
         default_health = "tcp" if self.settings.image else ""
         health = variables[variable("health")] or default_health
         return {**variables, "LB_BALANCER_IMAGE": balancer, "LB_IMAGE": built.backend, "LB_HEALTH": health}
 
     def _launch(self, environment: Mapping[str, str]) -> None:
-        """Starts the supervisor, under systemd where it runs this host, and waits until its manager answers."""
+        """Starts the supervisor, as a unit if systemd is this host's init, and waits until its manager answers."""
         project = self.project
         command = [str(ROOT / "manager" / "supervise.sh"), "--project", project.name]
         if self.arguments.backends:
             command += ["--backends", self.arguments.backends]
-        # systemd restarts a supervisor that was killed; elsewhere the supervisor is in a session of its own.
+        # systemd restarts a supervisor that was killed. Without systemd, the supervisor gets a session of its own, so
+        # that closing the terminal does not end it.
         if os.geteuid() == 0 and SYSTEMD.is_dir():
             self.output.run(*_systemd_run(project.unit, environment), *command)
         else:
             streams = {"stdin": subprocess.DEVNULL, "stdout": self.output.log, "stderr": self.output.log}
             subprocess.Popen(command, env=environment, start_new_session=True, **streams)  # type: ignore[call-overload]
-        # A manager that cannot start ends its supervisor, too: then there is nothing to wait for.
+        # When a manager cannot start, its supervisor ends as well, and no answer will come.
         began = time.monotonic()
         while not self._manager_answers():
             waited = time.monotonic() - began
-            gave_up = waited > SUPERVISOR_START and not project.supervisor_runs()
-            if gave_up or waited > MANAGER_START:
+            supervisor_ended = waited > SUPERVISOR_START and not project.supervisor_runs()
+            if supervisor_ended or waited > MANAGER_START:
                 project.end_manager()
                 raise Failed("the manager does not answer")
             time.sleep(POLL)
@@ -191,8 +194,8 @@ class Start:
         return False
 
     def _go_back(self) -> None:
-        """Starts the manager with the stored settings and the image of then, and waits until it serves again. An update
-        back to them is not waited for."""
+        """Starts the manager with the stored settings and image, and waits until the project serves again. It does not
+        wait until all backends have been replaced."""
         self.project.end_manager()
         with suppress(FileNotFoundError):
             orders = self.run_dir / "balancer" / "orders.before"
@@ -205,7 +208,7 @@ class Start:
     # -- until it serves ----------------------------------------------------------------------------------------------
 
     def _wait(self) -> None:
-        """Until the service answers and, unless --no-wait was given, an update of the backends has ended."""
+        """Waits until the service answers and, without --no-wait, until an update of the backends has ended."""
         with self.output.step(f"Waiting for the first answer on port {self.settings.port}") as step:
             startup.wait_until_it_serves(self.settings, step.log)
         if not self.arguments.no_wait:

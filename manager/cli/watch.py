@@ -1,6 +1,6 @@
 """The state of a running project, in the terminal: `./run.sh --status`, `./run.sh --status --json`, `./run.sh --watch`.
 
-The settings come in LB_ variables, as run.sh exports them; what they leave out is as the project was started with.
+The settings come in LB_ variables, as run.sh exports them; without one, the running project's value is used.
 Exit codes: 0 healthy; 1 down, no manager of the project answers; 2 bad usage; 3 degraded, and the problems say why.
 --watch ends with 0.
 """
@@ -29,8 +29,8 @@ from core.scaler import Policy
 from core.settings import SettingError, read, with_stored
 
 HEALTHY, ABSENT, USAGE, DEGRADED = 0, 1, 2, 3
-SPAN, COLUMNS = 300.0, 60  # seconds of the past in the sparkline, and its width in characters
-POINTS = 1000  # points of the past that are kept; a SPAN has fewer
+SPAN, COLUMNS = 300.0, 60  # seconds that the sparkline covers, and its width in characters
+POINTS = 1000  # points of the history that are kept; a SPAN has fewer
 LAST = 10  # changes of the fleet that are displayed
 LEVELS = "▁▂▃▄▅▆▇█"
 COLOURS = {"active": "green", "draining": "yellow", "starting": "cyan", "failed": "red", "yes": "green", "no": "red"}
@@ -67,7 +67,7 @@ class Manager:
 
 
 def plain(text: str, style: str = "") -> Text:
-    """The text on one line, without control characters and never read as markup: a container's log may hold any."""
+    """The text on one line, without control characters and without markup: a container's log may contain both."""
     return Text("".join(letter if letter.isprintable() else " " for letter in text), style=style)
 
 
@@ -154,7 +154,7 @@ def fleet(status: Status) -> Table:
 
 
 def sparkline(points: Sequence[Status], name: str, now: float, top: float) -> str:
-    """The SPAN until now in COLUMNS characters: the highest value in each part, blank where there is none."""
+    """The last SPAN seconds in COLUMNS characters: the highest value for each, or a blank if there is no value."""
     highest: dict[int, float] = {}  # by column, counted from now
     for point in points:
         column = int((now - point["time"]) / SPAN * COLUMNS)
@@ -167,7 +167,7 @@ def sparkline(points: Sequence[Status], name: str, now: float, top: float) -> st
 
 
 def load(points: Sequence[Status], now: float) -> Text:
-    """The rate over the capacity, on one scale."""
+    """The sparklines of rate and capacity, on one scale."""
     recent = [point for point in points if now - point["time"] < SPAN]
     top = 0.0
     for point in recent:
@@ -197,10 +197,10 @@ view = render_status  # the name that cli.startup still uses
 
 
 def watch(manager: Manager, status: Status, console: Console) -> NoReturn:
-    """Draws the status each second. Without a terminal it prints a line at each change. An absent manager is reported,
-    and watching continues."""
+    """Draws the status each second; without a terminal, prints a line at each change. Reports when the manager does not
+    answer, and continues."""
     points, changes = deque[Status](maxlen=POINTS), deque[Status](maxlen=LAST)
-    note, gone, printed = "Ctrl-C ends", "", ""  # `gone`: since when the manager does not answer
+    note, silent_since, printed = "Ctrl-C ends", "", ""  # `silent_since`: when the manager stopped answering, if so
     live = Live(console=console, auto_refresh=False)
     with live if console.is_terminal else nullcontext():
         while True:
@@ -210,14 +210,17 @@ def watch(manager: Manager, status: Status, console: Console) -> NoReturn:
                 fresh = manager.get(f"/history?since={points[-1]['time'] if points else 0}")
                 points.extend(fresh["points"])
                 changes.extend(fresh["decisions"])
-                note, gone = f"the manager did not answer from {gone} to {clock()}" if gone else note, ""
+                if silent_since:
+                    note, silent_since = f"the manager did not answer from {silent_since} to {clock()}", ""
             except NoAnswer as error:
-                gone = gone or clock()
-                note = f"{error} since {gone}; waiting"
+                silent_since = silent_since or clock()
+                note = f"{error} since {silent_since}; waiting"
             # Draw, or print a line that differs from the last one.
-            line = note if gone else f"{summary(status)}; last decision: {decision(status['last_decision'])}"
+            line = note
+            if not silent_since:
+                line = f"{summary(status)}; last decision: {decision(status['last_decision'])}"
             if console.is_terminal:
-                heading = Text(f"{clock()}  {note}", style="yellow" if gone else "dim")
+                heading = Text(f"{clock()}  {note}", style="yellow" if silent_since else "dim")
                 charts = load(points, time.time()), past(changes)
                 live.update(Group(heading, render_status(status, *charts)), refresh=True)
             elif line != printed:
@@ -241,6 +244,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     how.add_argument("--json", action="store_true", help="print the manager's GET /status as JSON")
     parser.add_argument("--status", action="store_true", help="print it once; the default")
     chosen = parser.parse_args(arguments)
+    # Without a terminal, rich would assume 80 columns and wrap the table.
     console = Console(force_terminal=sys.stdout.isatty(), width=None if sys.stdout.isatty() else 200)
     try:
         settings = with_stored(environ)

@@ -1,7 +1,8 @@
-"""Keeps the balancer running: repairs it where the engine's list or the test of the data path requires it.
+"""Keeps the balancer running: repairs it when it does not run according to the engine's list, and when the test of the
+data path shows a problem that a new balancer fixes.
 
-Docker's restart policy covers a crash of the balancer, but not `docker kill`, `stop` or `rm`. Repairs that fail, or
-after which the balancer soon ends again, are tried again with growing waits.
+Docker's restart policy covers a crash of the balancer, but not `docker kill`, `stop` or `rm`. If a repair fails, or the
+balancer ends again soon after it, the next repair waits longer.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class BalancerKeeper:
         return self.state is BalancerState.RUNNING
 
     def keep(self, listed: BalancerState, now: float) -> None:
-        """Repairs the balancer unless it runs, according to the engine's list."""
+        """Repairs the balancer unless it is running according to the engine's list."""
         runs = listed is BalancerState.RUNNING
         being_repaired = BALANCER in self._workers.busy
         # During a repair, the list shows intermediate states.
@@ -52,7 +53,7 @@ class BalancerKeeper:
         if BALANCER in self._workers.busy or self._backoff.wait(now):
             return
         if now - self._repaired_at < STABLE:
-            # The last repair did not last. It counts as one failure.
+            # The balancer ended soon after the last repair. That is one failure.
             self._failed(Reason(Cause.BALANCER_ENDED), now)
             if self._backoff.wait(now):
                 return
@@ -70,17 +71,19 @@ class BalancerKeeper:
         self._backoff.failed("", reason, now, self._chance())
 
     def path_tested(self, errors: Mapping[str, str], findings: Sequence[Finding], now: float) -> None:
-        """Takes the result of a test of the data path: the error of each target, empty if it worked."""
+        """Takes the result of a test of the data path. `errors`: the error of each target, empty if it worked."""
         was_broken = bool(self.path.problem)
         failed = [(target, error) for target, error in errors.items() if error]
         if failed:
             target, error = failed[0]
             self.path.failed(target, error, findings)
+        # No target, no result: then the path stays as it was.
         elif errors:
             self.path.passed()
         broken = bool(self.path.problem)
         if broken != was_broken:
             event_log.path(self.path)
+        # A repair interrupts the service, so it is tried only if a new balancer fixes the problem.
         if broken and any(finding.kind in REPAIRABLE for finding in findings):
             self._repair(now)
 

@@ -1,9 +1,9 @@
-"""The manager's loop, and the calls of the HTTP handlers, which never wait for the engine.
+"""The manager's loop, and the methods that the HTTP handlers call. These never wait for the engine.
 
 `step` is one pass of the loop: take the workers' results, list the containers, plan, and give slow work to the workers.
-A list begins after the last result was taken, so an old list never brings a removed container back. All else holds the
-lock only for the time of a plan and a small file. A decision that follows a report begins its work immediately, without
-waiting for the next list.
+A list begins after the results were taken; an older list could bring a removed container back. The lock is never held
+during a call of the engine, only while planning and while writing a small file. A decision is carried out immediately
+after the report that caused it, without waiting for the next list.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from core.workers import BALANCER, PAUSE, Result, Workers
 RELIST = 2.0  # seconds between two lists of the engine's containers without an event
 # Docker's list shows a container as running for about 0.1 s after the event of its end, so an event causes two lists.
 RELIST_AFTER_EVENT = 0.25
-SUSPENDED = 2.0  # seconds by which a wait of the loop is late if this process was stopped meanwhile
-LEAST_PAUSE = 0.75  # of an interval, between two decisions
+SUSPENDED = 2.0  # seconds: when a wait of the loop ends later than this, the process was stopped meanwhile
+LEAST_PAUSE = 0.75  # shortest time between two decisions, in intervals
 
 log = logging.getLogger("manager")
 
 
 class Recorder(Protocol):
-    """Counts events, for the metrics."""
+    """Is called for everything that the metrics count."""
 
     def changed(self, before: Backend | None, after: Backend | None, now: float) -> None: ...
     def reported(self, report: Report, fleet: Fleet) -> None: ...
@@ -80,10 +80,10 @@ class Controller:
         self.policy, self.paused = self._files.read_operator_settings(policy)
         self.desired = self.policy.min
 
-        # The state of the fleet and of its load, under the lock.
+        # The state of the fleet and of its load; read and changed with the lock held.
         self._lock = threading.Condition()
         self._fleet: Fleet = {}
-        self._names_at: dict[str, list[str]] = {}  # address → names of the backends that have, or had, it
+        self._names_at: dict[str, list[str]] = {}  # address → names of the backends that have or had it
         self._load = LoadTracker()
         self._panic = False  # a balancer keeps unhealthy backends in rotation
         self._judged_since: float | None = None  # since when a balancer has reported without a gap
@@ -92,7 +92,7 @@ class Controller:
         self._backoff = LaunchBackoff()
         self._failed_name = ""  # the backend of the newest failure
 
-        # The parts that work, and the loop's own signals.
+        # The parts that do the work, and the loop's signals.
         self._engine, self._clock, self._chance = engine, clock, chance
         self._epoch = time.time() - clock()  # seconds since 1970 at the clock's zero; only for dates
         self._wake = threading.Event()
@@ -106,13 +106,14 @@ class Controller:
     # -- the loop -----------------------------------------------------------------------------------------------------
 
     def adopt(self, wanted: int | None) -> None:
-        """Takes the running backends over, and aims at `wanted` of them, or at as many as there are.
+        """Adopts the running backends. The desired number becomes `wanted`, or without it the number that run.
 
         Raises EngineError.
         """
         serving = self._files.read_addresses()
         spec = self._engine.spec()
         refusal = self._files.read_refusal(spec)
+        # An engine that keeps a number carries updates out, so it has to know which one not to try again.
         if refusal and self._engine_keeps_number:
             self._engine.refused = digest(spec)
         containers = self._engine.list()
@@ -127,8 +128,8 @@ class Controller:
             self._apply_limits()
 
     def _adopted_backoff(self, spec: str, refusal: Reason, found: list[Backend]) -> LaunchBackoff:
-        """What to launch, and what to go back to if that fails: the spec of the running backends. An engine that keeps
-        a number rolls updates back on its own."""
+        """Launches use `spec`. If that fails, they return to the spec of the running backends (an engine that keeps a
+        number of backends rolls an update back on its own). A `spec` that was refused before is not tried again."""
         older = [backend.spec for backend in found if backend.spec != spec and not self._engine_keeps_number]
         previous = older[0] if older else ""
         if refusal:
@@ -136,11 +137,13 @@ class Controller:
         return LaunchBackoff(spec, previous)
 
     def run(self) -> None:
+        """The loop; returns after `close`."""
         for body in (self._watch_events, self._test_path_regularly):
             threading.Thread(target=body, daemon=True).start()
         while not self._publisher.closing:
             try:
                 self.step()
+            # An error of one pass must not end the manager: the next pass starts from a new list.
             except TakenOver as taken:
                 log.error("%s", taken)
                 self.close()
@@ -156,13 +159,13 @@ class Controller:
                 self.resume(late)
 
     def resume(self, seconds: float) -> None:
-        """This process was stopped for so long: no deadline of a backend passes by that."""
+        """Moves the deadlines of all backends by the time for which this process was stopped."""
         log.warning("this process was stopped for %.0f s; deadlines of backends are extended by that", seconds)
         with self._lock:
             self._fleet = fleet.skip(self._fleet, seconds)
 
     def close(self) -> None:
-        """Ends the loop and every long poll. The backends go on."""
+        """Ends the loop and every long poll. The backends continue to run."""
         with self._lock:
             self._publisher.close()
         self._wake.set()
@@ -184,6 +187,7 @@ class Controller:
                 self._load.keep(self._engine.balancers, listed_at)
                 self.recorder.keep(self._engine.balancers)
             self._set_fleet(self._judged(fleet.observe(self._fleet, containers, listed_at, now), now))
+            # The engine has rolled an update back. This is stored, so that the next manager does not try it again.
             if self._engine.refused and not self._backoff.refusal:
                 self._backoff.refusal = Reason(Cause.ENGINE_ROLLBACK)
                 self._files.write_refusal(self._engine.refused, self._backoff.refusal)
@@ -196,7 +200,7 @@ class Controller:
         self.engine_trouble = trouble
 
     def _watch_events(self) -> None:
-        """Events only save the wait for the next list. While they are missing, the list still comes."""
+        """Makes the loop list the containers after an event. Without events, it lists them every RELIST seconds."""
         while not self._publisher.closing:
             try:
                 for event in self._engine.events():
@@ -225,7 +229,7 @@ class Controller:
                 log.exception("the test of the data path failed; trying again")
 
     def check_path(self) -> None:
-        """One connection through each balancer, if there is a healthy backend to accept it."""
+        """Opens one connection through each balancer, if there is a healthy backend that can accept it."""
         with self._lock:
             healthy = any(backend.serves for backend in self._fleet.values())
         if healthy and self._balancer.running:
@@ -236,38 +240,41 @@ class Controller:
     # -- what HTTP handlers call --------------------------------------------------------------------------------------
 
     def wait_for_snapshot(self, have: str, timeout: float) -> dict[str, Any] | None:
-        """The snapshot as soon as its revision is not `have`; None after `timeout` seconds, at 0 immediately.
+        """The snapshot as soon as its revision is not `have`; None after `timeout` seconds.
 
-        Raises Closing when the manager ends. Blocks the thread. A caller that must not block calls it with 0, and again
-        when it is notified (`subscribe`).
+        Raises Closing when the manager ends. Blocks the thread. A caller that must not block uses a timeout of 0, and
+        calls again after each notification (`subscribe`).
         """
         return self._publisher.wait(have, timeout)
 
     def subscribe(self, callback: Callable[[], None]) -> None:
-        """Calls `callback` when the snapshot changes or the manager ends; from any thread, and it must not block."""
+        """From now on, calls `callback` when the snapshot changes or the manager ends. This may be on any thread, with
+        the lock held, so the callback must not block."""
         self._publisher.subscribe(callback)
 
     def report(self, report: Report) -> Decision | None:
-        """Takes a balancer's report and decides. If it is too soon for a decision, returns the one before, if any."""
+        """Takes a balancer's report and decides how many backends to have. Returns the last decision (None: there is
+        none yet) if it is too soon for a new one."""
         with self._lock:
             now = self._clock()
+            # Reports repeat a warning for as long as its cause lasts; it is logged once.
             for warning in set(report.warnings) - set(self._load.warnings(report.balancer)):
                 log.warning("balancer %s: %s", report.balancer, warning)
             measured = self._load.add(report, now)
             self._note_panic()
             self._note_health(report, now)
 
-            # One decision an interval, however many balancers report: the limit of a step is per decision.
+            # One decision in each interval, however many balancers report, because each decision may grow by one step.
             last = self.decisions[-1] if self.decisions else None
             too_soon = last is not None and now - last.at < LEAST_PAUSE * self.settings.interval
             load = self._load.load(self.settings.metric, now) if measured and not too_soon else None
             return self._decide(load, now) if load is not None else last
 
     def stop(self, ip: str, reason: str, balancer: str = "") -> None:
-        """A balancer reports that this draining backend has no connections any more. Raises UnknownBackend.
+        """A balancer reports that this draining backend has no open connections left. Raises UnknownBackend.
 
-        The backend is stopped when every balancer that reports has done so, or one that gives no name. A backend that
-        is not draining is drained first, as other balancers may still send connections to it. Idempotent.
+        The backend is stopped when all balancers have reported this, or when a caller gives no name. A backend that is
+        not draining yet is drained first, because other balancers may still send connections to it. Idempotent.
         """
         with self._lock:
             backend = fleet.with_address(self._fleet, ip)
@@ -296,7 +303,10 @@ class Controller:
         self._wake.set()
 
     def scale(self, minimum: int | None, maximum: int | None, target: float | None) -> Policy:
-        """Changes the policy's limits until run.sh sets others. Raises ValueError if min would be above max."""
+        """Changes the limits; None keeps one. They hold until run.sh is run with other settings.
+
+        Raises ValueError if min would be above max.
+        """
         with self._lock:
             old = self.policy
             new = replace(old, min=minimum or old.min, max=maximum or old.max, target=target or old.target)
@@ -315,7 +325,7 @@ class Controller:
             self._files.write_operator_settings(self.policy, paused)
 
     def history(self) -> list[dict[str, Any]]:
-        """The last decisions, oldest first, with every number; `time` in seconds since 1970."""
+        """The last decisions with all their numbers, oldest first; `time` in seconds since 1970."""
         with self._lock:
             return [{**asdict(decision), "time": round(self._epoch + decision.at, 3)} for decision in self.decisions]
 
@@ -367,7 +377,8 @@ class Controller:
         self.desired = max(self.policy.min, min(self.policy.max, self.desired))
 
     def _judged(self, some: Fleet, now: float) -> Fleet:
-        """These backends according to the balancers' reports. What the engine launches may take any time."""
+        """These backends after the balancers' reports are applied. A backend that the engine itself launches has no
+        deadline to become ready, because the manager could not replace it."""
         if not self._load.reports(now):
             self._judged_since = None
         elif self._judged_since is None:
@@ -376,10 +387,10 @@ class Controller:
         return fleet.apply_health(some, self._load.verdict, since, self.settings.ready_timeout, now)
 
     def _note_health(self, report: Report, now: float) -> None:
-        """Applies the reported health where it may change a backend. `step` applies all of it.
+        """Applies a report's health to the backends that it may change. `step` applies the health of all backends.
 
-        The verdict on an unhealthy backend is a scan of all balancers, which would be too much for each row of each
-        report: 100 balancers with 600 unhealthy backends would keep more than one processor busy.
+        The verdict on an unhealthy backend scans all balancers, which is too slow for each row of each report: 100
+        balancers with 600 unhealthy backends would keep more than one processor busy.
         """
         names = [name for ip in report.backends for name in self._names_at.get(ip, ())]
         reported = {name: self._fleet[name] for name in names}
@@ -411,7 +422,7 @@ class Controller:
             self.desired = decision.desired
             self._advance(now)
 
-        # The charts have what the decision was based on and, unless paused, what it changed.
+        # The charts get the numbers that the decision was based on and, unless paused, its change.
         at = self._epoch + now
         serving = sum(backend.state == ACTIVE for backend in self._fleet.values())
         self._history.add(Point(at, decision.rate, decision.current * self.policy.target, serving, self.desired))
@@ -423,6 +434,7 @@ class Controller:
 
     def _advance(self, now: float) -> None:
         """Begins every step of the plan."""
+        # While the engine is unreachable, the states here are outdated and no step can be carried out.
         if self.engine_trouble:
             return
         goal = fleet.Goal(self.desired, self.settings.spares, self._backoff.spec, self._engine.replicas)
@@ -446,6 +458,7 @@ class Controller:
             case fleet.Resize(count):
                 self._workers.resize(count, self._backoff.spec)
             case fleet.Launch(name, spare):
+                # A step that cannot begin now is part of the next plan.
                 if name not in self._workers.busy and not self._backoff.wait(now):
                     spec, state = self._backoff.spec, SPARE if spare else STARTING
                     self._set(Backend(name, state, now, spec=spec, launched=now))
@@ -453,7 +466,7 @@ class Controller:
             case fleet.Stop(name):
                 if name not in self._workers.busy:
                     backend = self._fleet[name]
-                    if backend.state == DRAINING:
+                    if backend.state == DRAINING:  # for too long, see fleet.plan
                         self._set(backend.to(STOPPED, now, Reason(Cause.DRAIN_TIMEOUT)))
                     self._workers.stop(backend)
 
@@ -467,12 +480,13 @@ class Controller:
         self._set_fleet(after)
 
     def _take_result(self, result: Result, after: dict[str, Backend], now: float) -> None:
-        """Enters the result of a launch or a stop into the fleet `after`."""
+        """Applies the result of a launch or a stop to the fleet `after`."""
         if result.name_taken:
             self._namer.take(result.name)
         if result.last_log_line and result.name == self._failed_name:
             self._explain_failure(result.last_log_line)
         backend = after.get(result.name)
+        # A container that is still there keeps its state, so the next plan stops it again.
         if backend is None or result.still_there:
             return
         if result.container is not None:
@@ -504,7 +518,7 @@ class Controller:
         self._set_fleet({**self._fleet, backend.name: backend})
 
     def _set_fleet(self, after: Fleet) -> None:
-        """Makes `after` the fleet: logs and counts the changes, counts failures, publishes the snapshot."""
+        """Replaces the fleet by `after`: logs and counts the changes, counts failures, publishes the snapshot."""
         before, self._fleet, now = self._fleet, after, self._clock()
         changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
         if not changed and self._publisher.revision:
@@ -516,6 +530,7 @@ class Controller:
             old, new = before.get(name), after.get(name)
             event_log.backend_changed(old, new, now)
             self.recorder.changed(old, new, now)
+            # What another program does to a container is no failure of the backend.
             if old and new and new.state == FAILED != old.state and not new.external:
                 served = old.state == ACTIVE and now - old.since >= STABLE
                 self._launch_failed(new, new.reason, now, served)

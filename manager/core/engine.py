@@ -19,7 +19,7 @@ class NameTaken(EngineError):
 
 
 class TakenOver(Exception):
-    """Another manager manages the fleet now, so this one ends. It is no EngineError, as it must not be retried."""
+    """Another manager has taken over the fleet, so this one has to end. No EngineError, because those are retried."""
 
 
 class BalancerState(StrEnum):
@@ -33,8 +33,8 @@ class BalancerState(StrEnum):
 
 @dataclass(frozen=True)
 class Event:
-    """A hint that the engine's list has changed: `die` of container `id` with its exit code, `kill` with the signal, or
-    another action."""
+    """A change of a container that the engine reports: `die` of container `id` with its exit code, `kill` with the
+    signal, or another action. It is only a hint to list the containers again."""
 
     action: str
     id: str
@@ -45,27 +45,31 @@ class Engine(Protocol):
     """Every call may be slow and may raise EngineError.
 
     There are two kinds. One launches and stops single backends when the manager calls it: `replicas` is None. The other
-    keeps a number of backends, chooses which ones it stops, and replaces those that fail: `replicas` is that number, as
-    last listed, and only `resize` is called.
+    keeps a number of backends, chooses which ones it stops, and replaces those that fail: `replicas` is that number in
+    the last list, and only `resize` is called.
 
-    As of the last list: `balancer` is the balancer's state, and `balancers` are the names by which the running
-    balancers report (None: the engine does not know).
+    `balancer` is the balancer's state in the last list, and `balancers` are the names by which the running balancers
+    report (None: the engine does not know them).
     """
 
     replicas: int | None = None
     balancer: BalancerState = BalancerState.RUNNING
     balancers: frozenset[str] | None = None
-    refused: str = ""  # where the engine rolls updates back: the digest of the spec that it has rolled back
+    refused: str = ""  # digest of the spec whose update the engine has rolled back
 
+    # The project's backends, running or not.
     def list(self) -> Sequence[Container]: ...
+    # What new backends are created from. Backends with equal texts need no replacement.
     def spec(self) -> str: ...
     def last_log_line(self, container_id: str) -> str: ...
+    # Makes a balancer run that has the current settings.
     def repair_balancer(self) -> None: ...
 
     def check_path(self) -> Mapping[str, str]:
         """Opens one connection through each balancer. Returns the error of each target, empty if it worked."""
         ...
 
+    # Blocks until the next event. Ends, or raises EngineError, when the engine becomes unreachable.
     def events(self) -> Iterator[Event]: ...
 
     def launch(self, name: str, spec: str) -> Container:  # noqa: ARG002 - used by the engines

@@ -1,4 +1,4 @@
-"""The lines of the manager's log about the fleet and its surroundings. INFO is a change, one line each."""
+"""The log lines about backends, decisions, the balancer, the engine and the data path: one line for each change."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def backend_changed(before: Backend | None, after: Backend | None, now: float) -
 
 
 def decided(decision: Decision, before: Decision | None, paused: bool) -> None:
-    """Logs a decision at INFO if it changes the number of backends, or keeps it for another reason than `before`."""
+    """Logs a decision: at INFO if it changes the number of backends or has another reason than `before`, else at
+    DEBUG."""
     changes = decision.verdict != OK
     other_reason = before is None or _kinds(before) != _kinds(decision)
     level = logging.INFO if changes or other_reason else logging.DEBUG
@@ -43,6 +44,7 @@ def _kinds(decision: Decision) -> tuple[str, ...]:
 
 
 def launch_failed(backoff: LaunchBackoff, given_up: bool, now: float) -> None:
+    """Logs that an update was given up, or a launch backoff. A single failure is in the backend's own line."""
     if given_up:
         log.error("update given up, going back: its backends failed: %s", backoff.given_up)
     elif backoff.failures > 1:

@@ -1,12 +1,12 @@
-"""The states of the backends, and the plan that takes the actual fleet to the desired one. Pure.
+"""The states of the backends, and the plan whose steps lead from the actual fleet to the desired one. Pure.
 
     spare ─▶ starting ─▶ active ─▶ draining ─▶ stopped        and from any state ─▶ failed
 
-Guaranteed at every step, and so after a crash at any step: a backend drains, out of rotation, before its container is
-stopped. The balancers know of it until its container has ended, so that its last packets reach its clients. In an
-update, and where an unhealthy backend is replaced, the new backend is active before an old one drains.
+Guaranteed at every step, and so after a crash at any step: a backend is taken out of rotation and drains before its
+container is stopped. The balancers know it until its container has ended, so that its last packets reach its clients.
+When an update or a failed probe causes a replacement, the new backend is active before the old one drains.
 
-The engine's list is the truth about containers. Drains and reasons are known here only, and may be lost: a new manager
+Which containers exist is known from the engine's list alone. Drains and reasons are kept in memory only: a new manager
 adopts every running container of the project and plans from there.
 """
 
@@ -31,8 +31,8 @@ SIGKILL, SIGTERM = 9, 15
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the balancers report of a backend: `healthy` is None while none has probed it; `why` is a failed probe's
-    result."""
+    """What the balancers report about a backend. `healthy` is None until one of them has probed it; `why` is the result
+    of a failed probe."""
 
     healthy: bool | None = None
     why: str = ""
@@ -40,7 +40,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Container:
-    """One of the project's backends as the engine lists it; `ip` is empty while it has none."""
+    """One of the project's backends as the engine lists it; `ip` is empty if it has no address."""
 
     id: str
     name: str
@@ -48,7 +48,7 @@ class Container:
     status: str  # Docker's: created, running, paused, restarting, exited, dead, removing
     exit_code: int | None = None
     spec: str = ""  # the image and options it was made from, as the engine writes them
-    node: str = ""  # the machine it is on, where there are several
+    node: str = ""  # the machine it is on, if there are several
     leaving: bool = False  # the engine is about to stop it, or has begun to
 
     @property
@@ -58,8 +58,8 @@ class Container:
 
 @dataclass(frozen=True)
 class Backend:
-    """`id` and `ip` are empty until the engine has launched it. `since` is the time at which it entered its state, for
-    the `reason`. A spare is out of rotation; `ready` says whether a balancer has reported it healthy."""
+    """`id` and `ip` are empty until the engine has launched it. `since` is the time at which it entered its state, and
+    `reason` why it did. `ready`: a balancer has reported it healthy. A spare is out of rotation, ready or not."""
 
     name: str
     state: str
@@ -73,7 +73,7 @@ class Backend:
     launched: float = 0.0
     drained_by: frozenset[str] = frozenset()  # the balancers that have reported the end of its last connection
     node: str = ""
-    unhealthy_since: float | None = None  # for an active one: since when the balancers report it unhealthy
+    unhealthy_since: float | None = None  # of an active backend: since when the balancers report it unhealthy
     unhealthy_why: str = ""
     external: bool = False  # another program ended or paused it, which is no failure of the backend
 
@@ -92,7 +92,7 @@ class Backend:
 
     @property
     def healthy(self) -> bool:
-        """Whether a balancer has reported it healthy, and they have not reported it unhealthy since."""
+        """Whether a balancer has reported it healthy and the balancers do not report it unhealthy now."""
         return self.ready and self.unhealthy_since is None
 
     def unhealthy_for(self, now: float) -> float:
@@ -174,13 +174,14 @@ def observe(
         if container is not None:
             result[name] = _compare(backend, container, now)
         elif not backend.id or backend.since > listed_at:
-            result[name] = backend  # launched after this list began
+            result[name] = backend  # its launch has not ended, or ended after this list began
     for name, container in listed.items():
         result[name] = _adopt(name, container, serving, now)
     return result
 
 
 def _adopt(name: str, container: Container, serving: Collection[str], now: float) -> Backend:
+    # A container that was created and not started is of no use: the manager that launched it has ended.
     ended = container.ended or container.status == "created"
     if ended:
         state, cause = STOPPED, Cause.LEFT_OVER
@@ -196,6 +197,7 @@ def _compare(backend: Backend, container: Container, now: float) -> Backend:
     other_container = bool(backend.id) and backend.id != container.id
     if container.status == "created" or other_container:
         return backend  # our own launch is not finished, or the list is older than what is known here
+    # The list shows no address for a container that has ended or lost its network, so the known one is kept.
     ip, spec = container.ip or backend.ip, container.spec or backend.spec
     seen = replace(backend, id=container.id, node=container.node, ip=ip, spec=spec)
     if container.ended:
@@ -209,16 +211,16 @@ def _compare(backend: Backend, container: Container, now: float) -> Backend:
 
 def ended(backend: Backend, exit_code: int | None, now: float) -> Backend:
     """The backend after the end of its container: a failure, unless it was draining or being stopped."""
-    gone = replace(backend, running=False, unhealthy_since=None)
+    not_running = replace(backend, running=False, unhealthy_since=None)
     if backend.state in (STOPPED, FAILED):
-        return gone
+        return not_running
     if backend.state == DRAINING:
-        return gone.to(STOPPED, now, Reason(Cause.ENDED_IN_DRAIN))
-    return gone.to(FAILED, now, Reason(Cause.ENDED, exit_code))
+        return not_running.to(STOPPED, now, Reason(Cause.ENDED_IN_DRAIN))
+    return not_running.to(FAILED, now, Reason(Cause.ENDED, exit_code))
 
 
 def after_event(backend: Backend, action: str, code: int, now: float) -> Backend:
-    """The backend after an event of the engine: `die` with the exit code, `kill` with the signal, or another one."""
+    """The backend after an event of the engine. `code` is the exit code after `die`, the signal after `kill`."""
     if action == "die":
         return ended(backend, code, now)
     if action == "kill" and code == SIGKILL:
@@ -227,6 +229,7 @@ def after_event(backend: Backend, action: str, code: int, now: float) -> Backend
         return backend
     if action == "pause":
         return replace(backend, external=True).to(FAILED, now, Reason(Cause.PAUSED))
+    # `docker stop` gives the container a grace period, in which it can drain.
     if action == "kill" and code == SIGTERM:
         return backend.to(DRAINING, now, Reason(Cause.EXTERNAL_STOP))
     return backend
@@ -241,7 +244,8 @@ def apply_health(
     """The fleet according to the balancers' reports: which backends are ready, and which are unhealthy and since when.
 
     A backend that is not ready within `ready_timeout` seconds has failed. The time counts from `judged_since` at the
-    earliest: since then a balancer has reported without a gap. None: none reports now, so none fails for this.
+    earliest, the time from which on at least one balancer has reported without a gap. If it is None, no balancer
+    reports now, and no backend fails because it is not ready.
     """
     result = dict(fleet)
     for name, backend in fleet.items():
@@ -281,12 +285,12 @@ def _not_ready_yet(
 
 
 def _has_no_address(backend: Backend, ready_timeout: float, now: float) -> bool:
-    """Whether it has been without an address for too long. No balancer can probe it, so none has to report."""
+    """Whether it has had no address for too long. This needs no report: no balancer can probe such a backend."""
     return not backend.ip and now - backend.since > ready_timeout
 
 
 def skip(fleet: Fleet, seconds: float) -> Fleet:
-    """The fleet after a time in which this process was stopped: every deadline moves by it."""
+    """The fleet with every deadline `seconds` later, because this process was stopped for that time."""
     result = {}
     for name, backend in fleet.items():
         unhealthy_since = None if backend.unhealthy_since is None else backend.unhealthy_since + seconds
@@ -305,7 +309,8 @@ class Namer:
     taken: set[str] = field(default_factory=set)
 
     def take(self, name: str) -> None:
-        """Remembers that a foreign container has this name. Old entries go: those containers may be gone by then."""
+        """Remembers that a foreign container has this name."""
+        # Start again at the limit: those containers may no longer exist, and a name that is taken is found again.
         if len(self.taken) >= MAX_TAKEN_NAMES:
             self.taken.clear()
         self.taken.add(name)
@@ -322,7 +327,7 @@ class Namer:
 
 @dataclass(frozen=True)
 class Goal:
-    """The number of backends in rotation and of spares beside them, all made from `spec`."""
+    """The number of backends in rotation, and the number of spares in addition. All are made from `spec`."""
 
     desired: int
     spares: int = 0
@@ -331,7 +336,7 @@ class Goal:
 
 
 def is_complete(fleet: Fleet, goal: Goal) -> bool:
-    """Whether all that is wanted serves, and nothing is starting or waits to be replaced."""
+    """Whether enough backends and spares are ready, and none is starting or has to be replaced."""
     capacity = live(fleet)
     spares = sum(backend.state == SPARE and backend.ready for backend in fleet.values())
     all_serve = all(backend.serves and backend.spec in ("", goal.spec) for backend in capacity)
@@ -340,15 +345,16 @@ def is_complete(fleet: Fleet, goal: Goal) -> bool:
 
 def plan(fleet: Fleet, goal: Goal, namer: Namer, drain_timeout: float, now: float) -> list[Step]:
     """The steps from the fleet to the goal; none when it is reached."""
+    # An engine that keeps a number launches and stops backends on its own.
     if goal.replicas is not None:
         up_to_date = all(backend.spec in ("", goal.spec) for backend in fleet.values())
         return [] if up_to_date and goal.replicas == goal.desired else [Resize(goal.desired)]
 
     capacity = live(fleet)
     updating = any(backend.spec != goal.spec for backend in capacity if backend.spec and goal.spec)
-    # An update drains the unhealthy ones first anyway.
+    # An update replaces all backends, the unhealthy ones first, so they need no replacement of their own.
     replacing = [] if updating else _to_replace(capacity, goal.desired, now)
-    # More than desired for a while, so that a new backend is ready before an old or unhealthy one drains.
+    # For a while more backends than desired, so that a new one is ready before an old or unhealthy one drains.
     extra = 1 if updating else len(replacing)
     missing = max(0, goal.desired + extra - len(capacity))
     steps = _grow(fleet, goal, namer, missing)
@@ -365,7 +371,8 @@ def plan(fleet: Fleet, goal: Goal, namer: Namer, drain_timeout: float, now: floa
 
 
 def _grow(fleet: Fleet, goal: Goal, namer: Namer, missing: int) -> list[Step]:
-    """Fills `missing` places in rotation, by spares first, and keeps the wanted number of spares."""
+    """Adds `missing` backends to the rotation, spares first, and keeps the wanted number of spares."""
+    # A spare of an old spec is not admitted, because the update would replace it immediately.
     spares = [backend for backend in fleet.values() if backend.state == SPARE]
     usable = sorted((b for b in spares if b.spec == goal.spec), key=lambda backend: not backend.ready)
     outdated = [backend for backend in spares if backend.spec != goal.spec]
@@ -381,14 +388,14 @@ def _grow(fleet: Fleet, goal: Goal, namer: Namer, missing: int) -> list[Step]:
 
 
 def _to_replace(capacity: list[Backend], desired: int, now: float) -> list[Backend]:
-    """The backends that have been unhealthy for too long, the longest first, as many as may be replaced at a time."""
+    """The backends that have been unhealthy for too long, as many as may be replaced at a time, the longest first."""
     unhealthy = [backend for backend in capacity if backend.unhealthy_for(now) > REPLACE_AFTER]
     unhealthy.sort(key=lambda backend: (-backend.unhealthy_for(now), by_number(backend.name)))
     return unhealthy[: max(1, int(desired * REPLACED_AT_A_TIME))]
 
 
 def _replace(capacity: list[Backend], replacing: list[Backend], desired: int, now: float) -> list[Drain]:
-    """Drains unhealthy backends whose substitutes are in rotation: as many as are active above the desired number."""
+    """Drains unhealthy backends that have a substitute: every active backend above the desired number is one."""
     substitutes = max(0, sum(backend.state == ACTIVE for backend in capacity) - desired)
     drains = []
     for backend in replacing[:substitutes]:
@@ -398,24 +405,26 @@ def _replace(capacity: list[Backend], replacing: list[Backend], desired: int, no
 
 
 def _scale_in(capacity: list[Backend], goal: Goal, extra: int, updating: bool) -> list[Drain]:
-    """Drains the surplus: backends of an old spec first, then the unhealthy, those not yet ready, and the youngest,
-    which lose the least work. At least the desired number still serves."""
+    """Drains the surplus: first backends of an old spec, then unhealthy ones, then those that are not active yet, then
+    those with the highest numbers, which are usually the newest. At least the desired number still serves."""
 
     def serves(backend: Backend) -> bool:
         in_rotation = backend.state == ACTIVE and backend.unhealthy_since is None
+        # An update counts a new backend only once a probe has succeeded: the new image may not work at all.
         return in_rotation and (backend.ready or not updating or backend.spec != goal.spec)
 
-    def value(backend: Backend) -> tuple[bool, bool, bool, int]:
+    def drain_order(backend: Backend) -> tuple[bool, bool, bool, int]:
         kept_by_update = not updating or backend.spec == goal.spec
         healthy, active = backend.unhealthy_since is None, backend.state == ACTIVE
         return kept_by_update, healthy, active, -by_number(backend.name)[0]
 
+    # So many serving backends may drain without leaving fewer than desired.
     dispensable = max(0, sum(map(serves, capacity)) - goal.desired)
     surplus = max(0, len(capacity) - goal.desired - extra)
     if updating:
         surplus = max(surplus, dispensable)
     drains: list[Drain] = []
-    for backend in sorted(capacity, key=value):
+    for backend in sorted(capacity, key=drain_order):
         if len(drains) < surplus and (not serves(backend) or dispensable > 0):
             outdated = updating and backend.spec != goal.spec
             reason = Reason(Cause.UPDATE) if outdated else Reason(Cause.SCALE_IN, goal.desired)
@@ -425,9 +434,10 @@ def _scale_in(capacity: list[Backend], goal: Goal, extra: int, updating: bool) -
 
 
 def _stops(fleet: Fleet, drain_timeout: float, now: float) -> list[Stop]:
-    """Removes what has drained, has failed, or drains for too long."""
+    """Stops the backends that have drained or failed, and those that have been draining for too long."""
     steps = []
     for backend in fleet.values():
+        # Each balancer ends a drain at its timeout. If its report does not come, the manager stops waiting.
         overdue = backend.state == DRAINING and now - backend.since > drain_timeout + DRAIN_GRACE
         if backend.id and (backend.state in (STOPPED, FAILED) or overdue):
             steps.append(Stop(backend.name))

@@ -1,8 +1,9 @@
-"""The data of the charts: each decision for half an hour, one point a minute for a day, and the last changes.
+"""The data of the charts: each decision of the last half hour, one point for each minute of the last day, and the last
+changes.
 
-Pure: time is an argument, in seconds since 1970, and never decreases. Memory is bounded, as decisions are at least
-3/8 s apart. Points are forgotten by whole minutes. A minute has either its one point or those of its decisions, never
-both, so that no peak is lost where the coarse points end and the fine ones begin.
+Pure: time is an argument, in seconds since 1970, and never decreases. Memory is bounded, because decisions are at least
+3/8 s apart. Points are removed in whole minutes, and `since` returns either one point for a minute or all its
+decisions, never both. So no peak is lost between the coarse points and the fine ones.
 """
 
 from __future__ import annotations
@@ -40,9 +41,10 @@ class History:
     changes: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=MAX_CHANGES))
 
     def add(self, point: Point) -> None:
-        """Adds the point of a decision, no older than the last one."""
+        """Adds the point of a decision, which must not be older than the last one."""
         point = replace(point, time=round(point.time, 3), rate=round(point.rate, 3))
         self.fine.append(point)
+        # A coarse point has the time at which its minute begins.
         start = float(point.minute * MINUTE)
         if self.coarse and self.coarse[-1].time == start:
             self.coarse.append(_merged(self.coarse.pop(), point))
@@ -54,13 +56,14 @@ class History:
             self.fine.popleft()
 
     def note(self, decision: Decision, time: float) -> None:
-        """Keeps a decision that changed something."""
+        """Records a decision that changes the number of backends; ignores any other."""
         if decision.verdict != OK:
             change = {"verdict": decision.verdict, "current": decision.current, "desired": decision.desired}
             self.changes.append({"time": round(time, 3), **change, "reason": decision.reason})
 
     def since(self, time: float) -> dict[str, list[dict[str, Any]]]:
-        """The body of GET /history: all that is newer than `time`, oldest first."""
+        """The body of GET /history: the points and changes after `time`, oldest first."""
+        # A minute whose decisions are still kept is returned without its coarse point.
         coarse = [point for point in self.coarse if point.minute < self.fine[0].minute]
         points = [*coarse, *self.fine]
         return {
@@ -70,6 +73,6 @@ class History:
 
 
 def _merged(minute: Point, point: Point) -> Point:
-    """The minute's point after one more: the peaks, as a mean would hide them."""
+    """The minute's point with one more added: the highest values, because a mean would hide peaks."""
     rate, capacity = max(minute.rate, point.rate), max(minute.capacity, point.capacity)
     return Point(minute.time, rate, capacity, point.backends, point.desired)

@@ -1,12 +1,12 @@
-"""The wait before the next launch after failures, and the decision to give an update up. Pure: time and chance are
+"""How long to wait before the next launch after failures, and when to give up an update. Pure: time and chance are
 arguments.
 
-As with Kubernetes' CrashLoopBackOff, the wait doubles with every failure. A backend that is killed after it has served
-counts too: one that runs out of memory again and again would never be noticed otherwise. Only its first failure costs
-no wait. Failures are forgotten once the fleet has been at its desired size for FORGET_AFTER seconds.
+As with Kubernetes' CrashLoopBackOff, the wait doubles with every failure. A backend that fails after it has served
+counts, too; otherwise one that runs out of memory again and again would never be noticed. If it is the first failure,
+there is no wait. Failures are forgotten once the fleet has been at its desired size for FORGET_AFTER seconds.
 
-An update is given up after MAX_UPDATE_FAILURES failures of its backends, unless one of them has served for STABLE
-seconds before.
+An update is given up after MAX_UPDATE_FAILURES failures of its backends, unless one of them has been healthy and in
+rotation for more than STABLE seconds.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class LaunchBackoff:
 
     def failed(self, spec: str, reason: Reason, now: float, chance: float, served: bool = False) -> None:
         """A launch of `spec` failed, or a backend made from it did. `served`: it had been in rotation for STABLE
-        seconds. `chance`, 0 to 1, is the jitter of the wait: half to one and a half of it."""
+        seconds. `chance`, 0 to 1, sets the jitter: 0.5 to 1.5 times the wait."""
         together = served and now - self.failed_at < TOGETHER
         self.reason, self.failed_at, self.at_desired_size_since = reason, now, None
         if self._gives_up(spec, now):
@@ -60,15 +60,17 @@ class LaunchBackoff:
         if now < self.retry_at or together:
             return  # the same event as a failure that was counted already
         self.failures += 1
-        doubled = FIRST_WAIT * 2 ** min(self.failures - 1, 10)
+        doubled = FIRST_WAIT * 2 ** min(self.failures - 1, 10)  # the exponent is limited: a float would overflow
+        # With jitter, several managers on one engine do not retry at the same moments.
         wait = min(LONGEST_WAIT, doubled) * (0.5 + chance)
         self.retry_at = now if served and self.failures == 1 else now + wait
 
     def _gives_up(self, spec: str, now: float) -> bool:
-        """Counts a failure of the unproven update, and returns whether the update is given up with it."""
+        """Counts a failure of the unproven update. Returns whether the update is now given up."""
         # Failures of the old spec do not count: they may be the reason for the update.
         if not self.previous or spec != self.spec:
             return False
+        # Backends that are launched together often fail together. That counts as one failure.
         launched_together = bool(self.update_failures) and now - self.update_failed_at < FIRST_WAIT
         if launched_together:
             return False
@@ -88,12 +90,13 @@ class LaunchBackoff:
         self.reason = explained
 
     def mark_stable(self, spec: str, since: float, now: float) -> None:
-        """A backend made from `spec` has been in rotation, and ready, since then."""
+        """Takes note that a backend made from `spec` has been healthy and in rotation since `since`: after STABLE
+        seconds the update is proven."""
         if spec == self.spec and now - since > STABLE:
             self.previous = ""
 
     def settle(self, at_desired_size: bool, now: float) -> None:
-        """To be called at every pass, with whether as many backends serve as are desired."""
+        """Called at every pass. `at_desired_size`: whether the desired number of backends serves."""
         if not at_desired_size:
             self.at_desired_size_since = None
         elif self.at_desired_size_since is None:

@@ -1,11 +1,11 @@
-"""Absolute counters of any number of balancers in, rates out. Pure: time is an argument.
+"""Turns the counters that the balancers report into rates, and sums them over all balancers. Pure: time is an argument.
 
-A counter that decreased was restarted, so its new value is the increase. Rates are measured by the sender's clock where
-the report has it, so a delayed report changes none. A silent balancer keeps its last known load, which then counts as
-incomplete, until the engine no longer lists that balancer.
+A counter that decreased was restarted, so its new value is the increase. Elapsed time is measured by the sender's clock
+if the report contains it, so a delayed report does not change a rate. When a balancer becomes silent, its last load
+still counts and the sum is marked as incomplete, until the engine no longer lists that balancer.
 
-Only the newest report of each balancer is kept, with its rates. Sums over balancers are computed when they are read, so
-a report costs only its own rows.
+For each balancer, this module keeps its newest report and its rates. Sums are computed when they are read, so the cost
+of taking a report depends only on its own rows.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ class Sample:
     active: int
     healthy: bool | None
     share: float | None = None  # of the balancer's new connections
-    id: str = ""  # the container's, where reported: the address may have had another backend before
+    id: str = ""  # the container's, if reported: the address may have belonged to another backend before
     why: str = ""  # the last probe's result, for people
-    cause: str = ""  # where it is unhealthy, the kind of cause
+    cause: str = ""  # kind of failure of an unhealthy backend
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something wrong with the data path: `kind` is one of a fixed set, `detail` is for people."""
+    """A problem of the data path: `kind` is one of a fixed set, `detail` is for people."""
 
     kind: str
     detail: str = ""
@@ -56,7 +56,7 @@ class Report:
 
 
 class _Rates(NamedTuple):
-    """Per second, but for `concurrency`: the open connections."""
+    """Connections and packets per second; `concurrency` is the number of open connections."""
 
     connections: float = 0.0
     packets: float = 0.0
@@ -70,7 +70,7 @@ NO_SAMPLE = Sample(0, 0, 0, 0, None)
 @dataclass
 class _Balancer:
     report: Report  # the newest
-    at: float
+    at: float  # when it arrived
     base: Report  # the report that rates are measured from
     base_at: float
     rates: Mapping[str, _Rates] | None = None  # by address; None before the second report
@@ -85,12 +85,13 @@ class LoadTracker:
     balancers: dict[str, _Balancer] = field(default_factory=dict)
 
     def add(self, report: Report, now: float) -> bool:
-        """Takes a report. False if it came too soon after the one before to measure a rate."""
+        """Takes a report. False if no rate can be measured: it is the first one, or too soon after the one before."""
         entry = self.balancers.get(report.balancer)
         if entry is None:
             self.balancers[report.balancer] = _Balancer(report, now, report, now)
             return False
         entry.report, entry.at = report, now
+        # A report that came too soon does not become the base, so the next rate is measured over a longer time.
         elapsed = _elapsed(entry, report, now)
         if elapsed < report.interval / 2:
             return False
@@ -105,14 +106,16 @@ class LoadTracker:
         return self.balancers[balancer].report.warnings if balancer in self.balancers else ()
 
     def keep(self, balancers: Collection[str], listed_at: float) -> None:
-        """Forgets every balancer that the engine's list, begun at `listed_at`, does not have."""
+        """Removes each balancer that is not in `balancers`, the engine's list, which began at `listed_at`. A balancer
+        that has reported since then stays: it may have started after the list."""
         for name, entry in list(self.balancers.items()):
             if name not in balancers and entry.at < listed_at:
                 del self.balancers[name]
 
     def load(self, metric: str, now: float) -> Load | None:
         """The fleet's load by `metric` (packets, connections or concurrency); None while no balancer can measure it.
-        A silent balancer's last known load is part of it, and the balancer's name is in `missing`."""
+        The last load of a silent balancer is part of it, and `missing` names that balancer."""
+        # If all balancers are silent, nothing is known about the present load.
         silent = sorted(name for name, entry in self.balancers.items() if entry.silent(now))
         measured = [entry.load for entry in self.balancers.values() if entry.rates is not None]
         if not measured or len(silent) == len(self.balancers):
@@ -120,7 +123,7 @@ class LoadTracker:
         return Load(sum(getattr(load, metric) for load in measured), ", ".join(silent))
 
     def reports(self, now: float) -> bool:
-        """Whether a balancer reports that is not silent."""
+        """Whether at least one balancer is not silent."""
         return any(not entry.silent(now) for entry in self.balancers.values())
 
     @property
@@ -130,7 +133,7 @@ class LoadTracker:
 
     @property
     def findings(self) -> list[Finding]:
-        """The balancers' findings about the data path, each once."""
+        """The balancers' findings about the data path, without duplicates."""
         found = (finding for entry in self.balancers.values() for finding in entry.report.findings)
         return list(dict.fromkeys(found))
 
@@ -160,12 +163,12 @@ class LoadTracker:
         }
 
     def share(self, backend: Backend) -> float:
-        """Its part of all new connections, on average over the balancers that report one."""
+        """The backend's share of the new connections: the mean over the balancers that report one."""
         shares = [sample.share for sample in self._samples(backend.ip) if sample.share is not None]
         return sum(shares) / len(shares) if shares else 0.0
 
     def verdict(self, backend: Backend) -> Verdict:
-        """Healthy where any balancer reports it healthy; `why` is empty then."""
+        """Healthy if at least one balancer reports it healthy; then `why` is empty."""
         verdict = Verdict()
         for sample in self._samples(backend.ip):
             if sample.id not in ("", backend.short_id) or sample.healthy is None:
@@ -178,7 +181,8 @@ class LoadTracker:
 
 
 def _elapsed(entry: _Balancer, report: Report, now: float) -> float:
-    """Seconds since the report that rates are measured from; by our own clock if the sender's was restarted."""
+    """Seconds since the report that rates are measured from. By the manager's clock if the sender's clock is not
+    reported or was restarted."""
     before, after = entry.base.uptime, report.uptime
     if before is None or after is None or after < before:
         return now - entry.base_at
@@ -192,4 +196,5 @@ def _rates(now: Sample, before: Sample, elapsed: float) -> _Rates:
 
 
 def _increase(new: int, old: int) -> int:
+    # A counter that decreased was restarted at zero.
     return new - old if new >= old else new

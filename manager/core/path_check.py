@@ -1,5 +1,5 @@
-"""The result of the manager's own test of the data path: a connection through the balancer's address, every few
-seconds. Pure.
+"""The result of the manager's test of the data path: a connection through the balancer's address every few seconds.
+Pure.
 
 Probes go from the balancer to the backends, so they do not notice a firewall rule, disabled IP forwarding or a
 redirection that stops the clients. This test uses the clients' path: the engine opens the connections
@@ -20,7 +20,7 @@ _SENTENCES = {
     "forward_policy_drop": "the policy of the balancer's FORWARD chain is DROP",
     "foreign_rule": "a foreign rule blocks or redirects connections",
 }
-REPAIRABLE = frozenset({"ip_forward_off"})  # what a new balancer container fixes
+REPAIRABLE = frozenset({"ip_forward_off"})  # kinds of findings that a new balancer container fixes
 
 
 @dataclass
@@ -45,11 +45,12 @@ class PathCheck:
         self.failures, self.working = 0, True
 
     def failed(self, target: str, error: str, findings: Sequence[Finding]) -> None:
+        # A single failure may be a lost packet or a backend that has just ended.
         self.failures += 1
         if self.failures < MAX_FAILURES:
             return
         sentences = [_sentence(finding) for finding in findings]
-        # Nothing in the namespace means that the cause is on the host.
+        # If no balancer found a cause in its namespace, the cause is on the host.
         nothing = "nothing wrong in the balancer's namespace: check the host's firewall and routes"
         self.target, self.error, self.found = target, error, "; ".join(sentences) or nothing
         self.working = False

@@ -13,7 +13,7 @@ from core.state_files import StateFiles
 
 
 class Closing(Exception):
-    """The manager ends: a caller that waits for a change has to connect to the next manager."""
+    """The manager is ending: a caller that waits for a change has to connect to the next manager."""
 
 
 class Publisher:

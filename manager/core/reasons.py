@@ -62,7 +62,7 @@ _SENTENCES = {
 
 @dataclass(frozen=True)
 class Reason:
-    """A cause with its values. It is false where there is none."""
+    """A cause with its values. A reason without a cause is false."""
 
     cause: Cause = Cause.NONE
     value: float | None = None
@@ -75,6 +75,7 @@ class Reason:
     @property
     def sentence(self) -> str:
         """For people, in /status and in the log."""
+        # A balancer's report and the engine's error have no sentence of their own: the detail is the sentence.
         known = _SENTENCES.get(self.cause, "").format(value=self.value or 0)
         if self.cause is Cause.ENDED and self.value is None:
             known = "its container ended"

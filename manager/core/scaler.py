@@ -1,11 +1,11 @@
-"""Load and policy in, Decision with its reason out. Pure: time is an argument, memory is an argument and a result.
+"""Decides how many backends to have, and gives the reason. Pure: time is an argument, memory an argument and a result.
 
-The rule is the Kubernetes HorizontalPodAutoscaler's: `desired = ceil(ready × ratio)` with `ratio = rate / (ready ×
-target)`, and a stabilization window for shrinking (kubernetes.io, "Algorithm details"). Its tolerance applies below 1
-only. Above 1 it would leave a fleet over its target for as long as the load stays there (a step to 85 at target 10:
-900 s in `tests/bench/replay.py`, against 8 s). The two averaging windows and panic are Knative's KPA. Backends that
-are starting count as capacity, so that one burst is not answered twice. Missing data is never a zero: an incomplete
-load is a lower bound, good for growing only.
+The formula is that of the Kubernetes HorizontalPodAutoscaler: `desired = ceil(ready × ratio)` with `ratio = rate /
+(ready × target)`, and a stabilization window for shrinking (kubernetes.io, "Algorithm details"). HPA's tolerance is
+applied below 1 only. Above 1 it would leave a fleet over its target for as long as the load stays there (a step to 85
+at target 10: 900 s in `tests/bench/replay.py`, against 8 s). The two averaging windows and panic are those of Knative's
+KPA. Backends that are starting count as capacity; otherwise one burst would cause two scale-outs. Missing data is never
+a zero: an incomplete load is a lower bound, so it may cause growing but not shrinking.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from enum import StrEnum
 
 CREATE, STOP, OK = "CREATE_SERVER", "STOP_SERVER", "OK"
 TOLERANCE = 0.1  # HPA's default: no shrinking while the ratio is within this of 1
-MAX_GAP = 2.0  # panic windows without a decision after which the memory counts as interrupted
+MAX_GAP = 2.0  # in panic windows: after a longer time without a decision, the history begins again
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Memory:
-    """What one decision passes on to the next: the start of the history, and (time, value) pairs, oldest first."""
+    """What one decision passes on to the next: when the history began, and (time, value) pairs, oldest first."""
 
     started: float
     rates: tuple[tuple[float, float], ...] = ()
@@ -124,7 +124,7 @@ def decide(policy: Policy, memory: Memory, load: Load, capacity: int, now: float
     decision. Times in seconds."""
     memory = _remember(policy, memory, load, now)
 
-    # Panic begins at twice the capacity, and lasts for one stable window after the load was last there.
+    # Panic begins at twice the capacity. It ends when the load has been lower for one stable window.
     short, stable = _mean(memory.rates, now - policy.panic_window), _mean(memory.rates, now - policy.stable_window)
     if short >= 2 * capacity * policy.target:
         memory = replace(memory, panic_since=now)
@@ -136,12 +136,13 @@ def decide(policy: Policy, memory: Memory, load: Load, capacity: int, now: float
     on_target = 1 - TOLERANCE <= ratio <= 1
     raw = capacity if on_target else math.ceil(round(rate / policy.target, 9))
 
-    # The limits. The one for shrinking depends on this recommendation, too.
+    # The limits. One step is at most HPA's default: double, or 4 more, whichever is larger.
     count = _Count(raw)
     step = max(2 * capacity, capacity + 4)
     count.limit(min(count.value, step), Clamp(ClampKind.STEP, step))
     count.limit(max(count.value, policy.min), Clamp(ClampKind.MIN, policy.min))
     count.limit(min(count.value, policy.max), Clamp(ClampKind.MAX, policy.max))
+    # Remembered before shrinking is limited, because that limit uses this recommendation, too.
     memory = replace(memory, recommended=(*memory.recommended, (now, count.value)))
     if count.value < capacity:
         fewest, clamp = _shrink_limit(policy, memory, load, panic, capacity)
@@ -162,8 +163,8 @@ def _sentence(policy: Policy, rate: float, capacity: int, ratio: float, clamps: 
 
 
 def _shrink_limit(policy: Policy, memory: Memory, load: Load, panic: bool, capacity: int) -> tuple[int, Clamp]:
-    """The fewest backends allowed, and why: shrinking needs complete data, a stable window of history, no panic, and
-    the agreement of the whole window, in this order."""
+    """The fewest backends allowed, and why. Shrinking needs complete data, a stable window of history, no panic, and
+    that no recommendation within the window was higher. They are checked in this order."""
     now, _ = memory.recommended[-1]
     if load.missing:
         return capacity, Clamp(ClampKind.LOAD_UNKNOWN, detail=load.missing)
@@ -171,15 +172,17 @@ def _shrink_limit(policy: Policy, memory: Memory, load: Load, panic: bool, capac
         return capacity, Clamp(ClampKind.NO_HISTORY, now - memory.started)
     if panic:
         return capacity, Clamp(ClampKind.PANIC)
+    # At most the present number: a higher recommendation prevents shrinking but does not grow the fleet.
     highest = min(capacity, max(value for _, value in memory.recommended))
     return highest, Clamp(ClampKind.STABLE_WINDOW, highest, f"{policy.stable_window:g} s")
 
 
 def _remember(policy: Policy, memory: Memory, load: Load, now: float) -> Memory:
-    """The memory with this load, without what is older than the stable window."""
+    """The memory with this load added and entries older than the stable window removed."""
     since = now - policy.stable_window
     last = memory.rates[-1][0] if memory.rates else now
-    interrupted = now - last > MAX_GAP * policy.panic_window  # as after the process was stopped: history begins again
+    # After a gap (the process was stopped, or no balancer reported), the history does not cover a stable window.
+    interrupted = now - last > MAX_GAP * policy.panic_window
     rates = tuple(pair for pair in memory.rates if pair[0] > since)
     recommended = tuple(pair for pair in memory.recommended if pair[0] > since)
     started = now if interrupted else memory.started
@@ -187,5 +190,6 @@ def _remember(policy: Policy, memory: Memory, load: Load, now: float) -> Memory:
 
 
 def _mean(rates: tuple[tuple[float, float], ...], since: float) -> float:
+    # Never empty: the newest rate was measured now.
     values = [rate for at, rate in rates if at > since]
     return sum(values) / len(values)

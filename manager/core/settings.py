@@ -1,7 +1,7 @@
 """The settings: one table of all of them, and the functions that turn text into one frozen, validated value.
 
-Texts come from flags and LB_ variables. A bad one raises SettingError, whose message is one line. Standard library
-alone: run.sh checks the settings before the virtual environment exists.
+The text comes from flags and LB_ variables. An invalid one raises SettingError, whose message is one line. This module
+uses the standard library only, because run.sh checks the settings before the virtual environment exists.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ def _address(text: str) -> str:
 
 
 def _subnet(text: str) -> str:
+    # A network smaller than /28 would have too few addresses for backends.
     network = ipaddress.IPv4Network(text)
     if not 8 <= network.prefixlen <= 28:
         raise ValueError
@@ -91,7 +92,8 @@ def _set_of(*names: str) -> Callable[[str], frozenset[str]]:
 
 @dataclass(frozen=True)
 class Setting:
-    """One row. `allowed` and `meaning` are for people; `group` is its section in the help and in docs/settings.md."""
+    """One row of the table. `allowed` and `meaning` are texts for people, `group` is the section of --help and of
+    docs/settings.md."""
 
     group: str
     default: str
@@ -175,7 +177,7 @@ class Settings:
                           "address that the other nodes reach this host at")
     constraint: tuple[str, ...] = _row(_SWARM, "", _CONSTRAINT, _CONSTRAINT_FORM, "nodes that may run backends", True)
     spread: tuple[str, ...] = _row(_SWARM, "", _list(r"[\w.-]+"), "such as node.labels.zone",
-                                   "node label over whose values the backends are spread", True)
+                                   "node label: the backends are spread over its values", True)
     balancer_constraint: tuple[str, ...] = _row(_SWARM, "", _CONSTRAINT, _CONSTRAINT_FORM,
                                                 "nodes that run a balancer", True)
     locality: str = _row(_SWARM, "", _or_empty(_matching("prefer")), "prefer, or nothing",
@@ -201,7 +203,7 @@ def flag(name: str) -> str:
 
 
 def read(environ: Mapping[str, str]) -> Settings:
-    """The settings in LB_ variables, with the defaults for the others. Raises SettingError for the first bad one."""
+    """The settings in LB_ variables, with the defaults for the others. Raises SettingError for an invalid one."""
     values = {name: parse(name, environ.get(variable(name), setting.default)) for name, setting in SETTINGS.items()}
     settings = Settings(**values)
     _check_together(settings)
@@ -213,6 +215,7 @@ def parse(name: str, text: str) -> Any:
     setting = SETTINGS[name]
     try:
         return setting.parse(text)
+    # The parser's error is left out, because the message already says what is allowed.
     except ValueError:
         raise SettingError(f"{flag(name)} ({variable(name)}) is {text!r}; allowed: {setting.allowed}") from None
 
@@ -222,8 +225,10 @@ def _check_together(s: Settings) -> None:
         raise SettingError(f"--min {s.min} is above --max {s.max}; raise the one or lower the other")
     if s.port == s.manager_port:
         raise SettingError(f"--port and --manager-port are both {s.port}; change one of them")
+    # In a Swarm, every node publishes the port on all its addresses, and Swarm decides where backends run.
     if s.orchestrator == "swarm" and (s.spares or s.preserve_client_ip or s.bind != "0.0.0.0"):
         raise SettingError("--spares, --preserve-client-ip and --bind are for --orchestrator docker; leave them out")
+    # A window that is shorter than the interval would average over one report only.
     if not s.interval <= s.panic_window <= s.stable_window:
         raise SettingError(
             f"--interval {s.interval:g}, --panic-window {s.panic_window:g} and --stable-window {s.stable_window:g} "
@@ -235,10 +240,8 @@ def _check_together(s: Settings) -> None:
 
 
 def stored(project: str) -> dict[str, str]:
-    """run/<project>/settings.json: the variables the running project was started with, and what it was built from.
-
-    Empty where the project does not run or the file cannot be read.
-    """
+    """The content of run/<project>/settings.json: the variables that the running project was started with, and what it
+    was built from. Empty if the project does not run or the file cannot be read."""
     try:
         values = json.loads((ROOT / "run" / project / "settings.json").read_text())
         return {str(name): str(value) for name, value in values.items()}

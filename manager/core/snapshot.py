@@ -1,6 +1,6 @@
-"""The manager's state as balancers and people get it: the answers of GET /sync and GET /status. Pure.
+"""The manager's state as balancers and people read it: the bodies of GET /sync and GET /status. Pure.
 
-The problems of a project are found here, once. The terminal, the page and programs only present them.
+Only this module decides what is a problem of the project. The terminal, the page and programs present the result.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def for_balancers(fleet: Fleet, settings: Settings, backend_subnet: str, check_s
 
 def _for_balancers(backend: Backend) -> dict[str, str]:
     state = DRAINING if backend.state == STOPPED else backend.state
-    # Names and addresses are used again, ids are not.
+    # A new backend may get the name and address of an earlier one, but never its id.
     row = {"id": backend.short_id, "ip": backend.ip, "state": state}
     return {**row, "node": backend.node} if backend.node else row
 
@@ -142,7 +142,7 @@ def balancers(load: LoadTracker, now: float) -> list[dict[str, Any]]:
 def settings_in_force(settings: Settings, policy: Policy) -> dict[str, Any]:
     """The settings with the limits in force, which the operator may have changed."""
     in_force = {**vars(settings), "min": policy.min, "max": policy.max, "target": policy.target}
-    # Sets have no order, and JSON has no sets.
+    # JSON has no sets. Sorted, because the order of a set may change.
     public = {}
     for name, value in in_force.items():
         if name not in SECRET:
@@ -151,7 +151,7 @@ def settings_in_force(settings: Settings, policy: Policy) -> dict[str, Any]:
 
 
 def launches(fleet: Fleet, backoff: LaunchBackoff, now: float) -> dict[str, Any]:
-    """Failed launches in a row, the seconds until the next one, and how far an update is."""
+    """Failed launches in a row, the seconds until the next launch, and the progress of an update."""
     live = fleets.live(fleet)
     replaced = sum(backend.spec == backoff.spec for backend in live)
     return {

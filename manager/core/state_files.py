@@ -1,6 +1,8 @@
-"""The files that outlive the manager, all in one folder: ip.txt for a balancer that starts, and what the next manager
-has to know. Each is replaced in one step, so a reader gets the old text or the new one. A failed write is logged and
-stops nothing.
+"""The files that remain after the manager has ended, all in one folder: ip.txt for a balancer that starts, the state
+for the next manager, and the recorded load.
+
+Files are replaced atomically: a reader gets the old text or the new one. The recorded load is only appended to. A
+failed write never stops the manager.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from pathlib import Path
 from core.reasons import NO_REASON, Cause, Reason
 from core.scaler import Policy
 
-# Why a file cannot be used: it is missing, unreadable, no JSON, or JSON of another shape.
+# The errors of a file that cannot be used: it is missing, unreadable, not JSON, or JSON with other fields.
 UNUSABLE = (OSError, ValueError, KeyError, TypeError)
 
 log = logging.getLogger("manager")
@@ -52,8 +54,9 @@ class StateFiles:
         save(self._operator_file, json.dumps(saved))
 
     def read_refusal(self, spec: str) -> Reason:
-        """Why an earlier manager gave up the update to `spec`; no reason if it did not."""
+        """Why an earlier manager gave up the update to `spec`; NO_REASON if none did."""
         with suppress(*UNUSABLE):
+            # A refusal holds for this spec only: any other update may be tried.
             saved = json.loads(self._refused_file.read_text())
             if saved["spec"] == digest(spec):
                 reason = Reason(**saved["reason"])
@@ -70,11 +73,12 @@ class StateFiles:
 
 
 def digest(spec: str) -> str:
-    """Specs may contain passwords, so files and engines keep digests of them."""
+    """A hash of a spec. The files contain it in place of the spec, which may contain passwords."""
     return hashlib.sha256(spec.encode()).hexdigest()
 
 
 def save(path: Path, text: str) -> None:
+    """Replaces the file atomically. An error is logged."""
     new = path.with_suffix(".new")
     try:
         new.write_text(text)

@@ -1,5 +1,4 @@
-"""The engine's slow calls, each on a thread of a small pool. They change no state of the manager: the controller takes
-their results."""
+"""Runs the engine's slow calls on threads. A call changes no state of the manager: the controller takes its result."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from core.engine import Engine, EngineError, NameTaken, TakenOver
 from core.fleet import FAILED, Backend, Container
 
-WORKERS = 8
+WORKERS = 8  # threads of each pool
 RESIZE = "the fleet"  # the name of a call for all backends
 BALANCER = "the balancer"  # the name of a call for the balancer
 PAUSE = 0.5  # seconds before a failed call is tried again
@@ -24,9 +23,9 @@ log = logging.getLogger("manager")
 
 @dataclass(frozen=True)
 class Result:
-    """A call for the backend `name` has ended. `container` is what was launched. Without one, the container has been
-    removed, or could not be created for the reason `why`, or is `still_there` and has to be stopped again.
-    `last_log_line` is a failed backend's."""
+    """The end of a call for the backend `name`. `container` is what a launch has created. If it is None, the container
+    has been removed, or could not be created for the reason `why`, or is `still_there` and has to be stopped again.
+    `last_log_line` is that of a failed backend."""
 
     name: str
     container: Container | None = None
@@ -69,7 +68,7 @@ class Workers:
 
     def _begin(self, pool: ThreadPoolExecutor, name: str, call: Callable[[], Result]) -> None:
         def work() -> None:
-            # Also after an unexpected error there has to be a result, or the backend would stay busy for ever.
+            # An unexpected error has to give a result as well; without one, the backend would stay busy for ever.
             result = Result(name, still_there=True)
             try:
                 result = call()
@@ -91,6 +90,7 @@ class Workers:
         try:
             self._engine.resize(count, spec)
         except (EngineError, TakenOver) as error:
+            # The next pass plans it again.
             log.error("resize to %d failed, will try again: %s", count, error)
             time.sleep(PAUSE)
         return Result(RESIZE)
@@ -111,6 +111,7 @@ class Workers:
                     log.warning("last log line of %s: %s", backend.name, line or "none")
             self._engine.stop(backend.id)
         except EngineError as error:
+            # The controller plans the stop again as soon as it has this result, hence the pause.
             log.error("stop of %s failed, will try again: %s", backend.name, error)
             time.sleep(PAUSE)
             return Result(backend.name, still_there=True)

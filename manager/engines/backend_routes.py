@@ -1,7 +1,7 @@
 """The backends' default routes, for `--preserve-client-ip`.
 
-The balancer then leaves the clients' addresses in the packets, so the backends' answers have to go back through it. The
-manager sets the route from the host, because the backends have no capability to do so.
+With it, the balancer keeps the clients' addresses in the packets, so the backends' answers have to return through the
+balancer. The manager sets the routes from the host, because the backends have no capability to do so.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from core.fleet import Container
 
 
 class BackendRoutes:
-    """Sets each backend's default route once for each address of the balancer."""
+    """Sets each backend's default route once, and again when the balancer's address has changed."""
 
     def __init__(self, client: Any) -> None:
         self.routed: dict[str, str] = {}  # a backend's id -> the balancer's address

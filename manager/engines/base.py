@@ -1,4 +1,4 @@
-"""What both engines share: Docker's client and its errors, our labels, and the check of the clients' path."""
+"""What both engines share: Docker's client and its errors, the check of the data path, the backends' image."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def engine_errors() -> Iterator[None]:
         raise
     except docker.errors.APIError as error:
         raise EngineError(str(error.explanation or error)) from error
-    except Exception as error:  # the SDK lets through what its own dependencies raise, down to KeyError
+    # The SDK also raises the errors of its own dependencies, and KeyError for an unexpected answer.
+    except Exception as error:
         raise EngineError(f"{type(error).__name__}: {error}") from error
 
 
@@ -42,7 +43,7 @@ class BaseEngine(Engine):
 
     @abstractmethod
     def gateway(self) -> str:
-        """The address of this host where the balancers reach the manager."""
+        """The address of this host at which the balancers reach the manager."""
 
     def check_path(self) -> Mapping[str, str]:
         return path_probe.check(self._check_targets, self.gateway())

@@ -53,7 +53,8 @@ class DockerEngine(BaseEngine):
             return str(self._client.networks.get(self._settings.project).attrs["IPAM"]["Config"][0][key])
 
     def list(self) -> list[Container]:
-        """All our backends, running or not. The same call of the API shows the balancer."""
+        """All backends of the project, running or not. The same call of the API lists the balancer, so its state is
+        updated as well."""
         with engine_errors():
             rows = self._rows()
             balancers = [row for row in rows if _role(row) == "balancer"]
@@ -70,7 +71,7 @@ class DockerEngine(BaseEngine):
         return rows
 
     def _note_balancers(self, rows: Iterable[Row]) -> None:
-        """Keeps the balancer's state, as the list shows it. `rows`: its containers, running or not."""
+        """Updates the balancer's state from the list. `rows`: its containers, running or not."""
         running = [row for row in rows if row["State"] == "running" and self._ip(row)]
         current = [row for row in running if self._is_current(row)]
         if current:
@@ -114,7 +115,7 @@ class DockerEngine(BaseEngine):
         }
 
     def repair_balancer(self) -> None:
-        """Resumes a balancer that was only paused. Replaces any other by a new one from the current settings."""
+        """Resumes the balancer if it was only paused. Otherwise replaces it by a new one with the current settings."""
         with engine_errors():
             for row in self._rows():
                 if _role(row) != "balancer":
@@ -127,7 +128,7 @@ class DockerEngine(BaseEngine):
             self._run(name=f"{self._settings.project}-balancer", labels=labels, **self._balancer_spec())
 
     def _remove_balancer(self, row: Row) -> None:
-        """Removes a balancer, or waits until another removal has ended: only then its name is free."""
+        """Removes a balancer, or waits until a removal that is in progress has ended: only then is its name free."""
         for _ in range(REMOVAL_TRIES):
             try:
                 self._client.api.remove_container(row["Id"], v=True, force=True)
@@ -149,6 +150,7 @@ class DockerEngine(BaseEngine):
         try:
             container.start()
             container.reload()
+        # A container that did not start would keep its name in use.
         except Exception:
             with suppress(docker.errors.APIError, requests.RequestException):
                 container.remove(force=True, v=True)
@@ -168,7 +170,7 @@ class DockerEngine(BaseEngine):
         return str(network.get("IPAddress", ""))
 
     def _exit_code(self, container_id: str) -> int | None:
-        """The list does not include it. None if the container was removed in the meantime."""
+        """The exit code, which the list does not include. None if the container was removed in the meantime."""
         with suppress(docker.errors.NotFound):
             return int(self._client.api.inspect_container(container_id)["State"]["ExitCode"])
         return None
@@ -198,7 +200,7 @@ class DockerEngine(BaseEngine):
         return Container(container.id, name, ip, container.status, spec=spec)
 
     def stop(self, container_id: str) -> None:
-        """Sends SIGTERM, then SIGKILL after STOP_GRACE, and removes the container. It may be gone already."""
+        """Sends SIGTERM, then SIGKILL after STOP_GRACE, and removes the container. Does nothing if there is none."""
         with engine_errors(), suppress(docker.errors.NotFound):
             container = self._client.containers.get(container_id)
             container.stop(timeout=STOP_GRACE)
@@ -217,6 +219,7 @@ class DockerEngine(BaseEngine):
     def events(self) -> Iterator[Event]:
         """The changes of containers from now on. Ends, or raises EngineError, when the engine becomes unreachable."""
         filters = {"type": ["container", "network"], "event": list(EVENTS)}
+        # A client of its own, without a timeout, because there may be no event for hours.
         with (
             engine_errors(),
             closing(docker.from_env(timeout=None)) as client,
@@ -225,7 +228,7 @@ class DockerEngine(BaseEngine):
             for event in stream:
                 action, attributes = event["Action"], event["Actor"]["Attributes"]
                 code = attributes.get("exitCode" if action == "die" else "signal", "0")
-                # A signal may also be given by its name.
+                # A signal may also be reported by its name. Then the code is 0, and the next list shows the change.
                 yield Event(action, event["Actor"]["ID"], int(code) if code.isdecimal() else 0)
 
 

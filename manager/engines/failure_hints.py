@@ -1,14 +1,14 @@
-"""Which setting may help a backend that failed, found in the last lines of its log. Pure.
+"""Finds in the last lines of a failed backend's log which setting may help. Pure.
 
-It searches text that is meant for people, because a program reports the reason of its end nowhere else. The result is
-text for people again: nothing but the log depends on it.
+It searches text that is meant for people, because a program reports the reason for its end nowhere else. The result is
+also text for people: it is logged, and no decision depends on it.
 """
 
 from __future__ import annotations
 
 import re
 
-# What a program logs when a rule of least privilege or a limit stops it -> the flag that lifts this rule.
+# What a program logs when least privilege or a limit stops it -> the flag that lifts the restriction.
 HINTS = {
     "read-only file system": "it writes to a read-only path: --tmpfs PATH, or --allow write",
     "permission denied": "it may need its image's own user or more rights: --allow root, then --allow capabilities",
@@ -18,7 +18,7 @@ HINTS = {
 }
 # Lines that do not explain why a program ends: low levels, and nginx's alert that it may not raise its own limit.
 HARMLESS = re.compile(r"\b(debug|info|notice)\b|setrlimit\(")
-# Lines that explain it, even where no flag helps.
+# Lines that do explain it, even if no flag helps.
 ERROR = re.compile(r"\b(error|emerg|emergency|crit|critical|fatal|panic)\b")
 # Exit codes of containers that did not fail: success, and the codes after SIGKILL and SIGTERM.
 NOT_FAILED = (0, 128 + 9, 128 + 15)

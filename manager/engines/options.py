@@ -1,4 +1,4 @@
-"""How backends and balancers are created, with either engine: least privilege, kernel settings, limits. Pure."""
+"""The options of backends and balancers for both engines: least privilege, kernel settings, limits. Pure."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from core.settings import Settings
 
 SERVICE_PORT = 8000  # the balancer's, inside its container
 PIDS = 128  # processes and threads of one backend
-UNPRIVILEGED_UID = 10001  # of an image that names no user but root
+UNPRIVILEGED_UID = 10001  # for the processes of an image that names no user or root
 UNPRIVILEGED_USER = f"{UNPRIVILEGED_UID}:{UNPRIVILEGED_UID}"
 
 # tcp_max_tw_buckets: all clients share the balancer's address, so a port is used again while the backend still keeps
 # the old connection in TIME_WAIT (one minute). The other client's timestamps can make the backend take the new SYN for
-# an old packet: at 2,000 connections/s per backend, throughput fell to a third. With few such entries, the kernel drops
-# the others immediately.
+# an old packet: at 2,000 connections/s per backend, throughput fell to a third. Above this small limit, the kernel ends
+# TIME_WAIT immediately.
 # ip_unprivileged_port_start: a user who is not root may listen on any port of the container's own namespace.
 SYSCTLS = {"net.ipv4.tcp_max_tw_buckets": "1024", "net.ipv4.ip_unprivileged_port_start": "0"}
 
@@ -44,7 +44,7 @@ BALANCER_SYSCTLS = {
 
 
 def labels(project: str, role: str) -> dict[str, str]:
-    """What marks a container or service as ours. `role`: backend or balancer."""
+    """The labels that mark a container or service as the project's. `role`: backend or balancer."""
     return {"lbscaler.project": project, "lbscaler.role": role}
 
 
@@ -70,7 +70,7 @@ def backend_options(settings: Settings, image_user: str) -> dict[str, Any]:
     allowed = settings.allow
     image_runs_as_root = image_user.split(":", 1)[0] in ("", "root", "0")
     change_user = image_runs_as_root and "root" not in allowed
-    # runc ignores the mode of a tmpfs where the image has a directory of that path, but it does set the owner.
+    # If the image has a directory at the path of a tmpfs, runc ignores the mode, but it sets the owner.
     owner = f",uid={UNPRIVILEGED_UID},gid={UNPRIVILEGED_UID}" if change_user else ""
     return {
         "command": list(settings.command) or None,

@@ -20,12 +20,13 @@ Target = tuple[str, int]  # address and port
 
 
 def check(targets: Iterable[Target], source: str) -> dict[str, str]:
-    """One connection to each target from the address `source`. Returns ADDRESS:PORT -> the error, or an empty text."""
+    """Opens one connection to each target from the address `source`. Returns ADDRESS:PORT -> the error; empty if it
+    worked."""
     return {f"{address}:{port}": connect((address, port), source) for address, port in targets}
 
 
 def connect(target: Target, source: str) -> str:
-    """Opens and closes one connection. Returns the error, or an empty text.
+    """Opens and closes one connection. Returns the error; empty if it worked.
 
     A success shows that a backend has accepted the connection: the balancer itself accepts none on this port.
     """

@@ -81,7 +81,8 @@ def new_service(project: str, count: int, task_spec: str) -> Spec:
 
 
 def with_tasks(service_spec: Spec, task_spec: str, previous: str = "") -> Spec:
-    """The service with tasks created from `task_spec`. Its labels keep that text and the `previous` one."""
+    """The service with tasks created from `task_spec`. Its labels keep that text and the `previous` one, which a
+    rollback may need."""
     labels = {**service_spec["Labels"], "lbscaler.spec": task_spec}
     if previous:
         labels["lbscaler.before"] = previous

@@ -1,7 +1,7 @@
-"""The balancer as a Swarm's global service: one task on every node, its port published on that node alone. Pure.
+"""The balancer as a global service of a Swarm: one task on every node, with its port published on that node. Pure.
 
-A change of settings is an update of the service, one node at a time. A node's host port is free only when its old
-balancer has ended, so a node has no balancer for that moment; the other nodes continue to serve.
+When settings change, Swarm updates the service, one node at a time. A node's port is free only after its old balancer
+has ended, so the node has no balancer for a moment. The other nodes continue to serve.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ UPDATE = {"Parallelism": 1, "Order": "stop-first", "FailureAction": "pause", "Mo
 
 
 def service_spec(settings: Settings, balancer: BalancerOptions, manager: str, secret_ids: Iterable[str]) -> Spec:
-    """The service as the Engine API describes it. `manager`: where the balancers reach it, see `manager_addresses`."""
+    """The service as the Engine API describes it. `manager`: the result of `manager_addresses`."""
     labels = options.labels(settings.project, "balancer")
     port = {
         "Protocol": "tcp",
@@ -73,7 +73,7 @@ def _secret(id_: str, name: str, file: str) -> dict[str, Any]:
 
 
 def state(service: ApiObject | None, wanted: Spec) -> BalancerState:
-    """The state of the service, which has to match `wanted`. Swarm itself restarts its tasks."""
+    """The state of the service, which has to match `wanted`. Its tasks do not matter: Swarm restarts them."""
     if service is None:
         return BalancerState.MISSING
     if service["Spec"]["Labels"].get("lbscaler.config") != wanted["Labels"]["lbscaler.config"]:
@@ -87,6 +87,7 @@ def report_name(task: Task) -> str:
 
 
 def manager_addresses(nodes: Iterable[ApiObject], own: str, port: int) -> str:
-    """Where the balancers may find the manager: on every node that may run one, in a fixed order."""
+    """The addresses that the balancers try to reach the manager at: all nodes that may run it, in a fixed order."""
+    # The order is fixed because the text is part of the service's digest: another order would be an update.
     addresses = {node["Status"].get("Addr", "") for node in nodes if node["Spec"].get("Role") == "manager"}
     return ",".join(f"{address}:{port}" for address in sorted((addresses | {own}) - NO_ADDRESS))

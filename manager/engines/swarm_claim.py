@@ -20,7 +20,7 @@ Claim = tuple[int, str]
 
 
 def parse_claim(label: str) -> Claim:
-    """The claim in a label's text; the lowest one for any other text."""
+    """The claim in a label's text; the lowest claim if the text is not one."""
     number, _, owner = label.partition(" ")
     return (int(number), owner) if number.isdecimal() else (0, "")
 
@@ -32,7 +32,7 @@ class FleetClaim:
         self._own: Claim | None = None
 
     def hold(self, nodes: Iterable[ApiObject]) -> None:
-        """Claims the fleet at the first call. Raises TakenOver at a later one if a newer claim is there."""
+        """The first call claims the fleet. A later call raises TakenOver if there is a newer claim."""
         labels = [node["Spec"].get("Labels", {}).get(self._label, "") for node in nodes]
         newest = max(map(parse_claim, labels), default=(0, ""))
         if self._own is None:

@@ -83,7 +83,8 @@ class SwarmEngine(BaseEngine):
             listed = self._tasks(service)
             self.replicas = service["Spec"]["Mode"]["Replicated"]["Replicas"] if service else 0
             spec = self._spec_for_plan(service) if service else ""
-        # Swarm cannot stop tasks on a node that is down, and it never reports that they have ended.
+        # Swarm cannot stop tasks on a node that is down and never reports their end. Without this, they would drain for
+        # ever.
         tasks = [task for task in listed if not (task.leaving and task.node in down)]
         self._log_ends(tasks)
 
@@ -112,9 +113,9 @@ class SwarmEngine(BaseEngine):
         return f"{self._settings.project}-backend-{task.slot}.{task.id[:5]}"
 
     def _log_ends(self, tasks: Iterable[Task]) -> None:
-        """Logs Swarm's error, once for each task that has ended with one since this manager started.
+        """Logs Swarm's error once for each task that has failed since this manager started.
 
-        For a task that never ran, there is no other report of its error.
+        If a task never ran, its error is reported nowhere else.
         """
         failed = {task.id: task for task in tasks if task.ended and task.error}
         logged = failed.keys() if self._logged_ends is None else self._logged_ends
@@ -130,10 +131,10 @@ class SwarmEngine(BaseEngine):
             return str(self._client.api.inspect_task(container_id)["Status"].get("Err") or "none")
 
     def events(self) -> Iterator[Event]:
-        """One event whenever a task's state or desired state, or the service of balancers, has changed.
+        """One event for each change of a task's state or desired state, or of the service of balancers.
 
-        Swarm has events of nodes and services but not of tasks, so this lists the tasks again and again, less often
-        where listing is slow.
+        Swarm has events for nodes and services but not for tasks, so this method lists the tasks regularly, and less
+        often if that is slow.
         """
         before: object = None
         while True:
@@ -156,6 +157,7 @@ class SwarmEngine(BaseEngine):
         def edit(service: Spec | None) -> Spec:
             if service is None:
                 return swarm_backends.new_service(self._settings.project, count, spec)
+            # An unchanged spec is not written, because the label of the previous one would be lost.
             present = service["Labels"].get("lbscaler.spec", "")
             if spec != present and not self._is_refused(spec):
                 self._tried_spec = spec
@@ -167,9 +169,9 @@ class SwarmEngine(BaseEngine):
             self._services.put("backend", edit)
 
     def _spec_for_plan(self, service: ApiObject) -> str:
-        """What the tasks are created from, for the plan to compare with the wanted spec.
+        """What the tasks are created from; the plan compares it with the wanted spec.
 
-        A refused update counts as done, so that the plan does not try it again.
+        After a refused update this is the wanted spec, so that the plan does not try the update again.
         """
         self._note_rollback(service)
         if self._is_refused(self._wanted_spec):
@@ -183,8 +185,8 @@ class SwarmEngine(BaseEngine):
             return
         self.refused = _digest(self._tried_spec)
         log.error("update given up, Swarm rolls back: its backends did not stay up")
-        # Swarm rolls back to the spec before the last change of the service. If that change was only to the number of
-        # tasks, the spec before it was the failed one as well.
+        # Swarm rolls back to the spec before the last change of the service. If that change only set the number of
+        # tasks, the spec before it is the failed one, too.
         labels = service["Spec"]["Labels"]
         if labels["lbscaler.spec"] == self._tried_spec and labels.get("lbscaler.before"):
             self._services.put("backend", _restore_previous)
@@ -195,10 +197,10 @@ class SwarmEngine(BaseEngine):
     # -- the balancers ------------------------------------------------------------------------------------------------
 
     def _note_balancers(self, nodes: Iterable[ApiObject], down: Set[str]) -> None:
-        """Keeps the state of the service of balancers, and which balancers run. `down`: ids of nodes."""
+        """Updates the state of the service of balancers, and which balancers run. `down`: ids of nodes."""
         service = self._services.find("balancer")
         self.balancer = swarm_balancer.state(service, self._balancer_spec)
-        # Swarm still lists the tasks on a node that is down as running.
+        # Swarm lists the tasks on a node that is down as if they were running.
         running = [task for task in self._tasks(service) if task.running and task.node not in down]
         self.balancers = frozenset(map(swarm_balancer.report_name, running))
 
@@ -213,6 +215,7 @@ class SwarmEngine(BaseEngine):
     def _balancer_spec(self) -> Spec:
         nodes = self._client.api.nodes()
         manager = swarm_balancer.manager_addresses(nodes, self.gateway(), self._settings.manager_port)
+        # A service refers to secrets by id; the options have their names.
         secrets = {secret["Spec"]["Name"]: secret["ID"] for secret in self._client.api.secrets()}
         missing = [name for name in self._balancer_options.secrets if name not in secrets]
         if missing:

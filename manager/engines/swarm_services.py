@@ -1,4 +1,4 @@
-"""Our services in a Swarm: finds, creates and updates them, and repeats an update that another one has overtaken."""
+"""Finds, creates and updates the project's services in a Swarm. Repeats an update if another one was faster."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Spec = dict[str, Any]  # a service's spec in the Engine API
 
 
 def retry_when_overtaken(change: Callable[[], None]) -> None:
-    """Calls `change`, which reads an object and updates it, again if another update came in between."""
+    """Calls `change`, which reads an object and updates it. Repeats the call if another update came in between."""
     for attempt in range(TRIES):
         try:
             change()

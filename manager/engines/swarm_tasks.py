@@ -54,6 +54,7 @@ def parse_task(listed: Mapping[str, Any]) -> Task:
 
 
 def _address(listed: Mapping[str, Any]) -> str:
+    # A task has one network here, and one address in it.
     for attachment in listed.get("NetworksAttachments") or ():
         for cidr in attachment.get("Addresses") or ():
             return str(cidr).split("/", maxsplit=1)[0]

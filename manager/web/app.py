@@ -40,7 +40,7 @@ WaitForSnapshot = Callable[[str, float], Snapshot | None]
 
 
 class Api:
-    """The handlers of all calls: a decoded request in, the answer out. None is answered with 204, "no content"."""
+    """The handlers of all calls. Each takes a decoded request and returns the answer; None becomes status 204."""
 
     def __init__(self, controller: Controller, wait_for_snapshot: WaitForSnapshot, recent_log: RecentLog) -> None:
         self._controller = controller
@@ -50,8 +50,8 @@ class Api:
 
     def sync(self, query: schemas.SyncQuery) -> Snapshot | None:
         """The snapshot of the backends, as soon as its revision differs from `have`; 204 after `wait` seconds."""
-        # A long poll holds a connection, so only callers with the token may wait: not every local user, nor every web
-        # page that one of them opens.
+        # A long poll keeps a connection open, so only callers with the token may wait. Otherwise any local user, or a
+        # web page in a local user's browser, could use up the connections.
         wait = query.wait if g.get("has_token") else 0
         return self._wait_for_snapshot(query.have, wait)
 
@@ -117,8 +117,8 @@ JsonObject = dict[str, Any]
 
 @dataclass(frozen=True)
 class Route:
-    """One call. `answer` is the type of the body with status 200, None where there is only 204. `statuses` are further
-    statuses, beside those that any call may have. docs/openapi.yaml is generated from all this."""
+    """One call. `answer` is the type of the body with status 200; None if the status is always 204. `statuses` are
+    further statuses, in addition to those that any call may have. docs/openapi.yaml is generated from these fields."""
 
     method: str
     path: str
@@ -153,8 +153,8 @@ def create_app(
     wait_for_snapshot: WaitForSnapshot | None = None,
     recent_log: RecentLog | None = None,
 ) -> Flask:
-    """The application. `hosts` are the names and addresses that a Host header may have; others are refused, against DNS
-    rebinding. `wait_for_snapshot` is how a long poll waits; by default it blocks the thread."""
+    """The application. A Host header may name loopback or one of `hosts`; others are refused, against DNS rebinding.
+    `wait_for_snapshot` is how a long poll waits; by default it blocks the thread."""
     app = Flask(__name__)
     app.config["MAX_CONTENT_LENGTH"] = BODY_MAX
     app.before_request(_guard(token, {"127.0.0.1", "localhost", *hosts}))
@@ -174,18 +174,19 @@ def create_app(
 
 
 def _guard(token: str, allowed_hosts: set[str]) -> Callable[[], None]:
-    """Refuses requests that may not reach any route."""
+    """Returns the check that runs before each route: it refuses a wrong Host header and a missing token."""
 
     def guard() -> None:
         if request.environ.get(OPERATOR):
             return
-        # A page of another site could let its name point to this host, and read through a browser here.
+        # DNS rebinding: a web site can make its own name resolve to this host. Its page, in a browser on this host,
+        # could then read the answers.
         if request.host not in allowed_hosts and request.host.rpartition(":")[0] not in allowed_hosts:
             _refuse(403, "the Host header is not an address of this manager")
-        # The comparison takes the same time for every wrong token, so its time does not help to guess one.
+        # The comparison takes the same time for every wrong token, so the time does not help to guess the right one.
         sent = request.headers.get("Authorization", "").encode()
         g.has_token = hmac.compare_digest(sent, f"Bearer {token}".encode())
-        # Any user of this host may read, which is what Prometheus and a browser on it do.
+        # Prometheus and browsers on this host read without the token.
         is_read = request.method in ("GET", "HEAD")
         is_local = str(request.remote_addr).startswith("127.")
         if not g.has_token and not (is_read and is_local):
@@ -210,7 +211,8 @@ def _view(route: Route, api: Api) -> Callable[[], Response]:
             return answer
         if answer is None:
             return Response(status=204)
-        body = msgspec.json.encode(answer, enc_hook=str)  # for schemas.Text, which msgspec does not know
+        # The hook is for schemas.Text, a type that msgspec does not know.
+        body = msgspec.json.encode(answer, enc_hook=str)
         return Response(body + b"\n", mimetype="application/json")
 
     return view
@@ -225,7 +227,7 @@ def _line(status: int, text: str) -> Response:
 
 
 def as_operator(app: Flask) -> Callable[..., Any]:
-    """The same application for requests through the operator's socket."""
+    """The same application for requests through the Unix socket: they may make operator calls, without the token."""
 
     def operated(environ: dict[str, Any], start_response: Any) -> Any:
         return app.wsgi_app({**environ, OPERATOR: True}, start_response)
@@ -234,7 +236,7 @@ def as_operator(app: Flask) -> Callable[..., Any]:
 
 
 def waits_in(listeners: Listeners, controller: Controller) -> WaitForSnapshot:
-    """Waits for a snapshot without blocking the thread that all listeners share."""
+    """Returns a function that waits for a snapshot without blocking the thread that all listeners share."""
 
     def wait_for_snapshot(have: str, seconds: float) -> Snapshot | None:
         return listeners.wait_for(lambda: controller.wait_for_snapshot(have, 0), seconds)

@@ -1,12 +1,12 @@
-"""One listener: gevent's pywsgi, with limits on clients that pywsgi does not have.
+"""One listener: gevent's pywsgi, with limits for clients that pywsgi does not have.
 
 Guarantees:
 - A request (request line, headers, body) is complete before the application gets it, and has to arrive within a
-  deadline. The client has to read the answer within another one. Slower clients are disconnected. A TLS handshake has
-  the request's deadline, and waits in a greenlet of its connection.
+  deadline. The client has to read the answer within a second deadline. Slower clients are disconnected. A TLS handshake
+  has the same deadline as a request, and delays no other connection.
 - The number of connections is limited, and so is the memory for request bodies. At the limit, the connection that has
-  waited longest for its client is closed. Requests that the application is handling (long polls) are not.
-- A client that sends without pause does not keep others waiting.
+  waited longest for its client is closed. A connection whose request the application is handling (a long poll) is not.
+- A client that sends without pause does not delay other clients.
 - Errors of clients (resets, failed handshakes, malformed requests) are not logged.
 """
 
@@ -36,7 +36,7 @@ class Limits:
     """The limits of one listener."""
 
     connections: int = 4096
-    request: float = 5.0  # seconds for a TLS handshake, and for each request, from the end of the request before
+    request: float = 5.0  # seconds for a TLS handshake, and for each request including the wait for it
     answer: float = 30.0  # seconds until the client has read all of an answer
     bodies: int = 64 << 20  # bytes of all request bodies that are being read
 
@@ -46,16 +46,18 @@ class Server(WSGIServer):
 
     def __init__(self, listener: socket.socket, application: Application, tls: Any, limits: Limits) -> None:
         self.limits = limits
-        # The greenlets that wait for their client, the longest first, with the bytes of body that each has read.
+        # The greenlets that wait for their client, longest wait first, with the bytes of body that each has read.
         self._waiting: dict[Any, int] = {}
         self._body_bytes = 0
-        # So many connections may be accepted before one that was closed has ended.
+        # Accepted in one pass of the loop. The pool has room for them, because a connection that was closed at the
+        # limit ends only after that pass.
         self.max_accept = min(100, limits.connections)
         pool = Pool(limits.connections + self.max_accept)
         address = listener.getsockname()
         # Without this name, pywsgi would resolve it by DNS.
         environ = {"SERVER_NAME": address[0] if isinstance(address, tuple) else "localhost"}
         options: dict[str, Any] = {"handler_class": _Connection, "log": None, "error_log": None}
+        # The handshake follows in wrap_socket_and_handle, with a deadline.
         if tls is not None:
             options |= {"ssl_context": tls, "do_handshake_on_connect": False}
         super().__init__(listener, application, spawn=pool, environ=environ, **options)
@@ -66,7 +68,8 @@ class Server(WSGIServer):
         super().do_handle(*args)
 
     def wrap_socket_and_handle(self, client_socket: Any, address: Any) -> None:
-        client_socket.getpeername()  # raises if the client has disconnected: gevent would not close that socket
+        # Raises if the client has disconnected already: gevent would not close such a socket.
+        client_socket.getpeername()
         with closing(self.wrap_socket(client_socket, **self.ssl_args)) as secured:
             with self.waiting_for_client(), gevent.Timeout(self.limits.request):
                 secured.do_handshake()
@@ -78,7 +81,7 @@ class Server(WSGIServer):
 
     @contextmanager
     def waiting_for_client(self) -> Iterator[None]:
-        """While the current greenlet waits for its client, its connection may be closed in favour of others."""
+        """Within this context the current greenlet waits for its client, so its connection may be closed at a limit."""
         self._waiting[gevent.getcurrent()] = 0
         try:
             yield
@@ -86,11 +89,12 @@ class Server(WSGIServer):
             self.end_waiting()
 
     def end_waiting(self) -> None:
-        """From now on, the current greenlet's connection stays open. Its body is no longer counted."""
+        """From now on, the current greenlet's connection is not closed at a limit, and its body is not counted."""
         self._body_bytes -= self._waiting.pop(gevent.getcurrent(), 0)
 
     def count_body(self, size: int) -> None:
-        """Counts bytes that the current greenlet has read. Over the limit, the connection of another one is closed."""
+        """Counts bytes of body that the current greenlet has read. Over the limit, closes another connection that is
+        sending a body."""
         current = gevent.getcurrent()
         if current not in self._waiting:  # its connection is being closed
             return
@@ -107,7 +111,7 @@ class Server(WSGIServer):
 
 
 class _Refused(ValueError):
-    """The request gets this status, without reaching the application."""
+    """The request is answered with this status and does not reach the application."""
 
     def __init__(self, status: HTTPStatus) -> None:
         super().__init__(status)
@@ -115,7 +119,7 @@ class _Refused(ValueError):
 
 
 class _FromClient(io.RawIOBase):
-    """The bytes from a client. Other greenlets run before each read, also while there is always more to read."""
+    """The bytes from a client. Each read lets other greenlets run first, even if the client sends without pause."""
 
     def __init__(self, sock: Any) -> None:
         self._socket = sock
@@ -140,9 +144,10 @@ class _Connection(WSGIHandler):
 
     def handle_one_request(self) -> bool | None:
         """True if another request may follow on the connection."""
-        gevent.sleep(0)  # a client that sends many requests in one piece lets other greenlets run between them
+        # Lets other greenlets run between requests that a client sends in one packet.
+        gevent.sleep(0)
         result = None
-        # With False, the timeout ends the block without an exception.
+        # With False, the timeout ends the block below and its exception does not leave it.
         with gevent.Timeout(self.server.limits.request, False) as self._deadline, self.server.waiting_for_client():
             result = super().handle_one_request()
             if isinstance(result, tuple):
@@ -153,6 +158,7 @@ class _Connection(WSGIHandler):
         if len(raw_requestline.split()) != 3 or not raw_requestline.isascii():  # HTTP/0.9, or no URL
             raise _Refused(HTTPStatus.BAD_REQUEST)
         super().read_request(raw_requestline)
+        # With another encoding, the end of the body would not be known.
         if self.headers.get("Transfer-Encoding", "chunked").lower() != "chunked":
             raise _Refused(HTTPStatus.NOT_IMPLEMENTED)
         options = self.headers.get("Connection", "").lower().split(",")
@@ -184,6 +190,7 @@ class _Connection(WSGIHandler):
         except _Refused as refused:
             self._refuse(refused.status)
             return
+        # The request is complete. From here on, only the answer has a deadline.
         self._deadline.close()
         self.server.end_waiting()
         self.environ["wsgi.input"] = io.BytesIO(body)
@@ -206,20 +213,21 @@ class _Connection(WSGIHandler):
         return bytes(body)
 
     def _refuse(self, status: HTTPStatus) -> None:
-        """Answers without the application, and closes: it is not known where the next request would begin."""
+        """Answers without the application and closes the connection: the beginning of the next request is unknown."""
         self.close_connection = True
         body = f"{status.phrase}\n"
         self.socket.sendall(
             f"HTTP/1.1 {int(status)} {status.phrase}\r\nConnection: close\r\nContent-Type: text/plain\r\n"
             f"X-Content-Type-Options: nosniff\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
         )
-        # Closing a socket with unread bytes resets the connection, and the client may lose the answer. Read them first.
+        # Closing a socket with unread bytes resets the connection, and the client may lose the answer. So read them.
         self.socket.shutdown(socket.SHUT_WR)
         while self.rfile.read1(PIECE):
             pass
 
     def finalize_headers(self) -> None:
-        # pywsgi sends this header to HTTP/1.0 only. Without it, the client sends its next request into a closed socket.
+        # pywsgi sends this header to HTTP/1.0 clients only. Without it, a client would send its next request to a
+        # closed connection.
         if self.close_connection and self.request_version == "HTTP/1.1":
             self.response_headers.append((b"Connection", b"close"))
         super().finalize_headers()

@@ -1,11 +1,11 @@
 """Serves a WSGI application on several sockets, from one gevent hub in one thread.
 
 Guarantees:
-- A client cannot keep another one waiting, and each listener has its own limits (`http_server.Limits`), so that clients
-  of one listener cannot block another.
-- An application runs on the hub's thread and must not block it: it waits with `Listeners.wait_for` only. Other threads
-  end that wait with `Listeners.notify`.
-- Nothing is monkey-patched: all other threads are ordinary threads.
+- A client cannot delay another one. Each listener has its own limits (`http_server.Limits`), so that clients of one
+  listener cannot block another listener.
+- The application runs on the hub's thread and must not block it: it may wait with `Listeners.wait_for` only. Other
+  threads end that wait with `Listeners.notify`.
+- Nothing is monkey-patched, so all other threads are ordinary threads.
 """
 
 from __future__ import annotations
@@ -39,11 +39,12 @@ T = TypeVar("T")
 
 
 def bind_tcp(address: str, port: int) -> socket.socket:
-    """A listening socket. The address need not exist yet: Docker's bridge may appear after a restarted manager."""
+    """A listening socket. The address need not exist yet: Docker may create its bridge after the manager restarts."""
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.setsockopt(socket.IPPROTO_IP, IP_FREEBIND, 1)
-    # Connections inherit it. Headers and body are two writes, and the second one must not wait for an acknowledgement.
+    # Accepted connections inherit it. An answer is two writes, headers and body; with Nagle's algorithm, the second one
+    # would wait for an acknowledgement of the first.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return _listen(listener, (address, port))
 
@@ -102,7 +103,7 @@ class Listeners:
         self._failure: Exception | None = None
         self._lock = threading.Lock()  # held while another thread uses the loop, or the loop ends
         self._loop: Any = None  # gevent's, while it runs
-        self._notified = Event()  # each notify sets it, and replaces it
+        self._notified = Event()  # each notify sets it and puts a new one in its place
         self._stopping = Event()
         self._stop_timeout = 0.0
 
@@ -133,8 +134,8 @@ class Listeners:
         self._call_on_hub(self._renew)
 
     def wait_for(self, find: Callable[[], T | None], seconds: float) -> T | None:
-        """The first result of `find` that is not None; None after `seconds`. `find` is called now and after each
-        `notify`; its exceptions are passed on. For applications: only the current greenlet waits."""
+        """The first result of `find` that is not None; None after `seconds`. Calls `find` now and after each `notify`;
+        its exceptions propagate. For the application: only the current greenlet waits."""
         deadline = time.monotonic() + seconds
         while True:
             notified = self._notified  # read before the call, so that a notify during the call is not missed
@@ -145,7 +146,7 @@ class Listeners:
             notified.wait(left)
 
     def _call_on_hub(self, callback: Callable[[], None]) -> None:
-        """For other threads. Does nothing after the end."""
+        """For other threads. Does nothing after the hub has ended."""
         with self._lock:
             if self._loop is not None:
                 self._loop.run_callback_threadsafe(callback)
@@ -163,6 +164,7 @@ class Listeners:
                 server.start()
             with self._lock:
                 self._loop = hub.loop
+        # `start` raises the error in the caller's thread.
         except Exception as error:
             self._failure = error
             self._stopping.set()

@@ -1,7 +1,8 @@
 """The manager's metrics for Prometheus. METRICS has a row for each gauge and counter.
 
 Names and units follow Prometheus' conventions. Labels have few values: names of backends and balancers, states, kinds
-of reason; never a number or a sentence. Counters start at zero with the manager. A backend's counters end with it.
+of reason; never a number or a sentence. Counters start at zero with the manager. The counters of a backend are removed
+with it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from core.settings import ROOT
 TRAFFIC = ("connections", "packets", "bytes")  # a sample's counters
 LAUNCH_SECONDS = (0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
-disable_created_metrics()  # type: ignore[no-untyped-call] # else each counter has a second series with its start time
+# By default, each counter has a second series, with its start time.
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 Values = Mapping[tuple[str, ...], float]  # by the labels' values
 Source = Mapping[str, Any]  # /status with Tally.counts
@@ -32,7 +34,7 @@ Read = Callable[[Source], Values | float | None]
 
 
 class Tally:
-    """Counts what happens from the manager's start on, as core.controller.Recorder."""
+    """The core.controller.Recorder that counts for the metrics, from the manager's start on."""
 
     def __init__(self) -> None:
         self._traffic: dict[str, dict[str, int]] = {}  # by backend, then by TRAFFIC's names
@@ -54,7 +56,8 @@ class Tally:
     def changed(self, before: Backend | None, after: Backend | None, now: float) -> None:
         """A backend was added, removed or changed."""
         if before is None and after is not None:
-            self._traffic[after.name] = dict.fromkeys(TRAFFIC, 0)  # zero first, so that Prometheus sees every increase
+            # A series that begins at zero lets Prometheus see the first increase.
+            self._traffic[after.name] = dict.fromkeys(TRAFFIC, 0)
         elif before is not None and after is None:
             del self._traffic[before.name]
             self._newest.pop(before.name, None)
@@ -81,8 +84,8 @@ class Tally:
     def keep(self, balancers: Collection[str]) -> None:
         """Removes the samples of balancers that no longer exist."""
         for samples in self._newest.values():
-            for gone in samples.keys() - balancers:
-                del samples[gone]
+            for removed in samples.keys() - balancers:
+                del samples[removed]
 
     def decided(self, decision: Decision) -> None:
         self._decisions[decision.verdict, reason(decision)] += 1
@@ -92,7 +95,7 @@ class Tally:
 
 
 def reason(decision: Decision) -> str:
-    """The kind of the limit that was applied last; `load` where none was."""
+    """The kind of the limit that was applied last; `load` if none was applied."""
     return decision.clamps[-1].kind.value if decision.clamps else "load"
 
 
@@ -107,8 +110,8 @@ def version() -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """A metric, its labels, and how its values are read at a scrape: one number, or one for each combination of labels.
-    None is no sample, for a value that is not known."""
+    """A metric, its labels, and how a scrape reads its values: one number, one for each combination of labels, or None
+    if the value is not known."""
 
     family: type[GaugeMetricFamily] | type[CounterMetricFamily]
     name: str

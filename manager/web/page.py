@@ -1,4 +1,4 @@
-"""The page for people: its files, all served from here, and the policy that keeps the browser to them."""
+"""Serves the files of the manager's page, with a Content-Security-Policy: a browser loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ def add_security_headers(answer: Response) -> Response:
     return answer
 
 
-@cache  # 4 MB; all answers share one copy, also those that callers take slowly
+@cache  # 4 MB: all answers share one copy, also while slow clients receive it
 def _plotly() -> bytes:
     return (resources.files("plotly") / "package_data" / "plotly.min.js").read_bytes()
 
 
 def _cacheable(name: str, content: bytes, max_age: int) -> Response:
-    """The file, or 304 where the browser has it already."""
+    """The file, or status 304 if the browser has it already."""
     answer = Response(content, mimetype=TYPES[name.rpartition(".")[2]])
-    # With 0, a browser checks the tag each time, so a new manager never works with an old page.
+    # With 0, a browser checks the entity tag each time, so an old page is never used with a new manager.
     answer.cache_control.max_age = max_age
     answer.add_etag()
     answer.make_conditional(request)

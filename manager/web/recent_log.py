@@ -1,4 +1,4 @@
-"""The newest log records in memory, as fields, for GET /log. The file manager.log is for people and keeps more."""
+"""Keeps the newest log records in memory, as fields, for GET /log. The file manager.log, for people, keeps more."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class RecentLog(logging.Handler):
         self._records: deque[LogRecord] = deque(maxlen=KEPT)
 
     def emit(self, record: logging.LogRecord) -> None:
-        # The default format is the message and, where there is one, the traceback.
+        # The default format is the message and the traceback, if there is one.
         self._records.append(LogRecord(record.created, record.levelname, self.format(record)))
 
     def newest(self, count: int) -> list[LogRecord]:

@@ -1,7 +1,7 @@
 """The messages of the HTTP interface: the fields of each request and answer, with their limits.
 
-msgspec checks a request against these types while it decodes it, so a handler only ever receives a valid message.
-`docs/openapi.yaml` is generated from them.
+msgspec checks these types while it decodes a request, so a handler receives valid messages only. `docs/openapi.yaml` is
+generated from them.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class BackendRow(Struct):
     share: Annotated[Share | None, Meta(description="part of this balancer's new connections")] = None
     id: Annotated[Text | None, Meta(description="the container's id")] = None
     why: Annotated[Text | None, Meta(description="result of the last probe, a text for people")] = None
-    cause: Annotated[Text | None, Meta(description="kind of failure where the backend is unhealthy")] = None
+    cause: Annotated[Text | None, Meta(description="kind of failure of an unhealthy backend")] = None
 
     def sample(self) -> Sample:
         counters = self.connections, self.packets, self.bytes, self.active
@@ -169,6 +169,7 @@ def decode_query(arguments: dict[str, str], message: type[T]) -> T:
 
 
 def _decode_text(type_: type, value: Any) -> Text:
+    # msgspec calls this for every type that it does not know. Text is the only one here.
     is_valid = type_ is Text and isinstance(value, str) and 0 < len(value) <= MAX_TEXT and value.isprintable()
     if not is_valid:
         raise ValueError(f"Expected text of 1 to {MAX_TEXT} printable characters")

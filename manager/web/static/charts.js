@@ -1,20 +1,23 @@
 'use strict';
-/* The charts of the past. Plotly draws them; if it cannot be loaded, the rest of the page still works. */
+/* The charts of load and fleet. Plotly draws them; if it cannot be loaded, the rest of the page still works. */
 
 const DAY = 86400; // seconds
 const GAP = 125; // seconds without a point that interrupt a line; old points are one a minute
 
-const way = (decision) => (decision.verdict === 'CREATE_SERVER' ? 'grow' : decision.verdict === 'STOP_SERVER' ? 'shrink' : '');
-const step = (decision) => `${{ grow: '▲', shrink: '▼' }[way(decision)] || ''} ${decision.current}→${decision.desired}`.trim();
+const WAYS = { CREATE_SERVER: 'grow', STOP_SERVER: 'shrink' };
+const MARKS = { grow: '▲', shrink: '▼' };
 
-/* Joins the known entries and new ones. Where they overlap, the new ones replace the known ones. Entries of an earlier
-   manager are kept for a day. */
+const way = (decision) => WAYS[decision.verdict] || '';
+const step = (decision) => `${MARKS[way(decision)] || ''} ${decision.current}→${decision.desired}`.trim();
+
+/* Joins known and new entries. From the time of the first new entry on, the new ones replace the known ones. Older
+   entries are kept for a day, also those of an earlier manager. */
 function join(known, fresh) {
   if (!fresh.length) return known;
   return [...known.filter((one) => one.time < fresh[0].time && one.time > fresh[0].time - DAY), ...fresh];
 }
 
-/* Escapes and wraps a text, because Plotly interprets some tags in its texts. */
+/* Wraps a text, and escapes it, because Plotly interprets some tags. */
 function plain(text, width) {
   const lines = [''];
   for (const word of text.split(' ')) {
@@ -25,6 +28,7 @@ function plain(text, width) {
   return escaped.filter((line) => line).join('<br>');
 }
 
+/* One line of a chart. A null after a gap in the data interrupts it. */
 function series(points, name, field, line, more) {
   const x = [], y = [];
   points.forEach((point, index) => {
@@ -35,6 +39,7 @@ function series(points, name, field, line, more) {
   return { name, x, y, type: 'scatter', mode: 'lines', line, ...more };
 }
 
+/* A triangle on the line for each decision that changed the number of backends. */
 function marks(points, decisions, field, colour) {
   const width = innerWidth < 700 ? 34 : 60;
   const at = (time) => points.findLast((point) => point.time <= time) || points[0];
@@ -53,21 +58,28 @@ function marks(points, decisions, field, colour) {
   };
 }
 
-/* Draws the `seconds` before `end`, a time of the manager's clock. */
+/* Draws the last `seconds` before `end`, a time of the manager's clock. */
 function draw(points, decisions, end, seconds) {
   if (!window.Plotly || !points.length) return;
   document.querySelector('.empty')?.remove();
-  const style = getComputedStyle(document.documentElement), colour = (name) => style.getPropertyValue(`--${name}`).trim();
+  const style = getComputedStyle(document.documentElement);
+  const colour = (name) => style.getPropertyValue(`--${name}`).trim();
   const axis = { gridcolor: colour('line'), zeroline: false, fixedrange: true, color: colour('quiet') };
   const layout = {
     margin: { l: 46, r: 14, t: 28, b: 26 }, paper_bgcolor: 'rgba(0,0,0,0)', plot_bgcolor: 'rgba(0,0,0,0)',
     font: { family: style.getPropertyValue('font-family') || 'system-ui, sans-serif', size: 12, color: colour('text') },
     legend: { orientation: 'h', x: 0, y: 1.02, yanchor: 'bottom' }, dragmode: false, hovermode: 'x unified',
-    hoverlabel: { bgcolor: colour('card'), bordercolor: colour('line'), font: { color: colour('text') }, align: 'left' },
-    xaxis: { ...axis, type: 'date', tickformat: '%H:%M', range: [new Date((end - seconds) * 1000), new Date(end * 1000)], hoverformat: '%H:%M:%S' },
+    hoverlabel: {
+      bgcolor: colour('card'), bordercolor: colour('line'), font: { color: colour('text') }, align: 'left',
+    },
+    xaxis: {
+      ...axis, type: 'date', tickformat: '%H:%M', hoverformat: '%H:%M:%S',
+      range: [new Date((end - seconds) * 1000), new Date(end * 1000)],
+    },
     yaxis: { ...axis, rangemode: 'tozero' },
   };
-  const dashed = { color: colour('capacity'), width: 1.5, dash: 'dash', shape: 'hv' }, line = { color: colour('rate'), width: 2 };
+  const line = { color: colour('rate'), width: 2 };
+  const dashed = { color: colour('capacity'), width: 1.5, dash: 'dash', shape: 'hv' };
   const fill = { fill: 'tozeroy', fillcolor: colour('soft') };
   const settings = { displayModeBar: false, responsive: true };
   Plotly.react('load', [

@@ -1,9 +1,9 @@
 'use strict';
-/* The page: fetches the manager's state each second and presents it. While the manager does not answer, it keeps the last
-   state. Names, reasons and log records may hold any text, so they are inserted as text and never as markup. */
+/* The page: fetches the manager's state each second and presents it. While the manager does not answer, the last state
+   stays. Names, reasons and log records may contain any text, so they are inserted as text and never as markup. */
 
 const PERIOD = 1000; // milliseconds between two updates
-const FULL_FETCH = 60; // updates until the whole history is fetched again, in which the manager has merged old points
+const FULL_FETCH = 60; // updates between two fetches of the whole history, because the manager merges old points
 const STATES = { active: '●', starting: '◔', spare: '○', draining: '◑', stopped: '■', failed: '✕' };
 const UNITS = { packets: 'packets/s', connections: 'connections/s', concurrency: 'open connections' };
 
@@ -15,11 +15,12 @@ const digits = (value) => value.toLocaleString('en-GB', { minimumFractionDigits:
 const number = (value) => (value === null ? '–' : digits(value));
 const clock = (time) => new Date(time * 1000).toLocaleTimeString('en-GB');
 
-// Writes only where the text differs, so that a selection is kept.
+// Writes only a text that has changed, so that a user's selection is kept.
 function write(element, text) {
   if (element.textContent !== String(text)) element.textContent = text;
 }
 
+// Gives the parent one copy of the template for each item, and reuses the copies that are there.
 function list(parent, template, items, fill) {
   while (parent.children.length > items.length) parent.lastElementChild.remove();
   while (parent.children.length < items.length) parent.append($(template).content.firstElementChild.cloneNode(true));
@@ -28,16 +29,19 @@ function list(parent, template, items, fill) {
 
 /* -- the parts of the page ----------------------------------------------------------------------------------------- */
 
-// Each scale-out is short of backends until they are ready, which is no reason for alarm.
+// In each scale-out, too few backends serve until the new ones are ready. That is expected, so it is only a note.
 const kindOf = (problem) => (problem.kind === 'too_few_backends' ? 'note' : 'problem');
 
-// What an operator has to know first: the manager's problems, then what is not as usual but no problem.
+// The notices at the top: first the manager's problems, then unusual states that are no problem.
 function noticesOf(status) {
   const notices = status.problems.map((problem) => [kindOf(problem), 'Problem:', problem.text]);
   const { launches } = status;
   if (launches.retry_in) notices.push(['note', 'Launches wait:', `the next one is in ${digits(launches.retry_in)} s.`]);
   if (status.paused) notices.push(['note', 'Paused.', 'Decisions are recorded, but not carried out.']);
-  if (launches.updating) notices.push(['note', 'Updating:', `${launches.replaced} of ${launches.replaced + launches.to_replace} backends are replaced.`]);
+  if (launches.updating) {
+    const all = launches.replaced + launches.to_replace;
+    notices.push(['note', 'Updating:', `${launches.replaced} of ${all} backends are replaced.`]);
+  }
   return notices;
 }
 
@@ -120,6 +124,7 @@ function writeSettings(settings) {
 }
 
 function writeLog(records) {
+  // A reader who has scrolled back keeps the position.
   const log = $('log'), atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 30;
   list(log, 'line', records, (line, record) => {
     write(line, `${clock(record.time)} ${record.level} ${record.text}\n`);
@@ -146,7 +151,9 @@ async function refresh() {
   updates += 1;
   points = join(points, past.points);
   decisions = join(decisions, past.decisions);
-  if (past.points.length && points.at(-1).time > newest.time) newest = { time: points.at(-1).time, at: performance.now() };
+  if (past.points.length && points.at(-1).time > newest.time) {
+    newest = { time: points.at(-1).time, at: performance.now() };
+  }
   announce(status);
   writeNotices(noticesOf(status));
   writeDecision(status);
@@ -159,6 +166,7 @@ async function refresh() {
   write($('pulse'), `updated ${updatedAt}`);
 }
 
+// The charts end at the manager's time, because the browser's clock may differ.
 function redraw() {
   draw(points, decisions, newest.time + (performance.now() - newest.at) / 1000, seconds);
 }

@@ -44,11 +44,11 @@ def test_each_alert_has_a_case_that_fires_it_and_one_that_does_not(alert: str) -
     assert re.search(rf"alertname: {alert}}}", CASES)
 
 
-def test_the_alerts_ask_for_nothing_that_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_alerts_use_only_metrics_that_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Netfilter, "conntrack_use", lambda self: (1, 2))
     manager = controller(FakeEngine(), tmp_path, Clock())
     manager.path.passed()
     balancer = Balancer(Netfilter("nft"), ManagerClient("127.0.0.1:1", "token", "b1"), "b1")
     balancer.state.prober._loop.close()  # no backend is probed
-    told = (generate_latest(registry(manager.recorder, manager.status)) + exposition(balancer.state)).decode()
-    assert set(re.findall(r"lbscaler_\w+", RULES)) <= set(re.findall(r"# TYPE (\w+)", told))
+    exposed = (generate_latest(registry(manager.recorder, manager.status)) + exposition(balancer.state)).decode()
+    assert set(re.findall(r"lbscaler_\w+", RULES)) <= set(re.findall(r"# TYPE (\w+)", exposed))

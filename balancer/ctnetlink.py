@@ -71,7 +71,7 @@ def _open_socket() -> socket.socket:
 def _receive(netlink: socket.socket, deadline: float) -> bytes:
     remaining = deadline - time.monotonic()
     if remaining <= 0:
-        raise TimeoutError(f"no end after {SCAN_SECONDS:g} s")
+        raise TimeoutError(f"not finished after {SCAN_SECONDS:g} s")
     netlink.settimeout(remaining)
     return netlink.recv(BLOCK)
 

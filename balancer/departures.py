@@ -27,5 +27,5 @@ class Draining:
         if self.unhealthy and self.silent >= self.live:
             return f"{self.live} open connections, none answered for {SILENT_SECONDS} s"
         if self.seconds > drain_timeout:
-            return f"{self.live} flows left at the drain deadline"
+            return f"{self.live} open connections at the drain deadline"
         return ""

@@ -23,7 +23,7 @@ RETRIES = Feature(
     "connbytes",
     "filter",
     "-p tcp -m connbytes --connbytes 0:1 --connbytes-mode packets --connbytes-dir reply -j DROP",
-    "a refused connection is not tried elsewhere",
+    "clients receive a backend's refusal",
 )
 NOTRACK = Feature("CT target", "raw", "-p tcp -j CT --notrack", "probes and reports need room in the connection table")
 OPTIONAL = (MARKS, RETRIES, NOTRACK)

@@ -37,7 +37,7 @@ def run(argv: Sequence[str], text: str = "") -> str:
         try:
             done = subprocess.run(argv, input=text, capture_output=True, text=True, timeout=TIMEOUT, check=False)
         except subprocess.TimeoutExpired:
-            raise NetfilterError(f"{' '.join(argv)}: no end after {TIMEOUT} s") from None
+            raise NetfilterError(f"{' '.join(argv)}: not finished after {TIMEOUT} s") from None
         if done.returncode == 0:
             return done.stdout
         if done.returncode != LOCKED:

@@ -27,7 +27,7 @@ install_first_rules() {
         export IPTABLES
         return
     done
-    echo "script.sh: neither flavour of iptables takes the first rules; is NET_ADMIN there?" >&2
+    echo "script.sh: neither flavour of iptables accepts the first rules; does the container have NET_ADMIN?" >&2
     return 1
 }
 

@@ -1,8 +1,9 @@
 """The command lines of run.sh and stop.sh, and the first stage of both: it checks the flags before anything changes.
 
 `arguments.py run.sh FLAG...` exits with 2 and one line of text for an invalid setting, performs --help, --doctor,
---status and --watch, and exits with CONTINUE if a start has to follow. `arguments.py stop.sh FLAG...` does the same for
-a stop. The value of a setting is that of its flag, else of its variable, else of the running project, else the default.
+--status and --watch, and exits with FLAGS_ARE_VALID if a start has to follow. `arguments.py stop.sh FLAG...` does the
+same for a stop. The value of a setting is that of its flag, else of its variable, else of the running project, else the
+default.
 This module uses the standard library only, because the virtual environment may not exist yet.
 """
 
@@ -19,7 +20,7 @@ from typing import NoReturn
 
 from core.settings import ROOT, SETTINGS, SettingError, Settings, flag, parse, read, variable, with_stored
 
-CONTINUE = 10  # exit code: the flags are valid, run.sh or stop.sh continues
+FLAGS_ARE_VALID = 10  # exit code: the flags are valid, run.sh or stop.sh continues
 BAD_USAGE = 2
 
 EPILOG = """\
@@ -148,7 +149,7 @@ def main(program: str, words: Sequence[str]) -> int:
     try:
         if program == "stop.sh":
             stop_arguments(words)
-            return CONTINUE
+            return FLAGS_ARE_VALID
         arguments = run_arguments(words, os.environ)
     except SettingError as error:
         print(f"{program}: {error}", file=sys.stderr)
@@ -157,7 +158,7 @@ def main(program: str, words: Sequence[str]) -> int:
         return doctor.report(doctor.Host(arguments.settings, os.environ, not arguments.no_install), arguments.json)
     if arguments.status or arguments.watch or arguments.json:
         return _status(arguments)
-    return CONTINUE
+    return FLAGS_ARE_VALID
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import requests
 from rich.console import Console
 
 from cli.output import Failed
-from cli.watch import Manager, NoAnswer, Status, progress, view
+from cli.watch import Manager, NoAnswer, Status, progress, render_status
 from core.settings import Settings
 
 POLL = 0.2  # seconds between two requests
@@ -190,7 +190,7 @@ def _explain(
     if status is not None:
         console = Console(width=LINE, color_system=None, file=io.StringIO())
         with console.capture() as capture:
-            console.print(view(status))
+            console.print(render_status(status))
         log(capture.get())
     return verdict.text
 

@@ -190,9 +190,6 @@ def render_status(status: Status, *charts: RenderableType) -> RenderableType:
     return Group(summary(status), balancers(status), last, *charts, fleet(status))
 
 
-view = render_status  # the name that cli.startup still uses
-
-
 # -- the commands ------------------------------------------------------------------------------------------------------
 
 

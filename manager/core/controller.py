@@ -208,7 +208,7 @@ class Controller:
             except (EngineError, TakenOver):
                 pass  # the loop's next list raises the same error, and logs it
             except Exception:
-                log.exception("an event could not be handled; the engine's list has what happened")
+                log.exception("handling an event failed; the next list of containers has its result")
             self._wake.set()
             time.sleep(PAUSE)
 

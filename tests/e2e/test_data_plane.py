@@ -155,7 +155,7 @@ def test_idle_keep_alive_connection_to_a_draining_backend_is_closed_at_the_deadl
         wait_until(lambda: len(system.status()["backends"]) == 1, "one backend", 30)
         closed = sum(map(ended, connections))
         assert 0 < closed < 12
-        assert "flows left at the drain deadline" in system.log()
+        assert "open connections at the drain deadline" in system.log()
     finally:
         system.down("--now")
 

@@ -79,7 +79,7 @@ def test_scan_over_the_time_limit_is_an_error(
     open_flows: dict[str, int], balancer: Balancer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ctnetlink, "SCAN_SECONDS", 0.0)
-    with pytest.raises(NetfilterError, match="connection table: no end after 0 s"):
+    with pytest.raises(NetfilterError, match="connection table: not finished after 0 s"):
         balancer.all_flows()
     assert open_flows
 

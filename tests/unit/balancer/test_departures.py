@@ -6,7 +6,7 @@ import pytest
 
 from departures import Draining
 
-SILENT, DEADLINE = "2 open connections, none answered for 10 s", "2 flows left at the drain deadline"
+SILENT, DEADLINE = "2 open connections, none answered for 10 s", "2 open connections at the drain deadline"
 
 
 @pytest.mark.parametrize(

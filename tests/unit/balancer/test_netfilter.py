@@ -121,7 +121,7 @@ def test_missing_features_are_found_by_trying_their_rules(
     assert Netfilter("nft").missing(OPTIONAL) == missing
 
 
-@pytest.mark.parametrize("error", [TimeoutError("no end after 30 s"), PermissionError(1, "no")])
+@pytest.mark.parametrize("error", [TimeoutError("not finished after 30 s"), PermissionError(1, "no")])
 @pytest.mark.parametrize(
     "call",
     [

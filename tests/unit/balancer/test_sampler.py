@@ -48,7 +48,7 @@ def test_draining_backend_with_flows_is_stopped_at_the_drain_deadline(world: Wor
     world.sample(30.5)
     assert world.manager.stops == []
     world.sample()
-    assert world.manager.stops == [(A, "2 flows left at the drain deadline")]
+    assert world.manager.stops == [(A, "2 open connections at the drain deadline")]
 
 
 def test_draining_backend_that_is_still_in_rotation_is_not_stopped(world: World) -> None:

@@ -109,7 +109,7 @@ def test_drain_ends_dispatch_and_waits_for_all_live_flows(folder: Path, states: 
             "connbytes",
             "nothing",
             0,
-            "missing in iptables-nft: connbytes: a refused connection is not tried elsewhere\n"
+            "missing in iptables-nft: connbytes: clients receive a backend's refusal\n"
             "iptables-legacy has all that is needed\n",
         ),
         (

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cli import arguments
-from cli.arguments import BAD_USAGE, CONTINUE, run_arguments
+from cli.arguments import BAD_USAGE, FLAGS_ARE_VALID, run_arguments
 from core import settings
 from core.settings import SETTINGS, SettingError, flag
 
@@ -84,7 +84,7 @@ def test_help_lists_every_flag_with_its_default(capsys: pytest.CaptureFixture[st
 
 @pytest.mark.parametrize("program", ["run.sh", "stop.sh"])
 def test_valid_flags_continue_and_bad_ones_do_not(program: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert arguments.main(program, ["--project", "p"]) == CONTINUE
+    assert arguments.main(program, ["--project", "p"]) == FLAGS_ARE_VALID
     assert capsys.readouterr() == ("", "")
     assert arguments.main(program, ["--project", "P"]) == BAD_USAGE
     line = f"{program}: --project (LB_PROJECT) is 'P'; allowed: a-z 0-9 _ -, 40 at most\n"

@@ -146,13 +146,13 @@ def test_the_summary_is_one_line_with_every_number() -> None:
     )
 
 
-def test_a_fleet_that_never_was_enough_is_told() -> None:
+def test_too_few_backends_during_the_whole_load_are_reported() -> None:
     assert summary(Tally(), SAMPLES[:3], PLAN) == (
         "0 requests, 0 failed; p50/p95/p99 -/-/-; fleet 2→2, 2 at its peak; the 6 that were wanted never were active"
     )
 
 
-def test_a_fleet_that_had_no_need_to_grow_is_told() -> None:
+def test_enough_backends_from_the_start_are_reported() -> None:
     assert summary(Tally(), SAMPLES[:2], PLAN).endswith("; fleet 2→2, 2 at its peak; no more were wanted")
 
 
@@ -274,7 +274,7 @@ def test_every_request_is_sent_and_counted_once(
 
 @needs_hey
 @pytest.mark.parametrize(("hang_up", "kind"), [(True, NO_ANSWER), (False, "status 503")])
-def test_failed_requests_are_told_by_number_and_kind(
+def test_failed_requests_are_reported_by_number_and_kind(
     place: Callable[..., Place], tmp_path: Path, capsys: pytest.CaptureFixture[str], hang_up: bool, kind: str
 ) -> None:
     assert perform(place(4, hang_up).system, SHORT, tmp_path / "demo.html") == 1

@@ -87,7 +87,7 @@ def test_all_balancers_together_know_every_backend_and_each_as_many_as_asked(sha
     assert len(set.union(*known)) == backends
 
 
-def test_a_move_is_a_change_that_the_balancers_are_told_of(tmp_path: Path) -> None:
+def test_a_moved_task_changes_the_snapshot_of_the_balancers(tmp_path: Path) -> None:
     site = Site(1, 3, 3, tmp_path)
     before = site.controller.wait_for_snapshot("", 0)
     site.controller.step()

@@ -12,7 +12,7 @@ FLAGS_ARE_VALID=10 # exit code of cli.arguments for a start; --help ends with an
 # finish STATUS: up.py stops the engine itself if its run fails, so this is for failures before up.py.
 finish() {
     end_step
-    [ "$1" -eq 0 ] || [ -z "${ENGINE_STARTED:-}" ] || stop_engine
+    [ "$1" -eq 0 ] || [ -z "$ENGINE_STARTED" ] || stop_engine
     exit "$1"
 }
 

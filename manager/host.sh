@@ -3,6 +3,7 @@
 # Source it with the repository's root as the working directory. LOG is the file that steps write to.
 
 ENGINE_DIR=run/engine
+ENGINE_STARTED='' # whatever the caller's environment has: another program's engine is not ours to stop
 TICKER='' # id of the background process that prints the seconds while a step runs
 
 # say: prints a line. A closed standard output must not end the script in the middle of its work.

@@ -14,8 +14,8 @@ LOG=run/tests.log
 : >"$LOG"
 VENV=.venv-tests
 # Most tests wait more than they compute, so there are more of these than cores.
-WORKERS=${LBTEST_WORKERS:-5}
-FAST='' ENGINE_STARTED=''
+WORKERS=${LBTEST_WORKERS:-4}
+FAST=''
 trap 'end_step; [ -z "$ENGINE_STARTED" ] || stop_engine' EXIT
 
 if [ "${1:-}" = --fast ]; then

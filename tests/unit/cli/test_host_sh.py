@@ -55,6 +55,11 @@ def test_engine_of_another_host_is_refused(tmp_path: Path) -> None:
     assert "DOCKER_HOST is tcp://example:2375; the engine has to be on this host" in done.stderr
 
 
+def test_engine_that_another_program_started_is_not_stopped(tmp_path: Path) -> None:
+    done = shell('echo "started here: [$ENGINE_STARTED]"', tmp_path, ENGINE_STARTED="1")
+    assert done.stdout == "started here: []\n"
+
+
 def test_stop_engine_ends_no_process_that_reuses_the_engines_number(tmp_path: Path) -> None:
     script = "mkdir -p $ENGINE_DIR; sleep 5 & echo $! >$ENGINE_DIR/dockerd.pid; stop_engine; kill $!"
     done = shell(script, tmp_path)

@@ -14,7 +14,7 @@ LOG=run/tests.log
 : >"$LOG"
 VENV=.venv-tests
 # Most tests wait more than they compute, so there are more of these than cores.
-WORKERS=${LBTEST_WORKERS:-4}
+WORKERS=${LBTEST_WORKERS:-3}
 FAST=''
 trap 'end_step; [ -z "$ENGINE_STARTED" ] || stop_engine' EXIT
 

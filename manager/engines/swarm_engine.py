@@ -65,6 +65,13 @@ class SwarmEngine(BaseEngine):
         """
         if not self._settings.registry:
             return str(image["Id"])
+
+        # Each node that pushes the same image may create another digest. The digest in use stays, because another one
+        # would be an update of all backends.
+        service = self._services.find("backend")
+        in_use = service["Spec"]["TaskTemplate"]["ContainerSpec"]["Image"] if service else ""
+        if in_use in image["RepoDigests"]:
+            return str(in_use)
         for digest in image["RepoDigests"]:
             if digest.startswith(f"{self._settings.registry}/"):
                 return str(digest)

@@ -183,6 +183,24 @@ def test_resize_creates_the_service_and_later_changes_its_number_of_tasks(engine
     assert (engine.replicas, api(engine).updates) == (5, 1)
 
 
+def test_digest_in_use_stays_where_the_same_image_has_another_digest_too(
+    engine: SwarmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = new_engine(registry="198.18.0.254:5000", image="198.18.0.254:5000/web:1")
+    here, in_use, foreign = (f"198.18.0.254:5000/web@sha256:{digit * 64}" for digit in "012")
+    described = {"Id": "sha256:3", "RepoDigests": [here, in_use], "Config": {}}
+    monkeypatch.setattr(engine._client.api, "inspect_image", lambda _: described, raising=False)
+
+    def image() -> str:
+        return str(json.loads(engine.spec())["ContainerSpec"]["Image"])
+
+    assert image() == here
+    engine.resize(3, engine.spec().replace(here, in_use))
+    assert image() == in_use
+    engine.resize(3, engine.spec().replace(in_use, foreign))
+    assert image() == here, "it is another image"
+
+
 def test_update_that_another_one_overtook_is_tried_again_a_limited_number_of_times(engine: SwarmEngine) -> None:
     engine.resize(3, SPEC)
     api(engine).races = 3

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # All tests with one command, also on a bare machine. Installs what the tests need, starts a Docker Engine where none
 # answers, runs the linters and all tests, says what was skipped and why, and stops what it started.
-#   tests/run.sh            linters, then all tests: several at a time, then those that need the machine for themselves
+#   tests/run.sh            linters, then all tests: several at a time; those that failed once more, alone; then those
+#                           that need the machine for themselves
 #   tests/run.sh --fast     linters and the unit tests, which need neither root nor an engine
 #   tests/run.sh WORD…      linters, then one pytest process with these words; paths, such as tests/swarm, select tests
 set -euo pipefail
@@ -14,7 +15,7 @@ LOG=run/tests.log
 : >"$LOG"
 VENV=.venv-tests
 # Most tests wait more than they compute, so there are more of these than cores.
-WORKERS=${LBTEST_WORKERS:-3}
+WORKERS=${LBTEST_WORKERS:-4}
 FAST=''
 trap 'end_step; [ -z "$ENGINE_STARTED" ] || stop_engine' EXIT
 
@@ -71,6 +72,12 @@ else
     status=0
     run_parallel -m "not serial" "${all[@]}" || status=$?
     [ "$status" -le 1 ] || exit "$status" # 1: some tests failed; above: pytest was interrupted, or could not start
+    if [ "$status" -eq 1 ]; then
+        # On a busy machine a test may miss a deadline that it meets alone. A test that fails twice has found a defect.
+        say "the tests that failed, once more, one after another"
+        status=0
+        "$VENV/bin/python" -m pytest --last-failed --last-failed-no-failures none "${all[@]}" || status=$?
+    fi
     say "the tests that need the machine for themselves, one after another"
     "$VENV/bin/python" -m pytest -m serial "${all[@]}" || status=$?
     exit "$status"

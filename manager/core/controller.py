@@ -18,7 +18,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from core import event_log, fleet, path_check, scaler, snapshot
+from core import event_log, fleet, path_check, plan, scaler, snapshot
 from core.balancer_keeper import BalancerKeeper
 from core.engine import Engine, EngineError, Event, TakenOver
 from core.fleet import ACTIVE, DRAINING, FAILED, SPARE, STARTING, STOPPED, Backend, Fleet
@@ -98,7 +98,7 @@ class Controller:
         self._wake = threading.Event()
         self._hinted = False  # an event has come since the last list began
         self._workers = Workers(engine, done=self._wake.set)
-        self._namer = fleet.Namer(f"{settings.project}-backend-")
+        self._namer = plan.Namer(f"{settings.project}-backend-")
         self._publisher = Publisher(settings, self._files, self._lock, backend_subnet, check_source)
         self._balancer = BalancerKeeper(self._workers, chance)
         self.path = self._balancer.path
@@ -437,36 +437,36 @@ class Controller:
         # While the engine is unreachable, the states here are outdated and no step can be carried out.
         if self.engine_trouble:
             return
-        goal = fleet.Goal(self.desired, self.settings.spares, self._backoff.spec, self._engine.replicas)
+        goal = plan.Goal(self.desired, self.settings.spares, self._backoff.spec, self._engine.replicas)
         for backend in self._fleet.values():
             if backend.serves:
                 self._backoff.mark_stable(backend.spec, backend.since, now)
-        self._backoff.settle(fleet.is_complete(self._fleet, goal), now)
-        for step in fleet.plan(self._fleet, goal, self._namer, self.settings.drain_timeout, now):
+        self._backoff.settle(plan.is_complete(self._fleet, goal), now)
+        for step in plan.plan(self._fleet, goal, self._namer, self.settings.drain_timeout, now):
             self._begin(step, now)
 
-    def _begin(self, step: fleet.Step, now: float) -> None:
+    def _begin(self, step: plan.Step, now: float) -> None:
         match step:
-            case fleet.Drain(name, reason):
+            case plan.Drain(name, reason):
                 backend = self._fleet[name]
                 self._set(backend.to(DRAINING, now, reason))
                 if reason.cause is Cause.UNHEALTHY:
                     self._launch_failed(backend, reason, now, served=now - backend.since >= STABLE)
-            case fleet.Admit(name):
+            case plan.Admit(name):
                 spare = self._fleet[name]
                 self._set(spare.to(ACTIVE if spare.ready else STARTING, now))
-            case fleet.Resize(count):
+            case plan.Resize(count):
                 self._workers.resize(count, self._backoff.spec)
-            case fleet.Launch(name, spare):
+            case plan.Launch(name, spare):
                 # A step that cannot begin now is part of the next plan.
                 if name not in self._workers.busy and not self._backoff.wait(now):
                     spec, state = self._backoff.spec, SPARE if spare else STARTING
                     self._set(Backend(name, state, now, spec=spec, launched=now))
                     self._workers.launch(name, spec)
-            case fleet.Stop(name):
+            case plan.Stop(name):
                 if name not in self._workers.busy:
                     backend = self._fleet[name]
-                    if backend.state == DRAINING:  # for too long, see fleet.plan
+                    if backend.state == DRAINING:  # for too long, see plan.plan
                         self._set(backend.to(STOPPED, now, Reason(Cause.DRAIN_TIMEOUT)))
                     self._workers.stop(backend)
 

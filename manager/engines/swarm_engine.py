@@ -10,7 +10,6 @@ Every call may take long and may raise EngineError. None changes a service witho
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import time
@@ -20,6 +19,7 @@ from functools import cached_property
 from core.engine import EngineError, Event
 from core.fleet import Container
 from core.settings import Settings
+from core.state_files import digest
 from engines import swarm_backends, swarm_balancer
 from engines.base import BaseEngine, engine_errors
 from engines.failure_hints import failure_hint, with_hint
@@ -72,9 +72,9 @@ class SwarmEngine(BaseEngine):
         in_use = service["Spec"]["TaskTemplate"]["ContainerSpec"]["Image"] if service else ""
         if in_use in image["RepoDigests"]:
             return str(in_use)
-        for digest in image["RepoDigests"]:
-            if digest.startswith(f"{self._settings.registry}/"):
-                return str(digest)
+        for reference in image["RepoDigests"]:
+            if reference.startswith(f"{self._settings.registry}/"):
+                return str(reference)
         return self._settings.image
 
     # -- the list of tasks --------------------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ class SwarmEngine(BaseEngine):
         rolled_back = (service.get("UpdateStatus") or {}).get("State") in swarm_backends.ROLLBACK_STATES
         if self.refused or not self._tried_spec or not rolled_back:
             return
-        self.refused = _digest(self._tried_spec)
+        self.refused = digest(self._tried_spec)
         log.error("update given up, Swarm rolls back: its backends did not stay up")
         # Swarm rolls back to the spec before the last change of the service. If that change only set the number of
         # tasks, the spec before it is the failed one, too.
@@ -199,7 +199,7 @@ class SwarmEngine(BaseEngine):
             self._services.put("backend", _restore_previous)
 
     def _is_refused(self, spec: str) -> bool:
-        return bool(self.refused) and _digest(spec) == self.refused
+        return bool(self.refused) and digest(spec) == self.refused
 
     # -- the balancers ------------------------------------------------------------------------------------------------
 
@@ -241,7 +241,3 @@ def _restore_previous(service: Spec | None) -> Spec:
     if service is None:
         raise EngineError("the service of backends was removed during its rollback")
     return swarm_backends.with_tasks(service, service["Labels"]["lbscaler.before"])
-
-
-def _digest(spec: str) -> str:
-    return hashlib.sha256(spec.encode()).hexdigest()

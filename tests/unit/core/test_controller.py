@@ -20,9 +20,9 @@ from core import controller as module
 from core import workers
 from core.controller import Controller, UnknownBackend
 from core.engine import BalancerState, EngineError, Event
-from core.fleet import DRAIN_GRACE
 from core.launch_backoff import FORGET_AFTER, MAX_UPDATE_FAILURES, STABLE
 from core.load import Finding, Sample
+from core.plan import DRAIN_GRACE
 from core.publisher import Closing
 from core.scaler import CREATE, OK, Decision
 from fakes import Chance, Clock, FakeEngine, controller, eventually, report, sample

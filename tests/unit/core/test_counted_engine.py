@@ -15,7 +15,8 @@ import pytest
 from core import fleet as fleets
 from core.controller import Controller
 from core.engine import Engine, EngineError, Event, TakenOver
-from core.fleet import ACTIVE, DRAINING, FAILED, STARTING, Backend, Container, Goal, Namer, Resize
+from core.fleet import ACTIVE, DRAINING, FAILED, STARTING, Backend, Container
+from core.plan import Goal, Namer, Resize, plan
 from core.publisher import Closing
 from core.reasons import Cause
 from fakes import Clock, controller, eventually, report, sample
@@ -237,7 +238,7 @@ GOAL = Goal(3, 0, "new", 3)
 )
 def test_plan_is_a_resize_or_empty(goal: Goal, specs: list[str], steps: list[Resize]) -> None:
     fleet = {f"p-{i}": Backend(f"p-{i}", FAILED if i else ACTIVE, 0.0, "x", spec=spec) for i, spec in enumerate(specs)}
-    assert fleets.plan(fleet, goal, Namer("p-"), 30, 1e6) == steps
+    assert plan(fleet, goal, Namer("p-"), 30, 1e6) == steps
 
 
 def test_the_names_of_tasks_sort_by_their_slots() -> None:

@@ -1,4 +1,4 @@
-"""The balancer's own HTTP interface on port 5000: for Docker's health check, Prometheus and people.
+"""The balancer's own HTTP interface: for Docker's health check, Prometheus and people.
 
 gevent serves it, in a thread with its own event loop. Silent or slow clients do not block others: a request must arrive
 and be answered within REQUEST_SECONDS, and up to MAX_CONNECTIONS connections may be open at a time.
@@ -16,7 +16,6 @@ from flask import Flask, Response
 from gevent.pool import Pool
 from gevent.pywsgi import WSGIHandler, WSGIServer
 
-PORT = 5000
 REQUEST_SECONDS = 5.0
 MAX_CONNECTIONS = 4000
 RESERVED_FILES = 500  # for the process's own sockets and pipes: a probe of each backend, the tools it runs
@@ -51,19 +50,19 @@ def connection_limit() -> int:
     return max(1, min(MAX_CONNECTIONS, soft - RESERVED_FILES))
 
 
-def make_server(app: Flask, port: int = PORT) -> WSGIServer:
+def make_server(app: Flask, address: str, port: int) -> WSGIServer:
     pool = Pool(connection_limit())
     # Without a log, which clients could fill with their errors.
     quiet = {"log": None, "error_log": None}
-    return WSGIServer(("0.0.0.0", port), app, spawn=pool, backlog=BACKLOG, handler_class=_Handler, **quiet)
+    return WSGIServer((address, port), app, spawn=pool, backlog=BACKLOG, handler_class=_Handler, **quiet)
 
 
-def serve_in_thread(app: Flask, port: int = PORT) -> threading.Thread:
+def serve_in_thread(app: Flask, address: str, port: int) -> threading.Thread:
     """Serves until the process ends."""
 
     def serve() -> None:
         # The server has to be created in its thread, because gevent has one event loop per thread.
-        make_server(app, port).serve_forever()
+        make_server(app, address, port).serve_forever()
 
     thread = threading.Thread(target=serve, name="http", daemon=True)
     thread.start()

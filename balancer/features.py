@@ -27,6 +27,7 @@ RETRIES = Feature(
 )
 NOTRACK = Feature("CT target", "raw", "-p tcp -j CT --notrack", "probes and reports need room in the connection table")
 OPTIONAL = (MARKS, RETRIES, NOTRACK)
+ON_HOST = (MARKS, RETRIES)  # what the rules in the host's namespace use of these
 
 _LOST_REPLIES = "replies do not reach the client"
 _MATCH = "-p tcp -m conntrack --ctstate DNAT --ctorigdstport 8000"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from listings import Listing
-from ruleset import is_dockers, is_ours, target_of
+from restore import is_dockers, is_ours, target_of
 
 MAX_FINDINGS = 20
 # The built-in chains that the service's packets pass, by table.
@@ -58,7 +58,7 @@ def find(ip_forward: bool, listings: Mapping[str, Listing]) -> list[Finding]:
 def _foreign_rules(chain: str, listing: Listing, visited: set[str]) -> Iterator[str]:
     """The rules in `chain`, and in the chains it leads to, that can drop or redirect the service's packets."""
     for rule in listing.chains.get(chain, ()):
-        if is_ours(rule) or is_dockers(rule) or OTHER_PROTOCOL.search(rule):
+        if is_ours(rule, "LB-") or is_dockers(rule) or OTHER_PROTOCOL.search(rule):
             continue
         target = target_of(rule)
         if target in HARMFUL:

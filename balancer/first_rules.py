@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import ruleset
+from datapath import from_environment
 from listings import Listing
-from ruleset import Endpoint, Table
+from restore import Table, restore
+from ruleset import Endpoint
 
 
 def first_table(name: str) -> Table:
@@ -17,9 +20,10 @@ def first_table(name: str) -> Table:
         return ruleset.raw()
     addresses = Path(__file__).with_name("ip.txt")
     ips = addresses.read_text().split() if addresses.exists() else []
-    port = int(os.environ.get("LB_BACKEND_PORT", "8000"))
-    return ruleset.nat([Endpoint(ip, port) for ip in ips], backend_subnet=os.environ.get("LB_BACKEND_SUBNET", ""))
+    # The sets of sticky clients do not exist yet.
+    path = replace(from_environment(os.environ), sticky=0)
+    return ruleset.nat([Endpoint(ip) for ip in ips], path=path)
 
 
 if __name__ == "__main__":
-    sys.stdout.write(ruleset.restore(first_table(sys.argv[1]), Listing()))
+    sys.stdout.write(restore(first_table(sys.argv[1]), Listing()))

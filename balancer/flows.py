@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address
 from typing import NamedTuple
 
-from ruleset import CHECK_PORTS, REPLY_MARK, REQUEST_MARK, SERVICE_PORT
+from datapath import CHECK_PORTS
+from ruleset import REPLY_MARK, REQUEST_MARK
 
 # Attribute types (enum ctattr_type and its nested ones).
 ORIGINAL, REPLY, PROTOINFO, TIMEOUT, MARK, ID, MARK_MASK, FILTER = 1, 2, 4, 7, 8, 12, 21, 25
@@ -102,15 +103,20 @@ def message(kind: int, flags: int, number: int, attributes: bytes) -> bytes:
     return _MESSAGE.pack(_MESSAGE.size + len(body), SUBSYSTEM | kind, REQUEST | flags, number, 0) + body
 
 
-def listing_request(backend: str = "", waiting_only: bool = False) -> bytes:
-    """The request for all flows to the service, or only for those of one backend, or those that wait for a first reply.
+def listing_request(ports: Collection[int], backend: str = "", waiting_only: bool = False) -> bytes:
+    """The request for all flows to the service's ports, or only for those of one backend, or those that wait for a
+    first reply.
 
-    The kernel does the filtering: by address and port since Linux 5.8, by mark in all versions. An older kernel sends
-    more flows than requested, so `count` and `deletions` check each flow themselves."""
+    The kernel does the filtering: by address and port since Linux 5.8, by mark in all versions. It can select one port;
+    with several, and on an older kernel, it sends more flows than requested. So `flows` and `deletions` check each flow
+    themselves."""
     # All flows of the service, by protocol and port.
-    ports = attribute(PROTO_NUMBER, bytes([TCP])) + attribute(PROTO_DESTINATION_PORT, struct.pack("!H", SERVICE_PORT))
-    attributes = attribute(NESTED | ORIGINAL, attribute(NESTED | TUPLE_PROTO, ports))
-    flags = attribute(FILTER_ORIGINAL, _LENGTH.pack(MATCH_PROTO_NUMBER | MATCH_DESTINATION_PORT))
+    protocol, match = attribute(PROTO_NUMBER, bytes([TCP])), MATCH_PROTO_NUMBER
+    if len(ports) == 1:
+        protocol += attribute(PROTO_DESTINATION_PORT, struct.pack("!H", *ports))
+        match |= MATCH_DESTINATION_PORT
+    attributes = attribute(NESTED | ORIGINAL, attribute(NESTED | TUPLE_PROTO, protocol))
+    flags = attribute(FILTER_ORIGINAL, _LENGTH.pack(match))
     # Of one backend: replies come from its address.
     if backend:
         source = attribute(IP_SOURCE, IPv4Address(backend).packed)
@@ -123,13 +129,15 @@ def listing_request(backend: str = "", waiting_only: bool = False) -> bytes:
     return message(GET, DUMP, 0, attributes + attribute(NESTED | FILTER, flags))
 
 
-def deletions(block: bytes, backends: Collection[str], unanswered_only: bool = False) -> Iterator[bytes]:
-    """For each flow of `backends` in `block`, the attributes of the message that deletes it: its first tuple and its
-    id. With the id, a newer connection with the same ports is kept. `unanswered_only`: only flows whose SYN the backend
-    did not answer."""
+def deletions(
+    block: bytes, ports: Collection[int], backends: Collection[str], unanswered_only: bool = False
+) -> Iterator[bytes]:
+    """For each flow from the service's ports to `backends` in `block`, the attributes of the message that deletes it:
+    its first tuple and its id. With the id, a newer connection with the same ports is kept. `unanswered_only`: only
+    flows whose SYN the backend did not answer."""
     wanted = {IPv4Address(ip).packed for ip in backends}
     for entry in _entries(block):
-        flow = _flow(block, entry)
+        flow = _flow(block, entry, ports)
         if flow is None or flow.backend not in wanted:
             continue
         if unanswered_only and flow.state != SYN_SENT:
@@ -142,10 +150,10 @@ def deletions(block: bytes, backends: Collection[str], unanswered_only: bool = F
 # -- answers ---------------------------------------------------------------------------------------------------------
 
 
-def flows(block: bytes) -> Iterator[Flow]:
-    """The TCP flows to the service in one block of a listing."""
+def flows(block: bytes, ports: Collection[int]) -> Iterator[Flow]:
+    """The TCP flows to the service's ports in one block of a listing."""
     for entry in _entries(block):
-        flow = _flow(block, entry)
+        flow = _flow(block, entry, ports)
         if flow is not None:
             yield flow
 
@@ -193,12 +201,12 @@ def _entries(block: bytes) -> Iterator[dict[int, int]]:
         begin = end + 3 & ~3
 
 
-def _flow(block: bytes, entry: dict[int, int]) -> Flow | None:
-    """The flow of one message; None if it is not a TCP connection to the service."""
+def _flow(block: bytes, entry: dict[int, int], ports: Collection[int]) -> Flow | None:
+    """The flow of one message; None if it is not a TCP connection to one of these ports."""
     if PROTOINFO not in entry or TIMEOUT not in entry:
         return None
     source, _, protocol, source_port, port = _TUPLE.unpack_from(block, entry[ORIGINAL])
-    if protocol != TCP or port != SERVICE_PORT:
+    if protocol != TCP or port not in ports:
         return None
     backend = _TUPLE.unpack_from(block, entry[REPLY])[0]
     state = block[entry[PROTOINFO] + _STATE_OFFSET]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Listing:
-    """One table, by chain: the rules, the packets that the first rule counted, and the built-in chains' policies."""
+    """One table, by chain: the rules, the packets that its DNAT rules counted, and the built-in chains' policies."""
 
     chains: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     packets: Mapping[str, int] = field(default_factory=dict)
@@ -29,15 +29,15 @@ def parse_table(text: str) -> Listing:
                 policies[chain] = policy
         # A rule, with its packet and byte counters.
         elif match := re.match(r"\[(\d+):\d+\] -A (\S+) ?(.*)", line):
-            chain = match[2]
-            packets.setdefault(chain, int(match[1]))
-            chains.setdefault(chain, []).append(match[3])
+            counted, chain, rule = match.groups()
+            chains.setdefault(chain, []).append(rule)
+            if "-j DNAT" in rule:
+                packets[chain] = packets.get(chain, 0) + int(counted)
     return Listing({chain: tuple(rules) for chain, rules in chains.items()}, packets, policies)
 
 
-def connections(listing: Listing) -> dict[str, int]:
-    """New connections to each backend since its chain was written, by address."""
-    prefix = "LB-B-"
+def connections(listing: Listing, prefix: str = "LB-B-") -> dict[str, int]:
+    """New connections to each backend since its chain was written, by address. `prefix`: of the backends' chains."""
     counted = {}
     for chain in listing.chains:
         if chain.startswith(prefix):

@@ -7,6 +7,7 @@ failure is a NetfilterError.
 from __future__ import annotations
 
 import contextlib
+import json
 import subprocess
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -14,15 +15,17 @@ from pathlib import Path
 
 import ctnetlink
 import flows
+from datapath import OWN_NAMESPACE, DataPath
 from features import Feature
 from flows import FlowCounts, Timeouts
 from listings import Listing, parse_set, parse_table
-from ruleset import REPLIES, SET
 
 LOCKED, TRIES = 4, 5  # the exit code when another program holds the lock, the only failure that is tried again
 TIMEOUT = 30  # seconds
 MAX_FILTERED_SCANS = 8  # at a million flows each takes 0.4 s, and one scan of all flows four seconds
 PROC = Path("/proc/sys/net")
+# The rules give each entry its timeout; this one only makes timeouts possible.
+CLIENTS_OPTIONS = "hash:ip family inet maxelem 1048576 timeout 3600"
 
 
 class NetfilterError(Exception):
@@ -48,9 +51,10 @@ def run(argv: Sequence[str], text: str = "") -> str:
 
 
 class Netfilter:
-    """Tables by the `nft` or the `legacy` flavour of iptables."""
+    """Tables by the `nft` or the `legacy` flavour of iptables; sets and flows of the service on `path`."""
 
-    def __init__(self, flavour: str) -> None:
+    def __init__(self, flavour: str, path: DataPath = OWN_NAMESPACE) -> None:
+        self.path = path
         self._restore = f"iptables-{flavour}-restore"
         self._save = f"iptables-{flavour}-save"
 
@@ -62,9 +66,12 @@ class Netfilter:
 
     def _has(self, feature: Feature) -> bool:
         """Tries the feature's rule in a chain that the same restore removes."""
-        chain = f":LB-TRY - [0:0]\n-A LB-TRY {feature.rule}\n-F LB-TRY\n-X LB-TRY\n"
+        chain = self.path.chain("TRY")
+        # On the host the rules stand in nat and filter only, and a try must not create another table.
+        table = "filter" if self.path.on_host else feature.table
+        lines = f":{chain} - [0:0]\n-A {chain} {feature.rule}\n-F {chain}\n-X {chain}\n"
         try:
-            self.apply(f"*{feature.table}\n{chain}COMMIT\n")
+            self.apply(f"*{table}\n{lines}COMMIT\n")
         except NetfilterError:
             return False
         return True
@@ -81,18 +88,32 @@ class Netfilter:
             run([self._restore, "--noflush", "-w", "5"], text)
 
     def make_sets(self) -> None:
-        """Creates the sets that do not exist yet."""
-        for name in (SET, REPLIES):
+        """Creates the sets of the backends that do not exist yet."""
+        for name in self.path.sets:
             run(["ipset", "create", name, "hash:ip", "family", "inet", "counters", "-exist"])
 
-    def sets(self) -> str:
-        """The text of all sets."""
-        return run(["ipset", "save"])
+    def set_names(self) -> list[str]:
+        """The names of the project's sets."""
+        return [name for name in run(["ipset", "list", "-name"]).split() if name.startswith(self.path.prefix)]
 
-    def members(self) -> dict[str, dict[str, tuple[int, int]]]:
-        """For each of the two sets, by name: (packets, bytes) of each member, by address."""
-        text = self.sets()
-        return {name: parse_set(text, name) for name in (SET, REPLIES)}
+    def members(self, name: str) -> dict[str, tuple[int, int]]:
+        """(packets, bytes) of each member of a set, by address."""
+        return parse_set(run(["ipset", "save", name]), name)
+
+    def make_client_sets(self, ips: Iterable[str]) -> None:
+        """Creates the sets of the clients that keep a backend: one for each backend and one for all clients."""
+        if self.path.sticky:
+            names = [self.path.clients_set, *(self.path.sticky_set(ip) for ip in ips)]
+            run(["ipset", "restore", "-exist"], "".join(f"create {name} {CLIENTS_OPTIONS}\n" for name in names))
+
+    def remove_client_sets(self, kept: Iterable[str]) -> None:
+        """Removes the sets of backends that are not `kept`. The kernel may still use one for a moment after its last
+        rule is gone; the next pass removes it."""
+        wanted = {self.path.sticky_set(ip) for ip in kept}
+        for name in self.set_names() if self.path.sticky else ():
+            if name.startswith(self.path.sticky_set("")) and name not in wanted:
+                with contextlib.suppress(NetfilterError):
+                    run(["ipset", "destroy", name])
 
     def change_sets(self, text: str) -> None:
         if text:
@@ -102,30 +123,59 @@ class Netfilter:
 
     def all_flows(self, check_source: str = "") -> FlowCounts:
         """Counts every flow of the service, without self-check connections from `check_source`."""
-        return self._count([flows.listing_request()], check_source)
+        return self._count([flows.listing_request(self._ports)], check_source)
 
     def waiting_flows(self, check_source: str = "") -> FlowCounts:
         """Counts the flows that wait for a first reply; the kernel selects them."""
-        return self._count([flows.listing_request(waiting_only=True)], check_source)
+        return self._count([flows.listing_request(self._ports, waiting_only=True)], check_source)
 
     def flows_of(self, ips: Collection[str]) -> FlowCounts:
         """Counts the flows of some backends. The result may also contain other backends."""
-        return self._count(_requests_for(ips))
+        return self._count(self._requests_for(ips))
 
     def _count(self, requests: Iterable[bytes], check_source: str = "") -> FlowCounts:
         timeouts = self._timeouts()
         with _connection_table():
-            return flows.count(_flows(requests), timeouts, check_source)
+            return flows.count(self._flows(requests), timeouts, check_source)
 
     def delete_flows(self, ips: Collection[str], unanswered_only: bool = False) -> None:
         """Deletes the flows of any number of backends; `unanswered_only`: those whose SYN got no answer."""
         if ips:
             with _connection_table():
-                ctnetlink.delete(_deletions(ips, unanswered_only))
+                ctnetlink.delete(self._deletions(ips, unanswered_only))
+
+    @property
+    def _ports(self) -> frozenset[int]:
+        return self.path.service_ports
+
+    def _requests_for(self, ips: Collection[str]) -> list[bytes]:
+        """For a few backends one filtered scan each; for many, one scan of all flows."""
+        if len(ips) <= MAX_FILTERED_SCANS:
+            return [flows.listing_request(self._ports, backend=ip) for ip in ips]
+        return [flows.listing_request(self._ports)]
+
+    def _flows(self, requests: Iterable[bytes]) -> Iterator[flows.Flow]:
+        for request in requests:
+            for block in ctnetlink.listing(request):
+                yield from flows.flows(block, self._ports)
+
+    def _deletions(self, ips: Collection[str], unanswered_only: bool) -> Iterator[bytes]:
+        for request in self._requests_for(ips):
+            for block in ctnetlink.listing(request):
+                yield from flows.deletions(block, self._ports, ips, unanswered_only)
 
     def delete_neighbours(self, ips: Collection[str]) -> None:
         if ips:
             run(["ip", "-batch", "-"], "".join(f"neigh flush to {ip}\n" for ip in ips))
+
+    def allow_calls_to_itself(self) -> None:
+        """Lets each port of the backends' bridge send frames back to where they came from. With bridge netfilter, the
+        call of a backend to the service that is dispatched to the same backend takes that way."""
+        ports = json.loads(run(["ip", "-json", "link", "show", "master", self.path.bridge]) or "[]")
+        changes = [f"link set dev {port['ifname']} type bridge_slave hairpin on\n" for port in ports]
+        # A port may disappear meanwhile: -force continues with the next one.
+        with contextlib.suppress(NetfilterError):
+            run(["ip", "-force", "-batch", "-"], "".join(changes))
 
     # -- settings --------------------------------------------------------------------------------------------------
 
@@ -149,25 +199,6 @@ def _connection_table() -> Iterator[None]:
         yield
     except OSError as error:
         raise NetfilterError(f"connection table: {error}") from error
-
-
-def _requests_for(ips: Collection[str]) -> list[bytes]:
-    """For a few backends one filtered scan each; for many, one scan of all flows."""
-    if len(ips) <= MAX_FILTERED_SCANS:
-        return [flows.listing_request(backend=ip) for ip in ips]
-    return [flows.listing_request()]
-
-
-def _flows(requests: Iterable[bytes]) -> Iterator[flows.Flow]:
-    for request in requests:
-        for block in ctnetlink.listing(request):
-            yield from flows.flows(block)
-
-
-def _deletions(ips: Collection[str], unanswered_only: bool) -> Iterator[bytes]:
-    for request in _requests_for(ips):
-        for block in ctnetlink.listing(request):
-            yield from flows.deletions(block, ips, unanswered_only)
 
 
 def _setting(path: str) -> int:

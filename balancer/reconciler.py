@@ -18,12 +18,14 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import findings
+import restore
 import ruleset
 from exposition import APPLY_SECONDS, REPAIRS
 from health import Health
 from listings import Listing, connections
+from restore import Table
 from rotation import Rotation, rotation
-from ruleset import SET, Endpoint, Table
+from ruleset import Endpoint
 from snapshot import Snapshot
 from state import State
 
@@ -37,6 +39,7 @@ class Reconciler:
 
     def __init__(self, state: State, node: str = "") -> None:
         self._state, self._netfilter, self._node = state, state.netfilter, node
+        self._path = state.netfilter.path
         # Address → id of each backend that the kernel may have flows of. None before the first pass.
         self._known: Mapping[str, str] | None = None
         self._nat: Table | None = None  # as the last pass wrote it
@@ -51,7 +54,7 @@ class Reconciler:
         if self._state.snapshot.revision:
             self.reconcile()
         else:  # before the first snapshot: the health check reports whether the first rules are there
-            self._state.rules_in_place = ruleset.is_hooked(self._netfilter.listing("nat"))
+            self._state.rules_in_place = ruleset.is_hooked(self._netfilter.listing("nat"), self._path)
 
     def reconcile(self) -> None:
         """Makes one pass; changes nothing when everything is in place."""
@@ -63,15 +66,19 @@ class Reconciler:
 
         # After a start, the kernel has the first rules of script.sh, or what an earlier client left.
         nat = self._netfilter.listing("nat")
-        state.rules_in_place = ruleset.is_hooked(nat)
+        state.rules_in_place = ruleset.is_hooked(nat, self._path)
         self._netfilter.make_sets()
-        members = self._netfilter.members()
-        known = dict.fromkeys((*connections(nat), *members[SET]), "") if self._known is None else self._known
+        members = {name: self._netfilter.members(name) for name in self._path.sets}
+        known = self._known
+        if known is None:
+            left = connections(nat, self._path.backend_chain(""))
+            known = dict.fromkeys((*left, *members[self._path.traffic_set]), "")
 
         # Add the new backends: first to the sets, which rules need.
         self._prepare(ids, known)
-        additions = [ruleset.set_changes({*present, *ids}, present, name) for name, present in members.items()]
+        additions = [restore.set_changes({*present, *ids}, present, name) for name, present in members.items()]
         self._netfilter.change_sets("".join(additions))
+        self._netfilter.make_client_sets(ids)
         if self._known is not None:
             # The new backends may get flows from now on. If this pass fails below, the next must not delete them.
             self._known = {**known, **ids}
@@ -82,8 +89,9 @@ class Reconciler:
         unhealthy = {backend.ip for backend in snapshot.backends if health[backend.id].healthy is False}
         ejected = (before.ips & unhealthy) - chosen.ips
         self._remove(known.keys() - ids.keys(), ejected)
-        removals = [ruleset.set_changes(ids, {*present, *ids}, name) for name, present in members.items()]
+        removals = [restore.set_changes(ids, {*present, *ids}, name) for name, present in members.items()]
         self._netfilter.change_sets("".join(removals))
+        self._netfilter.remove_client_sets(ids)
 
         self._known, self._nat = ids, tables[0]
         state.rotation, state.converged_at = chosen, time.monotonic()
@@ -107,7 +115,10 @@ class Reconciler:
         had until now can have flows: `_remove` has deleted those of all others."""
         reused = {ip for ip, id_ in ids.items() if known.get(ip) and known[ip] != id_}
         self._netfilter.delete_flows(reused)
-        self._netfilter.delete_neighbours((ids.keys() - known.keys()) | reused)
+        added = (ids.keys() - known.keys()) | reused
+        self._netfilter.delete_neighbours(added)
+        if self._path.on_host and (added or self._known is None):
+            self._netfilter.allow_calls_to_itself()
 
     def _remove(self, removed: Collection[str], ejected: Collection[str]) -> None:
         """Deletes the flows and neighbour entries of removed backends, and the unanswered flows of ejected ones: the
@@ -118,10 +129,8 @@ class Reconciler:
 
     def _tables(self, chosen: Rotation, snapshot: Snapshot) -> list[Table]:
         """The wanted tables, the nat table first."""
-        others = [Endpoint(b.ip, snapshot.port) for b in snapshot.backends if b.ip not in chosen.ips]
-        return ruleset.tables(
-            chosen.endpoints, others, snapshot.backend_subnet, snapshot.check_source, self._state.missing
-        )
+        others = [Endpoint(backend.ip) for backend in snapshot.backends if backend.ip not in chosen.ips]
+        return ruleset.tables(chosen.endpoints, others, self._path, snapshot.check_source, self._state.missing)
 
     def _write(self, tables: list[Table], nat: Listing) -> bool:
         """Writes the tables that differ from the kernel's, and returns whether the nat table did."""
@@ -132,11 +141,13 @@ class Reconciler:
         for table in tables[1:]:
             listings[table.name] = self._netfilter.listing(table.name)
             self._apply(table, listings[table.name])
-        self._state.findings = tuple(findings.find(self._netfilter.ip_forward(), listings))
+        # On the host, other programs' rules are none of our business.
+        inspected = {} if self._path.on_host else listings
+        self._state.findings = tuple(findings.find(self._netfilter.ip_forward(), inspected))
         return changed
 
     def _apply(self, table: Table, actual: Listing) -> bool:
-        text = ruleset.restore(table, actual)
+        text = restore.restore(table, actual)
         if text:
             with APPLY_SECONDS.time():
                 self._netfilter.apply(text)

@@ -9,7 +9,6 @@ from typing import Any
 from health import Health
 from listings import connections
 from manager_client import ManagerClient
-from ruleset import SET
 from schedule import ReportSchedule
 from state import State
 
@@ -45,8 +44,9 @@ class Reporter:
         """The message of POST /pkts_info."""
         state, snapshot, rotation = self._state, self._state.snapshot, self._state.rotation
         health = state.health(snapshot)
-        counted = connections(state.netfilter.listing("nat"))
-        traffic = state.netfilter.members()[SET]
+        path = state.netfilter.path
+        counted = connections(state.netfilter.listing("nat"), path.backend_chain(""))
+        traffic = state.netfilter.members(path.traffic_set)
         # The share of each backend, by its weight.
         weights = {endpoint.ip: endpoint.weight for endpoint in rotation.endpoints}
         total = sum(weights.values()) or 1.0

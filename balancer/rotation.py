@@ -73,5 +73,5 @@ def _endpoints(snapshot: Snapshot, chosen: Sequence[Backend], node: str) -> tupl
     endpoints = []
     for backend in chosen:
         weight = 1.0 if backend.node == node else remote_weight
-        endpoints.append(Endpoint(backend.ip, snapshot.port, weight))
+        endpoints.append(Endpoint(backend.ip, weight))
     return tuple(endpoints)

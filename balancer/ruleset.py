@@ -1,169 +1,161 @@
-"""Renders backends and weights as `iptables-restore` text. Pure: runs nothing, reads nothing.
+"""Renders backends and weights as tables of iptables rules. Pure: runs nothing, reads nothing.
 
-The path of a new connection through the nat table (all chains of this project begin with LB-):
+The path of a new connection through the nat table (all chains of a project begin with its prefix, here LB-):
 
     PREROUTING ─▶ LB-DISPATCH ─▶ (LB-T-… inner chains of the tree) ─▶ LB-B-<ip>: DNAT ─▶ POSTROUTING ─▶ LB-MASQ
 
 Guarantees:
-- A text holds one table and changes only chains that differ from the listing it was made for. Applied with
-  `--noflush` it is atomic, and foreign chains stay as they are.
-- A backend's chain is written once. So the counter of its one rule, which counts connections because the nat table sees
-  first packets only, grows for as long as the backend is known, however often the dispatch chains are rewritten.
+- A backend's chain is written once. So the counter of its DNAT rule, which counts connections because the nat table
+  sees first packets only, grows for as long as the backend is known, however often the dispatch chains are rewritten.
 - Shares are exact: rule i of a chain has probability w_i / (w_i + … + w_n), and the last rule has none.
-- Rules have the form that `iptables-save` prints, so a comparison of strings finds every change by another program.
-- The project's rules stand first in every built-in chain. Only Docker's rules for its DNS may stand before them.
+- Only packets of the service are changed. In the host's namespace, other traffic passes at most three rules of ours.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 
+from datapath import CHECK_PORTS, OWN_NAMESPACE, DataPath
 from features import MARKS, NOTRACK, RETRIES, Feature
 from listings import Listing
+from restore import Chains, Rules, Table, target_of
 
-SERVICE_PORT = 8000
-PREFIX = "LB-"
-DISPATCH, MASQUERADE, INPUT, FORWARD, COUNT = "LB-DISPATCH", "LB-MASQ", "LB-INPUT", "LB-FORWARD", "LB-COUNT"
-FIRST, CHECK, OWN_IN, OWN_OUT = "LB-FIRST", "LB-CHECK", "LB-OWN-IN", "LB-OWN-OUT"
-SET, REPLIES = "LB-BACKENDS", "LB-REPLIES"  # packets and bytes to a backend; its connections with a first reply
 LEAF, DIGIT_BITS = 8, 2  # a chain dispatches to at most LEAF backends; with more, it branches on one base-4 digit
 
 # Bits of a connection's mark: the client has sent data, the backend has sent data. Other bits are left as they are.
 REQUEST_MARK, REPLY_MARK = 0x20000000, 0x40000000
-# Source ports of the balancer's own connections (run.sh sets ip_local_port_range), and those for masquerading.
+# Source ports of the balancer's own connections (the manager sets ip_local_port_range), and those for masquerading.
 OWN_PORTS, MASQUERADE_PORTS = "60000:65535", "1024-59999"
-CHECK_PORTS = 61000, 61063  # source ports of the manager's self-check connections
 MAX_CHECKED = 8  # backends that self-check connections are spread over
-
-Rules = tuple[str, ...]
-Chains = dict[str, Rules]
+SYN = "--tcp-flags FIN,SYN,RST,ACK SYN"  # matches a connection's first packet
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a backend listens, and its weight: any number > 0; only ratios matter."""
+    """A backend's address and its weight: any number > 0; only ratios matter."""
 
     ip: str
-    port: int
     weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class Table:
-    """The wanted content of one table: the project's chains, and the rules that lead from built-in chains into them."""
-
-    name: str
-    chains: Chains
-    hooks: Mapping[str, Rules]
-
-
-def backend_chain(ip: str) -> str:
-    return f"LB-B-{ip}"
 
 
 def tables(
     rotation: Sequence[Endpoint],
     draining: Iterable[Endpoint] = (),
-    backend_subnet: str = "",
+    path: DataPath = OWN_NAMESPACE,
     check_source: str = "",
     missing: Collection[Feature] = (),
 ) -> list[Table]:
-    """All tables, in the order in which they have to be written. `missing` are features that this kernel lacks; the
-    functions below explain the other arguments."""
-    wanted = [
-        nat(rotation, draining, backend_subnet, check_source),
-        filters(rotation, RETRIES not in missing),
-        mangle(check_source, MARKS not in missing),
-    ]
-    return wanted if NOTRACK in missing else [*wanted, raw()]
+    """All tables, in the order in which they have to be written. `missing` are features that this kernel lacks.
+    Self-check connections come from `check_source`; they do not count as load."""
+    first = nat(rotation, draining, path, check_source)
+    retries = RETRIES not in missing and len(rotation) > 1
+    counting = count_chains(path, check_source, MARKS not in missing)
+    if path.on_host:
+        return [first, host_filters(path, counting, retries)]
+    mangle = Table("mangle", counting, {"FORWARD": (f"-j {path.chain('COUNT')}",)}, path.prefix)
+    wanted = [first, filters(path, retries), mangle]
+    return wanted if NOTRACK in missing else [*wanted, raw(path)]
+
+
+# -- nat: which backend a new connection goes to ---------------------------------------------------------------------
 
 
 def nat(
-    rotation: Sequence[Endpoint], draining: Iterable[Endpoint] = (), backend_subnet: str = "", check_source: str = ""
+    rotation: Sequence[Endpoint],
+    draining: Iterable[Endpoint] = (),
+    path: DataPath = OWN_NAMESPACE,
+    check_source: str = "",
 ) -> Table:
-    """Dispatches new connections over `rotation`. `draining` backends keep their chain, and so their counter.
-
-    Clients are masqueraded, so that answers come back through the balancer. With `backend_subnet`, only clients of that
-    network are: the backends then have their default route through the balancer.
-    Self-check connections from `check_source` have rules of their own, so that they do not count as load.
-    """
-    chains = dispatch(rotation)
-    # The chain of each known backend.
+    """Dispatches new connections over `rotation`. `draining` backends keep their chain, and so their counter."""
+    chains = dispatch(rotation, path)
     for backend in sorted({*rotation, *draining}, key=_address):
-        chains[backend_chain(backend.ip)] = (f"-p tcp -j {_dnat(backend)}",)
-    # Masquerade only connections to the service: Docker's DNS has its own DNAT in this table.
-    dispatched = f"-p tcp -m conntrack --ctstate DNAT --ctorigdstport {SERVICE_PORT}"
-    source = f"-s {backend_subnet} " if backend_subnet else ""
-    chains[MASQUERADE] = (f"{source}{dispatched} -j MASQUERADE --to-ports {MASQUERADE_PORTS} --random-fully",)
-    # From PREROUTING into dispatch, and first self-checks into their own chain.
-    entry = [f"-p tcp -m tcp --dport {SERVICE_PORT} -m addrtype --dst-type LOCAL -j {DISPATCH}"]
-    if check_source:
-        # Equal shares over a few backends. Not through their own chains, which count connections.
-        checked = sorted(rotation, key=_address)[:MAX_CHECKED]
-        chains[CHECK] = _choice([(_dnat(backend), 1.0) for backend in checked], match="-p tcp ")
-        ports = f"--sport {CHECK_PORTS[0]}:{CHECK_PORTS[1]} --dport {SERVICE_PORT}"
-        entry.insert(0, f"-s {check_source}/32 -p tcp -m tcp {ports} -m addrtype --dst-type LOCAL -j {CHECK}")
-    return Table("nat", chains, {"PREROUTING": tuple(entry), "POSTROUTING": (f"-j {MASQUERADE}",)})
+        chains[path.backend_chain(backend.ip)] = _backend_rules(backend, path)
+    chains[path.chain("MASQ")] = _masquerade(path)
+    # From PREROUTING, and for the host's own clients from OUTPUT, into dispatch.
+    entry = []
+    for port, backend_port in path.ports:
+        if check_source and port == path.ports[0][0]:
+            # Self-checks first, into a chain of their own: the backends' chains count connections.
+            chains[path.chain("CHECK")] = _check(rotation, backend_port)
+            source_ports = f"--sport {CHECK_PORTS[0]}:{CHECK_PORTS[1]} "
+            entry.append(_to_service(path, port, "CHECK", f"-s {check_source}/32 ", source_ports))
+        entry.append(_to_service(path, port, "STICKY" if path.sticky else "DISPATCH"))
+    if path.sticky:
+        chains[path.chain("STICKY")] = _sticky(rotation, path)
+    hooks = {"PREROUTING": tuple(entry), "POSTROUTING": (f"-j {path.chain('MASQ')}",)}
+    if path.on_host:
+        hooks["OUTPUT"] = tuple(entry)
+    return Table("nat", chains, hooks, path.prefix)
 
 
-def _dnat(backend: Endpoint) -> str:
-    return f"DNAT --to-destination {backend.ip}:{backend.port}"
+def is_hooked(actual: Listing, path: DataPath = OWN_NAMESPACE) -> bool:
+    """Whether a rule in PREROUTING of this nat table leads new connections to dispatch."""
+    targets = {target_of(rule) for rule in actual.chains.get("PREROUTING", ())}
+    return path.dispatch in actual.chains and bool(targets & {path.dispatch, path.chain("STICKY")})
 
 
-def mangle(check_source: str = "", marks: bool = True) -> Table:
-    """Counts packets and bytes to every backend with one rule: the set keeps a counter for each member.
+def _to_service(path: DataPath, port: int, chain: str, source: str = "", source_ports: str = "") -> str:
+    """The rule that leads packets to the service into `chain`."""
+    address = f"-d {path.address}/32 " if path.address else ""
+    # In its own namespace, the balancer does not track connections whose beginning it has not seen (tcp_loose=0). The
+    # host does, so there such a connection's packets must not be sent to any backend.
+    first_packet = f" {SYN}" if path.on_host else ""
+    matches = f"-p tcp -m tcp {source_ports}--dport {port}{first_packet} -m addrtype --dst-type LOCAL"
+    return f"{source}{address}{matches} -j {path.chain(chain)}"
 
-    With `marks`, the first packet with data of each side marks the connection, and the backend's first one is counted
-    in a set of its own. Packets without PSH, or after the first reply, pass only one more rule.
+
+def _backend_rules(backend: Endpoint, path: DataPath) -> Rules:
+    """The DNAT rules of one backend, one for each port of the service."""
+    rules = []
+    for port, backend_port in path.ports:
+        match = f"-p tcp -m tcp --dport {port}" if len(path.ports) > 1 else "-p tcp"
+        rules.append(f"{match} -j {_dnat(backend, backend_port)}")
+    if path.sticky:
+        for name in (path.clients_set, path.sticky_set(backend.ip)):
+            rules.insert(0, f"-j SET --add-set {name} src --exist --timeout {path.sticky}")
+    return tuple(rules)
+
+
+def _sticky(rotation: Sequence[Endpoint], path: DataPath) -> Rules:
+    """Sends a client to the backend in rotation that it had before, and a new client to dispatch."""
+    # New clients, with one lookup for any number of backends.
+    rules = [f"-m set ! --match-set {path.clients_set} src -j {path.dispatch}"]
+    for backend in sorted(rotation, key=_address):
+        rules.append(f"-m set --match-set {path.sticky_set(backend.ip)} src -j {path.backend_chain(backend.ip)}")
+    # Clients whose backend has left rotation.
+    return (*rules, f"-j {path.dispatch}")
+
+
+def _masquerade(path: DataPath) -> Rules:
+    """Gives connections a source address to which the backends' answers come back.
+
+    In its own namespace, that is the balancer's address, for all clients of the service: Docker's DNS has its own DNAT
+    in this table. On the host, answers to most clients come back anyway. Only the backends themselves, which would
+    answer each other directly, and clients on the loopback interface need another address.
     """
-    chains: Chains = {COUNT: (f"-m set --match-set {SET} dst",)}
-    if marks:
-        no_reply_yet = f"-m connmark --mark 0x0/{REPLY_MARK:#x}"
-        chains[COUNT] += (f"-p tcp -m tcp --tcp-flags PSH PSH {no_reply_yet} -j {FIRST}",)
-        request, reply = "-m conntrack --ctdir ORIGINAL", "-m conntrack --ctdir REPLY"
-        chains[FIRST] = (
-            f"{request} -m set --match-set {SET} dst ! --update-counters {_set_mark(REQUEST_MARK)}",
-            f"{reply} -m set --match-set {REPLIES} src",
-            f"{reply} -m set --match-set {SET} src ! --update-counters {_set_mark(REPLY_MARK)}",
-        )
-    if check_source:  # before the counting rules
-        ports = f"{CHECK_PORTS[0]}:{CHECK_PORTS[1]}"
-        is_check = f"-p tcp -m conntrack --ctorigsrc {check_source} --ctorigsrcport {ports}"
-        chains[COUNT] = (f"{is_check} -j RETURN", *chains[COUNT])
-    return Table("mangle", chains, {"FORWARD": (f"-j {COUNT}",)})
+    if not path.on_host:
+        ports = sorted(path.service_ports)
+        service = f"{ports[0]}" if len(ports) == 1 else f"{ports[0]}:{ports[-1]}"
+        match = f"-p tcp -m conntrack --ctstate DNAT --ctorigdstport {service}"
+        return (f"{match} -j MASQUERADE --to-ports {MASQUERADE_PORTS} --random-fully",)
+    sources = (path.subnet, "127.0.0.0/8")
+    match = f"-d {path.subnet} -o {path.bridge} -p tcp -m conntrack --ctstate DNAT"
+    return tuple(f"-s {source} {match} -j MASQUERADE --random-fully" for source in sources)
 
 
-def _set_mark(bit: int) -> str:
-    return f"-j CONNMARK --set-xmark {bit:#x}/{bit:#x}"
+def _check(rotation: Sequence[Endpoint], backend_port: int) -> Rules:
+    """Equal shares over a few backends."""
+    checked = sorted(rotation, key=_address)[:MAX_CHECKED]
+    return _choice([(_dnat(backend, backend_port), 1.0) for backend in checked], match="-p tcp ")
 
 
-def raw() -> Table:
-    """Keeps the balancer's own connections (probes, reports, long polls) out of the connection table, so that they work
-    when it is full. Loopback is left alone: Docker's DNS is translated there."""
-    inbound = f"! -i lo -p tcp -m tcp --dport {OWN_PORTS} -m addrtype --dst-type LOCAL -j CT --notrack"
-    outbound = f"! -o lo -p tcp -m tcp --sport {OWN_PORTS} -j CT --notrack"
-    hooks = {"PREROUTING": (f"-j {OWN_IN}",), "OUTPUT": (f"-j {OWN_OUT}",)}
-    return Table("raw", {OWN_IN: (inbound,), OWN_OUT: (outbound,)}, hooks)
+def _dnat(backend: Endpoint, port: int) -> str:
+    return f"DNAT --to-destination {backend.ip}:{port}"
 
 
-def filters(rotation: Sequence[Endpoint], retries: bool = True) -> Table:
-    """Makes a client's kernel try a failed connection again.
-
-    A SYN that reaches the balancer itself was not dispatched, because no backend was ready. It is dropped: the client
-    sends it again a second later. A RST that is a backend's first packet is a refusal. With `retries` it is dropped
-    while rotation has another backend: conntrack has closed the flow, so the client's next SYN is dispatched again.
-    """
-    undispatched = f"-p tcp -m tcp --dport {SERVICE_PORT} --tcp-flags FIN,SYN,RST,ACK SYN -j DROP"
-    first_packet = "-m connbytes --connbytes 0:1 --connbytes-mode packets --connbytes-dir reply"
-    refusal = f"-p tcp -m tcp --tcp-flags RST RST -m set --match-set {SET} src {first_packet} -j DROP"
-    chains: Chains = {INPUT: (undispatched,), FORWARD: (refusal,) if retries and len(rotation) > 1 else ()}
-    return Table("filter", chains, {"INPUT": (f"-j {INPUT}",), "FORWARD": (f"-j {FORWARD}",)})
-
-
-def dispatch(rotation: Sequence[Endpoint]) -> Chains:
+def dispatch(rotation: Sequence[Endpoint], path: DataPath = OWN_NAMESPACE) -> Chains:
     """LB-DISPATCH and, above LEAF backends, the tree below it: a new connection passes O(log n) rules.
 
     The tree is a trie over the address's base-4 digits, least significant first. Docker assigns consecutive addresses,
@@ -171,26 +163,26 @@ def dispatch(rotation: Sequence[Endpoint]) -> Chains:
     """
     chains: Chains = {}
 
-    def grow(chain: str, members: list[Endpoint], path: str) -> None:
+    def grow(chain: str, members: list[Endpoint], digits: str) -> None:
         if len(members) <= LEAF:
-            chains[chain] = _choice([(backend_chain(member.ip), member.weight) for member in members])
+            chains[chain] = _choice([(path.backend_chain(member.ip), member.weight) for member in members])
             return
         groups: dict[str, list[Endpoint]] = {}
         while len(groups) < 2:  # skip digits that all members share
-            digit, groups = len(path), {}
+            digit, groups = len(digits), {}
             for member in members:
                 groups.setdefault(_digit(member, digit), []).append(member)
-            path += next(iter(groups))
+            digits += next(iter(groups))
         # One child chain for each value of the digit, with the sum of its members' weights. The loop has put a value of
-        # this digit at the end of the path; each child has its own value there.
+        # this digit at the end; each child has its own value there.
         targets = []
         for value, group in sorted(groups.items()):
-            child = f"LB-T-{path[:-1]}{value}"
+            child = path.chain(f"T-{digits[:-1]}{value}")
             targets.append((child, sum(member.weight for member in group)))
-            grow(child, group, path[:-1] + value)
+            grow(child, group, digits[:-1] + value)
         chains[chain] = _choice(targets)
 
-    grow(DISPATCH, sorted(rotation, key=_address), "")
+    grow(path.dispatch, sorted(rotation, key=_address), "")
     return chains
 
 
@@ -213,73 +205,112 @@ def _probability(p: float) -> str:
     return f"{round(p * 2**31) / 2**31:.11f}"
 
 
-def restore(table: Table, actual: Listing) -> str:
-    """The text that changes `actual` into `table` in one atomic step; empty if they are equal."""
-    changed = [chain for chain, rules in table.chains.items() if actual.chains.get(chain) != rules]
-    stale = [chain for chain in actual.chains if chain.startswith(PREFIX) and chain not in table.chains]
-    hooks: list[str] = []
-    for chain, rules in table.hooks.items():
-        hooks += _hook_changes(chain, rules, actual.chains.get(chain, ()))
-    if not (changed or stale or hooks):
-        return ""
-    lines = [f"*{table.name}"]
-    # With --noflush, this line creates the chain, or empties it if it exists.
-    for chain in (*changed, *stale):
-        lines.append(f":{chain} - [0:0]")
-    for chain in changed:
-        for rule in table.chains[chain]:
-            lines.append(f"-A {chain} {rule}")
-    lines += hooks
-    # Last, because a chain can be deleted only when no rule leads to it.
-    for chain in stale:
-        lines.append(f"-X {chain}")
-    return "\n".join([*lines, "COMMIT", ""])
-
-
-def _hook_changes(chain: str, wanted: Rules, actual: Rules) -> list[str]:
-    """The deletions and insertions that put `wanted` first in a built-in chain; empty when it is in place."""
-    without_docker = tuple(rule for rule in actual if not is_dockers(rule))
-    ours = [rule for rule in actual if is_ours(rule)]
-    if without_docker[: len(wanted)] == wanted and len(ours) == len(wanted):
-        return []
-    # Also deletes duplicates, and hooks of an earlier version.
-    deletes = [f"-D {chain} {rule}" for rule in ours]
-    return deletes + [f"-I {chain} {place} {rule}" for place, rule in enumerate(wanted, 1)]
-
-
-def is_hooked(nat: Listing) -> bool:
-    """Whether a rule in PREROUTING leads new connections to dispatch."""
-    return DISPATCH in nat.chains and any(target_of(rule) == DISPATCH for rule in nat.chains.get("PREROUTING", ()))
-
-
-def is_ours(rule: str) -> bool:
-    return target_of(rule).startswith(PREFIX)
-
-
-def is_dockers(rule: str) -> bool:
-    """Whether Docker wrote the rule: it keeps some in a container's nat table, for its DNS."""
-    return target_of(rule).startswith("DOCKER_")
-
-
-def target_of(rule: str) -> str:
-    """The rule's target; empty for a rule that only counts."""
-    match = re.search(r"(?:^| )-[jg] (\S+)", rule)
-    return match[1] if match else ""
-
-
-def set_changes(wanted: Iterable[str], present: Iterable[str], name: str = SET) -> str:
-    """`ipset restore` text. Adds no present member again, which would zero its counters."""
-    wanted, present, lines = set(wanted), set(present), ""
-    for ip in sorted(wanted - present):
-        lines += f"add {name} {ip}\n"
-    for ip in sorted(present - wanted):
-        lines += f"del {name} {ip}\n"
-    return lines
-
-
 def _address(endpoint: Endpoint) -> int:
     return int(IPv4Address(endpoint.ip))
 
 
 def _digit(endpoint: Endpoint, place: int) -> str:
     return str(_address(endpoint) >> (DIGIT_BITS * place) & (2**DIGIT_BITS - 1))
+
+
+# -- counters --------------------------------------------------------------------------------------------------------
+
+
+def count_chains(path: DataPath = OWN_NAMESPACE, check_source: str = "", marks: bool = True) -> Chains:
+    """Counts packets and bytes to every backend with one rule: the set keeps a counter for each member.
+
+    With `marks`, the first packet with data of each side marks the connection, and the backend's first one is counted
+    in a set of its own. Packets without PSH, or after the first reply, pass only one more rule.
+    """
+    request, reply = "-m conntrack --ctdir ORIGINAL", "-m conntrack --ctdir REPLY"
+    traffic, count, first = path.traffic_set, path.chain("COUNT"), path.chain("FIRST")
+    rules = []
+    if path.on_host:
+        # Packets of the backends' other connections: probes, and those that they have opened.
+        rules.append("-m conntrack ! --ctstate DNAT -j RETURN")
+    if check_source:
+        ports = f"{CHECK_PORTS[0]}:{CHECK_PORTS[1]}"
+        rules.append(f"-p tcp -m conntrack --ctorigsrc {check_source} --ctorigsrcport {ports} -j RETURN")
+    # On the host, a backend can also be a client, and the answers to it are no traffic to a backend.
+    direction = f"{request} " if path.on_host else ""
+    rules.append(f"{direction}-m set --match-set {traffic} dst")
+    if not marks:
+        return {count: tuple(rules)}
+    rules.append(f"-p tcp -m tcp --tcp-flags PSH PSH -m connmark --mark 0x0/{REPLY_MARK:#x} -j {first}")
+    marking = (
+        f"{request} -m set --match-set {traffic} dst ! --update-counters {_set_mark(REQUEST_MARK)}",
+        f"{reply} -m set --match-set {path.replies_set} src",
+        f"{reply} -m set --match-set {traffic} src ! --update-counters {_set_mark(REPLY_MARK)}",
+    )
+    return {count: tuple(rules), first: marking}
+
+
+def _set_mark(bit: int) -> str:
+    return f"-j CONNMARK --set-xmark {bit:#x}/{bit:#x}"
+
+
+# -- filter and raw: failed connections, and what may pass -----------------------------------------------------------
+
+
+def filters(path: DataPath = OWN_NAMESPACE, retries: bool = True) -> Table:
+    """Makes a client's kernel try a failed connection again.
+
+    A SYN that reaches the balancer itself was not dispatched, because no backend was ready. It is dropped: the client
+    sends it again a second later. `retries`: whether rotation has another backend to try.
+    """
+    inputs, forward = path.chain("INPUT"), path.chain("FORWARD")
+    chains: Chains = {inputs: undispatched(path), forward: (_refusal(path),) if retries else ()}
+    return Table("filter", chains, {"INPUT": (f"-j {inputs}",), "FORWARD": (f"-j {forward}",)}, path.prefix)
+
+
+def host_filters(path: DataPath, counting: Chains, retries: bool = True) -> Table:
+    """On the host the same, and the counters: `iptables-save` would print a mangle table even after its last rule is
+    gone. Forwarded packets are accepted here, after DOCKER-USER: Docker would drop those to an unpublished port.
+    """
+    inputs, forward, count = path.chain("INPUT"), path.chain("FORWARD"), path.chain("COUNT")
+    refusal = (_refusal(path),) if retries else ()
+    ours = "-m conntrack --ctstate DNAT"
+    forwarded = (
+        f"-j {count}",
+        *refusal,
+        # The kernel does not translate such a packet, so the client would answer the foreign address with a reset.
+        f"-s {path.subnet} -i {path.bridge} -p tcp -m conntrack --ctstate INVALID -j DROP",
+        f"-d {path.subnet} -o {path.bridge} {ours} -j ACCEPT",
+        f"-s {path.subnet} -i {path.bridge} {ours} -j ACCEPT",
+    )
+    received = (
+        *undispatched(path),
+        # The bridge accepts packets to loopback addresses, for the answers to the host's own clients and for no others.
+        f"-d 127.0.0.0/8 -i {path.bridge} -m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT -j DROP",
+        f"-i {path.bridge} -j {count}",
+        *refusal,
+    )
+    hooks = {
+        "FORWARD": (f"-o {path.bridge} -j {forward}", f"-i {path.bridge} -j {forward}"),
+        "INPUT": (f"-j {inputs}",),
+        "OUTPUT": (f"{ours} -j {count}",),
+    }
+    return Table("filter", {**counting, forward: forwarded, inputs: received}, hooks, path.prefix)
+
+
+def undispatched(path: DataPath) -> Rules:
+    """The rules that drop connections which were not dispatched."""
+    address = f"-d {path.address}/32 " if path.address else ""
+    return tuple(f"{address}-p tcp -m tcp --dport {port} {SYN} -j DROP" for port, _ in path.ports)
+
+
+def _refusal(path: DataPath) -> str:
+    """Drops a RST that is a backend's first packet, a refusal. Conntrack has closed the flow, so the client's next SYN
+    is dispatched again."""
+    first_packet = "-m connbytes --connbytes 0:1 --connbytes-mode packets --connbytes-dir reply"
+    return f"-p tcp -m tcp --tcp-flags RST RST -m set --match-set {path.traffic_set} src {first_packet} -j DROP"
+
+
+def raw(path: DataPath = OWN_NAMESPACE) -> Table:
+    """Keeps the balancer's own connections (probes, reports, long polls) out of the connection table, so that they work
+    when it is full. Loopback is left alone: Docker's DNS is translated there."""
+    own_in, own_out = path.chain("OWN-IN"), path.chain("OWN-OUT")
+    inbound = f"! -i lo -p tcp -m tcp --dport {OWN_PORTS} -m addrtype --dst-type LOCAL -j CT --notrack"
+    outbound = f"! -o lo -p tcp -m tcp --sport {OWN_PORTS} -j CT --notrack"
+    hooks = {"PREROUTING": (f"-j {own_in}",), "OUTPUT": (f"-j {own_out}",)}
+    return Table("raw", {own_in: (inbound,), own_out: (outbound,)}, hooks, path.prefix)

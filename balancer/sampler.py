@@ -16,7 +16,6 @@ from departures import Draining
 from features import MARKS
 from health import Cause, Health
 from manager_client import ManagerClient
-from ruleset import REPLIES
 from schedule import SAMPLE_PERIOD, Pace
 from snapshot import Snapshot
 from stalls import Replies, StallDetector
@@ -62,7 +61,7 @@ class Sampler:
         # How many wait: for the weights.
         state.learner.sample({backend.id: counts.waiting[backend.ip] for backend in snapshot.backends})
         # How many stalled, and how many got their first reply: for the detector.
-        replied = self._netfilter.members()[REPLIES]
+        replied = self._netfilter.members(self._netfilter.path.replies_set)
         seen = {}
         for backend in snapshot.backends:
             first_replies, _ = replied.get(backend.ip, (0, 0))
@@ -76,7 +75,9 @@ class Sampler:
             state.reconcile_due.set()  # in panic, rotation depends on which backends answer
 
     def _count_all(self, snapshot: Snapshot) -> None:
-        self._state.live = self._netfilter.all_flows(snapshot.check_source).live
+        counted = self._netfilter.all_flows(snapshot.check_source).live
+        # In the host's namespace, other programs' connections may have the same port.
+        self._state.live = {ip: counted[ip] for ip in snapshot.ids}
 
     def _sample_draining(self, snapshot: Snapshot) -> None:
         """Requests a stop of the draining backends whose drain is over."""

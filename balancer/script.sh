@@ -7,11 +7,14 @@
 #   script.sh check           print what the kernel lacks
 #   script.sh alive           Docker's health check
 #   script.sh drain SECONDS   accept no new connections, and wait until the open ones end
+#   script.sh remove          remove the project's rules from the host's namespace
 set -euo pipefail
 cd "$(dirname "$0")"
 
+HTTP=${LB_HTTP:-127.0.0.1:5000}
+
 alive() {
-    exec 3<>/dev/tcp/127.0.0.1/5000
+    exec 3<>"/dev/tcp/${HTTP%:*}/${HTTP#*:}"
     printf 'GET /sync HTTP/1.0\r\n\r\n' >&3
     head -n 1 <&3 | grep -q ' 200 '
 }
@@ -31,9 +34,18 @@ install_first_rules() {
     return 1
 }
 
+# choose_flavour: on the host, that of Docker's rules. There the rules outlive this container, so it needs no first rules.
+choose_flavour() {
+    export IPTABLES=nft
+    # A call of iptables-legacy would create its tables, so ask the kernel for them first.
+    if ! iptables-nft-save -t nat | grep -q '^:DOCKER ' && grep -qx nat /proc/net/ip_tables_names; then
+        IPTABLES=legacy
+    fi
+}
+
 serve() {
     trap 'leave' TERM INT
-    install_first_rules
+    if [ -n "${LB_BRIDGE:-}" ]; then choose_flavour; else install_first_rules; fi
     echo "$IPTABLES" >/run/flavour
     while [ ! -e /run/draining ]; do
         python3 synchronization_client.py &
@@ -56,20 +68,15 @@ leave() {
 
 # drain SECONDS: for stop.sh, which has stopped the manager before.
 drain() {
-    local iptables tries live
-    iptables=iptables-$(cat /run/flavour)
     touch /run/draining
     kill -TERM "$(cat /run/client.pid)" 2>/dev/null || true
-    # Without dispatch rules a new connection reaches the balancer itself, and without LB-INPUT it is refused
-    # immediately instead of dropped: its client must not wait for a service that is ending.
-    "$iptables" -w 5 -t nat -F LB-DISPATCH
-    "$iptables" -w 5 -F LB-INPUT 2>/dev/null || true
-    for ((tries = 0; tries < $1 * 5; tries++)); do
-        live=$(conntrack -L -p tcp --dst-nat 2>/dev/null | grep -cvE ' (TIME_WAIT|CLOSE|LAST_ACK) ') || true
-        [ "$live" -gt 0 ] || return 0
-        sleep 0.2
-    done
-    echo "connections still open after $1 s: $live"
+    IPTABLES=$(cat /run/flavour) python3 shutdown.py drain "$1"
+}
+
+# remove_rules: in a container of its own, after the balancer has ended.
+remove_rules() {
+    choose_flavour
+    exec python3 shutdown.py remove
 }
 
 case "${1:-serve}" in
@@ -78,5 +85,6 @@ case "${1:-serve}" in
     alive) alive ;;
     serve) serve ;;
     drain) drain "$2" ;;
-    *) echo "script.sh: unknown command '$1'; serve, rules, check, alive or drain SECONDS" >&2; exit 2 ;;
+    remove) remove_rules ;;
+    *) echo "script.sh: unknown command '$1'; serve, rules, check, alive, drain SECONDS or remove" >&2; exit 2 ;;
 esac

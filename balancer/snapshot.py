@@ -27,7 +27,6 @@ class Snapshot:
     interval: float = 2.0
     drain_timeout: float = 30.0
     weights: str = "equal"  # equal | adaptive
-    backend_subnet: str = ""  # the backends' network, if they are to see their clients' own addresses
     locality: str = ""  # prefer: the balancer's own node first
     check_source: str = ""  # the address of the manager's self-check connections; empty if there are none
 
@@ -49,7 +48,6 @@ class Snapshot:
             interval=float(service["interval"]),
             drain_timeout=float(service["drain_timeout"]),
             weights=service["weights"],
-            backend_subnet=service["backend_subnet"],
             locality=service.get("locality", ""),
             check_source=str(IPv4Address(check_source)) if check_source else "",
         )

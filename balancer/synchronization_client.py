@@ -20,8 +20,10 @@ from typing import Any
 import requests
 
 from app import create_app, serve_in_thread
+from datapath import from_environment
 from exposition import FAILED_PASSES, exposition
-from features import OPTIONAL, Feature
+from features import ON_HOST, OPTIONAL, Feature
+from host_network import PortHolder, route_loopback
 from manager_client import ManagerClient
 from netfilter import Netfilter, NetfilterError
 from reconciler import Reconciler
@@ -46,13 +48,17 @@ class Balancer:
         self.reconciler = Reconciler(self.state, node)
         self.sampler = Sampler(self.state, manager)
         self.reporter = Reporter(self.state, manager, name)
+        self._path = netfilter.path
+        self._port_holder = PortHolder(self._path)
         self._manager = manager
         self._beats: dict[str, float] = {}  # when each loop began its last pass; each thread has its own key
 
     def run(self) -> None:
         """Runs the loops until the process ends."""
-        self.state.missing = self.state.netfilter.missing(OPTIONAL)
+        self.state.missing = self.state.netfilter.missing(ON_HOST if self._path.on_host else OPTIONAL)
         log_missing(self.state.missing)
+        if self._path.on_host:
+            try_to_route_loopback(self._path.bridge)
         self.state.prober.start()
         loops = {
             "follow": self.follow,
@@ -63,12 +69,16 @@ class Balancer:
             self.beat(name)
             threading.Thread(target=self._forever, args=(name, body), name=name, daemon=True).start()
         # In the main thread: a daemon thread alone would not keep the process running.
-        self._forever("reconcile", self.reconciler.wait_and_reconcile)
+        self._forever("reconcile", self.reconcile)
 
     def _forever(self, name: str, body: Callable[[], None]) -> None:
         while True:
             self.beat(name)
             attempt(body)
+
+    def reconcile(self) -> None:
+        self._port_holder.hold()
+        self.reconciler.wait_and_reconcile()
 
     def beat(self, name: str) -> None:
         self._beats[name] = time.monotonic()
@@ -116,6 +126,13 @@ def log_missing(features: tuple[Feature, ...]) -> None:
         log.warning("no %s in this kernel: %s", feature.name, feature.lost)
 
 
+def try_to_route_loopback(bridge: str) -> None:
+    try:
+        route_loopback(bridge)
+    except OSError as error:
+        log.warning("clients on the loopback interface are not served: route_localnet of %s: %s", bridge, error)
+
+
 def attempt(body: Callable[[], None]) -> None:
     """Runs one pass of a loop. Logs every error instead of raising it, because the loop must not end."""
     try:
@@ -140,9 +157,10 @@ def main() -> None:
     certificate = str(SECRETS / "certificate.pem") if node else ""
     name = socket.gethostname()
     manager = ManagerClient(addresses.split(","), token, name, certificate)
-    balancer = Balancer(Netfilter(flavour), manager, name, node)
+    balancer = Balancer(Netfilter(flavour, from_environment(os.environ)), manager, name, node)
     log.info("balancer started, iptables-%s, manager at %s", flavour, addresses)
-    serve_in_thread(create_app(balancer.sync, lambda: exposition(balancer.state)))
+    address, _, port = os.environ.get("LB_HTTP", "0.0.0.0:5000").partition(":")
+    serve_in_thread(create_app(balancer.sync, lambda: exposition(balancer.state)), address, int(port))
     balancer.run()
 
 

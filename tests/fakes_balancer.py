@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import sampler
-from fakes_netfilter import FakeNetfilter
+from fakes_netfilter import REPLIES, FakeNetfilter
 from health import Health
 from listings import connections
 from manager_client import ManagerClient
 from prober import Prober
-from ruleset import REPLIES
 from snapshot import Backend, Snapshot
 from synchronization_client import Balancer
 

@@ -12,10 +12,11 @@ from collections.abc import Collection, Iterable
 from ipaddress import IPv4Address
 
 import flows
+from datapath import OWN_NAMESPACE, DataPath
 from features import Feature
 from flows import Flow, FlowCounts
 from netfilter import Netfilter, NetfilterError
-from ruleset import REPLIES, REPLY_MARK, REQUEST_MARK, SET
+from ruleset import REPLY_MARK, REQUEST_MARK
 
 NAME_MAX = 28
 BUILT_IN = {
@@ -32,7 +33,8 @@ DOCKERS = {
     "DOCKER_POSTROUTING": ["-s 127.0.0.11/32 -p tcp -m tcp --sport 39049 -j SNAT --to-source :53"],
 }
 
-TARGETS = ("DNAT", "SNAT", "MASQUERADE", "DROP", "RETURN", "CONNMARK", "CT")
+TARGETS = ("DNAT", "SNAT", "MASQUERADE", "DROP", "RETURN", "ACCEPT", "CONNMARK", "CT", "SET")
+TRAFFIC, REPLIES = OWN_NAMESPACE.sets
 
 Rule = tuple[int, str]  # packets counted, the rule's text
 
@@ -61,7 +63,8 @@ def waiting(backend: str, client_port: int = 40000, idle: int = 0) -> Flow:
 
 
 class FakeNetfilter(Netfilter):
-    def __init__(self) -> None:
+    def __init__(self, path: DataPath = OWN_NAMESPACE) -> None:
+        self.path = path
         self.tables: dict[str, dict[str, list[Rule]]] = {
             name: {chain: [] for chain in chains} for name, chains in BUILT_IN.items()
         }
@@ -78,11 +81,11 @@ class FakeNetfilter(Netfilter):
     @property
     def set(self) -> dict[str, tuple[int, int]]:
         """Packets and bytes of each backend."""
-        return self.all_sets.setdefault(SET, {})
+        return self.all_sets.setdefault(TRAFFIC, {})
 
     @set.setter
     def set(self, members: dict[str, tuple[int, int]]) -> None:
-        self.all_sets[SET] = members
+        self.all_sets[TRAFFIC] = members
 
     def reply(self, ip: str, connections: int = 1) -> None:
         """Adds connections with a first reply from the backend."""
@@ -151,29 +154,36 @@ class FakeNetfilter(Netfilter):
         chain = rule.split(" ", 1)[0]
         jump = re.search(r"-j (\S+)", rule)
         known = not jump or jump[1] in chains or jump[1] in TARGETS
-        return chain in chains and known and ("--match-set" not in rule or len(self.all_sets) == 2)
+        return chain in chains and known and ("--match-set" not in rule or len(self.all_sets) >= 2)
 
     @staticmethod
     def _leading_to(chains: dict[str, list[Rule]], chain: str) -> bool:
         return any(rule.endswith(f"-j {chain}") for rules in chains.values() for _, rule in rules)
 
     def make_sets(self) -> None:
-        for name in (SET, REPLIES):
+        for name in self.path.sets:
             self.all_sets.setdefault(name, {})
 
-    def sets(self) -> str:
-        options = "hash:ip family inet hashsize 1024 maxelem 65536 counters bucketsize 12 initval 0x6ff"
-        lines = []
-        for name, members in self.all_sets.items():
-            lines.append(f"create {name} {options}\n")
-            lines += [f"add {name} {ip} packets {p} bytes {b}\n" for ip, (p, b) in members.items()]
-        return "".join(lines)
+    def make_client_sets(self, ips: Iterable[str]) -> None:
+        for name in (self.path.clients_set, *map(self.path.sticky_set, ips)) if self.path.sticky else ():
+            self.all_sets.setdefault(name, {})
+
+    def remove_client_sets(self, kept: Iterable[str]) -> None:
+        wanted = {self.path.clients_set, *map(self.path.sticky_set, kept)}
+        for name in set(self.all_sets) - {*self.path.sets, *wanted}:
+            del self.all_sets[name]
+
+    def set_names(self) -> list[str]:
+        return list(self.all_sets)
+
+    def members(self, name: str) -> dict[str, tuple[int, int]]:
+        return dict(self.all_sets[name])
 
     def change_sets(self, text: str) -> None:
         if not text:
             return
-        both = [line for line in text.splitlines() if line.split(" ")[1] == SET]
-        self._change(" ".join(line.replace(f" {SET}", "") for line in both))
+        both = [line for line in text.splitlines() if line.split(" ")[1] == TRAFFIC]
+        self._change(" ".join(line.replace(f" {TRAFFIC}", "") for line in both))
         for line in text.splitlines():
             command, name, ip = line.split(" ")
             assert command in ("add", "del")

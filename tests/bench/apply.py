@@ -54,7 +54,7 @@ Result = TypeVar("Result")
 
 
 def backends(count: int, first: int = 1) -> list[Endpoint]:
-    return [Endpoint(f"198.19.{n >> 8}.{n & 255}", 8000) for n in range(first, first + count)]
+    return [Endpoint(f"198.19.{n >> 8}.{n & 255}") for n in range(first, first + count)]
 
 
 def timed(call: Callable[[], Result]) -> tuple[float, Result]:

@@ -39,7 +39,7 @@ RULES_SYSCTLS = (
 # Applies the product's own rules, in the balancer's image, to the endpoints on standard input.
 APPLY = """
 import sys, time, listings, netfilter, ruleset
-endpoints = [ruleset.Endpoint(ip, 8000) for ip in sys.stdin.read().split()]
+endpoints = [ruleset.Endpoint(ip) for ip in sys.stdin.read().split()]
 kernel = netfilter.Netfilter("nft")
 kernel.make_sets()
 for name in (ruleset.SET, ruleset.REPLIES):

@@ -8,9 +8,11 @@ import pytest
 
 import listings
 import netfilter
+import restore
 import ruleset
+from datapath import OWN_NAMESPACE, DataPath
 from netns.lab import Lab, Namespace
-from ruleset import REPLIES, SET, Endpoint
+from ruleset import Endpoint
 
 MISSING = [tool for tool in ("ip", "iptables-nft-restore", "ipset", "conntrack", "sysctl") if not shutil.which(tool)]
 VIP = ("198.18.0.1", 8000)
@@ -27,8 +29,8 @@ class Balancer:
     """The balancer's rules and Netfilter in a namespace of the lab, without the client's loops. Its other methods are
     those of Netfilter."""
 
-    def __init__(self, namespace: Namespace, flavour: str) -> None:
-        self.namespace, self.netfilter = namespace, netfilter.Netfilter(flavour)
+    def __init__(self, namespace: Namespace, flavour: str, path: DataPath = OWN_NAMESPACE) -> None:
+        self.namespace, self.netfilter, self.path = namespace, netfilter.Netfilter(flavour, path), path
         for setting in (
             "ip_forward=1",
             "netfilter.nf_conntrack_acct=1",
@@ -55,23 +57,26 @@ class Balancer:
         check_source: str = "",
     ) -> None:
         """Writes all tables and sets, as one pass of the client does."""
-        endpoints = [Endpoint(ip, 8000, (weights or {}).get(ip, 1.0)) for ip in ips]
-        others = [Endpoint(ip, 8000) for ip in draining]
+        endpoints = [Endpoint(ip, (weights or {}).get(ip, 1.0)) for ip in ips]
+        others = [Endpoint(ip) for ip in draining]
         self.make_sets()
-        for name in (SET, REPLIES):
-            present = self.members()[name]
-            self.change_sets(ruleset.set_changes({*present, *ips}, present, name))
-        for table in ruleset.tables(endpoints, others, check_source=check_source):
-            self.apply(ruleset.restore(table, self.listing(table.name)))
+        for name in self.path.sets:
+            present = self.members(name)
+            self.change_sets(restore.set_changes({*present, *ips}, present, name))
+        self.make_client_sets(ips)
+        if self.path.on_host:
+            self.allow_calls_to_itself()
+        for table in ruleset.tables(endpoints, others, self.path, check_source):
+            self.apply(restore.restore(table, self.listing(table.name)))
 
     def connections(self) -> dict[str, int]:
-        return listings.connections(self.listing("nat"))
+        return listings.connections(self.listing("nat"), self.path.backend_chain(""))
 
     def traffic(self) -> dict[str, tuple[int, int]]:
-        return self.members()[SET]
+        return self.members(self.path.traffic_set)
 
     def first_replies(self) -> dict[str, int]:
-        return {ip: packets for ip, (packets, _) in self.members()[REPLIES].items()}
+        return {ip: packets for ip, (packets, _) in self.members(self.path.replies_set).items()}
 
     def live(self) -> dict[str, int]:
         return self.all_flows().live

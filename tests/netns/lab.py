@@ -68,10 +68,11 @@ class Namespace:
 
 
 class Lab:
-    """Namespaces on one bridge. They are neighbours, without a default route."""
+    """Namespaces on one bridge. They are neighbours, without a default route. The bridge is in `switch`, or in a
+    namespace of its own."""
 
-    def __init__(self) -> None:
-        self.switch = Namespace()
+    def __init__(self, switch: Namespace | None = None) -> None:
+        self.switch = switch or Namespace()
         self.members: list[Namespace] = []
         self.switch.run("ip", "link", "add", "br0", "type", "bridge", "forward_delay", "0")
         self.switch.run("ip", "link", "set", "br0", "up")

@@ -10,8 +10,6 @@ from collections.abc import Callable
 
 import pytest
 
-import ruleset
-from listings import Listing
 from netns.conftest import VIP, Balancer
 from netns.lab import Lab, Namespace, Server, connect, request
 
@@ -254,26 +252,3 @@ def test_client_that_has_closed_its_side_gets_its_whole_answer(lab: Lab, client:
         while piece := connection.recv(65536):
             size += len(piece)
     assert size == len(ONE) + 1 + 20_000
-
-
-def test_with_a_backend_subnet_other_clients_keep_their_address(
-    lab: Lab, client: Namespace, balancer: Balancer
-) -> None:
-    seen: list[str] = []
-
-    def note_peer(connection: socket.socket) -> None:
-        seen.append(connection.getpeername()[0])
-
-    backend = lab.add(ONE)
-    Server(backend, talk=note_peer)
-    client.run("ip", "addr", "add", "203.0.113.9/32", "dev", "lo")
-    balancer.namespace.run("ip", "route", "add", "203.0.113.9/32", "via", "198.18.0.254")
-    backend.run("ip", "route", "add", "default", "via", VIP[0])
-    endpoint = ruleset.Endpoint(ONE, 8000)
-    balancer.make_sets()
-    balancer.apply(ruleset.restore(ruleset.nat([endpoint], backend_subnet="198.18.0.0/16"), Listing()))
-    request(client, VIP)
-    with client, socket.create_connection(VIP, 5, source_address=("203.0.113.9", 0)) as connection:
-        assert connection.recv(100)
-    eventually(lambda: _assert(len(seen) == 2))
-    assert sorted(seen) == [VIP[0], "203.0.113.9"]  # each noted by a thread of its own

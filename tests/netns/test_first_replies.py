@@ -12,9 +12,11 @@ import pytest
 
 import flows
 import ruleset
+from features import MARKS
 from netns.conftest import VIP, Balancer
 from netns.lab import Lab, Namespace, Server, connect
 from netns.test_failures import eventually
+from restore import restore
 
 ONE, TWO = "198.18.1.1", "198.18.1.2"
 
@@ -127,9 +129,8 @@ def test_connections_of_a_frozen_backend_are_stalled_and_an_upload_is_not(
 def test_without_marks_no_connection_waits_and_packets_are_counted(
     backends: Namespace, client: Namespace, balancer: Balancer
 ) -> None:
-
-    mangle = ruleset.mangle(marks=False)
-    balancer.apply(ruleset.restore(mangle, balancer.listing("mangle")))
+    tables = {table.name: table for table in ruleset.tables([ruleset.Endpoint(ONE)], missing=(MARKS,))}
+    balancer.apply(restore(tables["mangle"], balancer.listing("mangle")))
     assert [name for name in balancer.listing("mangle").chains if name.startswith("LB-")] == ["LB-COUNT"]
     Server(backends, ONE, talk=echo, greet=False)
     with connect(client, VIP) as connection:

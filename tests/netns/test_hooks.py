@@ -6,7 +6,6 @@ import socket
 
 import pytest
 
-import ruleset
 from features import OPTIONAL, REQUIRED
 from netns.conftest import VIP, Balancer
 from netns.lab import Lab, Namespace, Server, connect, request
@@ -104,22 +103,6 @@ def test_clients_with_high_ports_are_masqueraded_to_low_ports(
     ports = [int(line.rpartition("dport=")[2].split()[0]) for line in lines]
     assert len(ports) >= 200
     assert all(1024 <= port <= 59999 for port in ports)
-
-
-def test_client_that_keeps_its_address_and_a_high_port_is_answered(
-    lab: Lab, client: Namespace, balancer: Balancer
-) -> None:
-    """Without masquerade the answer has that port, and the balancer must still track it."""
-    backend = lab.add(ONE)
-    Server(backend)
-    client.run("ip", "addr", "add", "203.0.113.9/32", "dev", "lo")
-    balancer.namespace.run("ip", "route", "add", "203.0.113.9/32", "via", CLIENT)
-    backend.run("ip", "route", "add", "default", "via", VIP[0])
-    balancer.make_sets()
-    for table in ruleset.tables([ruleset.Endpoint(ONE, 8000)], backend_subnet="198.18.0.0/16"):
-        balancer.apply(ruleset.restore(table, balancer.listing(table.name)))
-    with client, socket.create_connection(VIP, 5, source_address=("203.0.113.9", 61234)) as connection:
-        assert connection.makefile().readline() == f"{ONE}\n"
 
 
 def test_dockers_dns_is_translated_from_any_port(served: Namespace, balancer: Balancer) -> None:

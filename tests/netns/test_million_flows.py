@@ -60,7 +60,7 @@ def entry(number: int) -> bytes:
     client = struct.pack("!I", FIRST_CLIENT + number // ROUND_ROBIN_PORTS)
     port = struct.pack("!H", 1024 + number % ROUND_ROBIN_PORTS)
     to = IPv4Address(backend(number)).packed
-    service = struct.pack("!H", flows.SERVICE_PORT)
+    service = struct.pack("!H", 8000)
     mark = REQUEST_MARK if number % 1000 == 0 else REQUEST_MARK | REPLY_MARK
     body = attribute(NESTED | flows.ORIGINAL, _tuple(client, VIP, port, service))
     body += attribute(NESTED | flows.REPLY, _tuple(to, client, service, port))

@@ -27,7 +27,7 @@ MANAGER = "198.18.0.2"
 FROZEN, TWO, THREE = "198.18.1.1", "198.18.1.2", "198.18.1.3"
 SERVICE = {
     **{"port": 8000, "health": "tcp", "interval": 0.5, "drain_timeout": 30},
-    **{"weights": "adaptive", "backend_subnet": ""},
+    "weights": "adaptive",
 }
 
 

@@ -23,7 +23,9 @@ def port() -> Iterator[int]:
     begun, ports, stops = threading.Event(), [], []
 
     def serve() -> None:
-        server = app.make_server(app.create_app(lambda: ({"revision": "r1"}, 200), lambda: b"flows 3.0\n"), 0)
+        server = app.make_server(
+            app.create_app(lambda: ({"revision": "r1"}, 200), lambda: b"flows 3.0\n"), "127.0.0.1", 0
+        )
         server.start()
         ports.append(server.server_port)
         watcher = server.loop.async_()

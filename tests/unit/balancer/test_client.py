@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import requests
 
+import restore
 import ruleset
 import synchronization_client as client
 from exposition import FAILED_PASSES, exposition
@@ -26,7 +27,6 @@ SERVICE = {
     "interval": 2,
     "drain_timeout": 30,
     "weights": "adaptive",
-    "backend_subnet": "",
 }
 MESSAGE = {"revision": "r7", "service": SERVICE, "backends": [{"id": "a", "ip": A, "state": "active"}]}
 
@@ -119,7 +119,7 @@ def health_check(world: World) -> tuple[int, dict[str, Any]]:
 
 def first_rules(world: World) -> None:
     """Installs the first rules, without backends, as script.sh does in a Swarm."""
-    world.kernel.apply(ruleset.restore(ruleset.nat([]), world.kernel.listing("nat")))
+    world.kernel.apply(restore.restore(ruleset.nat([]), world.kernel.listing("nat")))
 
 
 def test_health_check_passes_without_a_manager(world: World) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+import restore
 import ruleset
 from fakes_netfilter import FakeNetfilter
 from findings import MAX_FINDINGS, Finding, Kind, find
@@ -20,8 +21,8 @@ def kernel() -> FakeNetfilter:
     """A kernel with our rules and Docker's."""
     made = FakeNetfilter()
     made.make_sets()
-    for table in ruleset.tables([ruleset.Endpoint("198.18.0.2", 8000)], check_source="198.18.0.1"):
-        made.apply(ruleset.restore(table, parse_table(made.table(table.name))))
+    for table in ruleset.tables([ruleset.Endpoint("198.18.0.2")], check_source="198.18.0.1"):
+        made.apply(restore.restore(table, parse_table(made.table(table.name))))
     return made
 
 

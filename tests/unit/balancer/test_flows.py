@@ -13,6 +13,7 @@ from flows import FlowCounts, attribute, count, deletions
 from ruleset import REPLY_MARK, REQUEST_MARK
 
 A, B = "198.18.0.2", "198.18.0.3"
+PORTS = frozenset({8000})
 
 
 def entry(
@@ -41,12 +42,12 @@ def entry(
 
 
 def counted(*messages: bytes) -> FlowCounts:
-    return count(flows.flows(b"".join(messages)), TIMEOUTS)
+    return count(flows.flows(b"".join(messages), PORTS), TIMEOUTS)
 
 
 def test_block_of_messages_is_parsed_into_flows() -> None:
     block = entry(A, mark=REQUEST_MARK) + entry(B, state=flows.TIME_WAIT, mark=None, before=attribute(99, b"xyz"))
-    assert list(flows.flows(block)) == [
+    assert list(flows.flows(block, PORTS)) == [
         (IPv4Address("203.0.113.9").packed, 40000, IPv4Address(A).packed, flows.ESTABLISHED, 86000, REQUEST_MARK),
         (IPv4Address("203.0.113.9").packed, 40000, IPv4Address(B).packed, flows.TIME_WAIT, 86000, 0),
     ]
@@ -55,7 +56,7 @@ def test_block_of_messages_is_parsed_into_flows() -> None:
 def test_only_tcp_connections_to_the_service_are_counted() -> None:
     udp = entry(A, protocol=17)
     assert counted(entry(A, port=53), udp, entry(B)).live == {B: 1}
-    assert list(flows.flows(b"")) == []
+    assert list(flows.flows(b"", PORTS)) == []
 
 
 @pytest.mark.parametrize(
@@ -103,7 +104,7 @@ def test_flow_waits_from_its_request_to_its_first_reply(mark: int, waits: bool) 
     ],
 )
 def test_time_since_the_last_packet_follows_from_the_remaining_timeout(state: str, remaining: int, idle: int) -> None:
-    seen = next(flows.flows(entry(A, state=STATES[state], remaining=remaining)))
+    seen = next(flows.flows(entry(A, state=STATES[state], remaining=remaining), PORTS))
     assert TIMEOUTS.idle(seen) == idle
 
 
@@ -122,18 +123,18 @@ def test_self_check_connections_are_not_counted() -> None:
 
 def test_flow_is_deleted_by_its_first_tuple_and_its_id() -> None:
     block = entry(A) + entry(B) + entry(A, state=flows.SYN_SENT)
-    one, two = deletions(block, [A])
+    one, two = deletions(block, PORTS, [A])
     assert one == two == block[20:72] + attribute(12, struct.pack("!I", 77))
-    assert len(list(deletions(block, [A, B]))) == 3
-    assert len(list(deletions(block, [A, B], unanswered_only=True))) == 1
-    assert list(deletions(block, ["198.18.0.9"])) == []
+    assert len(list(deletions(block, PORTS, [A, B]))) == 3
+    assert len(list(deletions(block, PORTS, [A, B], unanswered_only=True))) == 1
+    assert list(deletions(block, PORTS, ["198.18.0.9"])) == []
 
 
 def test_request_has_the_service_and_the_filters_of_the_kernel() -> None:
     everything, one, waits = (
-        flows.listing_request(),
-        flows.listing_request(backend=A),
-        flows.listing_request(waiting_only=True),
+        flows.listing_request(PORTS),
+        flows.listing_request(PORTS, backend=A),
+        flows.listing_request(PORTS, waiting_only=True),
     )
     assert all(struct.unpack_from("=IHH", r) == (len(r), 0x101, 0x301) for r in (everything, one, waits))
     assert IPv4Address(A).packed in one

@@ -81,7 +81,7 @@ def test_error_contains_the_command_its_output_and_the_numbered_text(tmp_path: P
             "ipset create LB-BACKENDS hash:ip family inet counters -exist <\n"
             "ipset create LB-REPLIES hash:ip family inet counters -exist <\n",
         ),
-        ("nft", lambda n: n.sets(), "ipset save <\n"),
+        ("nft", lambda n: n.members("LB-BACKENDS"), "ipset save LB-BACKENDS <\n"),
         ("nft", lambda n: n.change_sets("add LB-BACKENDS 1\n"), "ipset restore -exist <add LB-BACKENDS 1\n"),
         ("nft", lambda n: n.change_sets(""), ""),
         ("nft", lambda n: n.delete_flows([]), ""),

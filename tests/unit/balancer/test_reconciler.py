@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import restore
 import ruleset
 import stalls
 from exposition import APPLY_SECONDS, REPAIRS
@@ -22,14 +23,6 @@ UNKNOWN = Health()
 UNHEALTHY = Health(False, 0, "does not answer", Cause.PROBE_FAILED)
 A, B, C, D = (f"198.18.0.{number}" for number in (2, 3, 4, 5))
 UNREACHABLE = Health(False, 0, "port 8000: no connection within 1 s", Cause.UNREACHABLE)
-
-
-@pytest.mark.parametrize(("subnet", "rule"), [("", "-p tcp"), ("198.18.0.0/24", "-s 198.18.0.0/24 -p tcp")])
-def test_with_a_backend_subnet_only_its_clients_are_masqueraded(world: World, subnet: str, rule: str) -> None:
-    world.set_backends(f"a {A}")
-    world.state.snapshot = replace(world.state.snapshot, backend_subnet=subnet)
-    world.reconcile()
-    assert world.kernel.rules("nat", "LB-MASQ")[0].startswith(f"{rule} -m conntrack ")
 
 
 def test_first_pass_writes_the_sets_before_the_rules_and_all_tables(world: World) -> None:
@@ -270,8 +263,8 @@ def test_changes_by_other_programs_are_repaired(
 
 
 def test_first_pass_keeps_the_flows_of_the_first_rules(world: World) -> None:
-    first = ruleset.nat([ruleset.Endpoint(A, 8000), ruleset.Endpoint(B, 8000)])  # what script.sh installs
-    world.kernel.apply(ruleset.restore(first, world.kernel.listing("nat")))
+    first = ruleset.nat([ruleset.Endpoint(A), ruleset.Endpoint(B)])  # what script.sh installs
+    world.kernel.apply(restore.restore(first, world.kernel.listing("nat")))
     world.kernel.flows = [flow(A), flow(B)]
     world.set_backends(f"a {A}", f"b {B}")
     assert world.reconcile() == [f"add {A} add {B}", "filter", "mangle", "raw"]

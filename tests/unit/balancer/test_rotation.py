@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from health import Answer, Cause, Health
 from rotation import rotation
-from ruleset import Endpoint
 from snapshot import Backend, Snapshot
 
 GOOD, BAD, UNKNOWN = Health(True), Health(False, cause=Cause.PROBE_FAILED), Health()
@@ -87,11 +86,6 @@ def test_at_least_half_of_the_active_backends_stay_in_rotation(
 def test_rotation_has_the_numbers_that_decided_on_panic() -> None:
     result = rotation(fleet("active", "active", "active", "spare"), {"0": GOOD, "1": BAD, "2": BAD, "3": GOOD})
     assert (result.healthy, result.candidates) == (1, 3)
-
-
-def test_endpoints_have_the_snapshots_port() -> None:
-    snapshot = Snapshot("r1", (Backend("a", "198.18.0.2", "active"),), port=9090)
-    assert rotation(snapshot, {"a": UNKNOWN}).endpoints == (Endpoint("198.18.0.2", 9090),)
 
 
 @pytest.mark.parametrize("cause", [Cause.PROBE_FAILED, Cause.UNREACHABLE, Cause.REFUSED])

@@ -7,25 +7,30 @@ from collections.abc import Callable, Sequence
 from ipaddress import IPv4Address
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import restore
 import ruleset
+from datapath import DataPath
 from fakes_netfilter import DOCKERS, FakeNetfilter
-from features import OPTIONAL
+from features import MARKS, OPTIONAL
 from listings import Listing, connections, parse_table
-from ruleset import Endpoint, Table
+from restore import Chains, Table
+from ruleset import Endpoint
 
 GOLDEN = Path(__file__).parent / "golden"
 HOOKS = ("PREROUTING", "POSTROUTING", "INPUT", "FORWARD", "OUTPUT")
 TARGETS = ("DNAT", "MASQUERADE", "DROP", "RETURN", "CONNMARK", "CT")
 CHECKER = "198.18.0.1"
+HOST = DataPath(prefix="LB-0a1b2c-", bridge="br-0123456789ab", subnet="198.18.0.0/20")
 
 
 def endpoints(weights: Sequence[float], first: str = "198.18.0.2") -> list[Endpoint]:
-    return [Endpoint(str(IPv4Address(first) + i), 8000, weight) for i, weight in enumerate(weights)]
+    return [Endpoint(str(IPv4Address(first) + i), weight) for i, weight in enumerate(weights)]
 
 
 def weighted(weight: st.SearchStrategy[float]) -> st.SearchStrategy[list[Endpoint]]:
@@ -37,7 +42,7 @@ def weighted(weight: st.SearchStrategy[float]) -> st.SearchStrategy[list[Endpoin
     def with_weights(numbers: list[int]) -> st.SearchStrategy[list[Endpoint]]:
         weights = st.lists(weight, min_size=len(numbers), max_size=len(numbers))
         addresses = [str(IPv4Address(number)) for number in numbers]
-        return weights.map(lambda ws: [Endpoint(ip, 8000, w) for ip, w in zip(addresses, ws, strict=True)])
+        return weights.map(lambda ws: [Endpoint(ip, w) for ip, w in zip(addresses, ws, strict=True)])
 
     return (scattered | in_a_row).flatmap(with_weights)
 
@@ -47,7 +52,7 @@ ANY = weighted(st.floats(0.001, 1000.0))
 # Some states of one address range: backends are added, removed and weighted otherwise.
 STEPS = st.lists(
     st.dictionaries(st.integers(2, 40), st.sampled_from([0.25, 0.5, 1.0, 3.0]), max_size=30).map(
-        lambda fleet: [Endpoint(f"198.18.0.{number}", 8000, weight) for number, weight in fleet.items()]
+        lambda fleet: [Endpoint(f"198.18.0.{number}", weight) for number, weight in fleet.items()]
     ),
     min_size=2,
     max_size=4,
@@ -60,7 +65,7 @@ def listing(kernel: FakeNetfilter, table: str = "nat") -> Listing:
 
 def put(kernel: FakeNetfilter, table: Table) -> str:
     """Applies `table` to the kernel, and returns the text."""
-    text = ruleset.restore(table, listing(kernel, table.name))
+    text = restore.restore(table, listing(kernel, table.name))
     kernel.apply(text)
     return text
 
@@ -70,7 +75,7 @@ def jumps(rules: Sequence[str]) -> list[tuple[float, str]]:
     return [(float(match[1] or 1), match[2]) for match in found if match]
 
 
-def shares(chains: ruleset.Chains, chain: str = "LB-DISPATCH", arriving: float = 1.0) -> dict[str, float]:
+def shares(chains: Chains, chain: str = "LB-DISPATCH", arriving: float = 1.0) -> dict[str, float]:
     """The part of all new connections that each backend gets, computed along the rules that a packet passes."""
     reached: dict[str, float] = {}
     assert len(jumps(chains[chain])) == len(chains[chain])
@@ -84,11 +89,15 @@ def shares(chains: ruleset.Chains, chain: str = "LB-DISPATCH", arriving: float =
     return reached
 
 
-def applied(rotation: Sequence[Endpoint]) -> ruleset.Chains:
+def applied(rotation: Sequence[Endpoint]) -> Chains:
     """The chains of a kernel after `rotation` was applied."""
     kernel = FakeNetfilter()
     put(kernel, ruleset.nat(rotation))
     return dict(listing(kernel).chains)
+
+
+def mangle(count: int, **arguments: Any) -> Table:
+    return next(table for table in ruleset.tables(endpoints([1.0] * count), **arguments) if table.name == "mangle")
 
 
 # -- exact text ------------------------------------------------------------------------------------------------------
@@ -98,21 +107,24 @@ TABLES: dict[str, Callable[[], Table]] = {
     "nat-2": lambda: ruleset.nat(endpoints([1.0] * 2)),
     "nat-3": lambda: ruleset.nat(endpoints([1.0] * 3)),
     "nat-5": lambda: ruleset.nat(endpoints([1.0] * 5)),
-    "nat-2-backend-subnet": lambda: ruleset.nat(endpoints([1.0] * 2), backend_subnet="198.18.0.0/24"),
     "nat-17": lambda: ruleset.nat(endpoints([1.0] * 17)),
-    "filter-1": lambda: ruleset.filters(endpoints([1.0])),
-    "filter-2": lambda: ruleset.filters(endpoints([1.0] * 2)),
-    "mangle": ruleset.mangle,
-    "mangle-without-marks": lambda: ruleset.mangle(marks=False),
+    "filter-1": lambda: ruleset.filters(retries=False),
+    "filter-2": ruleset.filters,
+    "mangle": lambda: mangle(1),
+    "mangle-without-marks": lambda: mangle(1, missing=(MARKS,)),
     "raw": ruleset.raw,
     "nat-2-check": lambda: ruleset.nat(endpoints([1.0] * 2), check_source=CHECKER),
-    "mangle-check": lambda: ruleset.mangle(CHECKER),
+    "nat-2-ports": lambda: ruleset.nat(endpoints([1.0] * 2), path=DataPath(((8000, 8080), (8001, 8443)))),
+    "nat-2-sticky": lambda: ruleset.nat(endpoints([1.0] * 2), path=DataPath(sticky=60)),
+    "nat-2-host": lambda: ruleset.nat(endpoints([1.0] * 2), path=HOST, check_source=CHECKER),
+    "filter-2-host": lambda: ruleset.tables(endpoints([1.0] * 2), path=HOST, check_source=CHECKER)[1],
+    "mangle-check": lambda: mangle(1, check_source=CHECKER),
 }
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_text_for_an_empty_kernel_is_the_golden_one(name: str, request: pytest.FixtureRequest) -> None:
-    text, golden = ruleset.restore(TABLES[name](), Listing()), GOLDEN / f"{name}.rules"
+    text, golden = restore.restore(TABLES[name](), Listing()), GOLDEN / f"{name}.rules"
     if request.config.getoption("--update-golden"):
         golden.write_text(text)
     assert text == golden.read_text()
@@ -163,7 +175,7 @@ def test_applied_text_leaves_nothing_to_change(fleets: list[list[Endpoint]]) -> 
     for rotation in fleets:
         for table in ruleset.tables(rotation):
             put(kernel, table)
-            assert ruleset.restore(table, listing(kernel, table.name)) == ""
+            assert restore.restore(table, listing(kernel, table.name)) == ""
 
 
 @given(STEPS)
@@ -221,7 +233,7 @@ def test_chain_names_are_short_enough_for_iptables(rotation: list[Endpoint]) -> 
 @given(st.integers(0, 199), st.sampled_from([0.25, 0.999, 1.0, 4.0, 100.0]))
 def test_new_weight_among_200_changes_only_the_chains_on_its_path(which: int, weight: float) -> None:
     before = endpoints([1.0] * 200)
-    after = [Endpoint(b.ip, b.port, weight if i == which else b.weight) for i, b in enumerate(before)]
+    after = [Endpoint(b.ip, weight if i == which else b.weight) for i, b in enumerate(before)]
     kernel = FakeNetfilter()
     put(kernel, ruleset.nat(before))
     above = {target: chain for chain, rules in listing(kernel).chains.items() for _, target in jumps(rules)}
@@ -279,7 +291,7 @@ def test_changes_by_other_programs_are_reverted(damage: str) -> None:
     ],
 )
 def test_present_members_of_a_set_are_not_added_again(wanted: str, present: str, text: str) -> None:
-    assert ruleset.set_changes(wanted, present) == text
+    assert restore.set_changes(wanted, present, "LB-BACKENDS") == text
 
 
 # -- hooks -----------------------------------------------------------------------------------------------------------
@@ -326,7 +338,7 @@ def test_self_checks_are_spread_equally_over_at_most_eight_backends(count: int) 
 def test_tables_do_not_use_missing_features() -> None:
     tables = ruleset.tables(endpoints([1.0] * 2), missing=OPTIONAL)
     names = [table.name for table in tables]
-    text = "".join(ruleset.restore(table, Listing()) for table in tables)
+    text = "".join(restore.restore(table, Listing()) for table in tables)
     assert names == ["nat", "filter", "mangle"]
     assert "LB-BACKENDS dst" in text
     assert not re.search("connmark|CONNMARK|connbytes|notrack|LB-REPLIES", text)

@@ -103,9 +103,8 @@ def main() -> int:
         token = (settings.run_dir / "token").read_text().strip()
         engine = make_engine(settings, token)
         gateway = engine.gateway()
-        backend_subnet = engine.subnet() if isinstance(engine, DockerEngine) and settings.preserve_client_ip else ""
         ip_file = settings.run_dir / "balancer" / "ip.txt"
-        controller = Controller(engine, settings, ip_file, Tally(), backend_subnet=backend_subnet, check_source=gateway)
+        controller = Controller(engine, settings, ip_file, Tally(), check_source=gateway)
         controller.adopt(arguments.backends)
         listeners = serve(controller, settings, token, gateway, recent_log)
     except (EngineError, OSError) as error:

@@ -157,17 +157,13 @@ class Chance:
         return self.value
 
 
-def controller(
-    engine: FakeEngine, place: Path, clock: Clock, backend_subnet: str = "", **changes: object
-) -> Controller:
+def controller(engine: FakeEngine, place: Path, clock: Clock, **changes: object) -> Controller:
     """A controller whose predecessor had all that runs in rotation, unless the place holds another ip.txt."""
     ip_file = place / "ip.txt"
     if not ip_file.exists() and isinstance(engine, FakeEngine):
         ip_file.write_text("".join(f"{container.ip}\n" for container in engine.containers.values()))
     chance = Chance().random
-    return Controller(
-        engine, settings(**changes), ip_file, Tally(), clock, backend_subnet=backend_subnet, chance=chance
-    )
+    return Controller(engine, settings(**changes), ip_file, Tally(), clock, chance=chance)
 
 
 def sample(packets: int = 0, healthy: bool | None = True, connections: int = 0, active: int = 0, **more: Any) -> Sample:

@@ -126,8 +126,10 @@ def engine(host: Host) -> Found:
     found = f"{info['ServerVersion']}, storage {info.get('Driver')}, {info.get('CgroupDriver')} cgroups"
     if any("rootless" in option for option in info.get("SecurityOptions") or ()):
         return Found(FAULT, f"{found}, rootless", "a rootless engine has no bridge on this host; use a rootful one")
-    needs_root = bool(host.settings.preserve_client_ip and host.uid)
-    return judged(found, needs_root, "--preserve-client-ip needs root", FAULT)
+    # Docker drops in nftables chains of its own what no iptables rule can accept again.
+    backend = (info.get("FirewallBackend") or {}).get("Driver", "iptables")
+    unusable = host.settings.datapath == "host" and "iptables" not in backend
+    return judged(found, unusable, f"its firewall backend is {backend}: leave out --datapath host", FAULT)
 
 
 def no_engine(host: Host) -> Found:
@@ -173,7 +175,8 @@ def service_port(host: Host) -> Found:
         socket.create_server((host.settings.bind, 0)).close()
     except OSError as error:
         return Found(FAULT, f"{host.settings.bind}: {error.strerror}", "give an address of this host with --bind")
-    return port(host, host.settings.bind, host.settings.port, "--port")
+    results = [port(host, host.settings.bind, number, "--port") for number, _ in host.settings.ports]
+    return next((result for result in results if result.verdict == FAULT), results[0])
 
 
 def manager_port(host: Host) -> Found:
@@ -186,7 +189,9 @@ def port(host: Host, address: str, number: int, flag: str) -> Found:
         return Found(OK, f"port {number} is free")
     owner, project = host_checks.owner(number), host.settings.project
     published = host.run(f"docker ps --filter label=lbscaler.project={project} --format '{{{{.Ports}}}}'").stdout
-    if f":{number}->" in published or owner.pid in processes.find(project, processes.MANAGER):
+    # On the host path, the balancer has bound the port without listening.
+    reserved = "host" in datapath_of(host) and published and not host_checks.is_listening(number)
+    if reserved or f":{number}->" in published or owner.pid in processes.find(project, processes.MANAGER):
         return Found(OK, f"port {number} is used by this project")
     fix = f"end that, or choose another with {flag} PORT"
     return Found(FAULT, f"port {number} is taken by {owner}", fix)
@@ -200,8 +205,17 @@ def network(host: Host) -> Found:
     if (host.network.get("Labels") or {}).get("lbscaler.project") != name:
         return Found(FAULT, f"the network {name} is not of this project", "choose another name with --project")
     subnet = host.network["IPAM"]["Config"][0]["Subnet"]
-    changed = wanted not in ("", subnet)
-    return judged(f"the network {name} is {subnet}", changed, f"./stop.sh, then --subnet {wanted} applies", FAULT)
+    if wanted not in ("", subnet):
+        return Found(FAULT, f"the network {name} is {subnet}", f"./stop.sh, then --subnet {wanted} applies")
+    changed = datapath_of(host) != host.settings.datapath
+    fix = f"./stop.sh, then --datapath {host.settings.datapath} applies"
+    return judged(f"the network {name} is {subnet}, data path {datapath_of(host)}", changed, fix, FAULT)
+
+
+def datapath_of(host: Host) -> str:
+    """--datapath of the project that exists; empty if there is none."""
+    labels = host.network.get("Labels") or {}
+    return str(labels.get("lbscaler.datapath", "bridge")) if labels else ""
 
 
 # -- what may disturb a running project -------------------------------------------------------------------------------

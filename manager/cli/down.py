@@ -23,7 +23,7 @@ from cli.arguments import stop_arguments
 from cli.output import Failed, Output
 from cli.processes import MANAGER, SUPERVISOR, find
 from cli.project import Project
-from core.settings import ROOT, SETTINGS, stored, variable
+from core.settings import ROOT, SETTINGS, chain_prefix, read, stored, variable, with_stored
 
 DRAIN_MARGIN = 10.0  # seconds after the drain timeout until the command that drains is ended
 STOP_GRACE = 10  # seconds between SIGTERM and SIGKILL for a container
@@ -70,8 +70,11 @@ def _remove_from_engine(project: Project, drain: float) -> bool:
     if project.is_swarm_manager():
         swarm.forget(project)
     project.remove_checks()
-    for role in ("balancer", "backend"):
-        _remove_containers(project, role)
+    _remove_containers(project, "balancer")
+    network_of_project = project.network()
+    if network_of_project is not None and network.is_on_host(network_of_project):
+        _remove_rules(project)
+    _remove_containers(project, "backend")
     return _remove_network(project)
 
 
@@ -83,6 +86,29 @@ def _drain(project: Project, seconds: float) -> None:
             with suppress(docker.errors.APIError):
                 _, text = balancer.exec_run([*command, f"{seconds:.0f}"])
                 project.output.log.write(text.decode(errors="replace"))
+
+
+def _remove_rules(project: Project) -> None:
+    """Removes the project's rules from the host's namespace, in a container of the balancer's image: any version of it
+    can do so, and the host may lack the programs."""
+    found = project.docker.images.list(filters={"label": f"{images.LABEL}=balancer"})
+    if not found:
+        raise Failed("the host's tables still have the project's rules: there is no balancer image to remove them with")
+    image = max(found, key=lambda one: str(one.attrs["Created"]))
+    settings = read(with_stored({variable("project"): project.name}))
+    ports = ",".join(f"{port}:{backend_port}" for port, backend_port in settings.ports)
+    with project.output.step("Removing the project's rules from the host's tables") as step:
+        log = project.docker.containers.run(
+            image.id,
+            "remove",
+            remove=True,
+            network_mode="host",
+            labels=project.labels("check"),
+            cap_drop=["ALL"],
+            cap_add=["NET_ADMIN", "NET_RAW"],
+            environment={"LB_PREFIX": chain_prefix(project.name), "LB_PORTS": ports},
+        )
+        step.log(log.decode(errors="replace"))
 
 
 def _remove_containers(project: Project, role: str) -> None:

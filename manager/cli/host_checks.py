@@ -92,6 +92,10 @@ def owner(port: int) -> Owner:
     return Owner(0, "a process that this user may not inspect")
 
 
+def is_listening(port: int) -> bool:
+    return bool(_listening_sockets(port))
+
+
 def _listening_sockets(port: int) -> set[str]:
     """The sockets that listen on the port, named as in /proc/PID/fd: socket:[INODE]."""
     found = set()

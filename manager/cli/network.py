@@ -16,10 +16,11 @@ from cli import host_checks
 from cli.output import Failed
 from cli.project import Project
 
+DATAPATH = "lbscaler.datapath"  # label: what --datapath was when the project was started
 TRIES = 30  # how often another start may take the chosen subnet first
 
 
-def make(project: Project, subnet: str, overlay: bool) -> None:
+def make(project: Project, subnet: str, overlay: bool, datapath: str) -> None:
     """Creates the network unless it exists. If `subnet` is empty, a free one is chosen."""
     if project.network() is not None:
         return
@@ -30,7 +31,7 @@ def make(project: Project, subnet: str, overlay: bool) -> None:
             chosen = IPv4Network(subnet) if subnet else host_checks.free_subnet([*_taken(project), *refused])
             step.log(f"subnet {chosen}")
             try:
-                _create(project, chosen, overlay)
+                _create(project, chosen, overlay, datapath)
             except docker.errors.APIError as error:
                 # Another start took this subnet first. The engine has no error code of its own for that.
                 taken_meanwhile = "Pool overlaps" in str(error.explanation)
@@ -51,15 +52,20 @@ def _taken(project: Project) -> list[IPv4Network]:
     return taken
 
 
-def _create(project: Project, subnet: IPv4Network, overlay: bool) -> None:
+def _create(project: Project, subnet: IPv4Network, overlay: bool, datapath: str) -> None:
     pool = IPAMPool(subnet=str(subnet), gateway=str(subnet[1]))
     project.docker.networks.create(
         project.name,
         driver="overlay" if overlay else "bridge",
         attachable=overlay,
         ipam=IPAMConfig(pool_configs=[pool]),
-        labels=project.labels("network"),
+        labels={**project.labels("network"), DATAPATH: datapath},
     )
+
+
+def is_on_host(network: Any) -> bool:
+    """Whether the project's rules stand in the host's namespace."""
+    return bool(network.attrs["Labels"].get(DATAPATH) == "host")
 
 
 def gateway(network: Any) -> str:

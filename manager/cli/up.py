@@ -105,8 +105,8 @@ class Start:
         # If parts of the project exist, a failure does not remove them: they may be serving.
         if not (project.containers() or project.services() or project.manager_runs()):
             self.undo.add("remove the project", lambda: down.remove(project, drain=0))
-        network.make(project, self.settings.subnet, overlay=self.swarm)
-        if not self.swarm:
+        network.make(project, self.settings.subnet, overlay=self.swarm, datapath=self.settings.datapath)
+        if not self.swarm and self.settings.datapath == "bridge":
             network.exempt_from_tracking(project)
 
     def _snapshot(self, built: Images, secrets: Mapping[str, str]) -> str:

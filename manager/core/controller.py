@@ -66,7 +66,6 @@ class Controller:
         recorder: Recorder,
         clock: Callable[[], float] = time.monotonic,
         *,
-        backend_subnet: str = "",
         check_source: str = "",
         chance: Callable[[], float] = random.random,
     ) -> None:
@@ -99,7 +98,7 @@ class Controller:
         self._hinted = False  # an event has come since the last list began
         self._workers = Workers(engine, done=self._wake.set)
         self._namer = plan.Namer(f"{settings.project}-backend-")
-        self._publisher = Publisher(settings, self._files, self._lock, backend_subnet, check_source)
+        self._publisher = Publisher(settings, self._files, self._lock, check_source)
         self._balancer = BalancerKeeper(self._workers, chance)
         self.path = self._balancer.path
 

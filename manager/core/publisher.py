@@ -19,19 +19,17 @@ class Closing(Exception):
 class Publisher:
     """`lock` is the controller's. `publish` and `close` are called with it held."""
 
-    def __init__(
-        self, settings: Settings, files: StateFiles, lock: threading.Condition, backend_subnet: str, check_source: str
-    ) -> None:
+    def __init__(self, settings: Settings, files: StateFiles, lock: threading.Condition, check_source: str) -> None:
         self.revision = ""
         self.closing = False
         self._settings, self._files, self._lock = settings, files, lock
-        self._backend_subnet, self._check_source = backend_subnet, check_source
+        self._check_source = check_source
         self._snapshot: dict[str, Any] = {}
         self._subscribers: list[Callable[[], None]] = []
 
     def publish(self, fleet: Fleet) -> None:
         """Publishes the snapshot of this fleet, if it differs from the last one."""
-        new = snapshot.for_balancers(fleet, self._settings, self._backend_subnet, self._check_source)
+        new = snapshot.for_balancers(fleet, self._settings, self._check_source)
         revision = snapshot.revision(new)
         if revision == self.revision:
             return

@@ -6,12 +6,13 @@ uses the standard library only, because run.sh checks the settings before the vi
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 import json
 import re
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,15 @@ def _set_of(*names: str) -> Callable[[str], frozenset[str]]:
     return parse
 
 
+def _published(text: str) -> tuple[str, ...]:
+    """Pairs of ports. The ports of the service are all different."""
+    pairs = _list(r"[1-9]\d{0,4}:[1-9]\d{0,4}")(text)
+    ports = [int(port) for pair in pairs for port in pair.split(":")]
+    if len(set(ports[::2])) < len(pairs) or max(ports, default=1) > 65535:
+        raise ValueError
+    return pairs
+
+
 # -- the table --------------------------------------------------------------------------------------------------------
 
 
@@ -136,7 +146,13 @@ class Settings:
     manager_port: int = _row(_SERVICE, "5000", _PORT, _PORT_RANGE, "port of the manager's page and API")
     subnet: str = _row(_SERVICE, "", _or_empty(_subnet), "an IPv4 network such as 198.18.0.0/20",
                        "network of the backends; without it, a free one is chosen")
-    preserve_client_ip: str = _row(_SERVICE, "", _ON, "1, or nothing", "backends receive their clients' own addresses")
+    publish: tuple[str, ...] = _row(_SERVICE, "", _published, "PORT:BACKEND-PORT, each 1 to 65535",
+                                    "a port of the service and the backends' port; replaces --port and --backend-port",
+                                    True)
+    datapath: str = _row(_SERVICE, "bridge", _matching("bridge|host"), "bridge or host",
+                         "where the rules stand: in the balancer's network namespace, or in this host's")
+    sticky: int = _row(_SERVICE, "0", _number(0, 86400, whole=True), "0 to 86400 (seconds)",
+                       "time for which a client keeps its backend; 0: each connection may go to another")
 
     min: int = _row(_SCALING, "2", _COUNT, _COUNT_RANGE, "fewest backends")
     max: int = _row(_SCALING, "10", _COUNT, _COUNT_RANGE, "most backends")
@@ -186,6 +202,14 @@ class Settings:
     base_image: str = _row(_OTHER, "debian:trixie-slim", _IMAGE, _IMAGE_FORM, "base of the images that are built")
 
     @property
+    def ports(self) -> tuple[tuple[int, int], ...]:
+        """Each port of the service, and the backends' port that it leads to."""
+        if not self.publish:
+            return ((self.port, self.backend_port),)
+        pairs = [pair.split(":") for pair in self.publish]
+        return tuple((int(port), int(backend_port)) for port, backend_port in pairs)
+
+    @property
     def run_dir(self) -> Path:
         return ROOT / "run" / self.project
 # fmt: on
@@ -206,6 +230,8 @@ def read(environ: Mapping[str, str]) -> Settings:
     """The settings in LB_ variables, with the defaults for the others. Raises SettingError for an invalid one."""
     values = {name: parse(name, environ.get(variable(name), setting.default)) for name, setting in SETTINGS.items()}
     settings = Settings(**values)
+    port, backend_port = settings.ports[0]
+    settings = replace(settings, port=port, backend_port=backend_port)
     _check_together(settings)
     return settings
 
@@ -223,17 +249,24 @@ def parse(name: str, text: str) -> Any:
 def _check_together(s: Settings) -> None:
     if s.min > s.max:
         raise SettingError(f"--min {s.min} is above --max {s.max}; raise the one or lower the other")
-    if s.port == s.manager_port:
-        raise SettingError(f"--port and --manager-port are both {s.port}; change one of them")
-    # In a Swarm, every node publishes the port on all its addresses, and Swarm decides where backends run.
-    if s.orchestrator == "swarm" and (s.spares or s.preserve_client_ip or s.bind != "0.0.0.0"):
-        raise SettingError("--spares, --preserve-client-ip and --bind are for --orchestrator docker; leave them out")
+    if s.manager_port in dict(s.ports):
+        raise SettingError(f"the service and --manager-port both have port {s.manager_port}; change one of them")
+    # In a Swarm, every node publishes the port on all its addresses, and Swarm decides where backends run. They are on
+    # an overlay network, which has no interface on the host.
+    if s.orchestrator == "swarm" and (s.spares or s.datapath == "host" or s.bind != "0.0.0.0"):
+        raise SettingError("--spares, --datapath host and --bind are for --orchestrator docker; leave them out")
     # A window that is shorter than the interval would average over one report only.
     if not s.interval <= s.panic_window <= s.stable_window:
         raise SettingError(
             f"--interval {s.interval:g}, --panic-window {s.panic_window:g} and --stable-window {s.stable_window:g} "
             "must not decrease in this order"
         )
+
+
+def chain_prefix(project: str) -> str:
+    """The beginning of the names of this project's chains and sets in the host's namespace. A chain's name has at most
+    28 characters, and the rest of ours has up to 18."""
+    return f"LB-{hashlib.sha256(project.encode()).hexdigest()[:6]}-"
 
 
 # -- the settings of the running project ------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ class ProblemKind(StrEnum):
     TOO_FEW_BACKENDS = "too_few_backends"
 
 
-def for_balancers(fleet: Fleet, settings: Settings, backend_subnet: str, check_source: str) -> dict[str, Any]:
+def for_balancers(fleet: Fleet, settings: Settings, check_source: str) -> dict[str, Any]:
     """The body of GET /sync without its revision. A backend whose container is being stopped is still listed, as
     draining, so that the balancers keep its open connections."""
     known = [fleet[name] for name in sorted(fleet) if fleet[name].known_to_balancers]
@@ -52,7 +52,6 @@ def for_balancers(fleet: Fleet, settings: Settings, backend_subnet: str, check_s
             "interval": settings.interval,
             "drain_timeout": settings.drain_timeout,
             "weights": settings.weights,
-            "backend_subnet": backend_subnet,
             "locality": settings.locality,
             "check_source": check_source,
         },

@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, suppress
 from functools import cached_property
+from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import docker
@@ -20,10 +22,9 @@ from core.engine import BalancerState, Event, NameTaken
 from core.fleet import Container
 from core.settings import Settings
 from engines import options
-from engines.backend_routes import BackendRoutes
 from engines.base import BaseEngine, engine_errors
 from engines.failure_hints import failure_hint, with_hint
-from engines.options import SERVICE_PORT, BalancerOptions
+from engines.options import BalancerOptions
 
 STOP_GRACE = 10  # seconds between SIGTERM and SIGKILL for a backend that has drained
 LOG_LINES = 20  # the end of a failed backend's log, which may show why it failed
@@ -33,24 +34,24 @@ EVENTS = ("die", "kill", "pause", "oom", "destroy", "disconnect")
 CONFLICT = 409
 REMOVAL_TRIES, REMOVAL_PAUSE = 40, 0.1  # number, seconds
 
+XTABLES_LOCK = Path("/run/xtables.lock")
+HOST_NAME = "lbscaler.hostname"  # label of a balancer whose host name is set
+
 Row = Mapping[str, Any]  # a container in the engine's list
 
 
 class DockerEngine(BaseEngine):
     def __init__(self, settings: Settings, balancer_options: BalancerOptions) -> None:
         super().__init__(settings, balancer_options)
-        self._routes = BackendRoutes(self._client)
+        self._on_host = settings.datapath == "host"
 
     def gateway(self) -> str:
-        return self._network("Gateway")
+        return str(self._network.attrs["IPAM"]["Config"][0]["Gateway"])
 
-    def subnet(self) -> str:
-        """The backends' network, in CIDR notation."""
-        return self._network("Subnet")
-
-    def _network(self, key: str) -> str:
+    @cached_property
+    def _network(self) -> Any:
         with engine_errors():
-            return str(self._client.networks.get(self._settings.project).attrs["IPAM"]["Config"][0][key])
+            return self._client.networks.get(self._settings.project)
 
     def list(self) -> list[Container]:
         """All backends of the project, running or not. The same call of the API lists the balancer, so its state is
@@ -60,9 +61,6 @@ class DockerEngine(BaseEngine):
             balancers = [row for row in rows if _role(row) == "balancer"]
             backends = [self._container(row) for row in rows if _role(row) == "backend"]
             self._note_balancers(balancers)
-            for balancer in balancers:
-                if self._settings.preserve_client_ip and self._ip(balancer):
-                    self._routes.point_to(self._ip(balancer), backends)
         return backends
 
     def _rows(self) -> Iterable[Row]:
@@ -72,7 +70,7 @@ class DockerEngine(BaseEngine):
 
     def _note_balancers(self, rows: Iterable[Row]) -> None:
         """Updates the balancer's state from the list. `rows`: its containers, running or not."""
-        running = [row for row in rows if row["State"] == "running" and self._ip(row)]
+        running = [row for row in rows if row["State"] == "running" and (self._ip(row) or self._on_host)]
         current = [row for row in running if self._is_current(row)]
         if current:
             self.balancer = BalancerState.RUNNING
@@ -80,9 +78,15 @@ class DockerEngine(BaseEngine):
             self.balancer = BalancerState.OUTDATED
         else:
             self.balancer = BalancerState.STOPPED if list(rows) else BalancerState.MISSING
-        # A balancer reports under its host name, which is the short id of its container.
-        self.balancers = frozenset(row["Id"][:12] for row in running)
-        self._check_targets = [(self._ip(row), SERVICE_PORT) for row in current]
+        self.balancers = frozenset(_host_name(row) for row in running)
+        self._check_targets = [self._check_target(row) for row in current]
+
+    def _check_target(self, balancer: Row) -> tuple[str, int]:
+        """The service's address for the test of the data path."""
+        if not self._on_host:
+            return self._ip(balancer), options.FIRST_PORT
+        every_address = self._settings.bind == "0.0.0.0"
+        return self.gateway() if every_address else self._settings.bind, self._settings.port
 
     def _is_current(self, balancer: Row) -> bool:
         return bool(balancer["Labels"].get("lbscaler.config") == self._balancer_digest)
@@ -93,25 +97,46 @@ class DockerEngine(BaseEngine):
 
     def _balancer_spec(self) -> dict[str, Any]:
         """The balancer's options, as keyword arguments of the SDK's `containers.create`."""
-        settings = self._settings
+        run_files = f"{self._settings.run_dir / 'balancer'}:/balancer/run:ro"
+        specific = self._host_spec(run_files) if self._on_host else self._bridge_spec(run_files)
         return {
             "image": self._balancer_options.image,
-            "ports": {f"{SERVICE_PORT}/tcp": (settings.bind, settings.port)},
-            "environment": {
-                "LB_TOKEN": self._balancer_options.token,
-                "LB_BACKEND_PORT": str(settings.backend_port),
-                "LB_BACKEND_SUBNET": self.subnet() if settings.preserve_client_ip else "",
-            },
-            "volumes": [f"{settings.run_dir / 'balancer'}:/balancer/run:ro"],
+            **specific,
             "restart_policy": {"Name": "always"},
             "cap_drop": ["ALL"],
-            "cap_add": options.BALANCER_CAPABILITIES,
             "security_opt": ["no-new-privileges"],
             "read_only": True,
             "tmpfs": {"/run": ""},
-            "sysctls": options.BALANCER_SYSCTLS,
             "mem_limit": options.BALANCER_MEMORY,
             "pids_limit": options.BALANCER_PIDS,
+        }
+
+    def _bridge_spec(self, run_files: str) -> dict[str, Any]:
+        """The options of a balancer whose rules stand in its own network namespace."""
+        settings = self._settings
+        ports = {f"{own}/tcp": (settings.bind, port) for port, own in options.published_ports(settings)}
+        return {
+            "network": settings.project,
+            "volumes": [run_files],
+            "ports": ports,
+            "environment": {"LB_TOKEN": self._balancer_options.token, **options.own_path(settings)},
+            "cap_add": options.BALANCER_CAPABILITIES,
+            "sysctls": options.BALANCER_SYSCTLS,
+        }
+
+    def _host_spec(self, run_files: str) -> dict[str, Any]:
+        """The options of a balancer whose rules stand in the host's namespace."""
+        settings, network = self._settings, self._network
+        path = options.host_path(settings, f"br-{network.id[:12]}", network.attrs["IPAM"]["Config"][0]["Subnet"])
+        # Only to reserve the service's ports.
+        privileged_ports = any(port < 1024 for port, _ in settings.ports)
+        # The lock that programs of the legacy flavour take; a bind mount would create a directory if it did not exist.
+        locks = [f"{XTABLES_LOCK}:{XTABLES_LOCK}"] if XTABLES_LOCK.is_file() else []
+        return {
+            "network_mode": "host",
+            "volumes": [run_files, *locks],
+            "environment": {"LB_TOKEN": self._balancer_options.token, **path},
+            "cap_add": options.BALANCER_CAPABILITIES + ["NET_BIND_SERVICE"] * privileged_ports,
         }
 
     def repair_balancer(self) -> None:
@@ -124,8 +149,13 @@ class DockerEngine(BaseEngine):
                     self._client.api.unpause(row["Id"])
                     return
                 self._remove_balancer(row)
-            labels = {**options.labels(self._settings.project, "balancer"), "lbscaler.config": self._balancer_digest}
-            self._run(name=f"{self._settings.project}-balancer", labels=labels, **self._balancer_spec())
+            name, labels = f"{self._settings.project}-balancer", options.labels(self._settings.project, "balancer")
+            labels["lbscaler.config"] = self._balancer_digest
+            specific = self._balancer_spec()
+            if self._on_host:
+                # Otherwise its name would be the host's, the same for every balancer.
+                specific["hostname"] = labels[HOST_NAME] = f"{name}-{token_hex(4)}"
+            self._run(name=name, labels=labels, **specific)
 
     def _remove_balancer(self, row: Row) -> None:
         """Removes a balancer, or waits until a removal that is in progress has ended: only then is its name free."""
@@ -140,9 +170,9 @@ class DockerEngine(BaseEngine):
                 time.sleep(REMOVAL_PAUSE)
 
     def _run(self, name: str, **arguments: Any) -> Any:
-        """Creates and starts a container on the backends' network. Removes it again if it does not start."""
+        """Creates and starts a container. Removes it again if it does not start."""
         try:
-            container = self._client.containers.create(name=name, network=self._settings.project, **arguments)
+            container = self._client.containers.create(name=name, **arguments)
         except docker.errors.APIError as error:
             if error.status_code == CONFLICT:
                 raise NameTaken(str(error.explanation)) from error
@@ -189,6 +219,7 @@ class DockerEngine(BaseEngine):
         with engine_errors():
             container = self._run(
                 name=name,
+                network=self._settings.project,
                 hostname=name,
                 labels={**options.labels(self._settings.project, "backend"), "lbscaler.spec": spec},
                 pids_limit=options.PIDS,
@@ -230,6 +261,11 @@ class DockerEngine(BaseEngine):
                 code = attributes.get("exitCode" if action == "die" else "signal", "0")
                 # A signal may also be reported by its name. Then the code is 0, and the next list shows the change.
                 yield Event(action, event["Actor"]["ID"], int(code) if code.isdecimal() else 0)
+
+
+def _host_name(balancer: Row) -> str:
+    """The name under which a balancer reports. Unless it is set, it is the short id of its container."""
+    return str(balancer["Labels"].get(HOST_NAME) or balancer["Id"][:12])
 
 
 def _role(row: Row) -> str:

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from core.settings import Settings
+from core.settings import Settings, chain_prefix
 
-SERVICE_PORT = 8000  # the balancer's, inside its container
+FIRST_PORT = 8000  # of the service, in the balancer's own network namespace; its other ports follow
+HTTP_ADDRESS = "127.0.0.2"  # of the balancer's HTTP interface on the host; the manager has the port at 127.0.0.1
 PIDS = 128  # processes and threads of one backend
 UNPRIVILEGED_UID = 10001  # for the processes of an image that names no user or root
 UNPRIVILEGED_USER = f"{UNPRIVILEGED_UID}:{UNPRIVILEGED_UID}"
@@ -60,6 +61,32 @@ class BalancerOptions:
     image: str
     token: str
     secrets: tuple[str, ...] = ()
+
+
+def published_ports(settings: Settings) -> list[tuple[int, int]]:
+    """For each port of the service: the port on the host, and that in the balancer's own network namespace."""
+    return [(port, FIRST_PORT + number) for number, (port, _) in enumerate(settings.ports)]
+
+
+def own_path(settings: Settings) -> dict[str, str]:
+    """The balancer's environment variables for rules in its own network namespace."""
+    pairs = zip(published_ports(settings), settings.ports, strict=True)
+    ports = [f"{own}:{backend_port}" for (_, own), (_, backend_port) in pairs]
+    return {"LB_PORTS": ",".join(ports), "LB_STICKY": str(settings.sticky)}
+
+
+def host_path(settings: Settings, bridge: str, subnet: str) -> dict[str, str]:
+    """The balancer's environment variables for rules in the host's network namespace. `bridge` is the interface of the
+    backends' network, `subnet` its addresses in CIDR notation."""
+    return {
+        "LB_PORTS": ",".join(f"{port}:{backend_port}" for port, backend_port in settings.ports),
+        "LB_STICKY": str(settings.sticky),
+        "LB_PREFIX": chain_prefix(settings.project),
+        "LB_BRIDGE": bridge,
+        "LB_SUBNET": subnet,
+        "LB_ADDRESS": "" if settings.bind == "0.0.0.0" else settings.bind,
+        "LB_HTTP": f"{HTTP_ADDRESS}:{settings.manager_port}",
+    }
 
 
 def backend_options(settings: Settings, image_user: str) -> dict[str, Any]:

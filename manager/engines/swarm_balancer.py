@@ -13,7 +13,7 @@ from typing import Any
 from core.engine import BalancerState
 from core.settings import Settings
 from engines import options
-from engines.options import SERVICE_PORT, BalancerOptions
+from engines.options import BalancerOptions
 from engines.swarm_services import SECOND, ApiObject, Spec
 from engines.swarm_tasks import Task
 
@@ -26,12 +26,9 @@ UPDATE = {"Parallelism": 1, "Order": "stop-first", "FailureAction": "pause", "Mo
 def service_spec(settings: Settings, balancer: BalancerOptions, manager: str, secret_ids: Iterable[str]) -> Spec:
     """The service as the Engine API describes it. `manager`: the result of `manager_addresses`."""
     labels = options.labels(settings.project, "balancer")
-    port = {
-        "Protocol": "tcp",
-        "TargetPort": SERVICE_PORT,
-        "PublishedPort": settings.port,
-        "PublishMode": "host",
-    }
+    ports = []
+    for port, own_port in options.published_ports(settings):
+        ports.append({"Protocol": "tcp", "TargetPort": own_port, "PublishedPort": port, "PublishMode": "host"})
     spec = {
         "Name": f"{settings.project}-balancer",
         "TaskTemplate": {
@@ -42,7 +39,7 @@ def service_spec(settings: Settings, balancer: BalancerOptions, manager: str, se
             "Networks": [{"Target": settings.project}],
         },
         "Mode": {"Global": {}},
-        "EndpointSpec": {"Mode": "dnsrr", "Ports": [port]},
+        "EndpointSpec": {"Mode": "dnsrr", "Ports": ports},
     }
     return {**spec, "Labels": {**labels, "lbscaler.config": options.config_digest(spec)}, "UpdateConfig": UPDATE}
 
@@ -55,7 +52,7 @@ def _container(settings: Settings, balancer: BalancerOptions, manager: str, secr
         "Env": [
             f"LB_MANAGERS={manager}",
             "LB_NODE={{.Node.ID}}",
-            f"LB_BACKEND_PORT={settings.backend_port}",
+            *(f"{name}={value}" for name, value in options.own_path(settings).items()),
             f"LB_LEAVE={drain}",
         ],
         "ReadOnly": True,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -17,7 +16,6 @@ from pathlib import Path
 import pytest
 
 from e2e.conftest import FAST, Load, System, docker, rotations, wait_until
-from netns.lab import Namespace
 
 Figure = Callable[[str], None]
 
@@ -221,38 +219,3 @@ def test_flushed_and_edited_chains_are_repaired(system: System) -> None:
 
 def rules(text: str) -> list[str]:
     return sorted(line for line in text.splitlines() if "LB-" in line and line.startswith("-A"))
-
-
-@pytest.mark.skipif(not shutil.which("nsenter"), reason="needs nsenter")
-def test_backends_see_the_client_address_with_preserve_client_ip(tree: Path) -> None:
-    system = System(tree, "lbaddress")
-    outside = Namespace()
-    ask = "import sys, urllib.request as u; print(u.urlopen(sys.argv[1], timeout=10).read().decode())"
-
-    def outside_answer() -> str:
-        return outside.run("python3", "-c", ask, f"http://198.19.255.1:{system.port}/")
-
-    try:
-        subprocess.run(
-            ["ip", "link", "add", "lbout0", "type", "veth", "peer", "name", "eth0", "netns", outside.path], check=True
-        )
-        subprocess.run(["ip", "addr", "add", "198.19.255.1/30", "dev", "lbout0"], check=True)
-        subprocess.run(["ip", "link", "set", "lbout0", "up"], check=True)
-        outside.run("ip", "addr", "add", "198.19.255.2/30", "dev", "eth0")
-        outside.run("ip", "link", "set", "eth0", "up")
-        outside.run("ip", "route", "add", "default", "via", "198.19.255.1")
-        system.up(*FAST, "--min", "3", "--preserve-client-ip", "1")
-        assert all("for 198.19.255.2" in outside_answer() for _ in range(12))
-        assert "primes" in system.get()  # a client on the host itself still works
-        name = system.active()[0]["name"]
-        assert docker("inspect", "-f", "{{.HostConfig.CapAdd}}", name) == "[]"
-        docker("kill", name)
-        wait_until(
-            lambda: name not in {b["name"] for b in system.status()["backends"]}, "the killed backend is removed"
-        )
-        wait_until(lambda: len(system.active()) == 3, "three again")
-        assert all("for 198.19.255.2" in outside_answer() for _ in range(12))
-    finally:
-        system.down("--now")
-        outside.close()
-        subprocess.run(["ip", "link", "del", "lbout0"], check=False, capture_output=True)

@@ -314,7 +314,7 @@ def test_missing_swarm_prerequisites_are_reported_before_any_change(cluster: Clu
     output = system.up("--project", "other", "--port", "8001", "--manager-port", "5001", "--registry", "", status=1)
     assert "the Swarm has 3 nodes, which need a registry to get the images from: --registry HOST:PORT" in output
     output = system.up("--project", "other", "--spares", "1", status=2)
-    assert "--spares, --preserve-client-ip and --bind are for --orchestrator docker" in output
+    assert "--spares, --datapath host and --bind are for --orchestrator docker" in output
     wait_until(cluster.whole, "every node is there", 90)
     cluster.nodes[2].docker("node", "demote", node_id(cluster.nodes[2]))
     try:

@@ -126,11 +126,12 @@ def test_missing_package_is_a_warning_where_run_sh_installs_it_else_a_fault(host
     assert doctor.engine(host).verdict == FAULT
 
 
-def test_preserve_client_ip_needs_root() -> None:
-    host = FakeHost(preserve_client_ip=1).serves()
-    host.uid = 1000
-    assert doctor.engine(host)[::2] == (FAULT, "--preserve-client-ip needs root")
-    host.uid = 0
+def test_host_path_needs_a_firewall_backend_with_iptables() -> None:
+    host = FakeHost(datapath="host").serves()
+    assert doctor.engine(host).verdict == OK
+    host.engine["FirewallBackend"] = {"Driver": "nftables"}
+    assert doctor.engine(host)[::2] == (FAULT, "its firewall backend is nftables: leave out --datapath host")
+    host.engine["FirewallBackend"] = {"Driver": "iptables+firewalld"}
     assert doctor.engine(host).verdict == OK
 
 

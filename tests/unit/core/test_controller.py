@@ -1174,14 +1174,12 @@ def test_restarted_manager_has_the_same_revision_and_starts_and_stops_nothing(
 
 
 def test_snapshot_has_the_service_and_its_backends(rig: Callable[..., Rig]) -> None:
-    r = rig(
-        1, min=1, health="http:/ok", backend_port=80, interval=3, drain_timeout=4, weights="equal", backend_subnet="i"
-    )
+    r = rig(1, min=1, health="http:/ok", backend_port=80, interval=3, drain_timeout=4, weights="equal")
     assert r.controller.wait_for_snapshot("", 0) == {
         "revision": r.revision(),
         "service": {
             **{"port": 80, "health": "http:/ok", "interval": 3, "drain_timeout": 4},
-            **{"weights": "equal", "backend_subnet": "i", "locality": "", "check_source": ""},
+            **{"weights": "equal", "locality": "", "check_source": ""},
         },
         "backends": [{"id": r.id(1)[:12], "ip": "198.18.0.2", "state": "active"}],
     }

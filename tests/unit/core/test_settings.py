@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from core import settings
-from core.settings import SETTINGS, SettingError, flag, read, stored, variable, with_stored
+from core.settings import SETTINGS, SettingError, chain_prefix, flag, read, stored, variable, with_stored
 
 PORT = "1 to 65535"
 # name: what is allowed, for people; values that are refused
@@ -47,7 +47,9 @@ REFUSED: dict[str, tuple[str, list[str]]] = {
         "an IPv4 network such as 198.18.0.0/20",
         ["x", "198.18.0.1/20", "0.0.0.0/0", "10.0.0.0/29", "fd00::/64"],
     ),
-    "preserve_client_ip": ("1, or nothing", ["0", "yes", " "]),
+    "datapath": ("bridge or host", ["Host", "overlay", " "]),
+    "sticky": ("0 to 86400 (seconds)", ["-1", "86401", "1h", "0.5"]),
+    "publish": ("PORT:BACKEND-PORT, each 1 to 65535", ["80", "80:", "0:80", "80:65536", "80:8080 80:8081", "a:b"]),
     "record": ("1, or nothing", ["0", "yes", " "]),
     "orchestrator": ("docker or swarm", ["", "k8s", "Swarm"]),
     "registry": ("HOST or HOST:PORT", ["a/b", "a:b", ":5000", "http://a", "a b"]),
@@ -69,7 +71,7 @@ def root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def test_defaults() -> None:
     assert vars(read({})) == {
-        **{"weights": "adaptive", "preserve_client_ip": ""},
+        **{"weights": "adaptive", "datapath": "bridge", "sticky": 0, "publish": ()},
         **{"project": "lbscaler", "bind": "0.0.0.0", "port": 8000, "manager_port": 5000, "min": 2, "max": 10},
         **{"spares": 0, "record": ""},
         **{"metric": "packets", "target": 100, "interval": 2, "stable_window": 60, "panic_window": 6},
@@ -115,7 +117,7 @@ def test_bad_value_is_one_line_with_its_flag_its_variable_and_what_is_allowed(na
         ("subnet", "198.18.0.0/28", "198.18.0.0/28"),
         ("metric", "concurrency", "concurrency"),
         ("weights", "equal", "equal"),
-        ("preserve_client_ip", "1", "1"),
+        ("sticky", "60", 60),
         ("record", "1", "1"),
     ],
 )
@@ -128,13 +130,17 @@ def test_good_values_at_the_limits_are_taken(name: str, value: str, expected: ob
     [
         ({"min": "11"}, "--min 11 is above --max 10; raise the one or lower the other"),
         ({"max": "1"}, "--min 2 is above --max 1; raise the one or lower the other"),
-        ({"port": "5000"}, "--port and --manager-port are both 5000; change one of them"),
+        ({"port": "5000"}, "the service and --manager-port both have port 5000; change one of them"),
+        (
+            {"publish": "80:8080 5000:8443"},
+            "the service and --manager-port both have port 5000; change one of them",
+        ),
         *(
             (
                 {"orchestrator": "swarm", **only_docker},
-                "--spares, --preserve-client-ip and --bind are for --orchestrator docker; leave them out",
+                "--spares, --datapath host and --bind are for --orchestrator docker; leave them out",
             )
-            for only_docker in ({"spares": "1"}, {"preserve_client_ip": "1"}, {"bind": "127.0.0.1"})
+            for only_docker in ({"spares": "1"}, {"datapath": "host"}, {"bind": "127.0.0.1"})
         ),
         (
             {"interval": "7"},
@@ -150,6 +156,18 @@ def test_settings_that_exclude_each_other_are_one_line(values: dict[str, str], l
     with pytest.raises(SettingError) as caught:
         read({variable(name): value for name, value in values.items()})
     assert str(caught.value) == line
+
+
+def test_published_ports_replace_the_port_of_the_service_and_of_the_backends() -> None:
+    settings = read({"LB_PORT": "90", "LB_PUBLISH": "80:8080 443:8443"})
+    assert settings.ports == ((80, 8080), (443, 8443))
+    assert (settings.port, settings.backend_port) == (80, 8080)
+    assert read({"LB_PORT": "90", "LB_BACKEND_PORT": "8080"}).ports == ((90, 8080),)
+
+
+def test_prefix_of_chains_differs_by_project_and_is_short_enough() -> None:
+    assert chain_prefix("a") != chain_prefix("b")
+    assert len(chain_prefix("a" * 40)) == 10
 
 
 def test_variable_overrides_the_running_project_and_that_overrides_the_default(root: Path) -> None:

@@ -147,8 +147,10 @@ def test_every_flag_that_is_named_exists(page: Path) -> None:
 
 
 def test_every_rule_of_ours_that_is_quoted_is_rendered() -> None:
-    golden = {
-        line for path in (ROOT / "tests/unit/balancer/golden").glob("*.rules") for line in path.read_text().splitlines()
-    }
+    golden = set()
+    for path in (ROOT / "tests/unit/balancer/golden").glob("*.rules"):
+        # The page names the bridge and the network of the host path by variables.
+        text = path.read_text().replace("br-0123456789ab", "BR").replace("198.18.0.0/20", "NET")
+        golden.update(text.splitlines())
     quoted = re.findall(r"^ +(-A (?:LB-.*|.* -j LB-\S+))$", (ROOT / "docs" / "packets.md").read_text(), re.MULTILINE)
     assert ([rule for rule in quoted if rule not in golden], len(quoted) > 10) == ([], True)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 from typing import Any
 
 import docker.errors
 import pytest
 
 from core.engine import BalancerState, EngineError, NameTaken
-from engines import backend_routes, base, docker_engine
+from engines import base, docker_engine
 from engines.docker_engine import DockerEngine
 from engines.options import BalancerOptions
 from fakes import settings
@@ -23,6 +22,8 @@ class Docker:
         self.rows: dict[str, dict[str, Any]] = {}
         self.calls: list[tuple[str, str]] = []
         self.pids: dict[str, int] = {}
+        self.id = "0123456789abcdef"  # of the network
+        self.created: list[Created] = []
         self.start_error: Exception | None = None
         self.removals_in_progress = 0
         self.attrs = {"IPAM": {"Config": [{"Gateway": "198.18.0.1", "Subnet": "198.18.0.0/20"}]}}
@@ -74,7 +75,8 @@ class Containers:
         if any(row["Names"] == [f"/{name}"] for row in self._client.rows.values()):
             raise conflict(f"The container name {name} is already in use")
         self._client.calls.append(("create", name))
-        return Created(self._client, name, labels, options)
+        self._client.created.append(Created(self._client, name, labels, options))
+        return self._client.created[-1]
 
 
 class Created:
@@ -193,26 +195,35 @@ def test_ended_backend_is_listed_with_its_exit_code(engine: DockerEngine, client
     assert [container.exit_code for container in engine.list()] == [3]
 
 
-def test_route_is_set_once_for_each_backend_and_not_for_one_that_has_ended(
+def test_balancer_on_the_host_reports_under_its_own_name_and_is_tested_at_the_service_port(
     client: Docker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Docker reports process id 0 for a backend that has ended since it was listed; `nsenter` into 0 fails."""
-    entered: list[str] = []
-
-    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        entered.append(command[1])
-        return subprocess.CompletedProcess(command, 1 if "/0/" in command[1] else 0, "", "no such process")
-
-    monkeypatch.setattr(backend_routes.subprocess, "run", run)
-    engine = new_engine(client, monkeypatch, preserve_client_ip="1")
-    client.add("balancer", "balancer")
-    for number in (1, 2):
-        client.add(f"backend{number}", "backend", ip=f"198.18.0.{number}")
-    client.pids = {"backend1": 0, "backend2": 22}
-    assert [container.id for container in engine.list()] == ["backend1", "backend2"]
-    assert entered == ["--net=/proc/22/ns/net"]
+    engine = new_engine(client, monkeypatch, datapath="host", port="80")
+    engine.repair_balancer()
     engine.list()
-    assert entered == ["--net=/proc/22/ns/net"], "set once"
-    del client.rows["backend2"]
-    engine.list()
-    assert engine._routes.routed == {}, "removed backends are forgotten"
+    assert engine.balancer is BalancerState.RUNNING
+    [name] = engine.balancers or ()
+    options = client.created[-1].options
+    assert name == options["hostname"]
+    assert options["network_mode"] == "host"
+    assert not options.keys() & {"ports", "sysctls", "network"}
+    assert options["environment"]["LB_BRIDGE"] == "br-0123456789ab"
+    assert options["cap_add"] == ["NET_ADMIN", "NET_RAW", "NET_BIND_SERVICE"]
+    assert engine._check_targets == [("198.18.0.1", 80)]
+    # A new container has another name, so that the reports of the old one are not taken for its own.
+    client.rows.clear()
+    engine.repair_balancer()
+    assert client.created[-1].options["hostname"] != name
+
+
+@pytest.mark.parametrize(("datapath", "ports"), [("bridge", "8000:8080,8001:8443"), ("host", "80:8080,443:8443")])
+def test_balancer_gets_all_ports_of_the_service(
+    client: Docker, monkeypatch: pytest.MonkeyPatch, datapath: str, ports: str
+) -> None:
+    engine = new_engine(client, monkeypatch, datapath=datapath, publish="80:8080 443:8443", sticky="60")
+    engine.repair_balancer()
+    options = client.created[-1].options
+    assert options["environment"]["LB_PORTS"] == ports
+    assert options["environment"]["LB_STICKY"] == "60"
+    if datapath == "bridge":
+        assert options["ports"] == {"8000/tcp": ("0.0.0.0", 80), "8001/tcp": ("0.0.0.0", 443)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 import socket
 import subprocess
 import threading
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from e2e.conftest import FAST, Load, System, docker, wait_until
+from e2e.conftest import FAST, Load, System, docker, free_port, wait_until
 from netns.lab import Namespace
 
 HOST, OUTSIDE = "198.19.254.1", "198.19.254.2"
@@ -30,11 +29,7 @@ def firewall() -> str:
         if flavour == "nft" or tables:  # a call of the legacy program would create its tables
             text += subprocess.run([f"iptables-{flavour}-save"], capture_output=True, text=True, check=True).stdout
     rules = [re.sub(r" \[\d+:\d+\]", "", line) for line in text.splitlines() if not line.startswith("#")]
-    sets = (
-        subprocess.run(["ipset", "save"], capture_output=True, text=True, check=True).stdout
-        if shutil.which("ipset")
-        else ""
-    )
+    sets = subprocess.run(["ipset", "save"], capture_output=True, text=True, check=True).stdout
     return "\n".join(rules) + sets
 
 
@@ -92,9 +87,8 @@ def test_clients_outside_on_the_host_and_among_the_backends_are_served(system: S
         assert all(f"for {seen}" in text for text in answers)
     # A backend calls the service at the host's address, and is sometimes dispatched to itself.
     name = system.active()[0]["name"]
-    program = (
-        f"import urllib.request as u; print(u.urlopen('http://{HOST}:{system.port}/', timeout=10).read().decode())"
-    )
+    url = f"http://{HOST}:{system.port}/"
+    program = f"import urllib.request as u; print(u.urlopen('{url}', timeout=10).read().decode())"
     own = [docker("exec", name, "python3", "-c", program).split(" ")[0] for _ in range(8)]
     assert name in own or len(set(own)) > 1
 
@@ -139,9 +133,8 @@ def test_open_connections_survive_the_removal_of_the_balancer_and_a_killed_manag
     for one in open_ones:
         one.ended.set()
         one.join()
-    figure(
-        f"host path, balancer removed, manager killed: {failed} of {answered + failed} failed, slowest {slowest:.2f} s"
-    )
+    all_ = answered + failed
+    figure(f"host path, balancer removed, manager killed: {failed} of {all_} failed, slowest {slowest:.2f} s")
     assert [one.failed for one in open_ones] == [""] * 6
     assert min(one.requests for one in open_ones) > 20
     assert failed == 0
@@ -216,20 +209,11 @@ def test_stop_leaves_the_hosts_rules_and_sets_as_before(system: System, before: 
 def test_stop_without_a_balancer_removes_the_rules(tree: Path, before: str) -> None:
     system = System(tree, f"lbhost{os.getpid()}b")
     try:
-        system.up(
-            "1",
-            *FAST,
-            "--min",
-            "1",
-            "--datapath",
-            "host",
-            "--publish",
-            f"{system.port}:8000",
-            "--publish",
-            "20001:5000",
-        )
-        assert "primes" in answer(None, HOST, system.port)
-        assert answer(None, HOST, 20001)  # the sample server's readiness
+        second = free_port()
+        ports = ["--publish", f"{system.port}:8000", "--publish", f"{second}:5000"]
+        system.up("1", *FAST, "--min", "1", "--datapath", "host", *ports)
+        assert "primes" in answer(None, "127.0.0.1", system.port)
+        assert answer(None, "127.0.0.1", second)  # the sample server's readiness
         docker("rm", "-f", balancer(system))
     finally:
         system.down("--now")

@@ -187,10 +187,10 @@ def port(host: Host, address: str, number: int, flag: str) -> Found:
     # The project itself may use the port: its balancer or its manager.
     if not host_checks.is_taken(address, number):
         return Found(OK, f"port {number} is free")
-    owner, project = host_checks.owner(number), host.settings.project
+    owner, project = host_checks.owner(address, number), host.settings.project
     published = host.run(f"docker ps --filter label=lbscaler.project={project} --format '{{{{.Ports}}}}'").stdout
     # On the host path, the balancer has bound the port without listening.
-    reserved = "host" in datapath_of(host) and published and not host_checks.is_listening(number)
+    reserved = "host" in datapath_of(host) and published and not host_checks.is_listening(address, number)
     if reserved or f":{number}->" in published or owner.pid in processes.find(project, processes.MANAGER):
         return Found(OK, f"port {number} is used by this project")
     fix = f"end that, or choose another with {flag} PORT"

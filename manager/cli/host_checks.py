@@ -80,10 +80,10 @@ class Owner(NamedTuple):
         return f"{self.name} (pid {self.pid})" if self.pid else self.name
 
 
-def owner(port: int) -> Owner:
-    """The process that listens on this port."""
+def owner(address: str, port: int) -> Owner:
+    """The process that listens on this port at this address or, if that is 0.0.0.0, at any."""
     # /proc/net/tcp names sockets by inode, and each process has links to its sockets.
-    sockets = _listening_sockets(port)
+    sockets = _listening_sockets(address, port)
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended, or is another user's
             for link in (process / "fd").iterdir():
@@ -92,16 +92,20 @@ def owner(port: int) -> Owner:
     return Owner(0, "a process that this user may not inspect")
 
 
-def is_listening(port: int) -> bool:
-    return bool(_listening_sockets(port))
+def is_listening(address: str, port: int) -> bool:
+    return bool(_listening_sockets(address, port))
 
 
-def _listening_sockets(port: int) -> set[str]:
+def _listening_sockets(address: str, port: int) -> set[str]:
     """The sockets that listen on the port, named as in /proc/PID/fd: socket:[INODE]."""
     found = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         for line in Path(table).read_text().splitlines()[1:] if Path(table).exists() else ():
             _, local, _, state, *_ = row = line.split()
-            if state == LISTENING and int(local.rpartition(":")[2], 16) == port:
+            host, _, number = local.partition(":")
+            # IPv4 addresses are hexadecimal in the host's byte order. One of IPv6 is usually a wildcard.
+            at = "0.0.0.0" if len(host) > 8 else socket.inet_ntoa(bytes.fromhex(host)[::-1])
+            matches = at == address or "0.0.0.0" in (at, address)
+            if state == LISTENING and int(number, 16) == port and matches:
                 found.add(f"socket:[{row[9]}]")
     return found

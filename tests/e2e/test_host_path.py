@@ -73,7 +73,7 @@ def system(running: System) -> System:
 def answer(client: Namespace | None, address: str, port: int) -> str:
     with client or contextlib.nullcontext(), socket.create_connection((address, port), 10) as connection:
         connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
-        return connection.makefile().read().rpartition("\r\n\r\n")[2]
+        return connection.makefile(newline="").read().rpartition("\r\n\r\n")[2]
 
 
 def balancer(system: System) -> str:

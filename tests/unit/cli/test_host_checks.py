@@ -101,9 +101,13 @@ def test_an_address_of_another_host_is_not_a_taken_port() -> None:
 
 def test_the_owner_of_a_port_is_named_with_its_process(port: int) -> None:
     name = Path("/proc/self/comm").read_text().strip()
-    assert str(host_checks.owner(port)) == f"{name} (pid {os.getpid()})"
+    for address in ("127.0.0.1", "0.0.0.0"):
+        assert str(host_checks.owner(address, port)) == f"{name} (pid {os.getpid()})"
+    assert host_checks.owner("127.0.0.2", port).pid == 0, "of another address"
 
 
 def test_client_that_connects_from_a_port_is_not_its_owner(port: int) -> None:
     with socket.create_connection(("127.0.0.1", port)) as client:
-        assert str(host_checks.owner(client.getsockname()[1])) == "a process that this user may not inspect"
+        assert (
+            str(host_checks.owner("127.0.0.1", client.getsockname()[1])) == "a process that this user may not inspect"
+        )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import sampler
+from datapath import OWN_NAMESPACE, DataPath
 from fakes_netfilter import REPLIES, FakeNetfilter
 from health import Health
 from listings import connections
@@ -63,8 +64,8 @@ class FakeManager(ManagerClient):
 class World:
     """A balancer and everything that it uses."""
 
-    def __init__(self, clock: Clock) -> None:
-        self.clock, self.kernel, self.manager = clock, FakeNetfilter(), FakeManager()
+    def __init__(self, clock: Clock, path: DataPath = OWN_NAMESPACE) -> None:
+        self.clock, self.kernel, self.manager = clock, FakeNetfilter(path), FakeManager()
         self.restart()
 
     def restart(self) -> None:

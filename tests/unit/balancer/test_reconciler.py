@@ -12,6 +12,7 @@ import pytest
 import restore
 import ruleset
 import stalls
+from datapath import DataPath
 from exposition import APPLY_SECONDS, REPAIRS
 from fakes_balancer import World
 from fakes_netfilter import FakeNetfilter, flow, waiting
@@ -379,3 +380,60 @@ def test_only_repairs_are_counted_as_repairs(world: World) -> None:
     remove_hook(world.kernel)
     world.reconcile()
     assert value(REPAIRS, "_total") == before + 1
+
+
+# -- on the host, and with sticky clients ------------------------------------------------------------------------------
+
+HOST = DataPath(prefix="LB-0a1b2c-", bridge="br0", subnet="198.18.0.0/20", sticky=60)
+
+
+@pytest.fixture
+def host(world: World) -> World:
+    """A balancer whose rules stand in the host's namespace. (`world` replaces its prober and its clock.)"""
+    return World(world.clock, HOST)
+
+
+def test_on_the_host_rules_stand_in_two_tables_and_backends_can_call_themselves(host: World) -> None:
+    host.kernel.tables["filter"]["FORWARD"] = [(0, "-j DOCKER-USER"), (0, "-j DROP")]
+    host.kernel.tables["filter"]["DOCKER-USER"] = []
+    host.set_backends(f"a {A}", f"b {B}")
+    calls = host.reconcile()
+    assert [call for call in calls if call in ("nat", "filter", "mangle", "raw", "hairpin")] == [
+        "hairpin",
+        "nat",
+        "filter",
+    ]
+    assert host.kernel.rules("filter", "FORWARD") == [
+        "-j DOCKER-USER",
+        "-o br0 -j LB-0a1b2c-FORWARD",
+        "-i br0 -j LB-0a1b2c-FORWARD",
+        "-j DROP",
+    ]
+    assert host.state.findings == (), "the policy and the rules of others are not reported"
+    assert host.reconcile() == []
+
+
+def test_each_backend_has_a_set_of_its_clients_until_it_is_removed(host: World) -> None:
+    host.set_backends(f"a {A}", f"b {B}")
+    host.reconcile()
+    client_sets = {HOST.clients_set, HOST.sticky_set(A), HOST.sticky_set(B)}
+    assert set(host.kernel.all_sets) - set(HOST.sets) == client_sets
+    host.set_backends(f"a {A}", f"b {B} draining")
+    host.reconcile()
+    assert set(host.kernel.all_sets) - set(HOST.sets) == client_sets
+    assert host.kernel.rules("nat", "LB-0a1b2c-STICKY")[1:-1] == [
+        f"-m set --match-set LB-0a1b2c-S-{A} src -j LB-0a1b2c-B-{A}"
+    ], "a draining backend gets no connection, not even from its own clients"
+    host.set_backends(f"a {A}")
+    host.reconcile()
+    assert set(host.kernel.all_sets) - set(HOST.sets) == client_sets - {HOST.sticky_set(B)}
+
+
+def test_client_of_the_balancer_that_starts_again_on_the_host_keeps_the_rules(host: World) -> None:
+    host.set_backends(f"a {A}", f"b {B}")
+    host.reconcile()
+    host.kernel.flows = [flow(A), flow(B)]
+    host.restart()
+    host.set_backends(f"a {A}", f"b {B}")
+    assert [call for call in host.reconcile() if call != "hairpin"] == []
+    assert len(host.kernel.flows) == 2

@@ -15,7 +15,7 @@ class Feature:
 
 MARKS = Feature(
     "connmark",
-    "mangle",
+    "filter",
     "-m connmark --mark 0x0/0x40000000 -j CONNMARK --set-xmark 0x40000000/0x40000000",
     "weights stay equal, and only probes find a frozen backend",
 )
@@ -38,5 +38,5 @@ REQUIRED = (
     Feature("conntrack", "nat", _MATCH, _LOST_REPLIES),
     Feature("DNAT", "nat", "-p tcp -j DNAT --to-destination 127.0.0.1:8000", "no connection reaches a backend"),
     Feature("MASQUERADE", "nat", _MASQUERADE, _LOST_REPLIES),
-    Feature("set", "mangle", "-m set --match-set LB-BACKENDS dst", "packets and bytes are not counted"),
+    Feature("set", "filter", "-m set --match-set LB-BACKENDS dst", "packets and bytes are not counted"),
 )

@@ -14,7 +14,6 @@ MAX_FINDINGS = 20
 # The built-in chains that the service's packets pass, by table.
 PASSED = {
     "raw": ("PREROUTING",),
-    "mangle": ("PREROUTING", "FORWARD"),
     "nat": ("PREROUTING",),
     "filter": ("FORWARD",),
 }

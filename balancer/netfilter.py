@@ -67,11 +67,9 @@ class Netfilter:
     def _has(self, feature: Feature) -> bool:
         """Tries the feature's rule in a chain that the same restore removes."""
         chain = self.path.chain("TRY")
-        # On the host the rules stand in nat and filter only, and a try must not create another table.
-        table = "filter" if self.path.on_host else feature.table
         lines = f":{chain} - [0:0]\n-A {chain} {feature.rule}\n-F {chain}\n-X {chain}\n"
         try:
-            self.apply(f"*{table}\n{lines}COMMIT\n")
+            self.apply(f"*{feature.table}\n{lines}COMMIT\n")
         except NetfilterError:
             return False
         return True

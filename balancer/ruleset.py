@@ -49,14 +49,12 @@ def tables(
 ) -> list[Table]:
     """All tables, in the order in which they have to be written. `missing` are features that this kernel lacks.
     Self-check connections come from `check_source`; they do not count as load."""
-    first = nat(rotation, draining, path, check_source)
-    retries = RETRIES not in missing and len(rotation) > 1
-    counting = count_chains(path, check_source, MARKS not in missing)
-    if path.on_host:
-        return [first, host_filters(path, counting, retries)]
-    mangle = Table("mangle", counting, {"FORWARD": (f"-j {path.chain('COUNT')}",)}, path.prefix)
-    wanted = [first, filters(path, retries), mangle]
-    return wanted if NOTRACK in missing else [*wanted, raw(path)]
+    wanted = [
+        nat(rotation, draining, path, check_source),
+        filters(path, check_source, RETRIES not in missing and len(rotation) > 1, MARKS not in missing),
+    ]
+    # On the host, ports do not show which connections are the balancer's own.
+    return wanted if path.on_host or NOTRACK in missing else [*wanted, raw(path)]
 
 
 # -- nat: which backend a new connection goes to ---------------------------------------------------------------------
@@ -213,10 +211,33 @@ def _digit(endpoint: Endpoint, place: int) -> str:
     return str(_address(endpoint) >> (DIGIT_BITS * place) & (2**DIGIT_BITS - 1))
 
 
-# -- counters --------------------------------------------------------------------------------------------------------
+# -- filter: counters, failed connections, and what may pass ---------------------------------------------------------
 
 
-def count_chains(path: DataPath = OWN_NAMESPACE, check_source: str = "", marks: bool = True) -> Chains:
+def filters(path: DataPath = OWN_NAMESPACE, check_source: str = "", retries: bool = True, marks: bool = True) -> Table:
+    """Counts packets, and makes a client's kernel try a failed connection again.
+
+    A SYN that reaches this host itself was not dispatched, because no backend was ready. It is dropped: the client
+    sends it again a second later. `retries`: whether rotation has another backend to try. `marks`: whether connections
+    can be marked.
+
+    The counters stand here instead of in a mangle table, because each table costs every packet some time, and because
+    iptables cannot remove an empty mangle table from the host.
+    """
+    inputs, forward, count = path.chain("INPUT"), path.chain("FORWARD"), path.chain("COUNT")
+    refusal = (_refusal(path),) if retries else ()
+    chains = _count(path, check_source, marks)
+    chains[forward] = (f"-j {count}", *refusal, *_accepted(path))
+    chains[inputs] = undispatched(path)
+    hooks: dict[str, Rules] = {"FORWARD": (f"-j {forward}",), "INPUT": (f"-j {inputs}",)}
+    if path.on_host:
+        chains[inputs] += (*_received(path), *refusal)
+        hooks["FORWARD"] = (f"-o {path.bridge} -j {forward}", f"-i {path.bridge} -j {forward}")
+        hooks["OUTPUT"] = (f"-m conntrack --ctstate DNAT -j {count}",)
+    return Table("filter", chains, hooks, path.prefix)
+
+
+def _count(path: DataPath, check_source: str, marks: bool) -> Chains:
     """Counts packets and bytes to every backend with one rule: the set keeps a counter for each member.
 
     With `marks`, the first packet with data of each side marks the connection, and the backend's first one is counted
@@ -249,48 +270,25 @@ def _set_mark(bit: int) -> str:
     return f"-j CONNMARK --set-xmark {bit:#x}/{bit:#x}"
 
 
-# -- filter and raw: failed connections, and what may pass -----------------------------------------------------------
-
-
-def filters(path: DataPath = OWN_NAMESPACE, retries: bool = True) -> Table:
-    """Makes a client's kernel try a failed connection again.
-
-    A SYN that reaches the balancer itself was not dispatched, because no backend was ready. It is dropped: the client
-    sends it again a second later. `retries`: whether rotation has another backend to try.
-    """
-    inputs, forward = path.chain("INPUT"), path.chain("FORWARD")
-    chains: Chains = {inputs: undispatched(path), forward: (_refusal(path),) if retries else ()}
-    return Table("filter", chains, {"INPUT": (f"-j {inputs}",), "FORWARD": (f"-j {forward}",)}, path.prefix)
-
-
-def host_filters(path: DataPath, counting: Chains, retries: bool = True) -> Table:
-    """On the host the same, and the counters: `iptables-save` would print a mangle table even after its last rule is
-    gone. Forwarded packets are accepted here, after DOCKER-USER: Docker would drop those to an unpublished port.
-    """
-    inputs, forward, count = path.chain("INPUT"), path.chain("FORWARD"), path.chain("COUNT")
-    refusal = (_refusal(path),) if retries else ()
-    ours = "-m conntrack --ctstate DNAT"
-    forwarded = (
-        f"-j {count}",
-        *refusal,
+def _accepted(path: DataPath) -> Rules:
+    """On the host, Docker would drop packets to a port that it has not published."""
+    if not path.on_host:
+        return ()
+    return (
         # The kernel does not translate such a packet, so the client would answer the foreign address with a reset.
         f"-s {path.subnet} -i {path.bridge} -p tcp -m conntrack --ctstate INVALID -j DROP",
-        f"-d {path.subnet} -o {path.bridge} {ours} -j ACCEPT",
-        f"-s {path.subnet} -i {path.bridge} {ours} -j ACCEPT",
+        f"-d {path.subnet} -o {path.bridge} -m conntrack --ctstate DNAT -j ACCEPT",
+        f"-s {path.subnet} -i {path.bridge} -m conntrack --ctstate DNAT -j ACCEPT",
     )
-    received = (
-        *undispatched(path),
+
+
+def _received(path: DataPath) -> Rules:
+    """For packets of backends to the host itself, where clients may run, too."""
+    return (
         # The bridge accepts packets to loopback addresses, for the answers to the host's own clients and for no others.
         f"-d 127.0.0.0/8 -i {path.bridge} -m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT -j DROP",
-        f"-i {path.bridge} -j {count}",
-        *refusal,
+        f"-i {path.bridge} -j {path.chain('COUNT')}",
     )
-    hooks = {
-        "FORWARD": (f"-o {path.bridge} -j {forward}", f"-i {path.bridge} -j {forward}"),
-        "INPUT": (f"-j {inputs}",),
-        "OUTPUT": (f"{ours} -j {count}",),
-    }
-    return Table("filter", {**counting, forward: forwarded, inputs: received}, hooks, path.prefix)
 
 
 def undispatched(path: DataPath) -> Rules:
@@ -304,6 +302,9 @@ def _refusal(path: DataPath) -> str:
     is dispatched again."""
     first_packet = "-m connbytes --connbytes 0:1 --connbytes-mode packets --connbytes-dir reply"
     return f"-p tcp -m tcp --tcp-flags RST RST -m set --match-set {path.traffic_set} src {first_packet} -j DROP"
+
+
+# -- raw: the balancer's own connections -----------------------------------------------------------------------------
 
 
 def raw(path: DataPath = OWN_NAMESPACE) -> Table:

@@ -130,8 +130,12 @@ def test_without_marks_no_connection_waits_and_packets_are_counted(
     backends: Namespace, client: Namespace, balancer: Balancer
 ) -> None:
     tables = {table.name: table for table in ruleset.tables([ruleset.Endpoint(ONE)], missing=(MARKS,))}
-    balancer.apply(restore(tables["mangle"], balancer.listing("mangle")))
-    assert [name for name in balancer.listing("mangle").chains if name.startswith("LB-")] == ["LB-COUNT"]
+    balancer.apply(restore(tables["filter"], balancer.listing("filter")))
+    assert [name for name in balancer.listing("filter").chains if name.startswith("LB-")] == [
+        "LB-COUNT",
+        "LB-FORWARD",
+        "LB-INPUT",
+    ]
     Server(backends, ONE, talk=echo, greet=False)
     with connect(client, VIP) as connection:
         connection.sendall(b"x")

@@ -47,12 +47,11 @@ def test_foreign_rule_before_ours_gets_no_traffic_after_the_next_pass(
 
 
 def test_moved_and_duplicate_hooks_are_repaired_in_every_table(served: Namespace, balancer: Balancer) -> None:
-    tables = ("nat", "filter", "mangle", "raw")
+    tables = ("nat", "filter", "raw")
     intact = {table: balancer.listing(table).chains for table in tables}
     for table, chain, hook in (
         ("nat", "POSTROUTING", "-j LB-MASQ"),
         ("filter", "FORWARD", "-j LB-FORWARD"),
-        ("mangle", "FORWARD", "-j LB-COUNT"),
         ("raw", "PREROUTING", "-j LB-OWN-IN"),
     ):
         balancer.apply(f"*{table}\n-I {chain} 1 -p udp -j ACCEPT\n-A {chain} {hook}\nCOMMIT\n")
@@ -66,7 +65,7 @@ def test_moved_and_duplicate_hooks_are_repaired_in_every_table(served: Namespace
 
 
 def test_trying_features_leaves_no_rules(served: Namespace, balancer: Balancer) -> None:
-    tables = ("nat", "filter", "mangle", "raw")
+    tables = ("nat", "filter", "raw")
     intact = {table: balancer.listing(table).chains for table in tables}
     assert balancer.missing((*REQUIRED, *OPTIONAL)) == ()
     assert {table: balancer.listing(table).chains for table in tables} == intact

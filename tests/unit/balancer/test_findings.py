@@ -12,7 +12,7 @@ from listings import Listing, parse_table
 
 
 def found(kernel: FakeNetfilter, ip_forward: bool = True) -> list[Finding]:
-    names = ("nat", "filter", "mangle", "raw")
+    names = ("nat", "filter", "raw")
     return find(ip_forward, {name: parse_table(kernel.table(name)) for name in names})
 
 
@@ -53,8 +53,7 @@ def test_forward_policy_drop_is_found() -> None:
         ("filter", "INPUT", "-j DROP", False),
         ("nat", "PREROUTING", "-p tcp -m tcp --dport 8000 -j REDIRECT --to-ports 80", True),
         ("nat", "POSTROUTING", "-j MASQUERADE", False),
-        ("mangle", "PREROUTING", "-p tcp -j TPROXY --on-port 1 --on-ip 0.0.0.0", True),
-        ("mangle", "FORWARD", "-p tcp -j TCPMSS --clamp-mss-to-pmtu", False),
+        ("filter", "FORWARD", "-p tcp -j TCPMSS --clamp-mss-to-pmtu", False),
         ("raw", "PREROUTING", "-p tcp -j CT --notrack", True),
         ("nat", "PREROUTING", "-d 127.0.0.11/32 -j DOCKER_OUTPUT", False),
     ],

@@ -28,7 +28,7 @@ UNREACHABLE = Health(False, 0, "port 8000: no connection within 1 s", Cause.UNRE
 
 def test_first_pass_writes_the_sets_before_the_rules_and_all_tables(world: World) -> None:
     world.set_backends(f"a {A}", f"b {B}")
-    assert world.reconcile() == [f"neighbours {A} {B}", f"add {A} add {B}", "nat", "filter", "mangle", "raw"]
+    assert world.reconcile() == [f"neighbours {A} {B}", f"add {A} add {B}", "nat", "filter", "raw"]
     assert world.dispatched() == world.chains() == world.members() == {A, B}
 
 
@@ -206,10 +206,10 @@ def test_flows_of_a_reused_address_are_deleted_before_the_new_backend_is_in_rota
 def test_refused_connection_is_tried_again_only_while_rotation_has_another_backend(world: World) -> None:
     world.set_backends(f"a {A}", f"b {B}")
     world.reconcile()
-    assert len(world.kernel.rules("filter", "LB-FORWARD")) == 1
+    assert len(world.kernel.rules("filter", "LB-FORWARD")) == 2
     world.set_backends(f"a {A}", f"b {B}", a=UNHEALTHY)
     assert world.reconcile()[:2] == ["nat", "filter"]
-    assert world.kernel.rules("filter", "LB-FORWARD") == []
+    assert world.kernel.rules("filter", "LB-FORWARD") == ["-j LB-COUNT"]
 
 
 def remove_hook(kernel: FakeNetfilter) -> None:
@@ -225,7 +225,7 @@ def remove_filter_rules(kernel: FakeNetfilter) -> None:
 
 
 def remove_count(kernel: FakeNetfilter) -> None:
-    kernel.tables["mangle"]["LB-COUNT"].clear()
+    kernel.tables["filter"]["LB-COUNT"].clear()
 
 
 def remove_member(kernel: FakeNetfilter) -> None:
@@ -243,7 +243,7 @@ def remove_raw_rules(kernel: FakeNetfilter) -> None:
         (flush_dispatch, ["nat"]),
         (remove_filter_rules, ["filter"]),
         (remove_raw_rules, ["raw"]),
-        (remove_count, ["mangle"]),
+        (remove_count, ["filter"]),
         (remove_member, [f"add {A}"]),
     ],
 )
@@ -252,11 +252,11 @@ def test_changes_by_other_programs_are_repaired(
 ) -> None:
     world.set_backends(f"a {A}", f"b {B}")
     world.reconcile()
-    intact = [world.kernel.table(name) for name in ("nat", "filter", "mangle", "raw")]
+    intact = [world.kernel.table(name) for name in ("nat", "filter", "raw")]
     damage(world.kernel)
     caplog.clear()
     assert world.reconcile() == calls
-    assert [world.kernel.table(name) for name in ("nat", "filter", "mangle", "raw")] == intact
+    assert [world.kernel.table(name) for name in ("nat", "filter", "raw")] == intact
     assert world.members() == {A, B}
     assert [r.message for r in caplog.records] == (
         ["repaired the nat table: another program had changed it"] if calls == ["nat"] else []
@@ -268,7 +268,7 @@ def test_first_pass_keeps_the_flows_of_the_first_rules(world: World) -> None:
     world.kernel.apply(restore.restore(first, world.kernel.listing("nat")))
     world.kernel.flows = [flow(A), flow(B)]
     world.set_backends(f"a {A}", f"b {B}")
-    assert world.reconcile() == [f"add {A} add {B}", "filter", "mangle", "raw"]
+    assert world.reconcile() == [f"add {A} add {B}", "filter", "raw"]
     assert world.kernel.flows == [flow(A), flow(B)]
 
 
@@ -366,7 +366,7 @@ def test_each_restore_is_timed_and_a_pass_without_a_change_is_not(world: World) 
     before = value(APPLY_SECONDS, "_count")
     world.reconcile()
     after = value(APPLY_SECONDS, "_count")
-    assert after - before == 4, "nat, filter, mangle, raw"
+    assert after - before == 3, "nat, filter, raw"
     world.reconcile()
     assert value(APPLY_SECONDS, "_count") == after
 
@@ -398,7 +398,7 @@ def test_on_the_host_rules_stand_in_two_tables_and_backends_can_call_themselves(
     host.kernel.tables["filter"]["DOCKER-USER"] = []
     host.set_backends(f"a {A}", f"b {B}")
     calls = host.reconcile()
-    assert [call for call in calls if call in ("nat", "filter", "mangle", "raw", "hairpin")] == [
+    assert [call for call in calls if call in ("nat", "filter", "raw", "hairpin")] == [
         "hairpin",
         "nat",
         "filter",

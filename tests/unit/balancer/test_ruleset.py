@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from ipaddress import IPv4Address
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -17,7 +16,7 @@ import restore
 import ruleset
 from datapath import DataPath
 from fakes_netfilter import DOCKERS, FakeNetfilter
-from features import MARKS, OPTIONAL
+from features import OPTIONAL
 from listings import Listing, connections, parse_table
 from restore import Chains, Table
 from ruleset import Endpoint
@@ -96,10 +95,6 @@ def applied(rotation: Sequence[Endpoint]) -> Chains:
     return dict(listing(kernel).chains)
 
 
-def mangle(count: int, **arguments: Any) -> Table:
-    return next(table for table in ruleset.tables(endpoints([1.0] * count), **arguments) if table.name == "mangle")
-
-
 # -- exact text ------------------------------------------------------------------------------------------------------
 
 TABLES: dict[str, Callable[[], Table]] = {
@@ -110,15 +105,14 @@ TABLES: dict[str, Callable[[], Table]] = {
     "nat-17": lambda: ruleset.nat(endpoints([1.0] * 17)),
     "filter-1": lambda: ruleset.filters(retries=False),
     "filter-2": ruleset.filters,
-    "mangle": lambda: mangle(1),
-    "mangle-without-marks": lambda: mangle(1, missing=(MARKS,)),
+    "filter-without-marks": lambda: ruleset.filters(marks=False),
     "raw": ruleset.raw,
     "nat-2-check": lambda: ruleset.nat(endpoints([1.0] * 2), check_source=CHECKER),
     "nat-2-ports": lambda: ruleset.nat(endpoints([1.0] * 2), path=DataPath(((8000, 8080), (8001, 8443)))),
     "nat-2-sticky": lambda: ruleset.nat(endpoints([1.0] * 2), path=DataPath(sticky=60)),
     "nat-2-host": lambda: ruleset.nat(endpoints([1.0] * 2), path=HOST, check_source=CHECKER),
     "filter-2-host": lambda: ruleset.tables(endpoints([1.0] * 2), path=HOST, check_source=CHECKER)[1],
-    "mangle-check": lambda: mangle(1, check_source=CHECKER),
+    "filter-check": lambda: ruleset.filters(check_source=CHECKER),
 }
 
 
@@ -199,7 +193,7 @@ def test_foreign_chains_only_get_hooks(fleets: list[list[Endpoint]]) -> None:
             jump = re.search(r" -j (\S+)", line)
             assert (
                 chain.startswith("LB-")
-                or command in ("*nat", "*filter", "*mangle", "*raw", "COMMIT")
+                or command in ("*nat", "*filter", "*raw", "COMMIT")
                 or (command in ("-I", "-D") and chain in HOOKS and jump and jump[1].startswith("LB-"))
             ), line
             assert not jump or jump[1].startswith("LB-") or jump[1] in TARGETS, line
@@ -339,7 +333,7 @@ def test_tables_do_not_use_missing_features() -> None:
     tables = ruleset.tables(endpoints([1.0] * 2), missing=OPTIONAL)
     names = [table.name for table in tables]
     text = "".join(restore.restore(table, Listing()) for table in tables)
-    assert names == ["nat", "filter", "mangle"]
+    assert names == ["nat", "filter"]
     assert "LB-BACKENDS dst" in text
     assert not re.search("connmark|CONNMARK|connbytes|notrack|LB-REPLIES", text)
 

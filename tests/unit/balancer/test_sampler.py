@@ -168,7 +168,7 @@ def test_no_backend_counts_as_frozen_while_the_connection_table_is_full(world: W
 def test_without_marks_there_are_no_samples_of_waiting_flows(world: World) -> None:
     world.state.missing = (MARKS, NOTRACK)
     world.set_backends(f"a {A}", f"b {B}")
-    assert world.reconcile() == [f"neighbours {A} {B}", f"add {A} add {B}", "nat", "filter", "mangle"]
+    assert world.reconcile() == [f"neighbours {A} {B}", f"add {A} add {B}", "nat", "filter"]
     world.kernel.flows = [waiting(A)]
     world.sample()
     assert world.state.learner._samples == 0

@@ -64,11 +64,10 @@ def test_unanswered_only_keeps_answered_flows(open_flows: dict[str, int], balanc
 
 def test_deleting_a_flow_that_has_ended_is_no_error(open_flows: dict[str, int], balancer: Balancer) -> None:
     with balancer.namespace:
-        found = [
-            deletion
-            for block in ctnetlink.listing(flows.listing_request())
-            for deletion in flows.deletions(block, [ONE, TWO])
-        ]
+        ports = balancer.path.service_ports
+        found = []
+        for block in ctnetlink.listing(flows.listing_request(ports)):
+            found += flows.deletions(block, ports, [ONE, TWO])
         assert len(found) == 6
         ctnetlink.delete(found)
         ctnetlink.delete(found)

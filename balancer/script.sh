@@ -37,8 +37,8 @@ install_first_rules() {
 # choose_flavour: on the host, that of Docker's rules. There the rules outlive this container, so it needs no first rules.
 choose_flavour() {
     export IPTABLES=nft
-    # A call of iptables-legacy would create its tables, so ask the kernel for them first.
-    if ! iptables-nft-save -t nat | grep -q '^:DOCKER ' && grep -qx nat /proc/net/ip_tables_names; then
+    # A call of iptables-legacy would create its tables, so ask the kernel for them.
+    if [[ $(iptables-nft-save -t nat) != *':DOCKER '* ]] && grep -qx nat /proc/net/ip_tables_names; then
         IPTABLES=legacy
     fi
 }

@@ -155,7 +155,7 @@ def wait_for_update(settings: Settings, log: Callable[[str], None]) -> None:
 
 
 def _wait(goal: Checked, settings: Settings, log: Callable[[str], None]) -> None:
-    manager = Manager({"LB_PROJECT": settings.project, "LB_MANAGER_PORT": str(settings.manager_port)})
+    manager = Manager(settings)
     logged = ""
     while True:
         status, problem = None, ""

@@ -30,6 +30,7 @@ def status(*states: str, balancer: str = "running", problem: str = "", **launche
     return {
         **{"project": "p", "desired": 2, "current": 2, "min": 2, "max": 10, "metric": "packets", "rate": None},
         **{"target": 100.0, "paused": False, "engine": "ok", "revision": "abc", "settings": {"interval": 2.0}},
+        **{"state": "healthy", "problems": []},
         "launches": {**fixed, **launches},
         "backends": [backend(number, state) for number, state in enumerate(states, 1)],
         "balancer": {"state": balancer, "problem": problem},

@@ -30,7 +30,6 @@ from web.http_server import Application, Limits, Server
 
 BACKLOG = 1024  # connections that wait in the kernel to be accepted; net.core.somaxconn may lower it
 IP_FREEBIND = 15  # <linux/in.h>; Python has no name for it
-FILES_WANTED = 1 << 16  # file descriptors; the hard limit may lower it
 FILES_RESERVED = 512  # file descriptors for everything but connections
 
 log = logging.getLogger("manager")
@@ -78,13 +77,10 @@ def tls_context(pem: Path) -> Any:
     return context
 
 
-def raise_file_limit() -> int:
-    """Raises the process's limit of open files to FILES_WANTED or its hard limit. Returns the limit in force."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = FILES_WANTED if hard == resource.RLIM_INFINITY else min(hard, FILES_WANTED)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    return max(soft, wanted)
+def raise_file_limit() -> None:
+    """Raises the process's soft limit of open files to its hard limit."""
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def connections_each(wanted: int, files: int, listeners: int) -> int:

@@ -121,7 +121,7 @@ class Controller:
             now = self._clock()
             self._set_fleet(fleet.observe({}, containers, now, now, serving))
             self._balancer.state = self._engine.balancer
-            found = fleet.live(self._fleet)
+            found = fleet.capacity_of(self._fleet)
             self._backoff = self._adopted_backoff(spec, refusal, found)
             running = len(found) if self._engine.replicas is None else self._engine.replicas
             self.desired = wanted or running - self.settings.spares
@@ -342,7 +342,7 @@ class Controller:
             status = {
                 "project": self.settings.project,
                 "desired": self.desired,
-                "current": len(fleet.live(self._fleet)),
+                "current": len(fleet.capacity_of(self._fleet)),
                 "metric": self.settings.metric,
                 "rate": round(decision.rate, 3) if decision else None,
                 "target": self.policy.target,

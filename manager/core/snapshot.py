@@ -152,14 +152,14 @@ def settings_in_force(settings: Settings, policy: Policy) -> dict[str, Any]:
 
 def launches(fleet: Fleet, backoff: LaunchBackoff, now: float) -> dict[str, Any]:
     """Failed launches in a row, the seconds until the next launch, and the progress of an update."""
-    live = fleets.live(fleet)
-    replaced = sum(backend.spec == backoff.spec for backend in live)
+    capacity = fleets.capacity_of(fleet)
+    replaced = sum(backend.spec == backoff.spec for backend in capacity)
     return {
         "failed": backoff.failures,
         "retry_in": round(backoff.wait(now), 1),
         "why": backoff.why,
-        "updating": replaced < len(live),
+        "updating": replaced < len(capacity),
         "replaced": replaced,
-        "to_replace": len(live) - replaced,
+        "to_replace": len(capacity) - replaced,
         "update_given_up": backoff.given_up,
     }

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
 
 import requests
 from rich.console import Console
@@ -45,10 +44,6 @@ class Verdict:
 
     outcome: Outcome
     text: str = ""
-
-
-class Goal(Protocol):
-    def judge(self, status: Status, now: float) -> Verdict: ...
 
 
 class Serve:
@@ -121,7 +116,7 @@ class Checked:
     """A goal with two more conditions: the manager answers and, once the goal is reached, a request to the service is
     answered."""
 
-    def __init__(self, goal: Goal, answers: Callable[[], bool], now: float) -> None:
+    def __init__(self, goal: Serve | Update, answers: Callable[[], bool], now: float) -> None:
         self._goal, self._answers = goal, answers
         self._manager_answered = now
         self._unanswered: float | None = None  # since when

@@ -324,12 +324,12 @@ class Controller:
             self.paused = paused
             self._files.write_operator_settings(self.policy, paused)
 
-    def history(self) -> list[dict[str, Any]]:
+    def past_decisions(self) -> list[dict[str, Any]]:
         """The last decisions with all their numbers, oldest first; `time` in seconds since 1970."""
         with self._lock:
             return [{**asdict(decision), "time": round(self._epoch + decision.at, 3)} for decision in self.decisions]
 
-    def past(self, since: float) -> dict[str, Any]:
+    def history(self, since: float) -> dict[str, Any]:
         """The data of the charts after `since`, seconds since 1970: see History.since."""
         with self._lock:
             return self._history.since(since)

@@ -1012,7 +1012,7 @@ def test_charts_have_the_load_and_the_changes_but_no_paused_decisions(rig: Calla
     r.controller.pause(True)
     r.clock.pass_by(2)
     r.report_rows(_2=sample(1002 * 200 + 2 * 400 + 2 * 1200))
-    points, decisions = r.controller.past(0).values()
+    points, decisions = r.controller.history(0).values()
     assert [(p["capacity"], p["backends"], p["desired"]) for p in points] == [(200, 2, 2), (200, 2, 3), (300, 2, 3)]
     assert [(d["verdict"], d["current"], d["desired"]) for d in decisions] == [(CREATE, 2, 3)]
 

@@ -31,6 +31,7 @@ from web.http_server import Application, Limits, Server
 BACKLOG = 1024  # connections that wait in the kernel to be accepted; net.core.somaxconn may lower it
 IP_FREEBIND = 15  # <linux/in.h>; Python has no name for it
 FILES_RESERVED = 512  # file descriptors for everything but connections
+STOP_TIMEOUT = 1.0  # seconds
 
 log = logging.getLogger("manager")
 
@@ -101,7 +102,6 @@ class Listeners:
         self._loop: Any = None  # gevent's, while it runs
         self._notified = Event()  # each notify sets it and puts a new one in its place
         self._stopping = Event()
-        self._stop_timeout = 0.0
 
     def add(self, listener: socket.socket, application: Application, tls: Any = None) -> None:
         """Serves `application` on a socket made by `bind_tcp` or `bind_unix`; with TLS if there is a context."""
@@ -118,9 +118,8 @@ class Listeners:
         """True from `start` to `stop`, unless the hub fails."""
         return self._thread.is_alive()
 
-    def stop(self, timeout: float = 1.0) -> None:
-        """Closes all listeners. Requests that the application is handling have `timeout` seconds to end."""
-        self._stop_timeout = timeout
+    def stop(self) -> None:
+        """Closes all listeners. Requests that the application is handling have STOP_TIMEOUT seconds to end."""
         self._call_on_hub(self._stopping.set)
         if self._thread.is_alive():
             self._thread.join()
@@ -166,7 +165,7 @@ class Listeners:
             self._stopping.set()
         self._started.set()
         self._stopping.wait()
-        gevent.joinall([gevent.spawn(server.stop, self._stop_timeout) for server in servers])
+        gevent.joinall([gevent.spawn(server.stop, STOP_TIMEOUT) for server in servers])
         with self._lock:
             self._loop = None
         hub.destroy(destroy_loop=True)

@@ -16,8 +16,9 @@ import requests
 from rich.console import Console
 
 from cli.output import Failed
-from cli.watch import Manager, NoAnswer, Status, progress, render_status
+from cli.watch import Manager, NoAnswer, progress, render_status
 from core.settings import Settings
+from core.snapshot import Status
 
 POLL = 0.2  # seconds between two requests
 BALANCER_FAILED = 10.0  # seconds for which the balancer may be failed; the manager tries again in this time

@@ -24,9 +24,9 @@ from rich.table import Table
 from rich.text import Text
 
 from cli.arguments import Arguments, print_down, run_arguments
-from core import snapshot
 from core.scaler import Policy
 from core.settings import Settings
+from core.snapshot import State, Status
 
 HEALTHY, DEGRADED = 0, 3
 SPAN, COLUMNS = 300.0, 60  # seconds that the sparkline covers, and its width in characters
@@ -35,9 +35,6 @@ LAST = 10  # changes of the fleet that are displayed
 LEVELS = "▁▂▃▄▅▆▇█"
 COLOURS = {"active": "green", "draining": "yellow", "starting": "cyan", "failed": "red", "yes": "green", "no": "red"}
 RIGHT, WRAP = ("share", "conn/s", "pkt/s", "active"), ("backend", "why")  # columns: flush right; those that may wrap
-
-
-Status = snapshot.Status
 
 
 class NoAnswer(Exception):
@@ -97,7 +94,7 @@ def summary(status: Status) -> Text:
     if status["launches"]["updating"]:
         parts.append(f"updating: {progress(status)}")
     parts += [problem["text"] for problem in status["problems"]]
-    colour = "green" if status["state"] == snapshot.State.HEALTHY else "red"
+    colour = "green" if status["state"] == State.HEALTHY else "red"
     return plain(f"{status['project']} {status['state']}: {'; '.join(parts)}", colour)
 
 
@@ -237,7 +234,7 @@ def main(arguments: Arguments) -> int:
         print(json.dumps(status))
     else:
         console.print(render_status(status))
-    return HEALTHY if status["state"] == snapshot.State.HEALTHY else DEGRADED
+    return HEALTHY if status["state"] == State.HEALTHY else DEGRADED
 
 
 if __name__ == "__main__":

@@ -171,10 +171,9 @@ def _explain(
         if later.outcome is Outcome.FAILED:
             verdict = later
     if status is not None:
-        console = Console(width=LINE, color_system=None, file=io.StringIO())
-        with console.capture() as capture:
-            console.print(render_status(status))
-        log(capture.get())
+        text = io.StringIO()
+        Console(width=LINE, color_system=None, file=text).print(render_status(status))
+        log(text.getvalue())
     return verdict.text
 
 

@@ -38,7 +38,7 @@ class Tally:
 
     def __init__(self) -> None:
         self._traffic: dict[str, dict[str, int]] = {}  # by backend, then by TRAFFIC's names
-        self._decisions: Counter[tuple[str, ...]] = Counter()  # by verdict and reason
+        self._decisions: Counter[tuple[str, ...]] = Counter()  # by verdict and limit
         self._launch_failures = 0
         self.launches = Histogram(
             "lbscaler_launch_seconds",
@@ -87,13 +87,13 @@ class Tally:
                 del samples[removed]
 
     def decided(self, decision: Decision) -> None:
-        self._decisions[decision.verdict, reason(decision)] += 1
+        self._decisions[decision.verdict, limit(decision)] += 1
 
     def launch_failed(self) -> None:
         self._launch_failures += 1
 
 
-def reason(decision: Decision) -> str:
+def limit(decision: Decision) -> str:
     """The kind of the limit that was applied last; `load` if none was applied."""
     return decision.clamps[-1].kind.value if decision.clamps else "load"
 

@@ -63,7 +63,6 @@ class _Rates(NamedTuple):
     concurrency: float = 0.0
 
 
-SUMMED = ("connections", "packets", "bytes", "active")  # fields of a sample
 NO_RATES = _Rates()
 NO_SAMPLE = Sample(0, 0, 0, 0, None)
 
@@ -147,15 +146,21 @@ class LoadTracker:
 
     def backend(self, ip: str) -> dict[str, float]:
         """The counters and rates of an address, summed over the balancers."""
-        sums = dict.fromkeys((*SUMMED, "connections_rate", "packets_rate"), 0.0)
-        for entry in self.balancers.values():
-            sample = entry.report.backends.get(ip, NO_SAMPLE)
-            for name in SUMMED:
-                sums[name] += getattr(sample, name)
-            rates = entry.rates.get(ip, NO_RATES) if entry.rates else NO_RATES
-            sums["connections_rate"] += rates.connections
-            sums["packets_rate"] += rates.packets
-        return sums
+        connections = packets = size = active = 0
+        for sample in self._samples(ip):
+            connections += sample.connections
+            packets += sample.packets
+            size += sample.bytes
+            active += sample.active
+        rates = [entry.rates.get(ip, NO_RATES) for entry in self.balancers.values() if entry.rates]
+        return {
+            "connections": float(connections),
+            "packets": float(packets),
+            "bytes": float(size),
+            "active": float(active),
+            "connections_rate": sum(rate.connections for rate in rates),
+            "packets_rate": sum(rate.packets for rate in rates),
+        }
 
     def share(self, backend: Backend) -> float:
         """The backend's share of the new connections: the mean over the balancers that report one."""

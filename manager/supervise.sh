@@ -22,7 +22,7 @@ for ((starts = 1; ; starts++)); do
     write_pid manager "$manager"
     wait "$manager" || status=$?
     manager=
-    if [ "$status" -eq 0 ] || [ "$status" -eq 2 ] || [ "$status at start $starts" = "1 at start 1" ]; then
+    if [ "$status" -eq 0 ] || [ "$status" -eq 2 ] || { [ "$status" -eq 1 ] && [ "$starts" -eq 1 ]; }; then
         exit "$status"
     fi
     # A manager that ran for a while did not fail at its start, so the next one need not wait for long.

@@ -22,6 +22,7 @@ from core.settings import ROOT, SETTINGS, SettingError, Settings, flag, parse, r
 
 FLAGS_ARE_VALID = 10  # exit code: the flags are valid, run.sh or stop.sh continues
 BAD_USAGE = 2
+DOWN = 1  # exit code of --status and --watch: the project does not run
 
 EPILOG = """\
 Every setting can also be given as a variable: --max 20 is LB_MAX=20.
@@ -113,6 +114,8 @@ def run_arguments(words: Sequence[str], environ: Mapping[str, str]) -> Arguments
     # Without flag and variable, the running project's value is used, or else the default.
     variables = with_stored(given)
     settings = read(variables)
+    if parsed["watch"] and parsed["json"]:
+        raise SettingError("--watch prints no JSON; use --status --json")
     backends = parsed["backends"]
     if backends and not (backends.isdecimal() and settings.min <= int(backends) <= settings.max):
         allowed = f"{settings.min} (--min) to {settings.max} (--max)"
@@ -127,20 +130,22 @@ def stop_arguments(words: Sequence[str]) -> argparse.Namespace:
     return parsed
 
 
-def _status(arguments: Arguments) -> int:  # noqa: RET503 - exec does not return
+def _status(arguments: Arguments, words: Sequence[str]) -> int:  # noqa: RET503 - exec does not return
     """Replaces this process by cli.watch, which needs the packages in .venv. Without .venv no project runs here: prints
     that and returns the exit code."""
     python = ROOT / ".venv" / "bin" / "python"
     if not python.exists():
-        problem = f"project {arguments.settings.project} does not run here; ./run.sh starts it"
-        if arguments.json:
-            print(json.dumps({"project": arguments.settings.project, "state": "down", "problem": problem}))
-        else:
-            print(f"run.sh: {problem}", file=sys.stderr)
-        return 1
-    flags = [flag(name) for name in ("status", "watch", "json") if getattr(arguments, name)]
-    environment = {**os.environ, **arguments.variables}
-    os.execve(python, [str(python), "-m", "cli.watch", *flags], environment)  # noqa: S606 - a fixed program
+        return print_down(arguments, f"project {arguments.settings.project} does not run here; ./run.sh starts it")
+    os.execv(python, [str(python), "-m", "cli.watch", *words])  # noqa: S606 - a fixed program
+
+
+def print_down(arguments: Arguments, problem: str) -> int:
+    """Prints for --status and --watch that the project does not run. Returns the exit code."""
+    if arguments.json:
+        print(json.dumps({"project": arguments.settings.project, "state": "down", "problem": problem}))
+    else:
+        print(f"run.sh: {problem}", file=sys.stderr)
+    return DOWN
 
 
 def main(program: str, words: Sequence[str]) -> int:
@@ -157,7 +162,7 @@ def main(program: str, words: Sequence[str]) -> int:
     if arguments.doctor:
         return doctor.report(doctor.Host(arguments.settings, os.environ, not arguments.no_install), arguments.json)
     if arguments.status or arguments.watch or arguments.json:
-        return _status(arguments)
+        return _status(arguments, words)
     return FLAGS_ARE_VALID
 
 

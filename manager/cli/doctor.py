@@ -110,8 +110,8 @@ def versions(host: Host) -> Found:
     for program in ("docker", "iptables"):
         system.append(host.run(f"{program} --version").stdout.strip() or f"no {program}")
     found = ", ".join(system)
-    if tuple(host.python) < (3, 10):
-        return Found(FAULT, found, "install Python 3.10 or later as python3")
+    if tuple(host.python) < (3, 11):
+        return Found(FAULT, found, "install Python 3.11 or later as python3")
     if not host.read(ROOT / ".venv" / "stamp") and not importlib.util.find_spec("ensurepip"):
         return installable(host, f"{found}; no ensurepip to make .venv", "python3-venv")
     return Found(OK, found)

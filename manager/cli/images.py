@@ -102,7 +102,7 @@ def main(folders: Iterable[str]) -> None:
 
     client, base = docker.from_env(timeout=600), os.environ.get("LB_BASE_IMAGE", DEFAULT_BASE)
     # The steps go to standard error, because a shell reads the tags from standard output.
-    with redirect_stdout(sys.stderr), Output("images.py", ROOT / "run" / "images.log") as output:
+    with redirect_stdout(sys.stderr), Output(ROOT / "run" / "images.log") as output:
         tags = [build(client, output, folder, base) for folder in folders]
     print(*tags, sep="\n")
 

@@ -36,8 +36,8 @@ class Failed(Exception):
 class Output:
     """Standard output and the log file of one run. The output of commands goes to the log."""
 
-    def __init__(self, program: str, log: Path) -> None:
-        self.program, self.path = program, log
+    def __init__(self, log: Path) -> None:
+        self.path = log
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text("")
         # In append mode, because a supervisor from an earlier run writes to the same file.
@@ -212,7 +212,7 @@ def main(program: str, run_dir: Path, log: str, run: Callable[[Output], None]) -
         run_dir.mkdir(parents=True, exist_ok=True)
         with (run_dir / "lock").open("w") as lock:
             _acquire(lock, run_dir.name)
-            with Output(program, run_dir / log) as output:
+            with Output(run_dir / log) as output:
                 run(output)
     except (Failed, OSError) as error:
         text = f"{getattr(error, 'log', '')}{program}: {error}"

@@ -75,7 +75,7 @@ class Project:
 
     def make_token(self) -> None:
         path = self.run_dir / "token"
-        if not path.exists() or not path.stat().st_size:
+        if not has_text(path):
             write(path, secrets.token_hex(24))
 
     # -- the manager and its supervisor -------------------------------------------------------------------------------
@@ -99,6 +99,10 @@ class Project:
 
     def supervisor_runs(self) -> bool:
         return any(find(self.name, SUPERVISOR))
+
+
+def has_text(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0
 
 
 def write(path: Path, text: str) -> None:

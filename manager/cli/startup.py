@@ -1,6 +1,6 @@
 """How run.sh waits after it has started the manager: until the project serves, and until an update has ended.
 
-The classes are pure: `judge` takes a status and a time, and returns a verdict.
+A goal's `judge` takes a status and a time, and returns a verdict.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
 
 import requests
 from rich.console import Console
 
 from cli.output import Failed
-from cli.watch import Manager, NoAnswer, Status, progress, render_status
+from cli.watch import Manager, NoAnswer, progress, render_status
 from core.settings import Settings
+from core.snapshot import Status
 
 POLL = 0.2  # seconds between two requests
 BALANCER_FAILED = 10.0  # seconds for which the balancer may be failed; the manager tries again in this time
@@ -47,16 +47,15 @@ class Verdict:
     text: str = ""
 
 
-class Goal(Protocol):
-    def judge(self, status: Status, now: float) -> Verdict: ...
-
-
 class Serve:
-    """The goal of a start: the project serves. Times in seconds of one clock; `now` is when the wait begins."""
+    """The goal of a start: the project serves, and a request to it is answered (`answers` sends one). Times in seconds
+    of one clock; `now` is when the wait begins."""
 
-    def __init__(self, ready_timeout: float, now: float) -> None:
+    def __init__(self, ready_timeout: float, answers: Callable[[], bool], now: float) -> None:
         self._began, self._deadline = now, now + ready_timeout + MARGIN
+        self._answers = answers
         self._balancer_failed: float | None = None  # since when
+        self._unanswered: float | None = None  # since when
 
     def judge(self, status: Status, now: float) -> Verdict:
         # The manager starts a failed balancer again, so only one that stays failed counts.
@@ -74,10 +73,18 @@ class Serve:
         # One backend is enough to serve. The others get some more time, so that a start usually ends with all of them.
         all_ready = "starting" not in states or now - self._began > OTHERS
         if balancer["state"] == "running" and "active" in states and all_ready:
-            return Verdict(Outcome.REACHED)
+            return self._request(now)
         if now > self._deadline:
             return Verdict(Outcome.FAILED, self._too_late(status))
         return Verdict(Outcome.WAIT, f"{states.count('active')} of {status['desired']} backends are ready")
+
+    def _request(self, now: float) -> Verdict:
+        if self._answers():
+            return Verdict(Outcome.REACHED)
+        if self._unanswered is None:
+            self._unanswered = now
+        outcome = Outcome.FAILED if now - self._unanswered > UNANSWERED else Outcome.WAIT
+        return Verdict(outcome, "backends are in rotation, but a request to the service's port is not answered")
 
     @staticmethod
     def _too_late(status: Status) -> str:
@@ -117,53 +124,29 @@ class Update:
         return Verdict(Outcome.WAIT, seen)
 
 
-class Checked:
-    """A goal with two more conditions: the manager answers and, once the goal is reached, a request to the service is
-    answered."""
-
-    def __init__(self, goal: Goal, answers: Callable[[], bool], now: float) -> None:
-        self._goal, self._answers = goal, answers
-        self._manager_answered = now
-        self._unanswered: float | None = None  # since when
-
-    def judge(self, status: Status | None, problem: str, now: float) -> Verdict:
-        """`status` is None if the manager does not answer; then `problem` is the error."""
-        if status is None:
-            silent = now - self._manager_answered > SILENT
-            return Verdict(Outcome.FAILED if silent else Outcome.WAIT, problem)
-        self._manager_answered = now
-        verdict = self._goal.judge(status, now)
-        if verdict.outcome is not Outcome.REACHED or self._answers():
-            return verdict
-        if self._unanswered is None:
-            self._unanswered = now
-        outcome = Outcome.FAILED if now - self._unanswered > UNANSWERED else Outcome.WAIT
-        return Verdict(outcome, "backends are in rotation, but a request to the service's port is not answered")
-
-
 def wait_until_it_serves(settings: Settings, log: Callable[[str], None]) -> None:
     """Waits until the project serves. Raises Failed; `log` gets each change."""
     now = time.monotonic()
-    _wait(Checked(Serve(settings.ready_timeout, now), request_through(settings), now), settings, log)
+    _wait(Serve(settings.ready_timeout, request_through(settings), now), settings, log)
 
 
 def wait_for_update(settings: Settings, log: Callable[[str], None]) -> None:
     """Waits until all backends that have to be replaced have been replaced. Raises Failed; `log` gets each change."""
     now = time.monotonic()
-    update = Update(settings.ready_timeout, settings.drain_timeout, now)
-    _wait(Checked(update, lambda: True, now), settings, log)
+    _wait(Update(settings.ready_timeout, settings.drain_timeout, now), settings, log)
 
 
-def _wait(goal: Checked, settings: Settings, log: Callable[[str], None]) -> None:
-    manager = Manager({"LB_PROJECT": settings.project, "LB_MANAGER_PORT": str(settings.manager_port)})
-    logged = ""
+def _wait(goal: Serve | Update, settings: Settings, log: Callable[[str], None]) -> None:
+    manager, status, logged = Manager(settings), None, ""
+    answered = time.monotonic()  # when the manager answered last
     while True:
-        status, problem = None, ""
         try:
             status = manager.status()
+            answered = time.monotonic()
+            verdict = goal.judge(status, answered)
         except NoAnswer as error:
-            problem = str(error)
-        verdict = goal.judge(status, problem, time.monotonic())
+            silent = time.monotonic() - answered > SILENT
+            verdict = Verdict(Outcome.FAILED if silent else Outcome.WAIT, str(error))
         if verdict.outcome is Outcome.FAILED:
             raise Failed(_explain(goal, manager, status, verdict, log))
         if verdict.text not in ("", logged):
@@ -175,7 +158,7 @@ def _wait(goal: Checked, settings: Settings, log: Callable[[str], None]) -> None
 
 
 def _explain(
-    goal: Checked, manager: Manager, status: Status | None, verdict: Verdict, log: Callable[[str], None]
+    goal: Serve | Update, manager: Manager, status: Status | None, verdict: Verdict, log: Callable[[str], None]
 ) -> str:
     """The reason for a failure; `log` gets the state of each backend.
 
@@ -184,14 +167,13 @@ def _explain(
     time.sleep(EXPLAINED)
     with suppress(NoAnswer):
         status = manager.status()
-        later = goal.judge(status, "", time.monotonic())
+        later = goal.judge(status, time.monotonic())
         if later.outcome is Outcome.FAILED:
             verdict = later
     if status is not None:
-        console = Console(width=LINE, color_system=None, file=io.StringIO())
-        with console.capture() as capture:
-            console.print(render_status(status))
-        log(capture.get())
+        text = io.StringIO()
+        Console(width=LINE, color_system=None, file=text).print(render_status(status))
+        log(text.getvalue())
     return verdict.text
 
 

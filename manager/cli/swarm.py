@@ -6,7 +6,6 @@ import hashlib
 import subprocess
 import time
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import docker.errors
@@ -14,7 +13,7 @@ from docker.types import RestartPolicy, SecretReference
 
 from cli import images
 from cli.output import Failed, Undo
-from cli.project import Project, write
+from cli.project import Project, has_text, write
 
 TASK_TIMEOUT = 60.0  # seconds until Swarm has started a task on this node
 DRAIN_TIMEOUT = 120.0  # seconds for the balancers of all nodes; Swarm kills each after its grace period
@@ -70,7 +69,7 @@ def share_secrets(project: Project, image: str) -> dict[str, str]:
     """
     names = {"token": f"{project.name}-token", "manager.pem": f"{project.name}-manager"}
     # If files are missing here and the Swarm has them, the manager ran on another node before.
-    complete = all(_has_text(project.run_dir / file) for file in names)
+    complete = all(has_text(project.run_dir / file) for file in names)
     if not complete and _secret(project, names["manager.pem"]) is not None:
         with project.output.step("Fetching the project's secrets from the Swarm"):
             _fetch(project, names, image)
@@ -81,10 +80,6 @@ def share_secrets(project: Project, image: str) -> dict[str, str]:
     for file, name in names.items():
         _share(project, name, file)
     return {"LB_TOKEN_SECRET": names["token"], "LB_CERTIFICATE_SECRET": names["certificate.pem"]}
-
-
-def _has_text(path: Path) -> bool:
-    return path.exists() and path.stat().st_size > 0
 
 
 def _secret(project: Project, name: str) -> Any | None:
@@ -115,7 +110,7 @@ def _fetch(project: Project, names: dict[str, str], image: str) -> None:
         container = _task_of(project, f"{project.name}-secrets")
         for file in names:
             path = project.run_dir / file
-            if not _has_text(path):
+            if not has_text(path):
                 code, text = container.exec_run(["cat", f"/run/secrets/{file}"])
                 if code:
                     raise Failed(f"cannot read the secret {file}: {text.decode(errors='replace').strip()}")
@@ -140,7 +135,7 @@ def _make_certificate(project: Project) -> None:
     """Writes manager.pem, the certificate with its key, and certificate.pem, the certificate alone."""
     project.output.need("openssl", "the manager's certificate", "openssl")
     both = project.run_dir / "manager.pem"
-    if not _has_text(both):
+    if not has_text(both):
         command = [*KEYS.split(), "-addext", ALT_NAME, "-keyout", "-", "-out", "-"]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=project.output.log, text=True, check=True)
         write(both, done.stdout)

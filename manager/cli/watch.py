@@ -1,13 +1,12 @@
 """The state of a running project, in the terminal: `./run.sh --status`, `./run.sh --status --json`, `./run.sh --watch`.
 
-The settings come in LB_ variables, as run.sh exports them; without one, the running project's value is used.
-Exit codes: 0 healthy; 1 down, no manager of the project answers; 2 bad usage; 3 degraded, and the problems say why.
---watch ends with 0.
+`cli.arguments` starts it with the flags of run.sh, which it has checked.
+Exit codes: 0 healthy; 1 down, no manager of the project answers; 3 degraded, and the problems say why. --watch ends
+with 0.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -24,20 +23,18 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from core import snapshot
+from cli.arguments import Arguments, print_down, run_arguments
 from core.scaler import Policy
-from core.settings import SettingError, read, with_stored
+from core.settings import Settings
+from core.snapshot import State, Status
 
-HEALTHY, ABSENT, USAGE, DEGRADED = 0, 1, 2, 3
+HEALTHY, DEGRADED = 0, 3
 SPAN, COLUMNS = 300.0, 60  # seconds that the sparkline covers, and its width in characters
 POINTS = 1000  # points of the history that are kept; a SPAN has fewer
 LAST = 10  # changes of the fleet that are displayed
 LEVELS = "▁▂▃▄▅▆▇█"
 COLOURS = {"active": "green", "draining": "yellow", "starting": "cyan", "failed": "red", "yes": "green", "no": "red"}
 RIGHT, WRAP = ("share", "conn/s", "pkt/s", "active"), ("backend", "why")  # columns: flush right; those that may wrap
-
-
-Status = snapshot.Status
 
 
 class NoAnswer(Exception):
@@ -47,9 +44,9 @@ class NoAnswer(Exception):
 class Manager:
     """The HTTP interface of a project's manager, on loopback. Every call raises NoAnswer."""
 
-    def __init__(self, settings: Mapping[str, str]) -> None:
-        self._project = settings["LB_PROJECT"]
-        self._address = f"127.0.0.1:{settings['LB_MANAGER_PORT']}"
+    def __init__(self, settings: Settings) -> None:
+        self._project = settings.project
+        self._address = f"127.0.0.1:{settings.manager_port}"
         self._session = requests.Session()
         self._session.trust_env = False  # no proxy for loopback
 
@@ -96,12 +93,9 @@ def summary(status: Status) -> Text:
         parts.append("paused")
     if status["launches"]["updating"]:
         parts.append(f"updating: {progress(status)}")
-    # A manager from before an upgrade does not report its state and problems.
-    parts += [problem["text"] for problem in status.get("problems", [])]
-    state = status.get("state", "unknown")
-    return plain(
-        f"{status['project']} {state}: {'; '.join(parts)}", "green" if state == snapshot.State.HEALTHY else "red"
-    )
+    parts += [problem["text"] for problem in status["problems"]]
+    colour = "green" if status["state"] == State.HEALTHY else "red"
+    return plain(f"{status['project']} {status['state']}: {'; '.join(parts)}", colour)
 
 
 def decision(made: Status | None) -> Text:
@@ -226,41 +220,21 @@ def watch(manager: Manager, status: Status, console: Console) -> NoReturn:
             time.sleep(1)
 
 
-def _absent(project: str, error: NoAnswer, as_json: bool) -> int:
-    if as_json:
-        print(json.dumps({"project": project, "state": "down", "problem": str(error)}))
-    else:
-        print(f"watch.py: {error}", file=sys.stderr)
-    return ABSENT
-
-
-def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
-    parser = argparse.ArgumentParser("watch.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--watch", action="store_true", help="update it each second until Ctrl-C")
-    how.add_argument("--json", action="store_true", help="print the manager's GET /status as JSON")
-    parser.add_argument("--status", action="store_true", help="print it once; the default")
-    chosen = parser.parse_args(arguments)
+def main(arguments: Arguments) -> int:
     # Without a terminal, rich would assume 80 columns and wrap the table.
     console = Console(force_terminal=sys.stdout.isatty(), width=None if sys.stdout.isatty() else 200)
     try:
-        settings = with_stored(environ)
-        read(settings)
-    except SettingError as error:
-        print(f"watch.py: {error}", file=sys.stderr)
-        return USAGE
-    try:
-        manager = Manager(settings)
+        manager = Manager(arguments.settings)
         status = manager.status()
     except NoAnswer as error:
-        return _absent(settings["LB_PROJECT"], error, chosen.json)
-    if chosen.watch:
+        return print_down(arguments, str(error))
+    if arguments.watch:
         watch(manager, status, console)
-    if chosen.json:
+    if arguments.json:
         print(json.dumps(status))
     else:
         console.print(render_status(status))
-    return HEALTHY if status.get("state") == snapshot.State.HEALTHY else DEGRADED
+    return HEALTHY if status["state"] == State.HEALTHY else DEGRADED
 
 
 if __name__ == "__main__":
@@ -268,6 +242,6 @@ if __name__ == "__main__":
     for end in (signal.SIGINT, signal.SIGTERM):  # raises SystemExit, so that rich restores the terminal
         signal.signal(end, lambda *_: sys.exit(HEALTHY))
     try:
-        sys.exit(main(sys.argv[1:], os.environ))
+        sys.exit(main(run_arguments(sys.argv[1:], os.environ)))
     except BrokenPipeError:  # the reader, such as `| head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

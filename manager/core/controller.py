@@ -120,7 +120,7 @@ class Controller:
             now = self._clock()
             self._set_fleet(fleet.observe({}, containers, now, now, serving))
             self._balancer.state = self._engine.balancer
-            found = fleet.live(self._fleet)
+            found = fleet.capacity_of(self._fleet)
             self._backoff = self._adopted_backoff(spec, refusal, found)
             running = len(found) if self._engine.replicas is None else self._engine.replicas
             self.desired = wanted or running - self.settings.spares
@@ -323,12 +323,12 @@ class Controller:
             self.paused = paused
             self._files.write_operator_settings(self.policy, paused)
 
-    def history(self) -> list[dict[str, Any]]:
+    def past_decisions(self) -> list[dict[str, Any]]:
         """The last decisions with all their numbers, oldest first; `time` in seconds since 1970."""
         with self._lock:
             return [{**asdict(decision), "time": round(self._epoch + decision.at, 3)} for decision in self.decisions]
 
-    def past(self, since: float) -> dict[str, Any]:
+    def history(self, since: float) -> dict[str, Any]:
         """The data of the charts after `since`, seconds since 1970: see History.since."""
         with self._lock:
             return self._history.since(since)
@@ -341,7 +341,7 @@ class Controller:
             status = {
                 "project": self.settings.project,
                 "desired": self.desired,
-                "current": len(fleet.live(self._fleet)),
+                "current": len(fleet.capacity_of(self._fleet)),
                 "metric": self.settings.metric,
                 "rate": round(decision.rate, 3) if decision else None,
                 "target": self.policy.target,

@@ -99,8 +99,8 @@ class Backend:
 Fleet = Mapping[str, Backend]  # by name
 
 
-def live(fleet: Fleet) -> list[Backend]:
-    """The capacity: the backends that serve or soon will."""
+def capacity_of(fleet: Fleet) -> list[Backend]:
+    """The backends that the scaler counts: those that serve or soon will."""
     return [backend for backend in fleet.values() if backend.state in (STARTING, ACTIVE)]
 
 

@@ -190,11 +190,11 @@ def _elapsed(entry: _Balancer, report: Report, now: float) -> float:
 
 
 def _rates(now: Sample, before: Sample, elapsed: float) -> _Rates:
-    connections = _increase(now.connections, before.connections) / elapsed
-    packets = _increase(now.packets, before.packets) / elapsed
+    connections = increase(now.connections, before.connections) / elapsed
+    packets = increase(now.packets, before.packets) / elapsed
     return _Rates(connections, packets, float(now.active))
 
 
-def _increase(new: int, old: int) -> int:
-    # A counter that decreased was restarted at zero.
+def increase(new: int, old: int) -> int:
+    """The increase of a counter. One that decreased was restarted at zero."""
     return new - old if new >= old else new

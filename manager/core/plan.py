@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, field
 
-from core.fleet import ACTIVE, DRAINING, FAILED, SPARE, STOPPED, Backend, Fleet, by_number, live
+from core.fleet import ACTIVE, DRAINING, FAILED, SPARE, STOPPED, Backend, Fleet, by_number, capacity_of
 from core.reasons import Cause, Reason
 
 REPLACE_AFTER = 10.0  # seconds an active backend may be unhealthy until it is replaced
@@ -91,9 +91,9 @@ class Goal:
 
 def is_complete(fleet: Fleet, goal: Goal) -> bool:
     """Whether enough backends and spares are ready, and none is starting or has to be replaced."""
-    capacity = live(fleet)
+    capacity = capacity_of(fleet)
     spares = sum(backend.state == SPARE and backend.ready for backend in fleet.values())
-    all_serve = all(backend.serves and backend.spec in ("", goal.spec) for backend in capacity)
+    all_serve = all(backend.serves and backend.spec == goal.spec for backend in capacity)
     return all_serve and len(capacity) >= goal.desired and spares >= goal.spares
 
 
@@ -101,11 +101,11 @@ def plan(fleet: Fleet, goal: Goal, namer: Namer, drain_timeout: float, now: floa
     """The steps from the fleet to the goal; none when it is reached."""
     # An engine that keeps a number launches and stops backends on its own.
     if goal.replicas is not None:
-        up_to_date = all(backend.spec in ("", goal.spec) for backend in fleet.values())
+        up_to_date = all(backend.spec == goal.spec for backend in fleet.values())
         return [] if up_to_date and goal.replicas == goal.desired else [Resize(goal.desired)]
 
-    capacity = live(fleet)
-    updating = any(backend.spec != goal.spec for backend in capacity if backend.spec and goal.spec)
+    capacity = capacity_of(fleet)
+    updating = any(backend.spec != goal.spec for backend in capacity)
     # An update replaces all backends, the unhealthy ones first, so they need no replacement of their own.
     replacing = [] if updating else _to_replace(capacity, goal.desired, now)
     # For a while more backends than desired, so that a new one is ready before an old or unhealthy one drains.

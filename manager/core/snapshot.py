@@ -19,7 +19,7 @@ from core.scaler import Policy
 from core.settings import Settings
 
 SECRET = {"env", "command"}  # settings that may hold passwords; no answer contains them
-SILENT_AFTER = 3  # intervals without a report until a balancer counts as silent in /status
+NO_REPORT_AFTER = 3  # intervals without a report of any balancer until that is a problem
 
 Status = Mapping[str, Any]  # the body of GET /status
 
@@ -95,7 +95,7 @@ def _problems(status: Status) -> dict[ProblemKind, str]:
         detail = f": {balancer['problem']}" if balancer["problem"] else ""
         found[ProblemKind.BALANCER_NOT_RUNNING] = f"the balancer does not run ({balancer['state']}){detail}"
     # One balancer that reports is enough: the others may just have been removed.
-    longest = SILENT_AFTER * status["settings"]["interval"]
+    longest = NO_REPORT_AFTER * status["settings"]["interval"]
     if not any(one["last_seen"] <= longest for one in status["balancers"]):
         found[ProblemKind.NO_BALANCER_REPORTS] = "no balancer reports"
     if status["data_path"]["working"] is False:
@@ -151,14 +151,14 @@ def settings_in_force(settings: Settings, policy: Policy) -> dict[str, Any]:
 
 def launches(fleet: Fleet, backoff: LaunchBackoff, now: float) -> dict[str, Any]:
     """Failed launches in a row, the seconds until the next launch, and the progress of an update."""
-    live = fleets.live(fleet)
-    replaced = sum(backend.spec == backoff.spec for backend in live)
+    capacity = fleets.capacity_of(fleet)
+    replaced = sum(backend.spec == backoff.spec for backend in capacity)
     return {
         "failed": backoff.failures,
         "retry_in": round(backoff.wait(now), 1),
         "why": backoff.why,
-        "updating": replaced < len(live),
+        "updating": replaced < len(capacity),
         "replaced": replaced,
-        "to_replace": len(live) - replaced,
+        "to_replace": len(capacity) - replaced,
         "update_given_up": backoff.given_up,
     }

@@ -72,6 +72,9 @@ class Workers:
             result = Result(name, still_there=True)
             try:
                 result = call()
+            except Exception:
+                log.exception("a call of the engine failed; trying again")
+                time.sleep(PAUSE)
             finally:
                 self._results.put(result)
                 self._done()
@@ -82,7 +85,8 @@ class Workers:
     def _launch(self, name: str, spec: str) -> Result:
         try:
             return Result(name, self._engine.launch(name, spec))
-        except EngineError as error:
+        # After an unexpected error, too, there is no container whose state the next list could show.
+        except Exception as error:
             log.error("launch of %s failed: %s", name, error)
             return Result(name, why=str(error), name_taken=isinstance(error, NameTaken))
 

@@ -97,11 +97,11 @@ class Api:
 
     def decisions(self) -> list[dict[str, Any]]:
         """The last decisions, oldest first, with every number that led to them."""
-        return self._controller.history()
+        return self._controller.past_decisions()
 
     def history(self, query: schemas.HistoryQuery) -> dict[str, Any]:
         """The load and the fleet of the last day, and the decisions that changed something."""
-        return self._controller.past(query.since)
+        return self._controller.history(query.since)
 
     def log(self, query: schemas.LogQuery) -> list[schemas.LogRecord]:
         """The newest records of the manager's log."""

@@ -30,8 +30,8 @@ from web.http_server import Application, Limits, Server
 
 BACKLOG = 1024  # connections that wait in the kernel to be accepted; net.core.somaxconn may lower it
 IP_FREEBIND = 15  # <linux/in.h>; Python has no name for it
-FILES_WANTED = 1 << 16  # file descriptors; the hard limit may lower it
 FILES_RESERVED = 512  # file descriptors for everything but connections
+STOP_TIMEOUT = 1.0  # seconds
 
 log = logging.getLogger("manager")
 
@@ -78,13 +78,10 @@ def tls_context(pem: Path) -> Any:
     return context
 
 
-def raise_file_limit() -> int:
-    """Raises the process's limit of open files to FILES_WANTED or its hard limit. Returns the limit in force."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = FILES_WANTED if hard == resource.RLIM_INFINITY else min(hard, FILES_WANTED)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    return max(soft, wanted)
+def raise_file_limit() -> None:
+    """Raises the process's soft limit of open files to its hard limit."""
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def connections_each(wanted: int, files: int, listeners: int) -> int:
@@ -105,7 +102,6 @@ class Listeners:
         self._loop: Any = None  # gevent's, while it runs
         self._notified = Event()  # each notify sets it and puts a new one in its place
         self._stopping = Event()
-        self._stop_timeout = 0.0
 
     def add(self, listener: socket.socket, application: Application, tls: Any = None) -> None:
         """Serves `application` on a socket made by `bind_tcp` or `bind_unix`; with TLS if there is a context."""
@@ -122,9 +118,8 @@ class Listeners:
         """True from `start` to `stop`, unless the hub fails."""
         return self._thread.is_alive()
 
-    def stop(self, timeout: float = 1.0) -> None:
-        """Closes all listeners. Requests that the application is handling have `timeout` seconds to end."""
-        self._stop_timeout = timeout
+    def stop(self) -> None:
+        """Closes all listeners. Requests that the application is handling have STOP_TIMEOUT seconds to end."""
         self._call_on_hub(self._stopping.set)
         if self._thread.is_alive():
             self._thread.join()
@@ -170,7 +165,7 @@ class Listeners:
             self._stopping.set()
         self._started.set()
         self._stopping.wait()
-        gevent.joinall([gevent.spawn(server.stop, self._stop_timeout) for server in servers])
+        gevent.joinall([gevent.spawn(server.stop, STOP_TIMEOUT) for server in servers])
         with self._lock:
             self._loop = None
         hub.destroy(destroy_loop=True)

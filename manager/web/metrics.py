@@ -18,7 +18,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from core.fleet import ACTIVE, SPARE, STARTING, STATES, Backend, Fleet
-from core.load import Report, Sample
+from core.load import Report, Sample, increase
 from core.scaler import Decision
 from core.settings import ROOT
 
@@ -38,7 +38,7 @@ class Tally:
 
     def __init__(self) -> None:
         self._traffic: dict[str, dict[str, int]] = {}  # by backend, then by TRAFFIC's names
-        self._decisions: Counter[tuple[str, ...]] = Counter()  # by verdict and reason
+        self._decisions: Counter[tuple[str, ...]] = Counter()  # by verdict and limit
         self._launch_failures = 0
         self.launches = Histogram(
             "lbscaler_launch_seconds",
@@ -67,7 +67,7 @@ class Tally:
                 self.launches.observe(now - after.launched)
 
     def reported(self, report: Report, fleet: Fleet) -> None:
-        """Adds what a balancer counted since its last report. A counter that went down was restarted at zero."""
+        """Adds what a balancer counted since its last report."""
         for backend in fleet.values():
             sample = report.backends.get(backend.ip)
             # An address may have had another backend before, which the balancer still reports.
@@ -77,8 +77,7 @@ class Tally:
             last = newest.get(report.balancer)
             counted = self._traffic.setdefault(backend.name, dict.fromkeys(TRAFFIC, 0))
             for name in TRAFFIC:
-                new, old = getattr(sample, name), getattr(last, name, 0)
-                counted[name] += new - old if new >= old else new
+                counted[name] += increase(getattr(sample, name), getattr(last, name, 0))
             newest[report.balancer] = sample
 
     def keep(self, balancers: Collection[str]) -> None:
@@ -88,13 +87,13 @@ class Tally:
                 del samples[removed]
 
     def decided(self, decision: Decision) -> None:
-        self._decisions[decision.verdict, reason(decision)] += 1
+        self._decisions[decision.verdict, limit(decision)] += 1
 
     def launch_failed(self) -> None:
         self._launch_failures += 1
 
 
-def reason(decision: Decision) -> str:
+def limit(decision: Decision) -> str:
     """The kind of the limit that was applied last; `load` if none was applied."""
     return decision.clamps[-1].kind.value if decision.clamps else "load"
 

@@ -63,6 +63,7 @@ def test_switches_and_the_number_of_backends() -> None:
         (["--ma", "3"], "unrecognized arguments: --ma; ./run.sh --help lists the flags"),
         (["--max"], "argument --max: expected one argument; ./run.sh --help lists the flags"),
         (["3", "4"], "unrecognized arguments: 4; ./run.sh --help lists the flags"),
+        (["--watch", "--json"], "--watch prints no JSON; use --status --json"),
         (["--min=0"], "--min (LB_MIN) is '0'; allowed: 1 to 1000"),
     ],
 )

@@ -99,9 +99,9 @@ def test_versions_of_what_run_sh_needs_are_reported(host: FakeHost) -> None:
 
 
 def test_a_python_that_is_too_old_is_a_fault(host: FakeHost) -> None:
-    host.python = (3, 9, 2)
-    assert doctor.versions(host)[::2] == (FAULT, "install Python 3.10 or later as python3")
-    host.python = (3, 10, 0)
+    host.python = (3, 10, 12)
+    assert doctor.versions(host)[::2] == (FAULT, "install Python 3.11 or later as python3")
+    host.python = (3, 11, 0)
     assert doctor.versions(host).verdict == OK
 
 

@@ -64,7 +64,7 @@ class Client:
 
 @pytest.fixture
 def out(tmp_path: Path) -> Iterator[Output]:
-    with Output("run.sh", tmp_path / "log") as made:
+    with Output(tmp_path / "log") as made:
         yield made
 
 

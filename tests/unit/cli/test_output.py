@@ -83,7 +83,7 @@ def test_only_one_run_of_a_project_works_at_a_time(tmp_path: Path) -> None:
 
 def test_program_that_fails_within_a_step_is_named_with_its_status(tmp_path: Path) -> None:
     with (
-        Output("run.sh", tmp_path / "log") as out,
+        Output(tmp_path / "log") as out,
         pytest.raises(Failed, match="Doing it: failed: sh ended with status 3") as caught,
         out.step("Doing it"),
     ):
@@ -92,16 +92,16 @@ def test_program_that_fails_within_a_step_is_named_with_its_status(tmp_path: Pat
 
 
 def test_log_that_an_earlier_program_still_writes_to_has_no_gap(tmp_path: Path) -> None:
-    with Output("run.sh", tmp_path / "log") as first:
+    with Output(tmp_path / "log") as first:
         first.log.write("a long line of the first run\n")
-        with Output("run.sh", tmp_path / "log"):
+        with Output(tmp_path / "log"):
             first.log.write("late\n")
     assert (tmp_path / "log").read_text() == "late\n"
 
 
 def test_success_undoes_nothing(tmp_path: Path) -> None:
     undone: list[int] = []
-    with Output("run.sh", tmp_path / "log") as out, Undo(out) as undo:
+    with Output(tmp_path / "log") as out, Undo(out) as undo:
         undo.add("nothing", lambda: undone.append(1))
     assert undone == []
 

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from werkzeug.serving import BaseWSGIServer, make_server
 
+from cli import startup
 from cli.output import Failed
-from cli.startup import Checked, Outcome, Serve, Update, wait_for_update, wait_until_it_serves
-from fakes import settings
+from cli.startup import Outcome, Serve, Update, wait_for_update, wait_until_it_serves
+from cli.watch import NoAnswer
+from fakes import Clock, settings
 
 WAIT, REACHED, FAILED = Outcome.WAIT, Outcome.REACHED, Outcome.FAILED
 
@@ -30,12 +32,18 @@ def status(*states: str, balancer: str = "running", problem: str = "", **launche
     return {
         **{"project": "p", "desired": 2, "current": 2, "min": 2, "max": 10, "metric": "packets", "rate": None},
         **{"target": 100.0, "paused": False, "engine": "ok", "revision": "abc", "settings": {"interval": 2.0}},
+        **{"state": "healthy", "problems": []},
         "launches": {**fixed, **launches},
         "backends": [backend(number, state) for number, state in enumerate(states, 1)],
         "balancer": {"state": balancer, "problem": problem},
         "balancers": [{"id": "b1", "last_seen": 0.8, "revision": "abc"}],
         "last_decision": None,
     }
+
+
+def served() -> bool:
+    """The service answers."""
+    return True
 
 
 def outcome(goal: Serve | Update, found: dict[str, Any], now: float) -> Outcome:
@@ -65,16 +73,16 @@ def outcome(goal: Serve | Update, found: dict[str, Any], now: float) -> Outcome:
 def test_a_project_serves_once_its_balancer_runs_and_a_backend_is_in_rotation(
     found: dict[str, Any], now: float, expected: Outcome
 ) -> None:
-    assert outcome(Serve(60, 0.0), found, now) is expected
+    assert outcome(Serve(60, served, 0.0), found, now) is expected
 
 
 def test_slow_image_has_its_ready_timeout() -> None:
-    goal = Serve(300, 0.0)
+    goal = Serve(300, served, 0.0)
     assert [outcome(goal, status("starting"), now) for now in (76, 314, 316)] == [WAIT, WAIT, FAILED]
 
 
 def test_a_balancer_that_stays_failed_ends_the_wait_with_its_problem() -> None:
-    goal, failed = Serve(60, 0.0), status("active", balancer="failed", problem="port 8000 is already allocated")
+    goal, failed = Serve(60, served, 0.0), status("active", balancer="failed", problem="port 8000 is already allocated")
     assert [outcome(goal, failed, now) for now in (0, 9)] == [WAIT, WAIT]
     assert outcome(goal, status("active", balancer="starting"), 9.5) is WAIT
     assert [outcome(goal, failed, now) for now in (10, 19)] == [WAIT, WAIT], "the time began again"
@@ -83,8 +91,16 @@ def test_a_balancer_that_stays_failed_ends_the_wait_with_its_problem() -> None:
 
 
 def test_failed_launches_are_explained_by_the_managers_reason() -> None:
-    verdict = Serve(60, 0.0).judge(status("starting", failed=4, why="GET / on port 80: status 500"), 1)
+    verdict = Serve(60, served, 0.0).judge(status("starting", failed=4, why="GET / on port 80: status 500"), 1)
     assert verdict.text.startswith("no backend got ready: GET / on port 80: status 500; see --backend-port")
+
+
+def test_service_port_that_does_not_answer_is_a_failure_after_thirty_seconds() -> None:
+    answers, serving = [False, False, True], status("active", "active")
+    goal = Serve(60, lambda: answers.pop(0), 0.0)
+    assert [outcome(goal, serving, now) for now in (0, 29, 30)] == [WAIT, WAIT, REACHED]
+    never = Serve(60, lambda: False, 0.0)
+    assert [outcome(never, serving, now) for now in (0, 29, 31)] == [WAIT, WAIT, FAILED]
 
 
 # -- an update -------------------------------------------------------------------------------------------------------
@@ -124,27 +140,6 @@ def test_long_update_has_no_time_limit_while_it_progresses() -> None:
     verdict = goal.judge(updating(1, 4), 540)
     assert verdict.outcome is FAILED
     assert verdict.text == "the update has not moved for 270 s: 1 of 5 backends replaced, 2 in rotation"
-
-
-# -- the manager and the service's port have to answer ----------------------------------------------------------------
-
-
-def test_service_port_that_does_not_answer_is_a_failure_after_thirty_seconds() -> None:
-    answers: list[bool] = [False, False, True]
-    goal = Checked(Serve(60, 0.0), lambda: answers.pop(0), 0.0)
-    serving = status("active", "active")
-    assert [goal.judge(serving, "", now).outcome for now in (0, 29, 30)] == [WAIT, WAIT, REACHED]
-    never = Checked(Serve(60, 0.0), lambda: False, 0.0)
-    assert [never.judge(serving, "", now).outcome for now in (0, 29, 31)] == [WAIT, WAIT, FAILED]
-
-
-def test_silent_manager_is_a_failure_after_thirty_seconds() -> None:
-    goal = Checked(Update(60, 30, 0.0), lambda: True, 0.0)
-    assert goal.judge(None, "no manager answers", 29).outcome is WAIT
-    assert goal.judge(updating(1, 1), "", 40).outcome is WAIT
-    assert goal.judge(None, "no manager answers", 69).outcome is WAIT
-    verdict = goal.judge(None, "no manager answers", 71)
-    assert (verdict.outcome, verdict.text) == (FAILED, "no manager answers")
 
 
 # -- the program -----------------------------------------------------------------------------------------------------
@@ -212,3 +207,23 @@ def test_failure_logs_each_backend_and_raises_the_reason(wait: Callable[..., lis
     assert str(caught.value).startswith(f"no backend got ready: {hint}; see --backend-port")
     (lines,) = wait.logged  # type: ignore[attr-defined]
     assert any("p-backend-3" in line and "connection refused" in line for line in lines.splitlines())
+
+
+def test_silent_manager_is_a_failure_unless_it_answers_again_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(startup, "SILENT", 20.0)
+    clock, answers = Clock(), [False, True, False, False]
+
+    def ask(_: object) -> dict[str, Any]:
+        clock.pass_by(15)
+        if answers and answers.pop(0):
+            return updating(1, 1)
+        raise NoAnswer("no manager answers")
+
+    monkeypatch.setattr(startup.Manager, "status", ask)
+    monkeypatch.setattr(startup.time, "monotonic", clock)
+    monkeypatch.setattr(startup.time, "sleep", lambda _: None)
+    logged: list[str] = []
+    with pytest.raises(Failed, match="no manager answers"):
+        wait_for_update(settings(), logged.append)
+    assert logged[:3] == ["no manager answers", "1 of 2 backends replaced, 2 in rotation", "no manager answers"]
+    assert answers == []

@@ -31,7 +31,7 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeEngi
 def node(place: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     """The project on a node whose checkout is at `place`."""
     monkeypatch.setattr(project_module, "ROOT", place)
-    made = Project("p", Output("run.sh", place / "log"))
+    made = Project("p", Output(place / "log"))
     made.run_dir.mkdir(parents=True, exist_ok=True)
     return made
 

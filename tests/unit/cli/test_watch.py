@@ -19,10 +19,11 @@ import pytest
 from rich.console import Console, Group, RenderableType
 from werkzeug.serving import BaseWSGIServer, make_server
 
-from cli import watch
+from cli import arguments, watch
 from cli.watch import NoAnswer
 from core import settings
 from fakes import TOKEN, Clock, FakeEngine, controller, report, sample
+from fakes import settings as some_settings
 from web.app import create_app
 
 PYTHON = [sys.executable, "-W", "error", "-m", "cli.watch"]
@@ -88,11 +89,6 @@ def test_the_summary_has_the_state_and_each_problem() -> None:
     assert summary.plain.endswith("; no balancer reports; 1 of 2 backends serve")
     assert summary.style == "red"
     assert watch.summary(status()).style == "green"
-
-
-def test_a_status_of_an_earlier_version_has_an_unknown_state() -> None:
-    earlier = {name: value for name, value in status().items() if name not in ("state", "problems")}
-    assert watch.summary(earlier).plain.startswith("p unknown: ")
 
 
 def test_the_summary_is_one_line_with_counts_load_and_notes() -> None:
@@ -221,15 +217,20 @@ def environ(port: int, project: str = "p") -> dict[str, str]:
     return {"LB_PROJECT": project, "LB_MANAGER_PORT": str(port)}
 
 
+def command(words: list[str], environment: dict[str, str]) -> int:
+    """Runs the command with these flags and variables; its exit code."""
+    return watch.main(arguments.run_arguments(words, environment))
+
+
 def buffered(port: int) -> dict[str, str]:
     """A process's environment, in which its output waits until it is flushed."""
     return {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"} | environ(port) | MODULES
 
 
 def test_the_status_is_printed_once(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
-    assert watch.main(["--status"], environ(served.port)) == watch.HEALTHY
+    assert command(["--status"], environ(served.port)) == watch.HEALTHY
     assert capsys.readouterr().out.startswith("p healthy: desired 2, current 2")
-    assert watch.main(["--status", "--json"], environ(served.port)) == watch.HEALTHY
+    assert command(["--status", "--json"], environ(served.port)) == watch.HEALTHY
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads(json.dumps(served.controller.status()))
     assert (printed["state"], printed["problems"]) == ("healthy", [])
@@ -239,9 +240,9 @@ def test_a_project_whose_balancers_do_not_report_is_degraded(
     served: Served, capsys: pytest.CaptureFixture[str]
 ) -> None:
     served.clock.pass_by(7)
-    assert watch.main(["--status"], environ(served.port)) == watch.DEGRADED
+    assert command(["--status"], environ(served.port)) == watch.DEGRADED
     assert "no balancer reports" in capsys.readouterr().out
-    assert watch.main(["--json"], environ(served.port)) == watch.DEGRADED
+    assert command(["--json"], environ(served.port)) == watch.DEGRADED
     printed = json.loads(capsys.readouterr().out)
     assert printed["state"] == "degraded"
     assert {"kind": "no_balancer_reports", "text": "no balancer reports"} in printed["problems"]
@@ -251,18 +252,18 @@ def test_a_proxy_is_not_used_for_loopback(served: Served, monkeypatch: pytest.Mo
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
-    assert watch.Manager(environ(served.port)).status()["project"] == "p"
+    assert watch.Manager(some_settings(manager_port=served.port)).status()["project"] == "p"
 
 
 def test_the_manager_of_another_project_counts_as_absent(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
-    assert watch.main([], environ(served.port, "other")) == watch.ABSENT
-    assert capsys.readouterr().err == f"watch.py: 127.0.0.1:{served.port} does not answer for project other\n"
-    assert watch.main(["--watch"], environ(1)) == watch.ABSENT
-    assert capsys.readouterr().err == "watch.py: no manager of project p answers at 127.0.0.1:1\n"
+    assert command([], environ(served.port, "other")) == arguments.DOWN
+    assert capsys.readouterr().err == f"run.sh: 127.0.0.1:{served.port} does not answer for project other\n"
+    assert command(["--watch"], environ(1)) == arguments.DOWN
+    assert capsys.readouterr().err == "run.sh: no manager of project p answers at 127.0.0.1:1\n"
 
 
 def test_with_json_a_project_that_is_down_is_reported_as_json(capsys: pytest.CaptureFixture[str]) -> None:
-    assert watch.main(["--status", "--json"], environ(1)) == watch.ABSENT
+    assert command(["--status", "--json"], environ(1)) == arguments.DOWN
     printed = capsys.readouterr()
     problem = "no manager of project p answers at 127.0.0.1:1"
     assert (json.loads(printed.out), printed.err) == ({"project": "p", "state": "down", "problem": problem}, "")
@@ -274,9 +275,9 @@ def test_the_port_is_the_one_the_project_was_started_with(
     monkeypatch.setattr(settings, "ROOT", tmp_path)
     (tmp_path / "run" / "q").mkdir(parents=True)
     (tmp_path / "run" / "q" / "settings.json").write_text('{"LB_MANAGER_PORT": "1"}')
-    assert watch.main([], {"LB_PROJECT": "q"}) == watch.ABSENT
-    assert watch.main([], environ(2, "q")) == watch.ABSENT
-    expected = [f"watch.py: no manager of project q answers at 127.0.0.1:{port}" for port in (1, 2)]
+    assert command([], {"LB_PROJECT": "q"}) == arguments.DOWN
+    assert command([], environ(2, "q")) == arguments.DOWN
+    expected = [f"run.sh: no manager of project q answers at 127.0.0.1:{port}" for port in (1, 2)]
     assert capsys.readouterr().err.splitlines() == expected
 
 
@@ -290,24 +291,11 @@ def test_another_service_on_the_port_counts_as_absent(tmp_path: Path, capsys: py
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
-        assert [watch.main([], environ(server.server_port)) for _ in range(4)] == [watch.ABSENT] * 4
+        assert [command([], environ(server.server_port)) for _ in range(4)] == [arguments.DOWN] * 4
     finally:
         server.shutdown()
         thread.join()
         server.server_close()
-
-
-@pytest.mark.parametrize("arguments", [["--dance"], ["--watch", "--json"]])
-def test_bad_usage_has_its_exit_code(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        watch.main(arguments, {})
-    assert ended.value.code == watch.USAGE
-    assert arguments[-1] in capsys.readouterr().err
-
-
-def test_a_bad_setting_is_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:
-    assert watch.main([], {"LB_PROJECT": "../etc"}) == watch.USAGE
-    assert "'../etc'; allowed: a-z 0-9 _ -" in capsys.readouterr().err
 
 
 class Script(watch.Manager):
@@ -378,22 +366,22 @@ def test_only_the_last_ten_changes_are_kept(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_without_a_terminal_watching_prints_plain_lines_and_survives_a_restart(served: Served, tmp_path: Path) -> None:
-    command = subprocess.Popen([*PYTHON, "--watch"], stdout=subprocess.PIPE, text=True, env=buffered(served.port))
-    assert command.stdout is not None
+    process = subprocess.Popen([*PYTHON, "--watch"], stdout=subprocess.PIPE, text=True, env=buffered(served.port))
+    assert process.stdout is not None
     try:
-        first = command.stdout.readline()
+        first = process.stdout.readline()
         served.close()
-        away = command.stdout.readline()
+        away = process.stdout.readline()
         again = Served(tmp_path, served.port)
         try:
-            back = command.stdout.readline()
+            back = process.stdout.readline()
         finally:
             again.close()
-        command.terminate()
-        assert command.wait(10) == watch.HEALTHY
+        process.terminate()
+        assert process.wait(10) == watch.HEALTHY
     finally:
-        command.kill()
-        rest = command.communicate()[0]
+        process.kill()
+        rest = process.communicate()[0]
     assert first[10:] == back[10:]
     assert first[10:].startswith("p healthy: desired 2, current 2 ")
     assert away[10:].startswith(f"no manager of project p answers at 127.0.0.1:{served.port} since ")
@@ -403,9 +391,8 @@ def test_without_a_terminal_watching_prints_plain_lines_and_survives_a_restart(s
 def test_a_closed_pipe_ends_it_without_an_error(served: Served) -> None:
     reading, writing = os.pipe()
     os.close(reading)
-    command = [*PYTHON, "--watch"]
     done = subprocess.run(
-        command,
+        [*PYTHON, "--watch"],
         stdout=writing,
         stderr=subprocess.PIPE,
         env=buffered(served.port),

@@ -184,6 +184,30 @@ def test_failed_launch_is_logged_and_retried_with_growing_waits(
     assert "3 backends failed in a row, next launch in 2.0 s: no space left" in caplog.text
 
 
+def test_an_unexpected_error_of_a_launch_or_a_stop_is_logged_and_the_call_is_made_again(
+    rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    r = rig(min=1)
+    r.engine.refusals = [RuntimeError("no such thing")]
+    r.step_until(lambda: r.launches()["failed"])
+    assert "launch of p-backend-1 failed: no such thing" in caplog.text
+    r.clock.pass_by(30)
+    r.step_until(r.snapshot)
+
+    stops = []
+
+    def stop(container_id: str) -> None:
+        stops.append(container_id)
+        if len(stops) == 1:
+            raise RuntimeError("no such thing")
+        FakeEngine.stop(r.engine, container_id)
+
+    monkeypatch.setattr(r.engine, "stop", stop)
+    r.engine.die("p-backend-1", 1)
+    r.step_until(lambda: len(stops) == 2)
+    assert "a call of the engine failed; trying again" in caplog.text
+
+
 @pytest.mark.parametrize("beside", [0, 2])
 def test_backends_that_end_at_their_start_back_off_also_beside_healthy_ones(
     rig: Callable[..., Rig], beside: int
@@ -1012,7 +1036,7 @@ def test_charts_have_the_load_and_the_changes_but_no_paused_decisions(rig: Calla
     r.controller.pause(True)
     r.clock.pass_by(2)
     r.report_rows(_2=sample(1002 * 200 + 2 * 400 + 2 * 1200))
-    points, decisions = r.controller.past(0).values()
+    points, decisions = r.controller.history(0).values()
     assert [(p["capacity"], p["backends"], p["desired"]) for p in points] == [(200, 2, 2), (200, 2, 3), (300, 2, 3)]
     assert [(d["verdict"], d["current"], d["desired"]) for d in decisions] == [(CREATE, 2, 3)]
 

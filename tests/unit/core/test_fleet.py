@@ -180,4 +180,4 @@ def test_spare_that_becomes_unhealthy_is_not_admitted_and_is_replaced_if_it_stay
 def test_a_spare_found_healthy_is_ready_and_stays_out_of_rotation() -> None:
     after = judge({"p-1": backend(SPARE)}, True, 10)
     assert after == {"p-1": FIT}
-    assert fleets.live(after) == []
+    assert fleets.capacity_of(after) == []

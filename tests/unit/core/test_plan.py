@@ -202,10 +202,6 @@ UPDATES: dict[str, tuple[dict[str, Backend], Goal, list[Step]]] = {
         [*replaced(1), *drains(4, 3, to=1)],
     ),
     "going back from one that is not ready": (crew(ACTIVE, ACTIVE, OLD_STARTING), Goal(2, 0, "new"), []),
-    "an unknown spec is none to replace": (
-        *({"p-1": backend(ACTIVE), "p-2": backend(ACTIVE, "p-2")}, Goal(2, 0, "new")),
-        [],
-    ),
 }
 
 

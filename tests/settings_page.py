@@ -1,10 +1,14 @@
-"""Writes docs/settings.md from the table of the settings: `PYTHONPATH=manager python3 -m cli.settings_page`."""
+"""Makes docs/settings.md from the table of the settings.
+
+PYTHONPATH=manager python tests/settings_page.py > docs/settings.md
+"""
 
 from __future__ import annotations
 
-from core.settings import ROOT, SETTINGS, flag, variable
+import sys
 
-PAGE = ROOT / "docs" / "settings.md"
+from core.settings import SETTINGS, flag, variable
+
 HEAD = """\
 # Settings
 
@@ -12,7 +16,7 @@ Every setting is a flag of `run.sh` and a variable: `--max 20` is `LB_MAX=20`. T
 variable, then the value that the running project was started with, then the default. A flag that may be given several
 times is marked with +; its variable holds all values, quoted as in a shell.
 
-This page is made from `manager/core/settings.py`: `PYTHONPATH=manager python3 -m cli.settings_page`.
+This page is made from `manager/core/settings.py` by `tests/settings_page.py`.
 """
 
 
@@ -32,4 +36,4 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page())
+    sys.stdout.write(page())

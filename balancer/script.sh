@@ -34,7 +34,8 @@ install_first_rules() {
     return 1
 }
 
-# choose_flavour: on the host, that of Docker's rules. There the rules outlive this container, so it needs no first rules.
+# choose_flavour: on the host, that of Docker's rules. No first rules are needed there: the rules outlive this
+# container.
 choose_flavour() {
     export IPTABLES=nft
     # A call of iptables-legacy would create its tables, so ask the kernel for them.

@@ -22,6 +22,7 @@ from core.settings import ROOT, SETTINGS, SettingError, Settings, flag, parse, r
 
 FLAGS_ARE_VALID = 10  # exit code: the flags are valid, run.sh or stop.sh continues
 BAD_USAGE = 2
+TOO_OLD = 1  # exit code: the manager does not run on this Python
 DOWN = 1  # exit code of --status and --watch: the project does not run
 
 EPILOG = """\
@@ -161,6 +162,10 @@ def main(program: str, words: Sequence[str]) -> int:
         return BAD_USAGE
     if arguments.doctor:
         return doctor.report(doctor.Host(arguments.settings, os.environ, not arguments.no_install), arguments.json)
+    if sys.version_info < doctor.OLDEST_PYTHON:
+        version = ".".join(map(str, sys.version_info[:3]))
+        print(f"{program}: python3 is Python {version}; install 3.11 or later as python3", file=sys.stderr)
+        return TOO_OLD
     if arguments.status or arguments.watch or arguments.json:
         return _status(arguments, words)
     return FLAGS_ARE_VALID

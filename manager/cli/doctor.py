@@ -29,6 +29,7 @@ from cli import host_checks, images, processes
 from core.settings import ROOT, Settings
 
 OK, WARN, FAULT = "ok", "warn", "fault"
+OLDEST_PYTHON = (3, 11)  # that the manager and its packages run on
 INFO = "docker info --format '{{json .}}'"
 MATCHES = ("statistic", "addrtype", "conntrack", "connbytes", "nat", "MASQUERADE", "set")
 MODULES = ("nft_compat", "ip_set_hash_ip", *(f"xt_{name}" for name in MATCHES))  # the kernel modules the rules need
@@ -110,7 +111,7 @@ def versions(host: Host) -> Found:
     for program in ("docker", "iptables"):
         system.append(host.run(f"{program} --version").stdout.strip() or f"no {program}")
     found = ", ".join(system)
-    if tuple(host.python) < (3, 11):
+    if tuple(host.python) < OLDEST_PYTHON:
         return Found(FAULT, found, "install Python 3.11 or later as python3")
     if not host.read(ROOT / ".venv" / "stamp") and not importlib.util.find_spec("ensurepip"):
         return installable(host, f"{found}; no ensurepip to make .venv", "python3-venv")

@@ -113,3 +113,11 @@ def test_first_stage_needs_the_standard_library_alone() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={})
     assert (done.returncode, done.stdout) == (BAD_USAGE, "")
     assert done.stderr == "run.sh: --max (LB_MAX) is '0'; allowed: 1 to 1000\n"
+
+
+def test_start_on_an_older_python_is_refused_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "version_info", (3, 10, 13))
+    assert arguments.main("run.sh", []) == 1
+    assert capsys.readouterr().err == "run.sh: python3 is Python 3.10.13; install 3.11 or later as python3\n"

@@ -40,12 +40,13 @@ def docker(*arguments: str) -> str:
 
 
 def wait_until(condition: Callable[[], Any], what: str, seconds: float = 60.0) -> Any:
-    """The first true value of `condition`; a generous bound, for a busy machine."""
+    """The first true value of `condition`; a generous bound, for a busy machine. A condition that takes long, such as
+    one with a program, is checked less often: it may use a third of the time."""
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+    while (began := time.monotonic()) < deadline:
         if value := condition():
             return value
-        time.sleep(0.05)
+        time.sleep(max(0.1, 2 * (time.monotonic() - began)))
     raise AssertionError(f"not within {seconds:g} s: {what}")
 
 
@@ -179,7 +180,8 @@ def rotations(system: System) -> list[tuple[float, set[str]]]:
 class Load:
     """hey, from Debian's packages, at 127.0.0.1: new connections at a bounded rate for a bounded time.
 
-    The workers of one hey send at the same moment, so several are started a little apart for an even load.
+    The workers of one hey send at the same moment, so several are started a little apart for an even load. A test that
+    waits for an event gives more seconds than it needs, and ends the load with `stop`.
     """
 
     LANES = 8
@@ -195,6 +197,12 @@ class Load:
 
     def running(self) -> bool:
         return any(lane.poll() is None for lane in self._lanes)
+
+    def stop(self) -> tuple[int, int, float]:
+        """Ends the load after the requests in progress; the result."""
+        for lane in self._lanes:
+            lane.send_signal(signal.SIGINT)
+        return self.result()
 
     def result(self) -> tuple[int, int, float]:
         """(answers with status 200, all other outcomes, slowest answer in seconds)."""
@@ -225,10 +233,12 @@ def copy_tree(place: Path) -> Path:
 
 @contextmanager
 def machine_lock(name: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Lets one test process in at a time; yields a folder that all processes of this run share."""
+    """Lets one test process in at a time; yields a folder that all processes of this run share. With tests/run.sh, its
+    runs of pytest share one, too."""
     place = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         place = place.parent
+    place = Path(os.environ.get("LBTEST_SHARED") or place)
     with (place / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield place

@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -23,13 +24,13 @@ def test_every_active_backend_answers(system: System) -> None:
 
 
 def test_load_scales_out_and_its_end_scales_in_and_no_request_fails(system: System) -> None:
-    heavy = Load(system.port, seconds=12, per_second=150)
+    heavy = Load(system.port, seconds=60, per_second=150)
     wait_until(lambda: len(system.active()) >= 4, "growth to four", 40)
-    answered, others, _ = heavy.result()
-    assert (answered > 300, others) == (True, 0)
-    light = Load(system.port, seconds=18, per_second=20)  # while it shrinks
+    answered, others, _ = heavy.stop()
+    assert (answered > 100, others) == (True, 0)
+    light = Load(system.port, seconds=90, per_second=20)  # while it shrinks
     system.wait_for_active(2, 60)
-    answered, others, _ = light.result()
+    answered, others, _ = light.stop()
     assert (answered > 100, others) == (True, 0)
     log = system.log()
     assert "CREATE_SERVER 2→" in log
@@ -156,8 +157,8 @@ def test_projects_started_together_get_separate_networks(tree: Path) -> None:
         assert [process.returncode for process in begun] == [0] * len(several), outputs
         assert all("primes" in system.get() for system in several)
     finally:
-        for system in several:
-            system.down("--now")
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda system: system.down("--now"), several))
     assert all(system.nothing_left() for system in several)
 
 
@@ -201,7 +202,7 @@ def test_taken_port_is_reported_with_its_owner_and_the_flag_to_change_it(fresh: 
 def test_stop_lets_an_open_request_finish(fresh: System, tmp_path: Path) -> None:
     fresh.up()
     answers: list[str] = []
-    thread = threading.Thread(target=lambda: answers.append(fresh.get("/?seconds=4")))
+    thread = threading.Thread(target=lambda: answers.append(fresh.get("/?seconds=3")))
     thread.start()
     time.sleep(1)
     fresh.down()

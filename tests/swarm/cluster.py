@@ -217,7 +217,8 @@ class Cluster:
 
 
 class Load:
-    """hey, from the bridge between the nodes: new connections to one node at a bounded rate for a bounded time."""
+    """hey, from the bridge between the nodes: new connections to one node at a bounded rate for a bounded time, or
+    until `stop`."""
 
     LANES, WORKERS = 4, 5
 
@@ -229,6 +230,12 @@ class Load:
         for _ in range(self.LANES):
             self._lanes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
             time.sleep(self.WORKERS / per_second)
+
+    def stop(self) -> tuple[int, list[str]]:
+        """Ends the load after the requests in progress; the result."""
+        for lane in self._lanes:
+            lane.send_signal(signal.SIGINT)
+        return self.result()
 
     def result(self) -> tuple[int, list[str]]:
         """(answers with status 200, one line for each other outcome)."""

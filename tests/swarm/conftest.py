@@ -35,11 +35,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=why))
 
 
-# The nodes have no way out to install or build anything: that is done here, with this host's engine.
+# The nodes have no way out to install or build anything: that is done here, with this host's engine. $2 is where all
+# test processes find the environment.
 PREPARE = """
 . manager/host.sh
 mkdir -p run; LOG=run/prepare.log
+[ ! -d "$2" ] || cp -a "$2" .venv
 make_venv
+[ -d "$2" ] || cp -a .venv "$2"
 tags=$(run_module .venv/bin/python cli.images balancer server)
 docker save $tags | docker --host "$1" load
 """
@@ -70,8 +73,8 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
 @pytest.fixture(scope="module")
 def tree(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = copy_tree(tmp_path_factory.mktemp("swarm") / "a checkout")
-    command = ["/bin/bash", "-euc", PREPARE, "prepare", f"unix://{cluster.nodes[0].socket}"]
-    with machine_lock("images", tmp_path_factory):
+    with machine_lock("images", tmp_path_factory) as common:
+        command = ["/bin/bash", "-euc", PREPARE, "prepare", f"unix://{cluster.nodes[0].socket}", str(common / "venv")]
         done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return place

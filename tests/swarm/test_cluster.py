@@ -64,7 +64,7 @@ def test_services_have_the_requested_options(system: System) -> None:
 def test_scaling_from_three_to_nine_to_three_under_load_fails_no_request(
     cluster: Cluster, system: System, figure: Figure
 ) -> None:
-    loads = [Load(cluster, node, seconds=40, per_second=15) for node in cluster.nodes]
+    loads = [Load(cluster, node, seconds=240, per_second=15) for node in cluster.nodes]
     time.sleep(2)
     began = time.monotonic()
     system.scale(min=9, max=9)
@@ -73,14 +73,14 @@ def test_scaling_from_three_to_nine_to_three_under_load_fails_no_request(
     time.sleep(2)
     system.scale(min=3, max=3)
     system.wait_for_active(3)
-    results = [load.result() for load in loads]
+    results = [load.stop() for load in loads]
     others = [line for _, lines in results for line in lines]
     answered = sum(count for count, _ in results)
     figure(
         f"Swarm, 3→9→3 on three nodes at 45 connections/s: {len(others)} of {answered} failed; 3→9 took {grown:.1f} s"
     )
     assert others == []
-    assert answered > 900
+    assert answered > 300
     assert "the engine is stopping its container" in system.log()
 
 
@@ -118,11 +118,11 @@ def test_balancer_prefers_backends_of_its_node_with_locality_prefer(cluster: Clu
 
 def test_rolling_update_by_swarm_fails_no_request(cluster: Cluster, system: System, figure: Figure) -> None:
     before = {row["name"] for row in system.wait_for_active(3)}
-    loads = [Load(cluster, node, seconds=35, per_second=20) for node in cluster.nodes[:2]]
+    loads = [Load(cluster, node, seconds=240, per_second=20) for node in cluster.nodes[:2]]
     system.up("--env", "COLOUR=blue")
     wait_until(lambda: not before & {row["name"] for row in system.status()["backends"]}, "all replaced", 90)
     system.wait_for_active(3)
-    results = [load.result() for load in loads]
+    results = [load.stop() for load in loads]
     others = [line for _, lines in results for line in lines]
     figure(f"Swarm, rolling update of three at 40 connections/s: {len(others)} of {sum(n for n, _ in results)} failed")
     assert others == []

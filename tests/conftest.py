@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 CHROMIUM = Path("/usr/bin/chromium")
-FOLDERS = ("swarm", "e2e", "browser", "netns", "unit")  # in the order in which they start
+FIRST_MODULES = {"test_cluster", "test_node_loss"}
+# The folders, in the order in which they start. The tests of netns need no images, which are made in the meantime.
+FOLDERS = ("netns", "swarm", "e2e", "browser", "unit")
 WHOLE_MODULES = ("swarm", "e2e", "browser")  # folders
-LONG_MODULES = {"test_cluster", "test_system", "test_unhealthy_backends", "test_updates", "test_run_sh"}
+LONG_MODULES = {"test_system", "test_unhealthy_backends", "test_updates", "test_run_sh"}
 FIGURE = "figure"
 _figures: list[str] = []
 
@@ -32,10 +34,10 @@ def folder_of(test: str) -> str:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sorts the tests by folder, and within a folder the long modules first. Otherwise the order stays."""
 
-    def rank(item: pytest.Item) -> tuple[int, bool]:
+    def rank(item: pytest.Item) -> tuple[bool, int, bool]:
         folder = folder_of(str(item.path))
         position = FOLDERS.index(folder) if folder in FOLDERS else len(FOLDERS)
-        return position, item.path.stem not in LONG_MODULES
+        return item.path.stem not in FIRST_MODULES, position, item.path.stem not in LONG_MODULES
 
     items.sort(key=rank)
 

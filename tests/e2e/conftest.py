@@ -36,7 +36,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def docker(*arguments: str) -> str:
-    return subprocess.run(["docker", *arguments], capture_output=True, text=True, check=True).stdout.strip()
+    done = subprocess.run(["docker", *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"docker {' '.join(arguments)}: {done.stderr}"
+    return done.stdout.strip()
 
 
 def wait_until(condition: Callable[[], Any], what: str, seconds: float = 60.0) -> Any:
@@ -260,9 +262,9 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def shared(tree: Path) -> Iterator[System]:
-    """A system that many tests use; each must leave it running with two backends."""
+    """A system that a module's tests use; each must leave it running with two backends."""
     system = System(tree, f"lbtest{os.getpid()}")
     system.up("2", *FAST, "--max", "8")
     yield system
@@ -290,4 +292,5 @@ def fresh(tree: Path) -> Iterator[System]:
     """A project that is not started yet; it is stopped after the test."""
     system = System(tree, f"lbfresh{os.getpid()}")
     yield system
-    system.down("--now")
+    if not system.nothing_left():
+        system.down("--now")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import time
@@ -89,14 +88,6 @@ def test_scale_out_puts_the_ready_spare_into_rotation(system: System, figure: Fi
         wait_until(lambda: ready_spare(system) not in (None, spare), "a new spare", 30)
     finally:
         system.up("--spares", "0")
-
-
-def test_run_sh_finds_a_running_manager_whose_files_were_deleted(fresh: System) -> None:
-    fresh.up()
-    shutil.rmtree(fresh.run_dir)
-    fresh.up()
-    fresh.wait_for_active(2)
-    assert fresh.answering_backend()
 
 
 OWN_ENGINE = os.environ.get("LBTEST_OWN_ENGINE")

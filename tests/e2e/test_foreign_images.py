@@ -100,7 +100,7 @@ def test_changed_options_replace_the_backends_and_allow_removes_the_restrictions
 def test_image_that_needs_more_rights_fails_with_the_reason_and_the_flag(
     nginx: System, flags: tuple[str, ...], reason: str, advice: str
 ) -> None:
-    output = nginx.up("2", *FAST, *flags, status=1)
+    output = nginx.up("1", *FAST, "--min", "1", *flags, status=1)
     assert reason in output
     assert advice in output
     assert "Traceback" not in output
@@ -108,7 +108,8 @@ def test_image_that_needs_more_rights_fails_with_the_reason_and_the_flag(
 
 
 def test_wrong_health_path_is_reported_with_its_status_code(nginx: System) -> None:
-    process = nginx.start("2", *FAST, *NGINX, "--health", "http:/nothing-here", "--ready-timeout", "6")
+    flags = ("--min", "1", "--health", "http:/nothing-here", "--ready-timeout", "4")
+    process = nginx.start("1", *FAST, *NGINX, *flags)
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 1
     assert "GET /nothing-here on port 80: status 404" in output

@@ -57,7 +57,7 @@ def test_demo_load_scales_the_system_and_draws_the_result(
     keep = bool(os.environ.get("LBTEST_PICTURES"))
     place, drawn = ROOT / "docs" / "pictures" if keep else tmp_path, tmp_path / "demo.html"
     command = [str(system.tree / "tests/load/run.sh"), "--project", system.project, "--peak", "70"]
-    command += ["--seconds", "100" if keep else "24", "--out", str(drawn)]
+    command += ["--seconds", "100" if keep else "20", "--out", str(drawn)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "CREATE_SERVER" in drawn.read_text()

@@ -86,7 +86,7 @@ def running(cluster: Cluster, tree: Path) -> Iterator[System]:
     system = System(cluster, cluster.nodes[0], tree)
     system.up("3", *System.FAST, "--registry", REGISTRY, "--min", "3", "--max", "9", "--target", "100000")
     yield system
-    system.down("--now")
+    system.end_manager()  # everything else ends with the cluster
 
 
 @pytest.fixture

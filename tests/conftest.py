@@ -47,13 +47,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Distributes whole modules or single tests. (xdist's own groups by mark need a pytest before 9.2.)"""
     from xdist.scheduler import LoadScopeScheduling  # noqa: PLC0415  -- only where tests run in several processes
 
-    serial = config.getoption("markexpr") == "serial"
+    paired = config.getoption("markexpr") == "paired"
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             module, _, _ = nodeid.partition("::")
             folder = folder_of(module)
-            if serial:  # two processes: a Swarm that mostly waits, and one test at a time of the others
+            if paired:  # two processes: a Swarm that mostly waits, and one test at a time of the others
                 return "swarm" if folder == "swarm" else "others"
             return module if folder in WHOLE_MODULES else nodeid
 

@@ -93,7 +93,7 @@ def test_scale_out_puts_the_ready_spare_into_rotation(system: System, figure: Fi
 OWN_ENGINE = os.environ.get("LBTEST_OWN_ENGINE")
 
 
-@pytest.mark.serial  # all systems of this engine fail with it
+@pytest.mark.paired  # all systems of this engine fail with it
 @pytest.mark.skipif(not OWN_ENGINE, reason="would kill an engine that tests/run.sh did not start")
 @pytest.mark.parametrize("live_restore", [True, False])
 def test_service_recovers_from_a_killed_engine(

@@ -192,7 +192,7 @@ def test_adaptive_weights_raise_the_throughput_beside_a_slow_backend(system: Sys
         for weights in ("equal", "adaptive"):
             system.up("--weights", weights)
             time.sleep(4)  # out of the slow start
-            throughput(system, 2 if weights == "equal" else 11)  # there is nothing to learn in the first
+            throughput(system, 2 if weights == "equal" else 12)  # there is nothing to learn in the first
             rates[weights] = throughput(system, 5)
         share = next(b["share"] for b in system.active() if b["name"] == names[0])
         figure(

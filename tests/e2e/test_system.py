@@ -151,7 +151,7 @@ def test_run_sh_and_stop_sh_find_a_manager_whose_files_were_deleted(fresh: Syste
     assert fresh.nothing_left()
 
 
-@pytest.mark.serial  # six starts need both cores
+@pytest.mark.paired  # six starts need both cores
 def test_projects_started_together_get_separate_networks(tree: Path) -> None:
     several = [System(tree, f"lbtogether{number}") for number in range(6)]
     begun = [system.start("--min", "1", "1") for system in several]

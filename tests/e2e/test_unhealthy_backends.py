@@ -111,7 +111,7 @@ def test_backend_that_answers_errors_fast_gets_no_more_than_its_share(sleepers: 
     assert 0.2 < part < 0.45
 
 
-@pytest.mark.serial  # the ejection is timed, and beside other tests it took up to 50 s instead of 13
+@pytest.mark.paired  # the ejection is timed, and beside other tests it took up to 50 s instead of 13
 def test_frozen_backend_is_ejected_by_its_unanswered_connections_and_replaced(sleepers: System, figure: Figure) -> None:
     sleepers.up("3", *FAST, "--min", "3", "--health", "tcp")
     victim = sleepers.active()[0]

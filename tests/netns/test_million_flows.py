@@ -104,7 +104,7 @@ def full_table() -> Iterator[Namespace]:
         LIMIT.write_text(before)
 
 
-@pytest.mark.serial  # raises a limit that all namespaces share, and needs much memory
+@pytest.mark.paired  # raises a limit that all namespaces share, and needs much memory
 def test_million_flows_are_counted_and_deleted_with_constant_memory(
     full_table: Namespace, figure: Callable[[str], None]
 ) -> None:

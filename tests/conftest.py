@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import loads
 import pytest
 
 if TYPE_CHECKING:
@@ -58,6 +59,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return module if folder in WHOLE_MODULES else nodeid
 
     return Scheduling(config, log)
+
+
+@pytest.fixture(autouse=True)
+def _loads_end() -> Iterator[None]:
+    yield
+    loads.end_all()
 
 
 @pytest.fixture

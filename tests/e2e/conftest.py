@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import loads
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -194,7 +195,7 @@ class Load:
         command += ["-t", "30", "-disable-keepalive", f"http://127.0.0.1:{port}/"]
         self._lanes = []
         for _ in range(self.LANES):
-            self._lanes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+            self._lanes.append(loads.begin(command))
             time.sleep(workers / per_second)
 
     def running(self) -> bool:

@@ -21,6 +21,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+import loads
+
 from e2e.conftest import wait_until
 
 T = TypeVar("T")
@@ -249,7 +251,7 @@ class Load:
         command += ["-q", str(each), "-t", "30", "-disable-keepalive", f"http://{node.ip}:8000/"]
         self._lanes = []
         for _ in range(self.LANES):
-            self._lanes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+            self._lanes.append(loads.begin(command))
             time.sleep(self.WORKERS / per_second)
 
     def stop(self) -> tuple[int, list[str]]:

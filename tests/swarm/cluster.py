@@ -100,6 +100,11 @@ class Node:
     def docker(self, *arguments: str) -> str:
         return self.run("docker", *arguments)
 
+    def pull(self, tag: str) -> None:
+        """Gets an image from the cluster's registry, under its name without the registry."""
+        self.docker("pull", f"{REGISTRY}/{tag}")
+        self.docker("tag", f"{REGISTRY}/{tag}", tag)
+
     def try_docker(self, *arguments: str) -> str:
         """The same, empty where a Swarm that has just lost a node does not answer."""
         done = subprocess.run(["docker", *arguments], env=self.env, capture_output=True, text=True, check=False)

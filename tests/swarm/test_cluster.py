@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from e2e.conftest import wait_until
-from swarm.cluster import REGISTRY, Cluster, Load, Node, System, answering_backend, in_namespace, node_id, sh
+from swarm.cluster import REGISTRY, Cluster, Load, Node, System, answering_backend, in_namespace, node_id
 from swarm.conftest import image_of
 
 Figure = Callable[[str], None]
@@ -193,8 +193,8 @@ def test_swarm_init_makes_a_one_node_swarm_without_a_registry(cluster: Cluster, 
     system = System(cluster, alone, tree, "alone")
     try:
         alone.start_engine()
-        images = " ".join(image_of(tree, folder) for folder in ("balancer", "server"))
-        sh(f"docker save {images} | docker --host unix://{alone.socket} load")
+        for folder in ("balancer", "server"):
+            alone.pull(image_of(tree, folder))
         output = system.up("--project", "alone", *System.FAST, status=1)
         assert "this host is in no Swarm; join one as a manager, or make one with --swarm-init" in output
         system.up("2", *System.FAST, "--swarm-init", "--advertise", alone.ip)

@@ -101,9 +101,7 @@ def elsewhere(cluster: Cluster, system: System, tmp_path_factory: pytest.TempPat
     second.run("docker", "pull", system.node.docker("service", "inspect", "--format",
                "{{.Spec.TaskTemplate.ContainerSpec.Image}}", f"{system.project}-balancer"))  # fmt: skip
     for folder in ("balancer", "server"):
-        tag = image_of(place, folder)
-        second.docker("pull", f"{REGISTRY}/{tag}")
-        second.docker("tag", f"{REGISTRY}/{tag}", tag)
+        second.pull(image_of(place, folder))
     made = System(cluster, second, place)
     yield made
     made.end_manager()

@@ -10,15 +10,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import loads
 import pytest
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 CHROMIUM = Path("/usr/bin/chromium")
-FOLDERS = ("swarm", "e2e", "browser", "netns", "unit")  # in the order in which they start
+FIRST_MODULE = "test_cluster"  # the longest
+# The folders, in the order in which they start. The tests of netns need no images, which are made in the meantime.
+FOLDERS = ("netns", "swarm", "e2e", "browser", "unit")
 WHOLE_MODULES = ("swarm", "e2e", "browser")  # folders
-LONG_MODULES = {"test_cluster", "test_system", "test_unhealthy_backends", "test_updates", "test_run_sh"}
+LONG_MODULES = {"test_system", "test_unhealthy_backends", "test_updates", "test_run_sh"}
 FIGURE = "figure"
 _figures: list[str] = []
 
@@ -32,10 +35,10 @@ def folder_of(test: str) -> str:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sorts the tests by folder, and within a folder the long modules first. Otherwise the order stays."""
 
-    def rank(item: pytest.Item) -> tuple[int, bool]:
+    def rank(item: pytest.Item) -> tuple[bool, int, bool]:
         folder = folder_of(str(item.path))
         position = FOLDERS.index(folder) if folder in FOLDERS else len(FOLDERS)
-        return position, item.path.stem not in LONG_MODULES
+        return item.path.stem != FIRST_MODULE, position, item.path.stem not in LONG_MODULES
 
     items.sort(key=rank)
 
@@ -45,12 +48,23 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Distributes whole modules or single tests. (xdist's own groups by mark need a pytest before 9.2.)"""
     from xdist.scheduler import LoadScopeScheduling  # noqa: PLC0415  -- only where tests run in several processes
 
+    paired = config.getoption("markexpr") == "paired"
+
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             module, _, _ = nodeid.partition("::")
-            return module if folder_of(module) in WHOLE_MODULES else nodeid
+            folder = folder_of(module)
+            if paired:  # two processes: a Swarm that mostly waits, and one test at a time of the others
+                return "swarm" if folder == "swarm" else "others"
+            return module if folder in WHOLE_MODULES else nodeid
 
     return Scheduling(config, log)
+
+
+@pytest.fixture(autouse=True)
+def _loads_end() -> Iterator[None]:
+    yield
+    loads.end_all()
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 # All tests with one command, also on a bare machine. Installs what the tests need, starts a Docker Engine where none
 # answers, runs the linters and all tests, says what was skipped and why, and stops what it started.
 #   tests/run.sh            linters, then all tests: several at a time; those that failed once more, alone; then those
-#                           that need the machine for themselves
+#                           marked paired, two at a time; then those marked serial, alone
 #   tests/run.sh --fast     linters and the unit tests, which need neither root nor an engine
 #   tests/run.sh WORD…      linters, then one pytest process with these words; paths, such as tests/swarm, select tests
 set -euo pipefail
@@ -17,7 +17,10 @@ VENV=.venv-tests
 # Most tests wait more than they compute, so there are more of these than cores.
 WORKERS=${LBTEST_WORKERS:-4}
 FAST=''
-trap 'end_step; [ -z "$ENGINE_STARTED" ] || stop_engine' EXIT
+# All processes find here what one of them has made.
+LBTEST_SHARED=$(mktemp -d)
+export LBTEST_SHARED
+trap 'end_step; rm -rf "$LBTEST_SHARED"; [ -z "$ENGINE_STARTED" ] || stop_engine' EXIT
 
 if [ "${1:-}" = --fast ]; then
     FAST=1
@@ -70,7 +73,7 @@ elif [ $# -gt 0 ]; then
 else
     say "unit, netns, browser, e2e, swarm: $WORKERS at a time"
     status=0
-    run_parallel -m "not serial" "${all[@]}" || status=$?
+    run_parallel -m "not paired and not serial" "${all[@]}" || status=$?
     [ "$status" -le 1 ] || exit "$status" # 1: some tests failed; above: pytest was interrupted, or could not start
     if [ "$status" -eq 1 ]; then
         # On a busy machine a test may miss a deadline that it meets alone. A test that fails twice has found a defect.
@@ -78,6 +81,8 @@ else
         status=0
         "$VENV/bin/python" -m pytest --last-failed --last-failed-no-failures none "${all[@]}" || status=$?
     fi
+    say "the tests that need processor time and mostly wait: one of swarm and one of the others at a time"
+    WORKERS=2 run_parallel -m paired "${all[@]}" || status=$?
     say "the tests that need the machine for themselves, one after another"
     "$VENV/bin/python" -m pytest -m serial "${all[@]}" || status=$?
     exit "$status"

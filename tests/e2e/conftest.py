@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import loads
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,16 +37,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def docker(*arguments: str) -> str:
-    return subprocess.run(["docker", *arguments], capture_output=True, text=True, check=True).stdout.strip()
+    done = subprocess.run(["docker", *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"docker {' '.join(arguments)}: {done.stderr}"
+    return done.stdout.strip()
 
 
 def wait_until(condition: Callable[[], Any], what: str, seconds: float = 60.0) -> Any:
-    """The first true value of `condition`; a generous bound, for a busy machine."""
+    """The first true value of `condition`; a generous bound, for a busy machine. A condition that takes long, such as
+    one with a program, is checked less often: it may use a third of the time."""
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+    while (began := time.monotonic()) < deadline:
         if value := condition():
             return value
-        time.sleep(0.05)
+        time.sleep(max(0.1, 2 * (time.monotonic() - began)))
     raise AssertionError(f"not within {seconds:g} s: {what}")
 
 
@@ -179,7 +183,8 @@ def rotations(system: System) -> list[tuple[float, set[str]]]:
 class Load:
     """hey, from Debian's packages, at 127.0.0.1: new connections at a bounded rate for a bounded time.
 
-    The workers of one hey send at the same moment, so several are started a little apart for an even load.
+    The workers of one hey send at the same moment, so several are started a little apart for an even load. A test that
+    waits for an event gives more seconds than it needs, and ends the load with `stop`.
     """
 
     LANES = 8
@@ -190,11 +195,17 @@ class Load:
         command += ["-t", "30", "-disable-keepalive", f"http://127.0.0.1:{port}/"]
         self._lanes = []
         for _ in range(self.LANES):
-            self._lanes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+            self._lanes.append(loads.begin(command))
             time.sleep(workers / per_second)
 
     def running(self) -> bool:
         return any(lane.poll() is None for lane in self._lanes)
+
+    def stop(self) -> tuple[int, int, float]:
+        """Ends the load after the requests in progress; the result."""
+        for lane in self._lanes:
+            lane.send_signal(signal.SIGINT)
+        return self.result()
 
     def result(self) -> tuple[int, int, float]:
         """(answers with status 200, all other outcomes, slowest answer in seconds)."""
@@ -225,10 +236,12 @@ def copy_tree(place: Path) -> Path:
 
 @contextmanager
 def machine_lock(name: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Lets one test process in at a time; yields a folder that all processes of this run share."""
+    """Lets one test process in at a time; yields a folder that all processes of this run share. With tests/run.sh, its
+    runs of pytest share one, too."""
     place = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         place = place.parent
+    place = Path(os.environ.get("LBTEST_SHARED") or place)
     with (place / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield place
@@ -250,9 +263,9 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def shared(tree: Path) -> Iterator[System]:
-    """A system that many tests use; each must leave it running with two backends."""
+    """A system that a module's tests use; each must leave it running with two backends."""
     system = System(tree, f"lbtest{os.getpid()}")
     system.up("2", *FAST, "--max", "8")
     yield system
@@ -280,4 +293,5 @@ def fresh(tree: Path) -> Iterator[System]:
     """A project that is not started yet; it is stopped after the test."""
     system = System(tree, f"lbfresh{os.getpid()}")
     yield system
-    system.down("--now")
+    if not system.nothing_left():
+        system.down("--now")

@@ -46,8 +46,8 @@ def test_losing_one_of_three_backends_at_200_connections_per_second_fails_only_i
     system: System, figure: Figure, failure: tuple[str, ...], event: str
 ) -> None:
     victim = system.active()[0]
-    load = Load(system.port, seconds=6, per_second=200)
-    time.sleep(2)
+    load = Load(system.port, seconds=5, per_second=200)
+    time.sleep(1.5)
     began = time.time()
     target = (system.project, victim["name"]) if failure[0] == "network" else (victim["name"],)
     docker(*failure, *target)
@@ -74,7 +74,7 @@ def test_losing_one_of_three_backends_at_200_connections_per_second_fails_only_i
     )
     # The open requests of the failed backend are lost; a paused one keeps those it had accepted.
     assert others <= (4 if failure[0] != "stop" else 0)
-    assert answered > 800
+    assert answered > 700
 
 
 @pytest.mark.serial  # measured in milliseconds
@@ -87,8 +87,8 @@ def test_killed_process_in_a_running_container_fails_only_its_open_requests(tree
     try:
         system.up(*FAST, "--min", "3", "--target", "100000", "--image", "lbtest-alone", "--health", "tcp")
         victim = system.active()[0]
-        load = Load(system.port, seconds=6, per_second=200)
-        time.sleep(2)
+        load = Load(system.port, seconds=5, per_second=200)
+        time.sleep(1.5)
         rows = docker("top", victim["name"], "-eo", "pid,args").splitlines()
         process = next(int(row.split()[0]) for row in rows if "server.py" in row and "bash" not in row)
         began = time.time()
@@ -100,7 +100,7 @@ def test_killed_process_in_a_running_container_fails_only_its_open_requests(tree
             f"{slowest:.2f} s; new rules {took:.2f} s after the kill"
         )
         assert others <= 4
-        assert answered > 700
+        assert answered > 600
     finally:
         system.down("--now")
 
@@ -142,13 +142,14 @@ def ended(connection: socket.socket) -> bool:
 def test_idle_keep_alive_connection_to_a_draining_backend_is_closed_at_the_deadline(tree: Path) -> None:
     system = System(tree, "lbidle")
     try:
-        system.up("2", *FAST[:-2], "--drain-timeout", "3", "--min", "1", "--target", "100000")
+        system.up("2", *FAST[:-2], "--drain-timeout", "3", "--target", "100000")
         connections = []
         for _ in range(12):
             connection = socket.create_connection(("127.0.0.1", system.port), 10)
             connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
             connection.recv(4096)
             connections.append(connection)
+        system.operate("/scale", {"min": 1, "max": 1})
         wait_until(lambda: any(b["state"] == "draining" for b in system.status()["backends"]), "a drain", 30)
         wait_until(lambda: len(system.status()["backends"]) == 1, "one backend", 30)
         closed = sum(map(ended, connections))
@@ -158,17 +159,16 @@ def test_idle_keep_alive_connection_to_a_draining_backend_is_closed_at_the_deadl
         system.down("--now")
 
 
-def test_scale_in_from_four_to_one_under_load_fails_no_request(tree: Path, figure: Figure) -> None:
-    system = System(tree, "lbfour")
-    try:
-        system.up("4", *FAST, "--min", "1", "--target", "100000")
-        load = Load(system.port, seconds=16, per_second=100)
-        system.wait_for_active(1, 40)
-        answered, others, slowest = load.result()
-        figure(f"scale-in 4→1 at 100 connections/s: {others} of {answered + others} failed, slowest {slowest:.2f} s")
-        assert (answered > 500, others) == (True, 0)
-    finally:
-        system.down("--now")
+def test_scale_in_from_four_to_one_under_load_fails_no_request(system: System, figure: Figure) -> None:
+    system.operate("/scale", {"min": 4, "max": 4})
+    system.wait_for_active(4, 60)
+    load = Load(system.port, seconds=90, per_second=100)
+    time.sleep(1)
+    system.operate("/scale", {"min": 1, "max": 1})
+    system.wait_for_active(1, 60)
+    answered, others, slowest = load.stop()
+    figure(f"scale-in 4→1 at 100 connections/s: {others} of {answered + others} failed, slowest {slowest:.2f} s")
+    assert (answered > 150, others) == (True, 0)
 
 
 def throughput(system: System, seconds: int) -> float:
@@ -189,9 +189,9 @@ def test_adaptive_weights_raise_the_throughput_beside_a_slow_backend(system: Sys
         rates = {}
         for weights in ("equal", "adaptive"):
             system.up("--weights", weights)
-            time.sleep(5)  # out of the slow start
+            time.sleep(4)  # out of the slow start
             throughput(system, 2 if weights == "equal" else 12)  # there is nothing to learn in the first
-            rates[weights] = throughput(system, 6)
+            rates[weights] = throughput(system, 5)
         share = next(b["share"] for b in system.active() if b["name"] == names[0])
         figure(
             f"one backend at a quarter of the CPU, closed loop of 16: {rates['adaptive'] / rates['equal']:.2f} x the "

@@ -37,10 +37,10 @@ def images(system: System) -> set[str]:
 
 def test_update_replaces_every_backend_and_fails_no_request(system: System, figure: Figure) -> None:
     wanted = variant(system, "lbtest-new", "ENV NEW=1")
-    load = Load(system.port, seconds=20, per_second=60)
+    load = Load(system.port, seconds=120, per_second=60)
     system.up("--image", "lbtest-new")
     wait_until(lambda: len(names(system)) == 3 and images(system) == {wanted}, "three new ones", 60)
-    answered, others, slowest = load.result()
+    answered, others, slowest = load.stop()
     figure(f"update of three under 60 connections/s: {others} of {answered + others} failed, slowest {slowest:.2f} s")
     assert (answered > 300, others) == (True, 0)
     assert "replaced by the update" in system.log()
@@ -53,17 +53,13 @@ class Answer(h.BaseHTTPRequestHandler):
         self.send_error(500)
 h.ThreadingHTTPServer(("", 8000), Answer).serve_forever()
 """
-# Each cannot work in its own way: it crashes, serves on loopback alone, starts too slowly, or answers with an error.
+# Each cannot work in its own way: it crashes, serves on loopback alone (the probes see no difference to a slow start),
+# or answers with an error.
 # The probes are such that the backends before it stay healthy.
 BAD_IMAGES = {
     "crash": ('ENTRYPOINT ["/bin/sh", "-c", "echo no such luck; exit 3"]', (), "no such luck"),
     "loopback": (
         'ENTRYPOINT ["python3", "-m", "http.server", "--bind", "127.0.0.1", "8000"]',
-        ("--health", "tcp", "--ready-timeout", "4"),
-        "not ready within 4 s",
-    ),
-    "slow": (
-        'ENTRYPOINT ["/bin/sh", "-c", "sleep 90; exec python3 -m http.server 8000"]',
         ("--health", "tcp", "--ready-timeout", "4"),
         "not ready within 4 s",
     ),
@@ -82,11 +78,11 @@ def test_update_whose_backends_never_become_ready_fails_and_the_old_settings_are
     line, flags, reason = BAD_IMAGES[kind]
     before, stored = images(system), (system.run_dir / "settings.json").read_text()
     variant(system, f"lbtest-bad-{kind}", line)
-    load = Load(system.port, seconds=15, per_second=60)
+    load = Load(system.port, seconds=120, per_second=60)
     output = system.up("--image", f"lbtest-bad-{kind}", *flags, status=1)
     assert "the update was given up, and what ran before is used again" in output
     assert reason in output
-    _, others, _ = load.result()
+    _, others, _ = load.stop()
     assert others == 0
     system.wait_for_active(3, 60)
     assert images(system) == before

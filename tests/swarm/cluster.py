@@ -21,6 +21,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+import loads
+
 from e2e.conftest import wait_until
 
 T = TypeVar("T")
@@ -98,12 +100,21 @@ class Node:
     def docker(self, *arguments: str) -> str:
         return self.run("docker", *arguments)
 
+    def pull(self, tag: str) -> None:
+        """Gets an image from the cluster's registry, under its name without the registry."""
+        self.docker("pull", f"{REGISTRY}/{tag}")
+        self.docker("tag", f"{REGISTRY}/{tag}", tag)
+
     def try_docker(self, *arguments: str) -> str:
         """The same, empty where a Swarm that has just lost a node does not answer."""
         done = subprocess.run(["docker", *arguments], env=self.env, capture_output=True, text=True, check=False)
         return done.stdout.strip() if done.returncode == 0 else ""
 
     def start_engine(self) -> None:
+        self.launch_engine()
+        self.wait_for_engine()
+
+    def launch_engine(self) -> None:
         command = self.namespace_command(
             "unshare", "--uts", "sh", "-c", 'hostname "$0"; exec "$@"', self.name,
             "dockerd", "--host", f"unix://{self.socket}", "--data-root", str(self.place / "data"),
@@ -113,6 +124,7 @@ class Node:
         with (self.place / "dockerd.log").open("ab") as log:
             self._engine = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
+    def wait_for_engine(self) -> None:
         def answers() -> bool:
             done = subprocess.run(["docker", "info"], env=self.env, capture_output=True, check=False)
             return done.returncode == 0
@@ -135,17 +147,23 @@ class Node:
                 os.kill(pid, signal.SIGKILL)
 
     def close(self) -> None:
-        self.reconnect()
-        self.end()
+        """Kills everything and removes the node. An orderly end would only take time."""
+        containers = self.containers()
+        self.end(signal.SIGKILL)
         sh(f"grep -F {self.place} /proc/mounts | cut -d' ' -f2 | sort -r | xargs -r -n1 umount -l || true")
         subprocess.run(["ip", "netns", "del", self.name], check=False)
+        for id_ in containers:  # the control groups, which the engine did not remove
+            sh(f"rmdir /sys/fs/cgroup/docker/{id_} /sys/fs/cgroup/*/docker/{id_} 2>/dev/null || true")
         shutil.rmtree(self.place, ignore_errors=True)
+
+    def containers(self) -> list[str]:
+        """Their ids, from the engine's files."""
+        place = self.place / "data" / "containers"
+        return [entry.name for entry in place.iterdir()] if place.is_dir() else []
 
     def processes(self) -> list[int]:
         """What this node's engine leaves behind when it is killed: its containerd, and what is in its containers."""
-        place = self.place / "data" / "containers"
-        containers = [entry.name for entry in place.iterdir()] if place.is_dir() else []
-        found = []
+        containers, found = self.containers(), []
         for process in Path("/proc").glob("[0-9]*"):
             try:
                 words = (process / "cmdline").read_bytes().decode(errors="replace")
@@ -181,7 +199,9 @@ class Cluster:
         self._start_registry()
         self.nodes = [Node(self, number) for number in range(1, self._count + 1)]
         for node in self.nodes:
-            node.start_engine()
+            node.launch_engine()
+        for node in self.nodes:
+            node.wait_for_engine()
 
     def _start_registry(self) -> None:
         config = self.place / "registry.yml"
@@ -216,8 +236,17 @@ class Cluster:
         subprocess.run(["ip", "netns", "del", self.fabric], check=False)
 
 
+def answering_backend(node: Node) -> str:
+    return node.get(f"http://{node.ip}:8000/").split(" ")[0]
+
+
+def node_id(node: Node) -> str:
+    return node.docker("info", "--format", "{{.Swarm.NodeID}}")
+
+
 class Load:
-    """hey, from the bridge between the nodes: new connections to one node at a bounded rate for a bounded time."""
+    """hey, from the bridge between the nodes: new connections to one node at a bounded rate for a bounded time, or
+    until `stop`."""
 
     LANES, WORKERS = 4, 5
 
@@ -227,8 +256,14 @@ class Load:
         command += ["-q", str(each), "-t", "30", "-disable-keepalive", f"http://{node.ip}:8000/"]
         self._lanes = []
         for _ in range(self.LANES):
-            self._lanes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+            self._lanes.append(loads.begin(command))
             time.sleep(self.WORKERS / per_second)
+
+    def stop(self) -> tuple[int, list[str]]:
+        """Ends the load after the requests in progress; the result."""
+        for lane in self._lanes:
+            lane.send_signal(signal.SIGINT)
+        return self.result()
 
     def result(self) -> tuple[int, list[str]]:
         """(answers with status 200, one line for each other outcome)."""
@@ -331,3 +366,12 @@ class System:
 
     def manager_pid(self) -> int:
         return int((self.run_dir / "manager.pid").read_text())
+
+    def end_manager(self) -> None:
+        """Ends the manager as for an upgrade of its node; the services go on."""
+        for name in ("supervisor", "manager"):
+            with suppress(OSError):  # there is no such file or process, for example after stop.sh
+                pid = int((self.run_dir / f"{name}.pid").read_text())
+                # Otherwise another process has the number now.
+                if str(self.tree) in Path(f"/proc/{pid}/cmdline").read_text():
+                    os.kill(pid, signal.SIGTERM)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from e2e.conftest import copy_tree, machine_lock, wait_until
+from e2e.conftest import copy_tree, free_port, machine_lock, wait_until
 from swarm.cluster import REGISTRY, Cluster, System
 
 TOOLS = ("dockerd", "docker", "docker-registry", "nsenter", "ip", "hey", "curl", "openssl")
@@ -35,13 +35,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=why))
 
 
-# The nodes have no way out to install or build anything: that is done here, with this host's engine.
+# The nodes have no way out to install or build anything: that is done here, with this host's engine. $1 is where all
+# test processes find the environment and a registry's files with the images. A push compresses them, which takes long,
+# so it is done once: the registry of each cluster begins with these files. $2 is a free port for that.
 PREPARE = """
 . manager/host.sh
 mkdir -p run; LOG=run/prepare.log
+[ ! -d "$1/venv" ] || cp -a "$1/venv" .venv
 make_venv
+[ -d "$1/venv" ] || cp -a .venv "$1/venv"
 tags=$(run_module .venv/bin/python cli.images balancer server)
-docker save $tags | docker --host "$1" load
+if [ ! -d "$1/registry" ]; then
+    printf '%s\n' 'version: 0.1' "http: {addr: 127.0.0.1:$2}" \
+        "storage: {filesystem: {rootdirectory: '$1/registry.new'}}" >"$1/registry.yml"
+    docker-registry serve "$1/registry.yml" >run/registry.log 2>&1 &
+    trap "kill $!" EXIT
+    until (: <>/dev/tcp/127.0.0.1/$2) 2>/dev/null; do sleep 0.1; done
+    for tag in $tags; do
+        docker tag "$tag" "127.0.0.1:$2/$tag"
+        docker push "127.0.0.1:$2/$tag"
+        docker rmi "127.0.0.1:$2/$tag"
+    done
+    mv "$1/registry.new" "$1/registry"
+fi
 """
 
 
@@ -70,10 +86,13 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
 @pytest.fixture(scope="module")
 def tree(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = copy_tree(tmp_path_factory.mktemp("swarm") / "a checkout")
-    command = ["/bin/bash", "-euc", PREPARE, "prepare", f"unix://{cluster.nodes[0].socket}"]
-    with machine_lock("images", tmp_path_factory):
+    with machine_lock("images", tmp_path_factory) as common:
+        command = ["/bin/bash", "-euc", PREPARE, "prepare", str(common), str(free_port())]
         done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+    shutil.copytree(common / "registry", cluster.place / "registry", dirs_exist_ok=True)
+    for folder in ("balancer", "server"):
+        cluster.nodes[0].pull(image_of(place, folder))
     return place
 
 
@@ -83,7 +102,7 @@ def running(cluster: Cluster, tree: Path) -> Iterator[System]:
     system = System(cluster, cluster.nodes[0], tree)
     system.up("3", *System.FAST, "--registry", REGISTRY, "--min", "3", "--max", "9", "--target", "100000")
     yield system
-    system.down("--now")
+    system.end_manager()  # everything else ends with the cluster
 
 
 @pytest.fixture

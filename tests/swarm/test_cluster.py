@@ -1,35 +1,20 @@
-"""Three nodes, each a real engine in a namespace of its own: a Swarm under load, and with nodes lost."""
+"""Three nodes, each a real engine in a namespace of its own: a Swarm under load, its updates, and the commands."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
-from e2e.conftest import copy_tree, wait_until
-from swarm.cluster import REGISTRY, Cluster, Load, Node, System, in_namespace, lost_in_flight, sh
+from e2e.conftest import wait_until
+from swarm.cluster import REGISTRY, Cluster, Load, Node, System, answering_backend, in_namespace, node_id
 from swarm.conftest import image_of
 
 Figure = Callable[[str], None]
-
-
-def answering_backend(node: Node) -> str:
-    return node.get(f"http://{node.ip}:8000/").split(" ")[0]
-
-
-def addresses(rows: list[dict[str, str]], node_id: str) -> set[str]:
-    return {row["ip"] for row in rows if row["node"] == node_id}
-
-
-def node_id(node: Node) -> str:
-    return node.docker("info", "--format", "{{.Swarm.NodeID}}")
 
 
 def test_every_node_serves_and_the_reported_connections_add_up(cluster: Cluster, system: System) -> None:
@@ -64,7 +49,7 @@ def test_services_have_the_requested_options(system: System) -> None:
 def test_scaling_from_three_to_nine_to_three_under_load_fails_no_request(
     cluster: Cluster, system: System, figure: Figure
 ) -> None:
-    loads = [Load(cluster, node, seconds=40, per_second=15) for node in cluster.nodes]
+    loads = [Load(cluster, node, seconds=240, per_second=15) for node in cluster.nodes]
     time.sleep(2)
     began = time.monotonic()
     system.scale(min=9, max=9)
@@ -73,14 +58,14 @@ def test_scaling_from_three_to_nine_to_three_under_load_fails_no_request(
     time.sleep(2)
     system.scale(min=3, max=3)
     system.wait_for_active(3)
-    results = [load.result() for load in loads]
+    results = [load.stop() for load in loads]
     others = [line for _, lines in results for line in lines]
     answered = sum(count for count, _ in results)
     figure(
         f"Swarm, 3→9→3 on three nodes at 45 connections/s: {len(others)} of {answered} failed; 3→9 took {grown:.1f} s"
     )
     assert others == []
-    assert answered > 900
+    assert answered > 300
     assert "the engine is stopping its container" in system.log()
 
 
@@ -118,11 +103,11 @@ def test_balancer_prefers_backends_of_its_node_with_locality_prefer(cluster: Clu
 
 def test_rolling_update_by_swarm_fails_no_request(cluster: Cluster, system: System, figure: Figure) -> None:
     before = {row["name"] for row in system.wait_for_active(3)}
-    loads = [Load(cluster, node, seconds=35, per_second=20) for node in cluster.nodes[:2]]
+    loads = [Load(cluster, node, seconds=240, per_second=20) for node in cluster.nodes[:2]]
     system.up("--env", "COLOUR=blue")
     wait_until(lambda: not before & {row["name"] for row in system.status()["backends"]}, "all replaced", 90)
     system.wait_for_active(3)
-    results = [load.result() for load in loads]
+    results = [load.stop() for load in loads]
     others = [line for _, lines in results for line in lines]
     figure(f"Swarm, rolling update of three at 40 connections/s: {len(others)} of {sum(n for n, _ in results)} failed")
     assert others == []
@@ -183,131 +168,6 @@ def test_traffic_between_nodes_is_encrypted_and_the_manager_needs_the_token(clus
     assert unknown == ""
 
 
-def ejected(system: System, gone: set[str], nodes: list[Node]) -> bool:
-    return all(not system.rotation(node) & gone for node in nodes)
-
-
-@pytest.mark.parametrize("how", ["cut", "kill_engine"])
-def test_lost_node_is_ejected_before_swarm_notices_and_returns_without_duplicates(
-    cluster: Cluster, system: System, how: str, figure: Figure
-) -> None:
-    first, second, third = cluster.nodes
-    system.scale(min=6, max=6)  # a node that was away has no backends; new ones are placed there
-    rows, third_id = system.wait_for_active(6), node_id(third)
-    gone = addresses(rows, third_id)
-    assert gone
-    load = Load(cluster, second, seconds=12, per_second=30)
-    time.sleep(1)
-    getattr(third, how)()
-    try:
-        began = time.monotonic()
-        wait_until(lambda: ejected(system, gone, [first, second]), "out of every rotation", 30)
-        took = time.monotonic() - began
-        noticed = first.try_docker("node", "inspect", "--format", "{{.Status.State}}", third_id)
-        answered, others = load.result()
-        lost = lost_in_flight(others)
-        figure(
-            f"Swarm, a node lost ({how}): out of every rotation after {took:.1f} s, when Swarm still called it "
-            f"{noticed}; of {answered + lost} requests to another node {lost} were open there, and lost"
-        )
-        assert noticed == "ready"
-        wait_until(lambda: len({r["ip"] for r in system.active()} - gone) >= 6, "Swarm's replacements are in", 90)
-    finally:
-        third.reconnect()
-        if how == "kill_engine":
-            third.start_engine()
-    wait_until(cluster.whole, "it is back", 90)
-    system.wait_for_active(6)
-    assert system.replicas() == 6
-
-
-def serving(nodes: list[Node]) -> list[bool]:
-    return [bool(answering_backend(node)) for node in nodes]
-
-
-def test_removed_balancer_service_is_created_again(cluster: Cluster, system: System, figure: Figure) -> None:
-    system.wait_for_active(3)
-    began = time.monotonic()
-    system.node.docker("service", "rm", f"{system.project}-balancer")
-    wait_until(lambda: not any(serving(cluster.nodes)), "none serves", 30)
-    wait_until(lambda: all(serving(cluster.nodes)), "every node serves again", 60)
-    figure(f"Swarm, the balancers' service removed: every node served again {time.monotonic() - began:.1f} s later")
-    system.wait_for_active(3)
-
-
-def test_balancer_update_keeps_two_of_three_nodes_serving(cluster: Cluster, system: System, figure: Figure) -> None:
-    system.wait_for_active(3)
-
-    def tasks() -> set[str]:
-        listed = ("service", "ps", "-q", "--filter", "desired-state=running", f"{system.project}-balancer")
-        return set(system.node.docker(*listed).split())
-
-    before, fewest = tasks(), 3
-    system.up("--drain-timeout", "4")
-    deadline = time.monotonic() + 120
-    while tasks() & before or not all(now := serving(cluster.nodes)):
-        fewest = min(fewest, sum(serving(cluster.nodes)))
-        assert time.monotonic() < deadline, "the update does not end"
-    figure(f"Swarm, balancers updated: at least {fewest} of 3 nodes served at any time")
-    assert fewest >= 2
-    assert len(now) == 3
-    system.up("--drain-timeout", "8")
-    wait_until(lambda: all(serving(cluster.nodes)), "every node serves", 90)
-
-
-@pytest.fixture
-def elsewhere(cluster: Cluster, system: System, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
-    """The same project's files on another node, where the manager has never run."""
-    place = copy_tree(tmp_path_factory.mktemp("node2") / "another checkout")
-    shutil.copytree(system.tree / ".venv", place / ".venv", symlinks=True)
-    second = cluster.nodes[1]
-    second.run("docker", "pull", system.node.docker("service", "inspect", "--format",
-               "{{.Spec.TaskTemplate.ContainerSpec.Image}}", f"{system.project}-balancer"))  # fmt: skip
-    for folder in ("balancer", "server"):
-        tag = image_of(place, folder)
-        second.docker("pull", f"{REGISTRY}/{tag}")
-        second.docker("tag", f"{REGISTRY}/{tag}", tag)
-    yield System(cluster, second, place)
-
-
-@pytest.mark.serial  # without processor time, Swarm's agents do not find its new leader
-def test_another_node_takes_over_when_the_manager_node_is_lost(
-    cluster: Cluster, system: System, elsewhere: System, figure: Figure
-) -> None:
-    first, second, third = cluster.nodes
-    system.wait_for_active(3)
-    load = Load(cluster, third, seconds=15, per_second=30)
-    first.cut()
-    try:
-        answered, others = load.result()
-        lost = lost_in_flight(others)
-        figure(f"Swarm, the manager's node lost: of {answered + lost} requests to another {lost} were lost with it")
-        leading = ("node", "ls", "--format", "{{.ManagerStatus}}")
-        wait_until(lambda: "Leader" in second.try_docker(*leading), "another leader")
-        elsewhere.up(*System.FAST, "--registry", REGISTRY, "--min", "3", "--max", "9", "--target", "100000")
-        elsewhere.wait_for_active(3, balancers=2)
-        elsewhere.scale(min=4, max=4)
-        elsewhere.wait_for_active(4, balancers=2)
-    finally:
-        first.reconnect()
-    elsewhere.wait_for_active(4)
-    wait_until(
-        lambda: not Path(f"/proc/{system.manager_pid()}").exists(), "the manager that was cut off ends by itself", 30
-    )
-    assert "has taken over; this one ends" in system.log()
-    # and back: the manager leaves this node as it would for an upgrade of it, and is started where it was
-    for name in ("supervisor", "manager"):
-        os.kill(int((elsewhere.run_dir / f"{name}.pid").read_text()), signal.SIGTERM)
-    wait_until(
-        lambda: not Path(f"/proc/{(elsewhere.run_dir / 'manager.pid').read_text().strip()}").exists(), "it ended"
-    )
-    # The images pushed from this node may have other digests, which is an update. A node that has just come back
-    # refuses tasks for a while, so Swarm may roll that update back: its end is not part of this test.
-    system.up(*System.FAST, "--registry", REGISTRY, "--no-wait")
-    system.scale(min=3, max=3)
-    system.wait_for_active(3)
-
-
 def test_missing_swarm_prerequisites_are_reported_before_any_change(cluster: Cluster, tree: Path) -> None:
     wait_until(cluster.whole, "every node is there", 90)
     system = System(cluster, cluster.nodes[0], tree)
@@ -330,18 +190,18 @@ def test_missing_swarm_prerequisites_are_reported_before_any_change(cluster: Clu
 
 def test_swarm_init_makes_a_one_node_swarm_without_a_registry(cluster: Cluster, tree: Path) -> None:
     alone = Node(cluster, 9)
+    system = System(cluster, alone, tree, "alone")
     try:
         alone.start_engine()
-        images = " ".join(image_of(tree, folder) for folder in ("balancer", "server"))
-        sh(f"docker save {images} | docker --host unix://{alone.socket} load")
-        system = System(cluster, alone, tree, "alone")
+        for folder in ("balancer", "server"):
+            alone.pull(image_of(tree, folder))
         output = system.up("--project", "alone", *System.FAST, status=1)
         assert "this host is in no Swarm; join one as a manager, or make one with --swarm-init" in output
         system.up("2", *System.FAST, "--swarm-init", "--advertise", alone.ip)
         system.wait_for_active(2, balancers=1)
         assert len({answering_backend(alone) for _ in range(20)}) == 2
-        system.down()
     finally:
+        system.end_manager()
         alone.close()
 
 

@@ -103,11 +103,12 @@ def driven(
     finally:
         if kind == "swarm":
             node.run("/bin/sh", "-c", f"docker service rm {project}-backend || true")
-            wait_until(lambda: not node.run("/bin/sh", "-c", f"docker ps -aq {ours}"), "its containers are gone")
-        node.run("/bin/sh", "-c", f"docker ps -aq {ours} | xargs -r docker rm -f")
-        wait_until(
-            lambda: node.run("/bin/sh", "-c", f"docker network rm {project} && echo gone || true"), "no network left"
-        )
+
+        def gone() -> str:
+            remove = f"docker ps -aq {ours} | xargs -r docker rm -f; docker network rm {project} && echo gone || true"
+            return node.run("/bin/sh", "-c", remove).rpartition("\n")[2]
+
+        wait_until(lambda: gone() == "gone", "no container and no network left")
 
 
 def test_scale_out_reaches_the_desired_count_with_distinct_addresses(driven: Driven) -> None:

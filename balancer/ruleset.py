@@ -8,7 +8,7 @@ Guarantees:
 - A backend's chain is written once. So the counter of its DNAT rule, which counts connections because the nat table
   sees first packets only, grows for as long as the backend is known, however often the dispatch chains are rewritten.
 - Shares are exact: rule i of a chain has probability w_i / (w_i + … + w_n), and the last rule has none.
-- Only packets of the service are changed. In the host's namespace, other traffic passes at most three rules of ours.
+- Only packets of the service are changed. In the host's namespace, other traffic passes only a few rules of ours.
 """
 
 from __future__ import annotations

@@ -206,15 +206,18 @@ def test_stop_leaves_the_hosts_rules_and_sets_as_before(system: System, before: 
         answer(outside, HOST, system.port)
 
 
-def test_stop_without_a_balancer_removes_the_rules(tree: Path, before: str) -> None:
-    system = System(tree, f"lbhost{os.getpid()}b")
+@pytest.mark.parametrize("datapath", ["bridge", "host"])
+def test_each_published_port_leads_to_its_own_port_and_stop_needs_no_balancer(
+    tree: Path, before: str, datapath: str
+) -> None:
+    system, second = System(tree, f"lbports{os.getpid()}"), free_port()
+    ports = ["--publish", f"{system.port}:8000", "--publish", f"{second}:5000"]
     try:
-        second = free_port()
-        ports = ["--publish", f"{system.port}:8000", "--publish", f"{second}:5000"]
-        system.up("1", *FAST, "--min", "1", "--datapath", "host", *ports)
+        system.up("1", *FAST, "--min", "1", "--datapath", datapath, *ports)
         assert "primes" in answer(None, "127.0.0.1", system.port)
-        assert answer(None, "127.0.0.1", second)  # the sample server's readiness
+        assert "Not Found" in answer(None, "127.0.0.1", second)  # the sample server's readiness has only /sync
         docker("rm", "-f", balancer(system))
     finally:
         system.down("--now")
-    assert firewall() == before
+    if datapath == "host":
+        assert firewall() == before

@@ -21,7 +21,7 @@ FIRST_MODULE = "test_cluster"  # the longest
 # The folders, in the order in which they start. The tests of netns need no images, which are made in the meantime.
 FOLDERS = ("netns", "swarm", "e2e", "browser", "unit")
 WHOLE_MODULES = ("swarm", "e2e", "browser")  # folders
-LONG_MODULES = {"test_system", "test_unhealthy_backends", "test_updates", "test_run_sh", "test_host_path"}
+LONG_MODULES = {"test_system", "test_unhealthy_backends", "test_updates", "test_run_sh", "test_datapath_host"}
 FIGURE = "figure"
 _figures: list[str] = []
 

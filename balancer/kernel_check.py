@@ -11,10 +11,10 @@ from netfilter import Netfilter, NetfilterError
 def check() -> bool:
     """Whether one flavour of iptables has all features."""
     try:
-        Netfilter("nft").make_sets()
+        Netfilter("legacy").make_sets()
     except NetfilterError:
         print("missing: ipset: packets and bytes are not counted")
-    for flavour in ("nft", "legacy"):
+    for flavour in ("legacy", "nft"):
         missing = Netfilter(flavour).missing((*REQUIRED, *OPTIONAL))
         for feature in missing:
             print(f"missing in iptables-{flavour}: {feature.name}: {feature.lost}")

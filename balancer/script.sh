@@ -19,12 +19,13 @@ alive() {
     head -n 1 <&3 | grep -q ' 200 '
 }
 
-# install_first_rules: with the first flavour of iptables that accepts them. The raw table is optional.
+# install_first_rules: with the first flavour of iptables that accepts them. legacy is tried first, because its rules
+# cost a packet less time. The raw table is optional.
 install_first_rules() {
     local nat raw
     nat=$(python3 first_rules.py nat)
     raw=$(python3 first_rules.py raw)
-    for IPTABLES in nft legacy; do
+    for IPTABLES in legacy nft; do
         "iptables-$IPTABLES-restore" --noflush -w 5 <<<"$nat" || continue
         "iptables-$IPTABLES-restore" --noflush -w 5 <<<"$raw" || echo "script.sh: no rules in the raw table" >&2
         export IPTABLES

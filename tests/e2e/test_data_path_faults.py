@@ -44,14 +44,14 @@ BREAKS = {
 
 @pytest.mark.parametrize(("damage", "repair", "found"), BREAKS.values(), ids=BREAKS)
 def test_broken_data_path_is_reported_with_its_cause(system: System, damage: str, repair: str, found: str) -> None:
-    in_namespace(system, "iptables-nft", "-w", "5", *damage.split())
+    in_namespace(system, "iptables-legacy", "-w", "5", *damage.split())
     try:
         reported: dict[str, Any] = wait_until(lambda: broken(system), "the broken path is reported", 40)
         assert found in reported["problem"]
         assert f"ERROR   {reported['problem'].split(';')[0]}" in system.log()
         assert status_code(system) == 3, "degraded"
     finally:
-        in_namespace(system, "iptables-nft", "-w", "5", *repair.split())
+        in_namespace(system, "iptables-legacy", "-w", "5", *repair.split())
 
 
 def broken(system: System) -> dict[str, Any]:
@@ -73,12 +73,12 @@ def test_disabled_ip_forwarding_is_reported_and_enabled_again(system: System) ->
 
 def test_foreign_redirection_is_moved_behind_the_balancer_rules(system: System) -> None:
     rule = ["-p", "tcp", "--dport", "8000", "-j", "DNAT", "--to-destination", "198.18.255.254:9"]
-    in_namespace(system, "iptables-nft", "-w", "5", "-t", "nat", "-I", "PREROUTING", "1", *rule)
+    in_namespace(system, "iptables-legacy", "-w", "5", "-t", "nat", "-I", "PREROUTING", "1", *rule)
     try:
         time.sleep(3)
         assert all(system.serves() for _ in range(10))
     finally:
-        in_namespace(system, "iptables-nft", "-w", "5", "-t", "nat", "-D", "PREROUTING", *rule)
+        in_namespace(system, "iptables-legacy", "-w", "5", "-t", "nat", "-D", "PREROUTING", *rule)
 
 
 def test_self_check_is_not_counted_as_load(system: System) -> None:

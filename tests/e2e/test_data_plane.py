@@ -207,12 +207,10 @@ def test_adaptive_weights_raise_the_throughput_beside_a_slow_backend(system: Sys
 def test_flushed_and_edited_chains_are_repaired(system: System) -> None:
     balancer = f"{system.project}-balancer"
     time.sleep(5)  # past the slow start, whose steps are rewrites too
-    before = docker("exec", balancer, "iptables-nft-save", "-t", "nat")
+    before = docker("exec", balancer, "iptables-save", "-t", "nat")
     for damage in ("-F LB-DISPATCH", "-F PREROUTING", "-A LB-DISPATCH -j RETURN", "-F LB-MASQ"):
-        docker("exec", balancer, "iptables-nft", "-w", "5", "-t", "nat", *damage.split())
-        wait_until(
-            lambda: rules(docker("exec", balancer, "iptables-nft-save", "-t", "nat")) == rules(before), damage, 10
-        )
+        docker("exec", balancer, "iptables", "-w", "5", "-t", "nat", *damage.split())
+        wait_until(lambda: rules(docker("exec", balancer, "iptables-save", "-t", "nat")) == rules(before), damage, 10)
     assert "repaired" in docker("logs", balancer)
     assert len({system.answering_backend() for _ in range(60)}) == 3
 

@@ -76,36 +76,36 @@ def test_unknown_command_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("nft_lacks", "legacy_lacks", "status", "output"),
+    ("legacy_lacks", "nft_lacks", "status", "output"),
     [
-        ("nothing", "all", 0, "iptables-nft has all that is needed\n"),
+        ("nothing", "all", 0, "iptables-legacy has all that is needed\n"),
         (
             "connbytes",
             "nothing",
             0,
-            "missing in iptables-nft: connbytes: clients receive a backend's refusal\n"
-            "iptables-legacy has all that is needed\n",
+            "missing in iptables-legacy: connbytes: clients receive a backend's refusal\n"
+            "iptables-nft has all that is needed\n",
         ),
         (
             "CONNMARK",
             "notrack",
             1,
-            "missing in iptables-nft: connmark: weights stay equal, and only probes find a frozen backend\n"
-            "missing in iptables-legacy: CT target: probes and reports need room in the connection table\n",
+            "missing in iptables-legacy: connmark: weights stay equal, and only probes find a frozen backend\n"
+            "missing in iptables-nft: CT target: probes and reports need room in the connection table\n",
         ),
         (
             "statistic",
             "to-destination",
             1,
-            "missing in iptables-nft: statistic: nothing is balanced\n"
-            "missing in iptables-legacy: DNAT: no connection reaches a backend\n",
+            "missing in iptables-legacy: statistic: nothing is balanced\n"
+            "missing in iptables-nft: DNAT: no connection reaches a backend\n",
         ),
     ],
 )
 def test_check_prints_missing_features_and_what_is_lost(
-    folder: Path, nft_lacks: str, legacy_lacks: str, status: int, output: str
+    folder: Path, legacy_lacks: str, nft_lacks: str, status: int, output: str
 ) -> None:
-    for flavour, lacks in (("nft", nft_lacks), ("legacy", legacy_lacks)):
+    for flavour, lacks in (("legacy", legacy_lacks), ("nft", nft_lacks)):
         tool(folder, f"iptables-{flavour}-restore", f"! grep -q -e '{lacks}'")
     tool(folder, "ipset", "exit 0")
     done = run(folder, "check")
@@ -113,7 +113,7 @@ def test_check_prints_missing_features_and_what_is_lost(
 
 
 def test_check_prints_that_ipset_is_missing(folder: Path) -> None:
-    tool(folder, "iptables-nft-restore", "cat >/dev/null")
+    tool(folder, "iptables-legacy-restore", "cat >/dev/null")
     tool(folder, "ipset", "exit 1")
     assert run(folder, "check").stdout.startswith("missing: ipset: packets and bytes are not counted\n")
 
@@ -123,7 +123,7 @@ def test_kernel_without_a_raw_table_gets_the_first_nat_rules(folder: Path, raw_w
     (folder / "ip.txt").write_text("198.18.0.2\n")
     refused = "none" if raw_works else "raw"
     body = f'text=$(cat); echo "$text" >>{folder}/restored; case $text in "*{refused}"*) exit 1 ;; esac'
-    tool(folder, "iptables-nft-restore", body)
+    tool(folder, "iptables-legacy-restore", body)
     ends = f"touch {folder}/draining; kill $(cat {folder}/script.pid)"
     python = shutil.which("python3", path=os.environ["PATH"])
     tool(folder, "python3", f'case $1 in synchronization_client.py) {ends} ;; *) exec {python} "$@" ;; esac')
@@ -132,5 +132,5 @@ def test_kernel_without_a_raw_table_gets_the_first_nat_rules(folder: Path, raw_w
     done = run(folder, "serve")
     assert output in done.stderr
     assert ("no rules in the raw table" in done.stderr) == bool(output)
-    assert (folder / "flavour").read_text() == "nft\n"
+    assert (folder / "flavour").read_text() == "legacy\n"
     assert "-A LB-B-198.18.0.2 " in (folder / "restored").read_text()

@@ -182,6 +182,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--balancer-image", help=argparse.SUPPRESS)
     parser.add_argument("--bench-image", help=argparse.SUPPRESS)
     parser.add_argument("--quick", action="store_true", help="a part of it: one round of one second")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default: %(default)s")
+    parser.add_argument("--seconds", type=float, default=2.0, metavar="N", help="of one value; default: %(default)g")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every single result there")
     parser.add_argument("--report", type=Path, metavar="FILE", help="only write docs/benchmarks.md from this JSON")
     return parser.parse_args(arguments)
@@ -189,7 +191,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def run_all(options: argparse.Namespace) -> Results:
     """Writes the results also after an error, because a full run takes long."""
-    rounds, seconds = (1, 1.0) if options.quick else (5, 2.0)
+    rounds, seconds = (1, 1.0) if options.quick else (options.rounds, options.seconds)
     results = Results(describe(options.bench_image, rounds, seconds))
     try:
         with prepared():

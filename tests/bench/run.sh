@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Measures the load balancer beside the alternatives, in one interleaved run of its own containers.
-#   sudo tests/bench/run.sh [--quick] [--json FILE]
+#   sudo tests/bench/run.sh [--quick] [--rounds N] [--seconds N] [--json FILE]
 #   tests/bench/run.sh --report FILE      writes docs/benchmarks.md from a stored result
 set -euo pipefail
 from=$PWD

@@ -230,31 +230,34 @@ def machine(results: Results) -> str:
 
 
 BETTER_IF_LESS = ("latency p50", "latency p99", "CPU", "memory")
+TIE = 0.02  # a smaller difference is none
+PATHS = (HOST_PATH, BRIDGE_PATH, "this project, adaptive")
 COMPARED = ("new connections", "keep-alive", "download", "rules alone", "slow backend", *BETTER_IF_LESS)
 
 
 def losses(results: Results) -> str:
-    """A line for each comparison in which another balancer is better than a path of this project in the median."""
-    lines = []
+    """Each comparison in which other balancers are better than this project in the median, with the ratios."""
+    rows = []
     for quantity in COMPARED:
         for count in results.counts(quantity):
-            for way in results.ways(quantity, count):
-                if not way.startswith("this project") and way != PUBLISHED:
-                    lines += _losses_to(results, quantity, count, way)
-    return "\n".join(lines) or "In none of these comparisons."
+            for path in PATHS:
+                better = [f"{way} ({ratio:.2f})" for way, ratio in _better(results, quantity, count, path)]
+                if better:
+                    rows.append([texts.QUANTITIES.get(quantity, quantity), str(count), path, ", ".join(better)])
+    return table(["", "backends", "", "better, and this project's ratio to it"], rows) if rows else "Nowhere."
 
 
-def _losses_to(results: Results, quantity: str, count: int, other: str) -> list[str]:
-    lines = []
-    for path in results.ways(quantity, count):
-        ours, theirs = results.value(quantity, path, count), results.value(quantity, other, count)
-        if not path.startswith("this project") or path == "this project, equal" or not ours or not theirs:
+def _better(results: Results, quantity: str, count: int, path: str) -> list[tuple[str, float]]:
+    """The other balancers that are better by more than TIE, and the ratio of `path` to each."""
+    found, ours = [], results.value(quantity, path, count)
+    for way in ordered(results, quantity, count):
+        theirs = results.value(quantity, way, count)
+        if not ours or not theirs or way == PUBLISHED or way.startswith("this project"):
             continue
         ratio = ours.median / theirs.median
-        if (ratio > 1.02) if quantity in BETTER_IF_LESS else (ratio < 0.98):
-            name = texts.QUANTITIES.get(quantity, quantity)
-            lines.append(f"- {name}, {count} backend{'s' * (count > 1)}: {path}, {ratio:.2f} of {other}")
-    return lines
+        if (ratio > 1 + TIE) if quantity in BETTER_IF_LESS else (ratio < 1 - TIE):
+            found.append((way, ratio))
+    return found
 
 
 def write(results: Results) -> None:

@@ -81,7 +81,7 @@ def test_targets_that_are_missed_and_comparisons_that_are_lost_are_stated() -> N
     rows = [row for row in report.ratios(results).splitlines() if "to published port" in row and "keep-alive" in row]
     assert "| 0.90 | 0.95 | **not met** |" in rows[0]
     assert "| 0.80 | 0.78 | met |" in rows[1]
-    assert f"- download, 3 backends: {HOST_PATH}, 0.50 of {HAPROXY_HOST}" in report.losses(results)
+    assert f"| download | 3 | {HOST_PATH} | {HAPROXY_HOST} (0.50) |" in report.losses(results)
 
 
 def test_page_has_only_sections_that_were_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,8 @@ SCALE_RATE, SCALE_AFTER, SCALE_SECONDS = 300, 0.5, 4.0
 CPUS = ("0.1", "0.4", "0.4")  # the limits of three backends
 COMPUTE = "/?limit=100000"  # a request of which the sample server answers some hundred a second
 SLOW_CONNECTIONS = 16
-LEARN = 12.0  # seconds in which the shares follow the backends' speed
+LEARN = 24.0  # seconds in which the shares follow the backends' speed
+RETURN = 5.0  # seconds of load before a measurement: the shares are those of the load before
 
 Kill = Callable[[], tuple[float, list[Probed]]]
 
@@ -106,13 +107,12 @@ def slow_backend(bench: Bench, products: Mapping[str, Product]) -> None:
             docker("update", "--cpus", cpus, name)
     ways = [product_way(product, name) for name, product in products.items()]
     ways.append(bench.site.leastconn(list(products.values())[1].addresses()))
-    for way in ways[:1]:
-        _computed(bench, way, LEARN)
+    _computed(bench, ways[0], LEARN)
     bench.in_turn(ways, lambda way: _measure_computed(bench, way), "one slow backend")
 
 
 def _measure_computed(bench: Bench, way: Way) -> None:
-    _computed(bench, way, 4)  # shares are those of the load before
+    _computed(bench, way, RETURN)
     bench.results.add("slow backend", way.name, 3, round(_computed(bench, way, 2 * bench.seconds).rate, 1))
 
 

@@ -35,6 +35,7 @@ SIZES = (3, 10, 100, 1000)
 KNOWN_CLIENTS = 100_000
 STICKY = 3600  # seconds
 LATENCY_SECONDS = 3
+SETTLE = 0.3  # seconds after many rules were written
 KINDS = {"new connections": True, "keep-alive": False}
 QUICK_RATE = 300.0  # per second, for --quick, which has no figures to choose a rate from
 
@@ -69,6 +70,7 @@ class Bench:
 
     def new_connections(self, quantity: str, way: Way, backends: int) -> None:
         with way.active(many(backends)):
+            time.sleep(SETTLE)
             answered = load.many_clients(self.client, way.port(backends), self.seconds)
             self.note(quantity, way, backends, answered)
 

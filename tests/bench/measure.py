@@ -150,7 +150,7 @@ def quick(bench: Bench, products: dict[str, Product]) -> None:
     ways = [site.published_port(), *project_ways, site.haproxy(on_host=True), site.kube_proxy(), site.course()]
     with running(list(products.values())):
         traffic(bench, ways, list(products.values()), (3,))
-        one_file_latency_memory(bench, ways[:4], QUICK_RATE)
+        one_file_latency_memory(bench, ways[:2], QUICK_RATE)
         sizes(bench, [host], (1000,))
         sticky(bench, host, plain, (3,))
         faults.kills(bench, {HOST_PATH: faults.kill_backend(bench, products[HOST_PATH])}, rounds=1)

@@ -1,12 +1,12 @@
-"""What the balancer's rules cost at 10, 100 and 1000 backends: to write, to put into force, and to be dealt by.
+"""What the balancer's rules cost at 10, 100 and 1000 backends: to compute, to write, and for a new connection.
 
     sudo python tests/bench/apply.py
 
-Needs root, iptables, ipset, conntrack and hey. Every balancer is a network namespace with the product's own rules, on a
-bridge that nothing else is on; the backends are addresses of one server in another. They lie behind one route: the
-table of neighbours has a limit of its own, which is not the one in question. Rounds are interleaved, and only their
-ratios are meant to be quoted: client, server and all balancers share this machine's processors. The course project's
-one list of rules is there so that a cost that grows can be seen to show.
+Needs root, iptables, ipset, conntrack and hey. Each balancer is a network namespace with the product's own rules, on a
+bridge of its own; the backends are addresses of one server in another namespace. They are behind one route, because the
+limit of the neighbour table is not the question. Rounds are interleaved, and only their ratios mean anything: client,
+server and all balancers share this machine's processors. The course project's list of rules is measured, too, so that a
+cost that grows is seen.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ from typing import TypeVar
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "balancer"))
 import ruleset
-from bench import linear
-from listings import Listing, parse_set, parse_table
+from bench.rules import course as course_rules
+from listings import Listing, parse_table
 from netfilter import Netfilter
 from netns.lab import Lab, Namespace
-from ruleset import REPLIES, SET, Endpoint
+from restore import restore, set_changes
+from ruleset import Endpoint
 
 SIZES, ROUNDS, TRIES = (10, 100, 1000), 5, 5
 SECONDS, CLIENTS = 3, 32
-GATEWAY = "198.18.0.2"  # the way to all backends
+GATEWAY = "198.18.0.2"  # of the route to all backends
 SYSCTLS = (
     "net.ipv4.ip_forward=1",
     "net.netfilter.nf_conntrack_acct=1",
@@ -58,7 +59,7 @@ def backends(count: int, first: int = 1) -> list[Endpoint]:
 
 
 def timed(call: Callable[[], Result]) -> tuple[float, Result]:
-    """Milliseconds, and what came of it."""
+    """Milliseconds, and the result."""
     began = time.perf_counter()
     result = call()
     return 1000 * (time.perf_counter() - began), result
@@ -80,14 +81,14 @@ class Balancer:
         with self.namespace:
             self.kernel.apply(text)
 
-    def deal_over(self, endpoints: Sequence[Endpoint]) -> None:
+    def dispatch_over(self, endpoints: Sequence[Endpoint]) -> None:
         with self.namespace:
             self.kernel.make_sets()
-            for name in (SET, REPLIES):
-                present = parse_set(self.kernel.sets(), name)
-                self.kernel.change_sets(ruleset.set_changes([e.ip for e in endpoints], present, name))
+            for name in self.kernel.path.sets:
+                present = self.kernel.members(name)
+                self.kernel.change_sets(set_changes([endpoint.ip for endpoint in endpoints], present, name))
         for table in ruleset.tables(endpoints):
-            self.apply(ruleset.restore(table, Listing()))
+            self.apply(restore(table, Listing()))
 
 
 @dataclass
@@ -101,7 +102,7 @@ class Change:
 
     def make(self, balancer: Balancer, endpoints: Sequence[Endpoint]) -> None:
         read, listing = timed(balancer.read)
-        text_ms, text = timed(lambda: ruleset.restore(ruleset.nat(endpoints), listing))
+        text_ms, text = timed(lambda: restore(ruleset.nat(endpoints), listing))
         apply, _ = timed(lambda: balancer.apply(text))
         for name, value in (("lines", len(text.splitlines())), ("read", read), ("text", text_ms), ("apply", apply)):
             getattr(self, name).append(value)
@@ -120,23 +121,26 @@ def changes(lab: Lab, size: int) -> tuple[int, dict[str, Change]]:
         made["first rules"].make(balancer, all_)
         all_ = [*all_[1:], *backends(1, first=2000)]
         made["one replaced"].make(balancer, all_)
-        made["all weights"].make(balancer, [Endpoint(e.ip, e.port, 1 + (n + attempt) % 7) for n, e in enumerate(all_)])
+        weighted = [Endpoint(one.ip, 1 + (number + attempt) % 7) for number, one in enumerate(all_)]
+        made["all weights"].make(balancer, weighted)
     return sum(map(len, balancer.read().chains.values())), made
 
 
-def dealers(lab: Lab) -> dict[str, Balancer]:
+def balancers_by_size(lab: Lab) -> dict[str, Balancer]:
     """A balancer for each size, and one with the greatest in one list."""
     made = {f"{size}": Balancer(lab, f"198.18.1.{n}") for n, size in enumerate(SIZES, 1)}
     for name, balancer in made.items():
-        balancer.deal_over(backends(int(name)))
+        balancer.dispatch_over(backends(int(name)))
     made["1000, one list"] = course = Balancer(lab, "198.18.1.99")
-    course.apply(linear([e.ip for e in backends(1000)]))
+    course.apply(course_rules([endpoint.ip for endpoint in backends(1000)]))
     return made
 
 
-def served(lab: Lab) -> subprocess.Popen[bytes]:
+def start_server(lab: Lab) -> subprocess.Popen[bytes]:
     namespace = lab.add(GATEWAY)
-    namespace.run("ip", "route", "add", "local", "198.19.0.0/16", "dev", "lo")  # whatever address there: it is here
+    namespace.run(
+        "ip", "route", "add", "local", "198.19.0.0/16", "dev", "lo"
+    )  # every address of it is this namespace's
     namespace.run("sysctl", "-qw", "net.ipv4.tcp_max_tw_buckets=1024")
     with namespace:
         return subprocess.Popen([sys.executable, "-c", SERVER])
@@ -145,17 +149,17 @@ def served(lab: Lab) -> subprocess.Popen[bytes]:
 def new_connections(client: Namespace, balancer: Balancer) -> float:
     """Per second, each with one request and its answer."""
     url = f"http://{balancer.ip}:8000/"
-    told = client.run("hey", "-z", f"{SECONDS}s", "-c", f"{CLIENTS}", "-disable-keepalive", url)
+    output = client.run("hey", "-z", f"{SECONDS}s", "-c", f"{CLIENTS}", "-disable-keepalive", url)
     balancer.namespace.run("conntrack", "-F")
-    answers = re.findall(r"^ *\[(\d+)\]\s+(\d+) responses", told, re.MULTILINE)
-    if [status for status, _ in answers] != ["200"] or "Error distribution" in told:
-        sys.exit(f"not every connection was served:\n{told}")
+    answers = re.findall(r"^ *\[(\d+)\]\s+(\d+) responses", output, re.MULTILINE)
+    if [status for status, _ in answers] != ["200"] or "Error distribution" in output:
+        sys.exit(f"not every connection was served:\n{output}")
     return int(answers[0][1]) / SECONDS
 
 
 def rates(lab: Lab) -> dict[str, list[float]]:
     """New connections/s of every round, by balancer."""
-    client, balancers, server = lab.add("198.18.0.254"), dealers(lab), served(lab)
+    client, balancers, server = lab.add("198.18.0.254"), balancers_by_size(lab), start_server(lab)
     client.run("sysctl", "-qw", "net.ipv4.ip_local_port_range=1024 65000", "net.ipv4.tcp_tw_reuse=1")
     seen: dict[str, list[float]] = {name: [] for name in balancers}
     try:
@@ -184,8 +188,8 @@ def main() -> int:
     print(f"\n{'backends':>14} {'new connections/s':>18}  as a ratio to 10 backends, by round, and its median")
     for name, values in seen.items():
         ratios = [value / base for value, base in zip(values, seen["10"], strict=True)]
-        told = " ".join(f"{ratio:.2f}" for ratio in ratios)
-        print(f"{name:>14} {statistics.median(values):18.0f}  {told}  {statistics.median(ratios):.2f}")
+        by_round = " ".join(f"{ratio:.2f}" for ratio in ratios)
+        print(f"{name:>14} {statistics.median(values):18.0f}  {by_round}  {statistics.median(ratios):.2f}")
     lab.close()
     return 0
 

@@ -68,7 +68,8 @@ def usable() -> bool:
     """Whether systemd can run the manager. It starts programs in its own network namespace, and as root."""
     if os.geteuid() or not RUNTIME.is_dir():
         return False
-    return Path("/proc/self/ns/net").samefile("/proc/1/ns/net")
+    # Each network namespace has a file of its own with this name. Unlike ns/net, it needs no right to trace process 1.
+    return Path("/proc/self/net/dev").samefile("/proc/1/net/dev")
 
 
 def text(project: str) -> str:
@@ -100,6 +101,7 @@ def remove(project: str) -> None:
         for folder in (BOOT, RUNTIME):
             (folder / name(project)).unlink(missing_ok=True)
         _try("daemon-reload")
+        _try("reset-failed", name(project))
 
 
 def _try(*words: str) -> None:

@@ -19,6 +19,8 @@ from cli.output import Failed, Output
 from cli.project import Project
 
 DATAPATH = "lbscaler.datapath"  # label: what --datapath was when the project was started
+# The engine's own default may be another mode since Docker 27, and then the service's port would not be published.
+GATEWAY_MODE = {"com.docker.network.bridge.gateway_mode_ipv4": "nat"}
 TRIES = 30  # how often another start may take the chosen subnet first
 
 
@@ -59,6 +61,7 @@ def _create(project: Project, subnet: IPv4Network, overlay: bool, datapath: str)
     project.docker.networks.create(
         project.name,
         driver="overlay" if overlay else "bridge",
+        options={} if overlay else GATEWAY_MODE,
         attachable=overlay,
         ipam=IPAMConfig(pool_configs=[pool]),
         labels={**project.labels("network"), DATAPATH: datapath},

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from cli import unit
-from core.settings import ROOT, SETTINGS, SettingError, Settings, flag, parse, read, variable, with_stored
+from core.settings import ROOT, SETTINGS, VERSION, SettingError, Settings, flag, parse, read, variable, with_stored
 
 FLAGS_ARE_VALID = 10  # exit code: the flags are valid, run.sh or stop.sh continues
 BAD_USAGE = 2
@@ -71,6 +71,7 @@ def run_parser() -> argparse.ArgumentParser:
         "doctor": "check this host: print what would stop run.sh, and how to fix it",
         "json": "with --status or --doctor: print JSON",
     }
+    parser.add_argument("--version", action="version", version=VERSION)
     parser.add_argument("backends", nargs="?", default="", help="how many backends to start with (default: --min)")
     for name, meaning in switches.items():
         parser.add_argument(flag(name), action="store_true", help=meaning)

@@ -102,6 +102,10 @@ ensure_engine() {
         *) die "DOCKER_HOST is $DOCKER_HOST; the engine has to be on this host" ;;
     esac
     if have docker && engine_answers; then return; fi
+    # Docker 29.0 refuses the commands of versions before 25, and new commands refuse old engines.
+    case "$(docker version 2>&1 || true)" in
+        *"is too "[on]*) die "the docker command and the engine are too different versions; upgrade the older one" ;;
+    esac
     [ -z "${DOCKER_HOST:-}" ] || die "no engine answers at DOCKER_HOST=$DOCKER_HOST"
     have dockerd || need "running containers" docker.io iptables
     have docker || need "controlling the engine" docker-cli

@@ -1,12 +1,21 @@
 #!/usr/bin/env bash
-# supervise.sh --project NAME [--backends N]: keeps one manager running. If the manager ends unexpectedly, it is started
-# again after 1 to 4 seconds. --backends is for the first start only, because later ones adopt the backends.
-# The supervisor ends with the manager if that ends on request (0), has an invalid setting (2) or fails at its first
-# start. run.sh and stop.sh find both processes by `--project NAME` on their command lines.
+# supervise.sh --project NAME: keeps one manager running. If the manager ends unexpectedly, it is started again after 1
+# to 4 seconds. The supervisor ends with the manager if that ends on request (0), has an invalid setting (2), has been
+# replaced by another manager (4), or fails at its first start.
+# run.sh and stop.sh find both processes by `--project NAME` on their command lines.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-RUN=run/$LB_PROJECT
+RUN=run/$2
 manager='' pause=1
+
+# What the manager is started with; run.sh has written it.
+# shellcheck source=/dev/null
+. "$RUN/environment"
+# How many backends to start with. Only the first start uses it, because later ones adopt the backends.
+if [ -e "$RUN/backends" ]; then
+    set -- "$@" --backends "$(cat "$RUN/backends")"
+    rm "$RUN/backends"
+fi
 
 # The pid files are for people, and are replaced atomically. If one cannot be written (the disk is full, the folder was
 # deleted), the manager still runs.
@@ -22,9 +31,10 @@ for ((starts = 1; ; starts++)); do
     write_pid manager "$manager"
     wait "$manager" || status=$?
     manager=
-    if [ "$status" -eq 0 ] || [ "$status" -eq 2 ] || { [ "$status" -eq 1 ] && [ "$starts" -eq 1 ]; }; then
-        exit "$status"
-    fi
+    case $status in
+        0 | 2 | 4) exit "$status" ;;
+        1) [ "$starts" -gt 1 ] || exit 1 ;;
+    esac
     # A manager that ran for a while did not fail at its start, so the next one need not wait for long.
     [ $((SECONDS - began)) -lt 30 ] || pause=1
     printf '%(%Y-%m-%d %H:%M:%S)T ERROR   manager ended with status %s; starting it again in %s s\n' \

@@ -32,6 +32,7 @@ class FakeEngine:
         self.calls: list[str] = []  # METHOD /path, in order
         self.ids: dict[str, str] = {}  # image name: id, where that is not sha256:NAME
         self.subnets_requested: list[str] = []
+        self.network_options: dict[str, str] = {}  # of the last network that was created
         self.refusal, self.refusals = "", 0  # of that many network creations
         self.removal_seconds = 0.0  # how long the removal of a network takes
         self.extra: list[str] = []  # names of containers that cannot be removed
@@ -111,6 +112,7 @@ class FakeEngine:
         if name == "create":
             subnet = body["IPAM"]["Config"][0]["Subnet"]
             self.subnets_requested.append(subnet)
+            self.network_options = body["Options"] or {}
             if len(self.subnets_requested) <= self.refusals:
                 return 403, {"message": self.refusal}
             pool = {"Subnet": subnet, "Gateway": "127.0.0.1"}  # where the fake manager listens

@@ -108,12 +108,16 @@ while True:
     signal.pause()
 '''
 
-# Programs without an effect. systemd-run starts its program as run.sh does without systemd.
-NOTHING = "#!/bin/sh\nexit 0\n"
-SYSTEMD_RUN = (
-    '#!/bin/bash\nwhile [[ "$1" == --* ]]; do [[ "$1" == *=* || "$1" == --quiet || "$1" == --collect ]] || shift; '
-)
-SYSTEMD_RUN += 'shift; done\nsetsid "$@" >/dev/null 2>&1 &\n'
+NOTHING = "#!/bin/sh\nexit 0\n"  # a program without an effect
+# Lists its calls; `start` runs the unit's program in the unit's directory, as systemd does.
+SYSTEMCTL = r"""#!/bin/bash
+echo "$*" >>"$FAKE_STATE/systemctl"
+unit=$(ls "$FAKE_STATE/boot/$2" "$FAKE_STATE/runtime/$2" 2>/dev/null | head -n 1)
+if [ "$1" = start ]; then
+    cd "$(sed -n 's/^WorkingDirectory=//p' "$unit")"
+    setsid $(sed -n 's/^ExecStart=//p' "$unit") >/dev/null 2>&1 &
+fi
+"""
 
 
 def until(condition: Callable[[], Any], what: str, seconds: float = 20.0) -> Any:
@@ -135,7 +139,7 @@ def free_port() -> int:
 class System:
     """One project, p by default, in a tree on a path with a space in it."""
 
-    def __init__(self, place: Path, project: str = "p") -> None:
+    def __init__(self, place: Path, project: str = "p", systemd: bool = False) -> None:
         self.tree, self.state, self.project = place / "a tree", place / "state", project
         self.run_dir = self.tree / "run" / project
         self.port, self.manager_port = free_port(), free_port()
@@ -149,13 +153,20 @@ class System:
             ignored = shutil.ignore_patterns("__pycache__", "ip.txt", "hostip.txt")
             shutil.copytree(ROOT / name, self.tree / name, ignore=ignored)
         (self.tree / "manager" / "script.py").write_text(MANAGER)
+        # Units go into folders of the tests; systemd is there if the first one exists.
+        self.runtime, self.boot = self.state / "runtime", self.state / "boot"
+        unit = self.tree / "manager" / "cli" / "unit.py"
+        text = unit.read_text().replace('"/run/systemd/system"', repr(str(self.runtime)))
+        unit.write_text(text.replace('"/etc/systemd/system"', repr(str(self.boot))))
+        for folder in (self.runtime, self.boot) if systemd else ():
+            folder.mkdir()
         (self.state / "venv-python").write_text(VENV_PYTHON.replace("PYTHON", sys.executable))
         (self.state / "venv-python").chmod(0o755)
         programs = {
             "docker": DOCKER,
             "python3": PYTHON3.replace("PYTHON", sys.executable),
-            "systemd-run": SYSTEMD_RUN,
-            **dict.fromkeys(("iptables", "iptables-save", "systemctl"), NOTHING),
+            "systemctl": SYSTEMCTL,
+            **dict.fromkeys(("iptables", "iptables-save"), NOTHING),
         }
         for name, text in programs.items():
             (fakes / name).write_text(text)
@@ -207,11 +218,11 @@ class System:
         for file in Path("/proc").glob("[0-9]*/cmdline"):
             try:
                 words = file.read_bytes().split(b"\0")
+                is_program = words[1:2] and words[1].endswith((b"manager/script.py", b"manager/supervise.sh"))
+                if is_program and (file.parent / "cwd").samefile(self.tree):
+                    found.append(int(file.parent.name))
             except OSError:
                 continue
-            programs = (b"/manager/script.py", b"/manager/supervise.sh")
-            if any(word == str(self.tree).encode() + program for word in words[:3] for program in programs):
-                found.append(int(file.parent.name))
         return found
 
     def nothing_left(self) -> bool:

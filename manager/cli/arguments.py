@@ -18,7 +18,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from core.settings import ROOT, SETTINGS, SettingError, Settings, flag, parse, read, variable, with_stored
+from cli import unit
+from core.settings import ROOT, SETTINGS, VERSION, SettingError, Settings, flag, parse, read, variable, with_stored
 
 FLAGS_ARE_VALID = 10  # exit code: the flags are valid, run.sh or stop.sh continues
 BAD_USAGE = 2
@@ -41,6 +42,7 @@ class Arguments:
     no_wait: bool = False
     swarm_init: bool = False
     no_install: bool = False
+    at_boot: bool = False
     doctor: bool = False
     status: bool = False
     watch: bool = False
@@ -64,12 +66,14 @@ def run_parser() -> argparse.ArgumentParser:
         "follow": "stay and print the manager's log",
         "no_wait": "do not wait for the end of an update of the backends",
         "swarm_init": "make this host a Swarm if it is in none",
+        "at_boot": "start the manager at every boot, by a systemd unit; stop.sh removes it",
         "no_install": "install nothing on this host; print what is missing",
         "status": "print the state of the running project; exit code 0 healthy, 1 it does not run, 3 degraded",
         "watch": "print the state continuously, until Ctrl-C",
         "doctor": "check this host: print what would stop run.sh, and how to fix it",
         "json": "with --status or --doctor: print JSON",
     }
+    parser.add_argument("--version", action="version", version=VERSION)
     parser.add_argument("backends", nargs="?", default="", help="how many backends to start with (default: --min)")
     for name, meaning in switches.items():
         parser.add_argument(flag(name), action="store_true", help=meaning)
@@ -121,6 +125,8 @@ def run_arguments(words: Sequence[str], environ: Mapping[str, str]) -> Arguments
     if backends and not (backends.isdecimal() and settings.min <= int(backends) <= settings.max):
         allowed = f"{settings.min} (--min) to {settings.max} (--max)"
         raise SettingError(f"the number of backends is {backends!r}; allowed: {allowed}")
+    if parsed["at_boot"] and not unit.usable():
+        raise SettingError("--at-boot needs root and systemd; without them, let cron (@reboot) call run.sh")
     return Arguments(settings, variables, **parsed)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import docker.errors
 import requests
 
-from cli import images, network, output, swarm
+from cli import images, network, output, swarm, unit
 from cli.arguments import stop_arguments
 from cli.output import Failed, Output
 from cli.processes import MANAGER, SUPERVISOR, find
@@ -30,15 +30,17 @@ STOP_GRACE = 10  # seconds between SIGTERM and SIGKILL for a container
 NETWORK_TIMEOUT = 60.0  # seconds; in a Swarm other nodes' tasks use the network until they have ended
 GONE_TIMEOUT = 10.0  # seconds; a Swarm lists a network for a moment after its removal
 POLL = 0.5  # seconds
-TEMPORARY = ("token", "settings.json", "manager.sock", "*.pem", "*.pid", "*.new")  # in run/<project>/
+# In run/<project>/.
+TEMPORARY = ("token", "settings.json", "environment", "backends", "manager.sock", "*.pem", "*.pid", "*.new")
 
 
 def remove(project: Project, drain: float) -> None:
     """Removes everything of the project; open connections have `drain` seconds to end. Raises Failed."""
     # The manager first, because it would launch again what is removed.
-    if project.manager_runs() or project.supervisor_runs():
+    if project.manager_runs() or project.supervisor_runs() or unit.is_installed(project.name):
         with project.output.step("Stopping the manager"):
             project.end_manager()
+            unit.remove(project.name)
     network.remove_exemption(project)
     answers = engine_answers(project)
     kept = False

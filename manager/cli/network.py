@@ -6,17 +6,21 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 from ipaddress import IPv4Network
+from pathlib import Path
 from typing import Any
 
 import docker.errors
 from docker.types import IPAMConfig, IPAMPool
 
 from cli import host_checks
-from cli.output import Failed
+from cli.output import Failed, Output
 from cli.project import Project
 
 DATAPATH = "lbscaler.datapath"  # label: what --datapath was when the project was started
+# The engine's own default may be another mode since Docker 27, and then the service's port would not be published.
+GATEWAY_MODE = {"com.docker.network.bridge.gateway_mode_ipv4": "nat"}
 TRIES = 30  # how often another start may take the chosen subnet first
 
 
@@ -57,6 +61,7 @@ def _create(project: Project, subnet: IPv4Network, overlay: bool, datapath: str)
     project.docker.networks.create(
         project.name,
         driver="overlay" if overlay else "bridge",
+        options={} if overlay else GATEWAY_MODE,
         attachable=overlay,
         ipam=IPAMConfig(pool_configs=[pool]),
         labels={**project.labels("network"), DATAPATH: datapath},
@@ -80,7 +85,9 @@ def gateway(network: Any) -> str:
 
 def exempt_from_tracking(project: Project) -> None:
     network = project.network()
-    if os.geteuid() or network is None or not shutil.which("iptables"):
+    if os.geteuid() or not shutil.which("iptables") or network is None:
+        return
+    if network.attrs["Driver"] != "bridge" or is_on_host(network):
         return
     bridge, subnet = f"br-{network.id[:12]}", network.attrs["IPAM"]["Config"][0]["Subnet"]
     rule = ["PREROUTING", "-i", bridge, "-s", subnet, "-d", subnet, "-m", "addrtype", "!", "--dst-type", "LOCAL"]
@@ -104,3 +111,8 @@ def remove_exemption(project: Project) -> None:
             command = ["iptables", "-w", "-t", "raw", "-D", *words[1:]]
             if not subprocess.run(command, capture_output=True, check=False).returncode:
                 project.output.say(f"Removed the host's rule for {project.name}")
+
+
+if __name__ == "__main__":  # the systemd unit calls this, because a reboot removes the rule
+    with Output("network", Path(os.devnull)) as out:
+        exempt_from_tracking(Project(sys.argv[1], out))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import subprocess
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -15,12 +14,12 @@ from typing import Any
 
 import docker
 
+from cli import unit
 from cli.output import Failed, Output
 from cli.processes import MANAGER, SUPERVISOR, end, find
 from core.settings import ROOT
 
 ENGINE_TIMEOUT = 600  # seconds without a byte from the engine: a build may print nothing for minutes
-SYSTEMD = Path("/run/systemd/system")  # exists if systemd is the init of this host
 
 
 class Project:
@@ -80,16 +79,10 @@ class Project:
 
     # -- the manager and its supervisor -------------------------------------------------------------------------------
 
-    @property
-    def unit(self) -> str:
-        """The name of the systemd unit that the supervisor runs in."""
-        return f"lbscaler-{self.name}"
-
     def end_manager(self) -> None:
         """Ends the supervisor first, so that it does not start the manager again."""
         # Through systemd if possible: it would start a supervisor that was killed again.
-        if SYSTEMD.is_dir():
-            subprocess.run(["systemctl", "stop", self.unit], capture_output=True, check=False)
+        unit.stop(self.name)
         for program in (SUPERVISOR, MANAGER):
             for pid in find(self.name, program):
                 end(pid)

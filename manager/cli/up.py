@@ -8,6 +8,7 @@ before the start counts as a success, because the next run compares with them.
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -19,10 +20,10 @@ from pathlib import Path
 
 import requests
 
-from cli import doctor, down, images, network, output, startup, swarm
+from cli import doctor, down, images, network, output, startup, swarm, unit
 from cli.arguments import Arguments, run_arguments
 from cli.output import Failed, Output, Undo
-from cli.project import SYSTEMD, Project, write
+from cli.project import Project, write
 from core.settings import ROOT, SETTINGS, read, stored, variable, with_stored
 
 MANAGER_START = 10.0  # seconds until the manager answers
@@ -69,6 +70,9 @@ class Start:
         self._wait()
         # Part of the start: without this file, the next run would not know the project's settings.
         write(self.run_dir / "settings.json", self._snapshot(built, secrets))
+        if self.arguments.at_boot:
+            with self.output.step(f"Enabling {unit.name(project.name)}, which starts the manager at boot"):
+                unit.install(project.name, "enable", self.output)
 
     # -- before anything starts ---------------------------------------------------------------------------------------
 
@@ -106,8 +110,7 @@ class Start:
         if not (project.containers() or project.services() or project.manager_runs()):
             self.undo.add("remove the project", lambda: down.remove(project, drain=0))
         network.make(project, self.settings.subnet, overlay=self.swarm, datapath=self.settings.datapath)
-        if not self.swarm and self.settings.datapath == "bridge":
-            network.exempt_from_tracking(project)
+        network.exempt_from_tracking(project)
 
     def _snapshot(self, built: Images, secrets: Mapping[str, str]) -> str:
         """The text of settings.json: the settings and everything else that a manager is started with. If this has
@@ -156,7 +159,8 @@ class Start:
 
     def _environment(self, built: Images, secrets: Mapping[str, str]) -> dict[str, str]:
         """The environment variables that the manager is started with."""
-        variables = {**os.environ, **self.arguments.variables, **secrets}
+        engine = {name: value for name, value in os.environ.items() if name.startswith("DOCKER_")}
+        variables = {**engine, **self.arguments.variables, **secrets}
         # Swarm would look a name up in a registry; it uses an id as it is.
         by_id = self.swarm and not self.settings.registry
         balancer = self.project.docker.images.get(built.balancer).id if by_id else built.balancer
@@ -167,16 +171,19 @@ class Start:
     def _launch(self, environment: Mapping[str, str]) -> None:
         """Starts the supervisor, as a unit if systemd is this host's init, and waits until its manager answers."""
         project = self.project
-        command = [str(ROOT / "manager" / "supervise.sh"), "--project", project.name]
+        # In a file of mode 0600, because every user may read a unit.
+        lines = [f"export {name}={shlex.quote(value)}\n" for name, value in environment.items()]
+        write(self.run_dir / "environment", "".join(lines))
         if self.arguments.backends:
-            command += ["--backends", self.arguments.backends]
+            write(self.run_dir / "backends", self.arguments.backends)
         # systemd restarts a supervisor that was killed. Without systemd, the supervisor gets a session of its own, so
         # that closing the terminal does not end it.
-        if os.geteuid() == 0 and SYSTEMD.is_dir():
-            self.output.run(*_systemd_run(project.unit, environment), *command)
+        if unit.usable():
+            unit.install(project.name, "start", self.output)
         else:
+            command = [str(ROOT / "manager" / "supervise.sh"), "--project", project.name]
             streams = {"stdin": subprocess.DEVNULL, "stdout": self.output.log, "stderr": self.output.log}
-            subprocess.Popen(command, env=environment, start_new_session=True, **streams)  # type: ignore[call-overload]
+            subprocess.Popen(command, start_new_session=True, **streams)  # type: ignore[call-overload]
         # When a manager cannot start, its supervisor ends as well, and no answer will come.
         began = time.monotonic()
         while not self._manager_answers():
@@ -224,15 +231,6 @@ class Start:
         self.output.say(f"  manager   http://localhost:{settings.manager_port}/")
         self.output.say(f"  log       tail -F '{self.run_dir / 'manager.log'}'")
         self.output.say(f"  stop      ./stop.sh{'' if is_default else f' --project {settings.project}'}")
-
-
-def _systemd_run(unit: str, environment: Mapping[str, str]) -> list[str]:
-    command = ["systemd-run", "--quiet", "--collect", "--unit", unit, "--property", "Restart=on-failure"]
-    command += ["--property", "RestartPreventExitStatus=1 2"]
-    for name, value in environment.items():
-        if name.startswith(("LB_", "DOCKER_")):
-            command.append(f"--setenv={name}={value}")
-    return command
 
 
 def run(arguments: Arguments, out: Output) -> None:

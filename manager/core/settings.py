@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+VERSION = "1.0.0"
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -55,6 +55,17 @@ def test_engine_of_another_host_is_refused(tmp_path: Path) -> None:
     assert "DOCKER_HOST is tcp://example:2375; the engine has to be on this host" in done.stderr
 
 
+@pytest.mark.parametrize("how", ["old. Minimum", "new. Maximum"])
+def test_docker_command_that_the_engine_refuses_is_named_and_no_engine_is_started(tmp_path: Path, how: str) -> None:
+    refusal = f"Error response from daemon: client version 1.41 is too {how} supported API version is 1.44"
+    for program in ("docker", "dockerd"):
+        (tmp_path / program).write_text(f"#!/bin/sh\necho '{refusal}' >&2; exit 1\n")
+        (tmp_path / program).chmod(0o755)
+    done = shell("ensure_engine; echo never", tmp_path, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "the docker command and the engine are too different versions; upgrade the older one" in done.stderr
+
+
 def test_engine_that_another_program_started_is_not_stopped(tmp_path: Path) -> None:
     done = shell('echo "started here: [$ENGINE_STARTED]"', tmp_path, ENGINE_STARTED="1")
     assert done.stdout == "started here: []\n"

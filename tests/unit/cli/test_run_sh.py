@@ -55,6 +55,7 @@ def test_start_gives_the_manager_its_settings_and_stop_removes_everything(system
     assert found["environment"]["LB_BALANCER_IMAGE"].startswith("lbscaler-balancer:")
     assert len(system.processes()) == 2
     assert (system.run_dir / "settings.json").stat().st_mode & 0o777 == 0o600
+    assert system.engine.network_options == {"com.docker.network.bridge.gateway_mode_ipv4": "nat"}
     assert "settings are unchanged" in system.up()
     assert status(system)["pid"] == found["pid"]
     assert "Project p is down" in system.down()

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from cli import arguments
+from core.settings import VERSION
 
 ROOT = Path(__file__).parents[3]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / ".github").rglob("*.md"))]
 OPERATIONS = ROOT / "docs" / "operations.md"
 LEVELS = {"debug": "", "info": "INFO", "warning": "WARNING", "error": "ERROR", "exception": "ERROR", "log": ""}
 VALUE = re.compile(r"%[-\d.]*[a-z]")  # in a log call's text
@@ -24,6 +25,7 @@ TOOLS = {
     "--availability",
     "--config",
     "--storage",
+    "--tail",
     "--web",
     "--save",
     "--force",
@@ -154,3 +156,16 @@ def test_every_rule_of_ours_that_is_quoted_is_rendered() -> None:
         golden.update(text.splitlines())
     quoted = re.findall(r"^ +(-A (?:LB-.*|.* -j LB-\S+))$", (ROOT / "docs" / "packets.md").read_text(), re.MULTILINE)
     assert ([rule for rule in quoted if rule not in golden], len(quoted) > 10) == ([], True)
+
+
+def test_changelog_begins_with_this_version() -> None:
+    headings = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    released = [heading for heading in headings if heading != "Unreleased"]
+    assert re.fullmatch(rf"{re.escape(VERSION)} \(\d{{4}}-\d\d-\d\d\)", released[0])
+
+
+def test_pre_commit_runs_every_linter_of_the_tests() -> None:
+    script = (ROOT / "tests" / "run.sh").read_text()
+    linters = set(re.findall(r'^say "(.*hadolint)"$', script, re.MULTILINE)[0].split(", "))
+    names = set(re.findall(r"name: ([\w-]+)", (ROOT / ".pre-commit-config.yaml").read_text()))
+    assert (names, len(linters)) == (linters, 5)

@@ -114,5 +114,5 @@ def remove_exemption(project: Project) -> None:
 
 
 if __name__ == "__main__":  # the systemd unit calls this, because a reboot removes the rule
-    with Output("network", Path(os.devnull)) as out:
+    with Output(Path(os.devnull)) as out:
         exempt_from_tracking(Project(sys.argv[1], out))

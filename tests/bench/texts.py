@@ -40,12 +40,13 @@ round, then their median is taken.
 | this project, host path | `./run.sh --datapath host`, with its manager and its balancer container running |
 | this project, bridge path | `./run.sh` with its default, in the same way |
 | kube-proxy's rules | the chains that kube-proxy writes for a node port, in the host's namespace |
-| course project's rules | a list of DNAT rules with probabilities in a container with a published port |
+| course project's rules | a list of DNAT rules with probabilities, in a container with a published port |
 | HAProxy, nginx stream | TCP proxies, two threads, `random`; on the host's network, or with a published port |
 
 Each backend is an nginx with one worker that answers with a short line. Rules of kube-proxy and of the course project
-are written before and removed after each measurement. During the run the host's connection table is larger, and it
-forgets closed connections after one second. Otherwise each measurement would find it fuller than the one before."""
+are written before and removed after each measurement, by the same flavours of iptables as this project's. During the
+run the host's connection table is larger, and it forgets closed connections after one second. Otherwise each
+measurement would find it fuller than the one before."""
 
 RATIOS = """\
 Targets were set before the measurements. *Rules alone* are the product's rules without its manager and its balancer's

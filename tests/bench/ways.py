@@ -25,6 +25,8 @@ NGINX_HOST, NGINX_BRIDGE = "nginx stream, host network", "nginx stream, bridge"
 KUBE, COURSE = "kube-proxy's rules", "course project's rules"
 
 WRITE_RULES = Path(__file__).with_name("write_rules.py").read_text()
+# By the flavour of iptables that the product uses in a namespace of its own, so that only the rules differ.
+RESTORE = "if iptables-legacy -t nat -S >/dev/null 2>&1; then iptables-legacy-restore; else iptables-nft-restore; fi"
 PROXY_SYSCTLS = {"net.ipv4.ip_local_port_range": "1024 65000"}
 Addresses = Sequence[str]
 
@@ -138,7 +140,7 @@ class Site:
 
         @contextmanager
         def active(ips: Addresses) -> Iterator[None]:
-            docker("exec", "-i", container, "iptables-restore", text=rules.course(ips))
+            docker("exec", "-i", container, "sh", "-c", RESTORE, text=rules.course(ips))
             yield
 
         return Way(COURSE, {0: port}, active)

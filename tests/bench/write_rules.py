@@ -14,8 +14,16 @@ import shutdown
 from datapath import DataPath
 from netfilter import Netfilter
 
-# On the host, the flavour of Docker's rules, as in script.sh.
-nft_save = subprocess.run(["iptables-nft-save", "-t", "nat"], capture_output=True, text=True, check=True).stdout
+
+def flavour(path: DataPath) -> str:
+    """As script.sh chooses it: on the host that of Docker's rules, in a namespace of its own legacy if possible."""
+    if path.on_host:
+        return "nft" if "\n:DOCKER " in _run("iptables-nft-save", "-t", "nat").stdout else "legacy"
+    return "nft" if _run("iptables-legacy", "-t", "nat", "-S").returncode else "legacy"
+
+
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def write(kernel: Netfilter, ips: list[str], known: int) -> None:
@@ -45,8 +53,7 @@ def main() -> None:
     fields = order["path"]
     fields["ports"] = tuple(tuple(pair) for pair in fields["ports"])
     path = DataPath(**fields)
-    flavour = "nft" if not path.on_host or "\n:DOCKER " in nft_save else "legacy"
-    kernel = Netfilter(flavour, path)
+    kernel = Netfilter(flavour(path), path)
     if order["ips"] is None:
         shutdown.remove(kernel)
     else:

@@ -100,4 +100,15 @@ One more backend is ordered through the manager's socket, while 300 new connecti
 the first answer of the new backend. A new container has to be created, started and probed. A spare (`--spares 1`) runs
 already and only enters rotation. In its slow start a new backend gets a small share of the connections at first."""
 
-LOSSES = "TEXT"
+LOSSES = """\
+The reasons, where the table above names one of these:
+
+- **The bridge path to ways on the host's network.** Each packet passes Docker's rule for the published port, then a
+  network namespace with a second connection table, and the bridge twice. `--datapath host` has none of these.
+- **kube-proxy's rules.** They count nothing. This project counts the packets to each backend and finds the first reply
+  of each connection, for its decisions, its shares and its detection of frozen backends. With few backends, lists are
+  as fast as a tree.
+- **HAProxy with `leastconn`.** A proxy knows immediately when a request ends. Adaptive shares follow an estimate
+  that is made once an interval, and a slow backend still gets its share while it is slow.
+- **Memory.** The manager and the balancer's client are Python programs. No packet passes them.
+- **Sticky clients with many backends.** The sets of the backends are searched one after the other."""

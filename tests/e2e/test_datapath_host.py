@@ -187,7 +187,8 @@ def test_upgrade_of_the_balancer_and_other_options_lose_no_connection(system: Sy
     open_one.ended.set()
     open_one.join()
     assert (failed, open_one.failed) == (0, "")
-    # Now each client keeps its backend.
+    # The old rules stay until the new balancer has changed them. Then each client keeps its backend.
+    wait_until(lambda: " -j SET --add-set LB-" in firewall(), "rules for sticky clients", 20)
     assert len({answer(outside, HOST, system.port).split(" ")[0] for _ in range(12)}) == 1
 
 

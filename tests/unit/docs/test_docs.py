@@ -12,7 +12,7 @@ import pytest
 from cli import arguments
 
 ROOT = Path(__file__).parents[3]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OPERATIONS = ROOT / "docs" / "operations.md"
 LEVELS = {"debug": "", "info": "INFO", "warning": "WARNING", "error": "ERROR", "exception": "ERROR", "log": ""}
 VALUE = re.compile(r"%[-\d.]*[a-z]")  # in a log call's text
@@ -27,6 +27,7 @@ TOOLS = {
     "--web",
     "--save",
     "--force",
+    *("--name", "--network", "--build-arg", "--driver", "--attachable", "--internal"),  # of docker
     "--fast",  # of tests/run.sh
     "--update-golden",  # of pytest
 }

@@ -137,6 +137,8 @@ Node.js v20.19.2
         ("chown: changing ownership of 'x': Operation not permitted", "--allow root"),
         ("This program must be root.", "--allow root"),
         (NODE, "--allow root"),
+        ("accept4: Too many open files", "--ulimit nofile=NUMBER"),
+        ("sh: 0: Cannot fork: Resource temporarily unavailable", "--allow processes"),
         ("# Warning: could not bind *:80: Permission denied\n# Failed listening on port 80, aborting.", "--allow root"),
     ],
 )

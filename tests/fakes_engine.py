@@ -138,11 +138,12 @@ class FakeEngine:
     def _secrets(self, method: str, name: str, filters: Any, body: Any) -> Answer:
         if name == "create":
             files = {"token": "token", "manager": "manager.pem", "certificate": "certificate.pem"}
-            file = files[body["Name"].rpartition("-")[2]]
+            file = files.get(body["Name"].rpartition("-")[2], "")
             self.secrets[body["Name"]] = {"ID": body["Name"], "Spec": body, "file": file}
             return 201, {"ID": body["Name"]}
         if not name:
-            return 200, list(self.secrets.values())
+            wanted = {tuple(label.split("=", 1)) for label in filters.get("label", [])}
+            return 200, [one for one in self.secrets.values() if wanted <= one["Spec"]["Labels"].items()]
         if name not in self.secrets:
             return NOT_FOUND
         if method == "DELETE":

@@ -60,7 +60,7 @@ say "ruff, mypy, import-linter, shellcheck, hadolint"
 "$VENV/bin/mypy"
 PYTHONPATH=manager "$VENV/bin/lint-imports" --no-cache
 git ls-files -co --exclude-standard -z '*.sh' .ci/run | xargs -0 shellcheck -x
-"$VENV/bin/hadolint" balancer/Dockerfile server/Dockerfile
+"$VENV/bin/hadolint" balancer/Dockerfile server/Dockerfile docs/examples/*/*Dockerfile
 
 [ -z "$ENGINE_STARTED" ] || [ ! -e run/engine/dockerd.pid ] || export LBTEST_OWN_ENGINE=1
 all=(tests/unit tests/netns tests/browser tests/e2e tests/swarm)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from cli import unit
+from core import backend_files
 from core.settings import ROOT, SETTINGS, VERSION, SettingError, Settings, flag, parse, read, variable, with_stored
 
 FLAGS_ARE_VALID = 10  # exit code: the flags are valid, run.sh or stop.sh continues
@@ -163,6 +164,9 @@ def main(program: str, words: Sequence[str]) -> int:
             stop_arguments(words)
             return FLAGS_ARE_VALID
         arguments = run_arguments(words, os.environ)
+        only_reads = arguments.doctor or arguments.status or arguments.watch or arguments.json
+        if not only_reads:
+            backend_files.check(arguments.settings)
     except SettingError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return BAD_USAGE

@@ -88,7 +88,10 @@ class Host:
     @cached_property
     def network(self) -> dict[str, Any]:
         """The engine's network with the project's name; empty if there is none."""
-        found = json.loads(self.run(f"docker network inspect {self.settings.project}").stdout or "[]")
+        return self.inspect_network(self.settings.project)
+
+    def inspect_network(self, name: str) -> dict[str, Any]:
+        found = json.loads(self.run(f"docker network inspect {name}").stdout or "[]")
         return dict(found[0]) if found else {}
 
 
@@ -219,6 +222,36 @@ def datapath_of(host: Host) -> str:
     return str(labels.get("lbscaler.datapath", "bridge")) if labels else ""
 
 
+def attached(host: Host) -> Found:
+    """The networks of --attach."""
+    if not host.engine:
+        return Found(OK, "not tried: no engine answers")
+    for name in host.settings.attach:
+        found, fix = _obstacle(host, name, host.inspect_network(name))
+        if found:
+            return Found(FAULT, f"--attach {name}: {found}", fix)
+    return Found(OK, f"networks besides the project's: {len(host.settings.attach)}")
+
+
+def _obstacle(host: Host, name: str, network: Mapping[str, Any]) -> tuple[str, str]:
+    """Why the backends cannot join the network, and what to do; two empty texts if they can."""
+    settings = host.settings
+    if not network:
+        return "there is no such network", f"docker network create {name}"
+    of_swarm = network["Scope"] == "swarm"
+    if settings.orchestrator == "swarm" and not of_swarm:
+        return "it is on one node only", "make it with docker network create --driver overlay"
+    if settings.orchestrator == "docker" and of_swarm and not network["Attachable"]:
+        return "only services can join it", "make it with docker network create --driver overlay --attachable"
+    # Docker takes the default route from the first network by name, and from an internal one last. Before 28.0, from
+    # one with IPv6 first. On the host path, the answers to outside clients need this route.
+    first = network["Name"] < settings.project or network["EnableIPv6"]
+    if settings.datapath == "host" and first and not network["Internal"]:
+        fix = f"give it a name that sorts after {settings.project}, without IPv6, or make it --internal"
+        return "it would get the backends' default route, which --datapath host needs", fix
+    return "", ""
+
+
 # -- what may disturb a running project -------------------------------------------------------------------------------
 
 
@@ -293,6 +326,7 @@ CHECKS: Mapping[str, Callable[[Host], Found]] = {
     "service port": service_port,
     "manager port": manager_port,
     "network": network,
+    "attached": attached,
     "routes": routes,
     "clock": clock,
     "disk": disk,
@@ -300,7 +334,7 @@ CHECKS: Mapping[str, Callable[[Host], Found]] = {
     "neighbours": neighbours,
     "memory": memory,
 }
-REQUIRED = ("engine", "service port", "manager port", "network")
+REQUIRED = ("engine", "service port", "manager port", "network", "attached")
 
 
 def obstacles(host: Host) -> list[str]:

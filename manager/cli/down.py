@@ -193,6 +193,7 @@ def _remove_files(project: Project) -> None:
     with suppress(FileNotFoundError):
         (place / "trace.csv").replace(project.run_dir / "trace.csv")
     shutil.rmtree(place, ignore_errors=True)
+    shutil.rmtree(project.secrets_dir, ignore_errors=True)
     for pattern in TEMPORARY:
         for path in project.run_dir.glob(pattern):
             path.unlink()

@@ -72,6 +72,10 @@ class Project:
 
     # -- files --------------------------------------------------------------------------------------------------------
 
+    @property
+    def secrets_dir(self) -> Path:
+        return self.run_dir / "secrets"
+
     def make_token(self) -> None:
         path = self.run_dir / "token"
         if not has_text(path):
@@ -98,14 +102,14 @@ def has_text(path: Path) -> bool:
     return path.exists() and path.stat().st_size > 0
 
 
-def write(path: Path, text: str) -> None:
-    """Replaces the file, mode 0600, in one step: a reader gets the old text or the new one. Raises Failed."""
+def write(path: Path, content: str | bytes) -> None:
+    """Replaces the file, mode 0600, in one step: a reader gets the old content or the new one. Raises Failed."""
     fresh = path.with_name(f"{path.name}.new")
     try:
         fresh.unlink(missing_ok=True)
-        # The text is on the disk before the file gets its name, so a crash of the host leaves no empty file.
-        with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(text)
+        # The content is on the disk before the file gets its name, so a crash of the host leaves no empty file.
+        with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         fresh.replace(path)

@@ -6,6 +6,7 @@ import hashlib
 import subprocess
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import docker.errors
@@ -20,6 +21,7 @@ DRAIN_TIMEOUT = 120.0  # seconds for the balancers of all nodes; Swarm kills eac
 CLAIM_TIME = 86400  # seconds; a claim that lies this far in the future is newer than any manager's claim
 CLAIM_PAUSE = 5.0  # seconds in which managers on other nodes notice a newer claim
 POLL = 0.1  # seconds
+FILE = "file"  # role of the secrets that backends get
 KEYS = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 3650 -subj /CN=lbscaler-manager"
 ALT_NAME = "subjectAltName=DNS:lbscaler-manager"
 
@@ -156,6 +158,20 @@ def _share(project: Project, name: str, file: str) -> None:
             f"run/{project.name}/{file} is not the one that this Swarm's balancers have; copy it from the node that "
             "ran the manager, or ./stop.sh first"
         )
+
+
+def share_file(project: Project, name: str, path: str) -> None:
+    """Stores a file of --secret as a Swarm secret. Its name changes with its content."""
+    if _secret(project, name) is None:
+        labels = project.labels(FILE)
+        project.docker.secrets.create(name=name, data=Path(path).read_bytes(), labels=labels)
+
+
+def remove_files(project: Project, in_use: str) -> None:
+    """Removes the Swarm secrets of `share_file` whose digests are not in this text."""
+    for secret in project.docker.secrets.list(filters=project.filter(FILE)):
+        if secret.name.removeprefix(f"{project.name}-") not in in_use:
+            secret.remove()
 
 
 # -- stop.sh ----------------------------------------------------------------------------------------------------------

@@ -15,12 +15,12 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from json import dumps
+from json import dumps, loads
 from pathlib import Path
 
 import requests
 
-from cli import doctor, down, images, network, output, startup, swarm, unit
+from cli import doctor, down, file_copies, images, network, output, startup, swarm, unit
 from cli.arguments import Arguments, run_arguments
 from cli.output import Failed, Output, Undo
 from cli.project import Project, write
@@ -43,10 +43,14 @@ class Images:
 class Start:
     """One run of ./run.sh. `run` calls the parts in their order."""
 
-    def __init__(self, arguments: Arguments, out: Output, undo: Undo, image: str = "") -> None:
-        """`image` overrides the backends' image: a run that restores the previous settings gives the previous id."""
+    def __init__(
+        self, arguments: Arguments, out: Output, undo: Undo, image: str = "", files: Mapping[str, str] | None = None
+    ) -> None:
+        """`image` and `files` override the backends' image and the copies of their files: a run that restores the
+        previous settings gives the previous ones."""
         self.arguments, self.settings = arguments, arguments.settings
         self.output, self.undo, self._image = out, undo, image
+        self._files = files or {}
         self.project = Project(self.settings.project, out)
         self.run_dir = self.project.run_dir
         self.swarm = self.settings.orchestrator == "swarm"
@@ -64,12 +68,16 @@ class Start:
         if not self.project.containers("balancer"):
             self._check_kernel(built.balancer)
         self._make_network()
-        secrets = swarm.share_secrets(project, built.balancer) if self.swarm else {}
+        names = swarm.share_secrets(project, built.balancer) if self.swarm else {}
+        if not self._files:
+            self._files = file_copies.keep(project, settings, project.docker.images.get(built.backend_id))
+        secrets = {**names, **self._files}
         # The manager launches the backends and the balancer.
         self._start_manager(address or network.gateway(project.network()), built, secrets)
         self._wait()
         # Part of the start: without this file, the next run would not know the project's settings.
         write(self.run_dir / "settings.json", self._snapshot(built, secrets))
+        file_copies.remove_unused(project, self._files)
         if self.arguments.at_boot:
             with self.output.step(f"Enabling {unit.name(project.name)}, which starts the manager at boot"):
                 unit.install(project.name, "enable", self.output)
@@ -117,6 +125,7 @@ class Start:
         changed, a new manager has to be started."""
         code = " ".join([images.digest("manager", self.settings.base_image), *secrets.values()])
         made_from = {"backend_image": built.backend_id, "balancer_image": built.balancer, "manager": code}
+        made_from["files"] = dumps(self._files)
         return dumps({**self.arguments.variables, **made_from}, indent=1)
 
     def _start_manager(self, address: str, built: Images, secrets: Mapping[str, str]) -> None:
@@ -201,16 +210,17 @@ class Start:
         return False
 
     def _go_back(self) -> None:
-        """Starts the manager with the stored settings and image, and waits until the project serves again. It does not
-        wait until all backends have been replaced."""
+        """Starts the manager with the stored settings, image and files, and waits until the project serves again. It
+        does not wait until all backends have been replaced."""
         self.project.end_manager()
         with suppress(FileNotFoundError):
             orders = self.run_dir / "balancer" / "orders.before"
             orders.replace(orders.with_name("orders.json"))
         variables = with_stored({variable("project"): self.project.name})
         arguments = Arguments(read(variables), variables, no_wait=True)
-        image = stored(self.project.name)["backend_image"]
-        Start(arguments, self.output, Undo(self.output), image).run()
+        before = stored(self.project.name)
+        files = loads(before.get("files", "{}"))
+        Start(arguments, self.output, Undo(self.output), before["backend_image"], files).run()
 
     # -- until it serves ----------------------------------------------------------------------------------------------
 

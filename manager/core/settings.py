@@ -18,6 +18,7 @@ from typing import Any
 
 VERSION = "1.0.0"
 ROOT = Path(__file__).resolve().parents[2]
+RESTRICTIONS = frozenset({"write", "root", "capabilities", "privileges", "processes", "tmp"})  # --allow lifts them
 
 
 class SettingError(ValueError):
@@ -89,6 +90,11 @@ def _set_of(*names: str) -> Callable[[str], frozenset[str]]:
     return parse
 
 
+def _restrictions(text: str) -> frozenset[str]:
+    chosen = _set_of(*RESTRICTIONS, "all")(text)
+    return RESTRICTIONS if "all" in chosen else chosen
+
+
 def _published(text: str) -> tuple[str, ...]:
     """Pairs of ports. The ports of the service are all different."""
     pairs = _list(r"[1-9]\d{0,4}:[1-9]\d{0,4}")(text)
@@ -127,7 +133,9 @@ _METRIC = _matching("packets|connections|concurrency")
 _HEALTH = _or_empty(_matching(r"sync|tcp|http:/\S*"), "sync")
 _MEMORY = _matching(r"[1-9]\d{0,8}[kmg]")
 _VOLUME = _list(r"[/\w][^:]*:/[^:]*(:r[ow])?")
-_ALLOW = _set_of("write", "root", "capabilities", "privileges")
+_SECRET = _list(r"\w[\w.-]*=/.+")
+_ADDED_HOST = _list(r"[\w.-]+:(host-gateway|\d+(\.\d+){3})")
+_ALLOW_FORM = "write, root, capabilities, privileges, processes and tmp, with commas; or all"
 _ON = _or_empty(_matching("1"))
 _REGISTRY = _or_empty(_matching(r"[\w.-]+(:\d+)?"))
 _CONSTRAINT, _CONSTRAINT_FORM = _list(r"[^=!]+(==|!=).+"), "KEY==VALUE or KEY!=VALUE"
@@ -173,6 +181,16 @@ class Settings:
     health: str = _row(_BACKENDS, "", _HEALTH, "sync, tcp or http:/path",
                        "how backends are probed; default: sync for the sample server, tcp for another image")
     env: tuple[str, ...] = _row(_BACKENDS, "", _list(r"[A-Za-z_]\w*=.*"), "NAME=VALUE", "an environment variable", True)
+    env_file: tuple[str, ...] = _row(_BACKENDS, "", _list(r"/.+"), "an absolute path",
+                                     "a file of environment variables, one NAME=VALUE a line", True)
+    secret: tuple[str, ...] = _row(_BACKENDS, "", _SECRET, "NAME=PATH, an absolute path",
+                                   "a file that only the backends' user may read, at /run/secrets/NAME", True)
+    attach: tuple[str, ...] = _row(_BACKENDS, "", _list(r"\w[\w.-]*"), "a network's name",
+                                   "another network for the backends to join, such as that of their database", True)
+    add_host: tuple[str, ...] = _row(_BACKENDS, "", _ADDED_HOST, "NAME:ADDRESS or NAME:host-gateway",
+                                     "a line of the backends' /etc/hosts", True)
+    label: tuple[str, ...] = _row(_BACKENDS, "", _list(r"(?!lbscaler\.)[^=\s]+=.*"), "NAME=VALUE, not lbscaler.…",
+                                  "a label of the backends' containers", True)
     command: tuple[str, ...] = _row(_BACKENDS, "", _list(r".*"), "arguments, quoted as in a shell",
                                     "command to run instead of the image's")
     memory: str = _row(_BACKENDS, "256m", _MEMORY, "a size such as 256m or 2g", "memory limit of each backend")
@@ -181,8 +199,9 @@ class Settings:
                                   "a writable directory in memory, besides /tmp", True)
     volume: tuple[str, ...] = _row(_BACKENDS, "", _VOLUME, "HOST-PATH:PATH, :ro or :rw at its end",
                                    "a directory of the host to mount, read-only unless :rw", True)
-    allow: frozenset[str] = _row(_BACKENDS, "", _ALLOW, "write, root, capabilities, privileges, with commas",
-                                 "restrictions to lift from the backends")
+    ulimit: str = _row(_BACKENDS, "", _or_empty(_matching(r"nofile=[1-9]\d{0,8}")), "nofile=NUMBER",
+                       "how many files each process of a backend may open")
+    allow: frozenset[str] = _row(_BACKENDS, "", _restrictions, _ALLOW_FORM, "restrictions to lift from the backends")
     drain_timeout: float = _row(_BACKENDS, "30", _number(0, 3600), "0 to 3600 (seconds)",
                                 "longest wait for the open connections of a draining backend")
     ready_timeout: float = _row(_BACKENDS, "60", _SECONDS, _SECONDS_RANGE, "longest time for a backend to become ready")
@@ -252,6 +271,8 @@ def _check_together(s: Settings) -> None:
         raise SettingError(f"--min {s.min} is above --max {s.max}; raise the one or lower the other")
     if s.manager_port in dict(s.ports):
         raise SettingError(f"the service and --manager-port both have port {s.manager_port}; change one of them")
+    if s.project in s.attach:
+        raise SettingError(f"--attach {s.project} is the project's own network; leave it out")
     # In a Swarm, every node publishes the port on all its addresses, and Swarm decides where backends run. They are on
     # an overlay network, which has no interface on the host.
     if s.orchestrator == "swarm" and (s.spares or s.datapath == "host" or s.bind != "0.0.0.0"):

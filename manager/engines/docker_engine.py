@@ -18,6 +18,7 @@ import docker
 import docker.errors
 import requests
 
+from core.backend_files import environment
 from core.engine import BalancerState, Event, NameTaken
 from core.fleet import Container
 from core.settings import Settings
@@ -169,8 +170,8 @@ class DockerEngine(BaseEngine):
                     raise
                 time.sleep(REMOVAL_PAUSE)
 
-    def _run(self, name: str, **arguments: Any) -> Any:
-        """Creates and starts a container. Removes it again if it does not start."""
+    def _run(self, name: str, attach: Iterable[str] = (), **arguments: Any) -> Any:
+        """Creates a container, attaches it to more networks and starts it. Removes it again if it does not start."""
         try:
             container = self._client.containers.create(name=name, **arguments)
         except docker.errors.APIError as error:
@@ -178,6 +179,8 @@ class DockerEngine(BaseEngine):
                 raise NameTaken(str(error.explanation)) from error
             raise
         try:
+            for network in attach:  # not when it is created: before 25.0, Docker takes one network there
+                self._client.api.connect_container_to_network(container.id, network)
             container.start()
             container.reload()
         # A container that did not start would keep its name in use.
@@ -212,20 +215,24 @@ class DockerEngine(BaseEngine):
         """
         with engine_errors():
             image, user = self._image()
-        return json.dumps({"image": image["Id"], **options.backend_options(self._settings, user)})
+        wanted = options.backend_options(self._settings, user)
+        wanted["volumes"] += options.secret_mounts(self._settings)
+        return json.dumps({"image": image["Id"], **wanted})
 
     def launch(self, name: str, spec: str) -> Container:
         """Creates and starts a backend from `spec`. Raises NameTaken if another container has the name."""
+        wanted = {"pids_limit": options.PIDS, **json.loads(spec)}
+        own_labels = {**options.labels(self._settings.project, "backend"), "lbscaler.spec": spec}
+        wanted["labels"] = {**wanted.get("labels", {}), **own_labels}
         with engine_errors():
+            wanted["environment"] = environment(wanted.pop("env_file", ()), wanted["environment"])
             container = self._run(
                 name=name,
                 network=self._settings.project,
                 hostname=name,
-                labels={**options.labels(self._settings.project, "backend"), "lbscaler.spec": spec},
-                pids_limit=options.PIDS,
                 sysctls=options.SYSCTLS,
                 healthcheck={"test": ["NONE"]},  # the balancer probes; this engine would not use the result
-                **json.loads(spec),
+                **wanted,
             )
             ip = container.attrs["NetworkSettings"]["Networks"][self._settings.project]["IPAddress"]
         return Container(container.id, name, ip, container.status, spec=spec)

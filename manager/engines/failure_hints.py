@@ -15,6 +15,8 @@ HINTS = {
     "operation not permitted": "it may need root's rights: --allow root, then --allow capabilities",
     "must be root": "--allow root",
     "cannot allocate memory": "it may need more memory: --memory",
+    "too many open files": "--ulimit nofile=NUMBER",
+    "resource temporarily unavailable": "it may need more processes or threads: --allow processes",
 }
 # Lines that do not explain why a program ends: low levels, and nginx's alert that it may not raise its own limit.
 HARMLESS = re.compile(r"\b(debug|info|notice)\b|setrlimit\(")

@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from core.backend_files import UNPRIVILEGED_UID, secret_files
 from core.settings import Settings, chain_prefix
 
 FIRST_PORT = 8000  # of the service, in the balancer's own network namespace; its other ports follow
 HTTP_ADDRESS = "127.0.0.2"  # of the balancer's HTTP interface on the host; the manager has the port at 127.0.0.1
 PIDS = 128  # processes and threads of one backend
-UNPRIVILEGED_UID = 10001  # for the processes of an image that names no user or root
+UNLIMITED = -1
 UNPRIVILEGED_USER = f"{UNPRIVILEGED_UID}:{UNPRIVILEGED_UID}"
 
 # tcp_max_tw_buckets: all clients share the balancer's address, so a port is used again while the backend still keeps
@@ -90,7 +91,8 @@ def host_path(settings: Settings, bridge: str, subnet: str) -> dict[str, str]:
 
 
 def backend_options(settings: Settings, image_user: str) -> dict[str, Any]:
-    """All options of a backend except its image, as keyword arguments of the SDK's `containers.create`.
+    """All options of a backend except its image, as keyword arguments of the SDK's `containers.create`, and two more:
+    `attach`, the names of networks, and `env_file`, files whose values are not part of the options.
 
     Each rule of least privilege holds unless `settings.allow` names it.
     """
@@ -99,18 +101,45 @@ def backend_options(settings: Settings, image_user: str) -> dict[str, Any]:
     change_user = image_runs_as_root and "root" not in allowed
     # If the image has a directory at the path of a tmpfs, runc ignores the mode, but it sets the owner.
     owner = f",uid={UNPRIVILEGED_UID},gid={UNPRIVILEGED_UID}" if change_user else ""
-    return {
+    temporary = settings.tmpfs if "tmp" in allowed else ("/tmp", *settings.tmpfs)  # noqa: S108 - inside the container
+    options = {
         "command": list(settings.command) or None,
         "environment": list(settings.env),
         "user": UNPRIVILEGED_USER if change_user else None,
         "cap_drop": None if "capabilities" in allowed else ["ALL"],
         "security_opt": None if "privileges" in allowed else ["no-new-privileges"],
         "read_only": "write" not in allowed,
-        "tmpfs": dict.fromkeys(("/tmp", *settings.tmpfs), f"mode=1777{owner}"),  # noqa: S108 - inside the container
+        "tmpfs": dict.fromkeys(temporary, f"mode=1777{owner}"),
         "volumes": [_with_mode(volume) for volume in settings.volume],
         "mem_limit": settings.memory,
         "nano_cpus": round(settings.cpus * 1e9) if settings.cpus else None,
     }
+    return {**options, **_additional_options(settings)}
+
+
+def _additional_options(settings: Settings) -> dict[str, Any]:
+    """The options that are left out unless a setting asks for them. So a version that has more of them does not replace
+    the backends of the one before."""
+    additional = {
+        "env_file": list(settings.env_file),
+        "attach": list(settings.attach),
+        "extra_hosts": list(settings.add_host),
+        "labels": dict(label.split("=", 1) for label in settings.label),
+        "ulimits": [_ulimit(settings.ulimit)] if settings.ulimit else [],
+        "pids_limit": UNLIMITED if "processes" in settings.allow else None,
+    }
+    return {name: value for name, value in additional.items() if value}
+
+
+def secret_mounts(settings: Settings) -> list[str]:
+    """The files of --secret as volumes. In a Swarm they are secrets of the Swarm instead."""
+    return [f"{path}:/run/secrets/{name}:ro" for name, path in secret_files(settings).items()]
+
+
+def _ulimit(limit: str) -> dict[str, Any]:
+    """A limit, NAME=NUMBER, as the Engine API describes it."""
+    name, _, number = limit.partition("=")
+    return {"Name": name, "Soft": int(number), "Hard": int(number)}
 
 
 def _with_mode(volume: str) -> str:

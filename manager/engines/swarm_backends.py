@@ -1,12 +1,15 @@
-"""The backends as tasks of a replicated Swarm service: what they are created from. Pure."""
+"""The backends as tasks of a replicated Swarm service: what they are created from. Pure, except that
+`task_template` reads the files of --env-file."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import docker.utils
 
+from core import backend_files
 from core.settings import Settings
 from engines import options
 from engines.swarm_services import SECOND, Spec
@@ -20,25 +23,29 @@ ROLLBACK = {"Parallelism": 1, "Order": "start-first"}
 ROLLBACK_STATES = ("rollback_started", "rollback_paused", "rollback_completed")
 
 
-def task_template(settings: Settings, image: str, image_user: str) -> dict[str, Any]:
-    """How a task is created, as the Engine API describes it."""
+def task_template(settings: Settings, image: str, image_user: str, secrets: Sequence[Spec] = ()) -> dict[str, Any]:
+    """How a task is created, as the Engine API describes it. `secrets`: references to those of the Swarm."""
     wanted = options.backend_options(settings, image_user)
+    environment = backend_files.environment(settings.env_file, settings.env)
     container = {
         "Image": image,
         "Args": wanted["command"],
-        "Env": [f"LINGER={SAMPLE_SERVER_LINGER}", *wanted["environment"]],
+        "Env": [f"LINGER={SAMPLE_SERVER_LINGER}", *environment],
         "User": wanted["user"],
-        "Labels": options.labels(settings.project, "backend"),
+        "Labels": {**wanted.get("labels", {}), **options.labels(settings.project, "backend")},
         "CapabilityDrop": wanted["cap_drop"],
         "ReadOnly": wanted["read_only"],
         "Privileges": {"NoNewPrivileges": True} if wanted["security_opt"] else None,  # from Docker 28 on
         "Sysctls": options.SYSCTLS,
         "Mounts": [*map(_tmpfs, wanted["tmpfs"]), *map(_mount, wanted["volumes"])],
         "StopGracePeriod": round(max(1.0, settings.drain_timeout) * SECOND),
+        "Hosts": [_hosts_line(host) for host in settings.add_host] or None,
+        "Ulimits": wanted.get("ulimits"),
+        "Secrets": list(secrets) or None,
     }
     limits = {
         "MemoryBytes": docker.utils.parse_bytes(wanted["mem_limit"]),
-        "Pids": options.PIDS,
+        "Pids": None if "processes" in settings.allow else options.PIDS,
         "NanoCPUs": wanted["nano_cpus"],
     }
     return {
@@ -49,12 +56,17 @@ def task_template(settings: Settings, image: str, image_user: str) -> dict[str, 
             "Constraints": list(settings.constraint),
             "Preferences": [{"Spread": {"SpreadDescriptor": label}} for label in settings.spread],
         },
-        "Networks": [{"Target": settings.project}],
+        "Networks": [{"Target": network} for network in (settings.project, *settings.attach)],
     }
 
 
 def _without_none(wanted: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in wanted.items() if value is not None}
+
+
+def _hosts_line(host: str) -> str:
+    name, _, address = host.partition(":")
+    return f"{address} {name}"
 
 
 def _tmpfs(path: str) -> dict[str, Any]:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import starmap
-from typing import Any
 
 from core.engine import BalancerState
 from core.settings import Settings
 from engines import options
 from engines.options import BalancerOptions
-from engines.swarm_services import SECOND, ApiObject, Spec
+from engines.swarm_services import SECOND, ApiObject, Spec, secret_reference
 from engines.swarm_tasks import Task
 
 NO_ADDRESS = {"", "0.0.0.0"}  # what a Swarm of one node may report as its own address
@@ -61,12 +60,8 @@ def _container(settings: Settings, balancer: BalancerOptions, manager: str, secr
         "Sysctls": options.BALANCER_SYSCTLS,
         "Mounts": [{"Type": "tmpfs", "Target": "/run"}],
         "StopGracePeriod": (drain + STOP_MARGIN) * SECOND,
-        "Secrets": list(starmap(_secret, secrets)),
+        "Secrets": list(starmap(secret_reference, secrets)),
     }
-
-
-def _secret(id_: str, name: str, file: str) -> dict[str, Any]:
-    return {"SecretID": id_, "SecretName": name, "File": {"Name": file, "UID": "0", "GID": "0", "Mode": 0o400}}
 
 
 def state(service: ApiObject | None, wanted: Spec) -> BalancerState:

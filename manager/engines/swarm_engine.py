@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence, Set
 from functools import cached_property
 
+from core import backend_files
 from core.engine import EngineError, Event
 from core.fleet import Container
 from core.settings import Settings
@@ -25,7 +26,7 @@ from engines.base import BaseEngine, engine_errors
 from engines.failure_hints import failure_hint, with_hint
 from engines.options import BalancerOptions
 from engines.swarm_claim import FleetClaim
-from engines.swarm_services import ApiObject, Spec, SwarmServices
+from engines.swarm_services import ApiObject, Spec, SwarmServices, secret_reference
 from engines.swarm_tasks import Task, parse_task
 
 POLL_INTERVAL = 0.2  # seconds, at least, between two lists of the tasks
@@ -54,9 +55,25 @@ class SwarmEngine(BaseEngine):
         """What tasks are created from, as JSON."""
         with engine_errors():
             image, user = self._image()
-        template = swarm_backends.task_template(self._settings, self._pinned(image), user)
+            secrets = self._backend_secrets(user)
+            template = swarm_backends.task_template(self._settings, self._pinned(image), user, secrets)
         self._wanted_spec = json.dumps(template, sort_keys=True)
         return self._wanted_spec
+
+    def _backend_secrets(self, image_user: str) -> Sequence[Spec]:
+        files = backend_files.secret_files(self._settings)
+        names = [backend_files.swarm_secret(self._settings.project, path) for path in files.values()]
+        uid = backend_files.user_id(self._settings, image_user) or 0  # run.sh refuses a user without a number
+        found = zip(self._secret_ids(names), names, files, strict=True)
+        return [secret_reference(id_, name, file, uid) for id_, name, file in found]
+
+    def _secret_ids(self, names: Sequence[str]) -> Sequence[str]:
+        """The ids of secrets: a service refers to them by id. Raises EngineError if one does not exist."""
+        ids = {secret["Spec"]["Name"]: secret["ID"] for secret in self._client.api.secrets()}
+        missing = [name for name in names if name not in ids]
+        if missing:
+            raise EngineError(f"this Swarm has no secret {', '.join(missing)}; ./run.sh makes it")
+        return [ids[name] for name in names]
 
     def _pinned(self, image: ApiObject) -> str:
         """The image by its digest, because its tag may later name another one.
@@ -102,7 +119,7 @@ class SwarmEngine(BaseEngine):
 
     def _tasks(self, service: ApiObject | None) -> Sequence[Task]:
         listed = self._client.api.tasks(filters={"service": service["ID"]}) if service else ()
-        return tuple(map(parse_task, listed))
+        return tuple(parse_task(task, self._settings.project) for task in listed)
 
     def _container(self, task: Task, spec: str) -> Container:
         return Container(
@@ -222,12 +239,7 @@ class SwarmEngine(BaseEngine):
     def _balancer_spec(self) -> Spec:
         nodes = self._client.api.nodes()
         manager = swarm_balancer.manager_addresses(nodes, self.gateway(), self._settings.manager_port)
-        # A service refers to secrets by id; the options have their names.
-        secrets = {secret["Spec"]["Name"]: secret["ID"] for secret in self._client.api.secrets()}
-        missing = [name for name in self._balancer_options.secrets if name not in secrets]
-        if missing:
-            raise EngineError(f"this Swarm has no secret {', '.join(missing)}; ./run.sh makes it")
-        ids = [secrets[name] for name in self._balancer_options.secrets]
+        ids = self._secret_ids(self._balancer_options.secrets)
         return swarm_balancer.service_spec(self._settings, self._balancer_options, manager, ids)
 
     def repair_balancer(self) -> None:

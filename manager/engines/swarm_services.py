@@ -32,6 +32,12 @@ ApiObject = Mapping[str, Any]  # a service, task or node as the Engine API descr
 Spec = dict[str, Any]  # a service's spec in the Engine API
 
 
+def secret_reference(id_: str, name: str, file: str, uid: int = 0) -> dict[str, Any]:
+    """Gives a task the secret as /run/secrets/FILE, readable by one user."""
+    owner = {"UID": str(uid), "GID": str(uid), "Mode": 0o400}
+    return {"SecretID": id_, "SecretName": name, "File": {"Name": file, **owner}}
+
+
 def retry_when_overtaken(change: Callable[[], None]) -> None:
     """Calls `change`, which reads an object and updates it. Repeats the call if another update came in between."""
     for attempt in range(TRIES):

@@ -17,7 +17,7 @@ class Task:
     node: str  # id; empty until Swarm has placed it
     state: str
     desired_state: str
-    ip: str  # on the overlay network; may be empty
+    ip: str  # on the project's network; may be empty
     container: str  # id; empty for a task that never ran
     exit_code: int | None
     error: str
@@ -36,8 +36,8 @@ class Task:
         return self.desired_state != "running"
 
 
-def parse_task(listed: Mapping[str, Any]) -> Task:
-    """A task from the Engine API's description of it."""
+def parse_task(listed: Mapping[str, Any], network: str) -> Task:
+    """A task from the Engine API's description of it. `network`: the name of the project's network."""
     status = listed["Status"]
     container = status.get("ContainerStatus", {})
     return Task(
@@ -46,16 +46,17 @@ def parse_task(listed: Mapping[str, Any]) -> Task:
         node=listed.get("NodeID", ""),
         state=status["State"],
         desired_state=listed["DesiredState"],
-        ip=_address(listed),
+        ip=_address(listed, network),
         container=container.get("ContainerID", ""),
         exit_code=container.get("ExitCode"),
         error=status.get("Err", ""),
     )
 
 
-def _address(listed: Mapping[str, Any]) -> str:
-    # A task has one network here, and one address in it.
+def _address(listed: Mapping[str, Any], network: str) -> str:
+    # A task has one address in a network. Other networks are those of --attach.
     for attachment in listed.get("NetworksAttachments") or ():
-        for cidr in attachment.get("Addresses") or ():
-            return str(cidr).split("/", maxsplit=1)[0]
+        if attachment["Network"]["Spec"]["Name"] == network:
+            for cidr in attachment.get("Addresses") or ():
+                return str(cidr).split("/", maxsplit=1)[0]
     return ""

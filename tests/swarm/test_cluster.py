@@ -111,8 +111,11 @@ def test_rolling_update_by_swarm_fails_no_request(cluster: Cluster, system: Syst
     others = [line for _, lines in results for line in lines]
     figure(f"Swarm, rolling update of three at 40 connections/s: {len(others)} of {sum(n for n, _ in results)} failed")
     assert others == []
-    backend = system.node.docker("ps", "-q", "--filter", "label=lbscaler.role=backend").split()[0]
-    assert system.node.docker("exec", backend, "printenv", "COLOUR") == "blue"
+    colours = set()
+    for node in cluster.nodes:
+        for backend in node.docker("ps", "-q", "--filter", "label=lbscaler.role=backend").split():
+            colours.add(node.docker("exec", backend, "printenv", "COLOUR"))
+    assert colours == {"blue"}
 
 
 def test_failed_update_is_rolled_back_and_not_retried(system: System) -> None:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from web.metrics import Tally
 
 NODES = 1
 ENGINES = {"docker": DockerEngine, "swarm": SwarmEngine}
+SUBNETS = {"docker": "198.19.192.0/24", "swarm": "198.19.193.0/24"}
 
 
 class Driven:
@@ -66,6 +69,10 @@ class Driven:
             if backend["state"] == "draining":
                 self.controller.stop(backend["ip"], "drained", "b1")
 
+    def is_own(self, ip: str) -> bool:
+        """Whether the address is one of the project's network."""
+        return IPv4Address(ip) in IPv4Network(SUBNETS[self.kind])
+
     def active(self) -> dict[str, str]:
         """Name → address of the ready ones."""
         return {b["name"]: b["ip"] for b in self.rows() if b["state"] == "active" and b["healthy"]}
@@ -94,7 +101,8 @@ def driven(
     kind, project = request.param, f"conform-{request.param}"
     image = image_of(tree, "server")
     how = ["--driver", "overlay"] if kind == "swarm" else []
-    node.docker("network", "create", *how, "--subnet", "198.19.192.0/24", project)
+    # Swarm removes a network a moment after the command, so the two kinds do not share a subnet.
+    node.docker("network", "create", *how, "--subnet", SUBNETS[kind], project)
     ours = f"--filter label=lbscaler.project={project}"
     try:
         made = Driven(kind, node, image, tmp_path)
@@ -111,10 +119,47 @@ def driven(
         wait_until(lambda: gone() == "gone", "no container and no network left")
 
 
+@pytest.fixture
+def neighbours(cluster: Cluster) -> Iterator[None]:
+    """A network for each engine; it is removed after the backends are."""
+    node = cluster.nodes[0]
+    node.docker("network", "create", "--subnet", "198.19.193.0/24", "a-database-docker")
+    node.docker("network", "create", "--driver", "overlay", "--subnet", "198.19.194.0/24", "a-database-swarm")
+    yield
+    node.docker("network", "rm", "a-database-docker", "a-database-swarm")
+
+
+def test_backend_has_another_network_a_secret_and_the_variables_of_its_file(
+    neighbours: None, driven: Driven, tmp_path: Path
+) -> None:
+    secret, env_file = tmp_path / "0123-10001", tmp_path / "a.env"
+    secret.write_text("hunter2")
+    secret.chmod(0o400)
+    os.chown(secret, 10001, 10001)  # the copies that run.sh makes
+    env_file.write_text("A=file\nB=file\n")
+    if driven.kind == "swarm":
+        labels = ["--label", f"lbscaler.project={driven.project}"]
+        driven.node.docker("secret", "create", *labels, f"{driven.project}-{secret.name}", str(secret))
+    after = driven.again(
+        attach=f"a-database-{driven.kind}", env="B=flag", env_file=str(env_file), secret=f"key={secret}",
+        add_host="db:198.19.195.1", label="tier=web", ulimit="nofile=2000", allow="processes",
+    )  # fmt: skip
+    after.scale(1)
+    (container,) = driven.containers()
+    assert all(driven.is_own(ip) for ip in after.active().values()), "that of the project's network"
+    reads = "cat /run/secrets/key; stat -c ' %a %u ' /run/secrets/key; echo $A $B; ulimit -n; grep db /etc/hosts"
+    text = driven.node.docker("exec", container, "sh", "-c", reads)
+    assert text.split() == ["hunter2", "400", "10001", "file", "flag", "2000", "198.19.195.1", "db"]
+    networks = json.loads(driven.node.docker("inspect", "-f", "{{json .NetworkSettings.Networks}}", container))
+    assert {driven.project, f"a-database-{driven.kind}"} <= networks.keys()
+    assert driven.node.docker("inspect", "-f", "{{.Config.Labels.tier}}", container) == "web"
+    after.close()
+
+
 def test_scale_out_reaches_the_desired_count_with_distinct_addresses(driven: Driven) -> None:
     driven.scale(3)
     assert len(set(driven.active().values())) == 3
-    assert all(ip.startswith("198.19.192.") for ip in driven.active().values())
+    assert all(driven.is_own(ip) for ip in driven.active().values())
     assert len(driven.containers()) == 3
     assert {container.spec for container in driven.engine.list()} == {driven.engine.spec()}
 

@@ -92,6 +92,17 @@ def test_valid_flags_continue_and_bad_ones_do_not(program: str, capsys: pytest.C
     assert capsys.readouterr() == ("", line)
 
 
+def test_file_of_the_backends_is_needed_for_a_start_alone(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LB_ENV_FILE", f"{root}/a.env")
+    assert arguments.main("run.sh", []) == BAD_USAGE
+    assert capsys.readouterr() == ("", f"run.sh: cannot read {root}/a.env: No such file or directory\n")
+    assert arguments.main("run.sh", ["--status"]) == 1, "it does not run"
+    (root / "a.env").write_text("A=1")
+    assert arguments.main("run.sh", []) == FLAGS_ARE_VALID
+
+
 def test_stop_takes_the_project_from_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LB_PROJECT", "q")
     assert arguments.stop_arguments(["--now"]).project == "q"

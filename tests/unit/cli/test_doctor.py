@@ -245,6 +245,56 @@ def test_network_of_that_name_has_to_be_of_the_project_and_keeps_its_subnet() ->
     assert moved == (FAULT, "the network p is 172.16.0.0/20", "./stop.sh, then --subnet 10.9.0.0/20 applies")
 
 
+JOINABLE = {"Name": "p-db", "Driver": "bridge", "Scope": "local", "Attachable": False, "EnableIPv6": False}
+JOINABLE |= {"Internal": False}
+OVERLAY = {"Driver": "overlay", "Scope": "swarm"}
+
+
+def attach(name: str, changes: dict[str, Any] | None, **settings: object) -> Found:
+    host = FakeHost(attach=f"good {name}", **settings).serves()
+    host.answers("docker network inspect good", json.dumps([{**JOINABLE, **OVERLAY, "Attachable": True, "Name": "q"}]))
+    if changes is not None:
+        host.answers(f"docker network inspect {name}", json.dumps([{**JOINABLE, "Name": name, **changes}]))
+    return doctor.attached(host)
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings", "found"),
+    [
+        (None, {}, "there is no such network"),
+        (OVERLAY, {}, "only services can join it"),
+        ({}, {"orchestrator": "swarm"}, "it is on one node only"),
+        ({"Name": "o"}, {"datapath": "host"}, "it would get the backends' default route, which --datapath host needs"),
+        ({"EnableIPv6": True}, {"datapath": "host"}, "it would get the backends' default route, which --datapath ho"),
+    ],
+)
+def test_network_that_backends_cannot_join_is_a_fault(
+    changes: dict[str, Any] | None, settings: dict[str, object], found: str
+) -> None:
+    result = attach("p-db", changes, **settings)
+    assert result.found.startswith(f"--attach p-db: {found}")
+    assert (result.verdict, bool(result.fix)) == (FAULT, True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings"),
+    [
+        ({}, {}),
+        ({"Name": "o"}, {}),
+        ({**OVERLAY, "Attachable": True}, {}),
+        (OVERLAY, {"orchestrator": "swarm"}),
+        ({}, {"datapath": "host"}),
+        ({"Name": "o", "Internal": True}, {"datapath": "host"}),
+    ],
+)
+def test_network_that_backends_can_join_is_none(changes: dict[str, Any], settings: dict[str, object]) -> None:
+    assert attach("p-db", changes, **settings) == Found(OK, "networks besides the project's: 2")
+
+
+def test_networks_are_not_looked_for_without_an_engine() -> None:
+    assert doctor.attached(FakeHost(attach="db")).verdict == OK
+
+
 def test_unsynchronised_clock_is_a_warning(host: FakeHost) -> None:
     assert doctor.clock(host).verdict == OK
     host.error = 16.0

@@ -20,6 +20,11 @@ def test_file_is_replaced_with_mode_0600(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_content_may_be_bytes(tmp_path: Path) -> None:
+    write(tmp_path / "key", b"\x00\xff")
+    assert (tmp_path / "key").read_bytes() == b"\x00\xff"
+
+
 def test_file_that_cannot_be_written_keeps_its_text(tmp_path: Path) -> None:
     path = tmp_path / "settings.json"
     path.write_text("old")

@@ -234,6 +234,29 @@ def test_update_continues_after_a_start_with_no_wait(system: System) -> None:
     assert len(system.processes()) == 2
 
 
+def test_changed_env_file_is_an_update_that_can_be_undone(system: System, tmp_path: Path) -> None:
+    file = tmp_path / "a.env"
+    file.write_text("PASSWORD=hunter2\n")
+    system.up("--image", "good", "--env-file", str(file))
+    first = status(system)["environment"]["LB_ENV_FILE"].strip("'")
+    assert Path(first).read_text() == "PASSWORD=hunter2\n"
+    assert settings(system)["LB_ENV_FILE"] == str(file)
+    assert "settings are unchanged" in system.up()
+
+    file.write_text("PASSWORD=hunter3\n")
+    system.up("--image", "bad", status=1)
+    assert status(system)["environment"]["LB_ENV_FILE"].strip("'") == first
+    assert Path(first).read_text() == "PASSWORD=hunter2\n", "the file's content from before"
+
+    system.up()
+    second = status(system)["environment"]["LB_ENV_FILE"].strip("'")
+    assert Path(second).read_text() == "PASSWORD=hunter3\n"
+    assert [path.name for path in (system.run_dir / "secrets").iterdir()] == [Path(second).name]
+    assert "hunter" not in (system.run_dir / "settings.json").read_text() + (system.run_dir / "run.log").read_text()
+    system.down()
+    assert not (system.run_dir / "secrets").exists()
+
+
 # -- the manager's environment ---------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from core import settings
-from core.settings import SETTINGS, SettingError, chain_prefix, flag, read, stored, variable, with_stored
+from core.settings import RESTRICTIONS, SETTINGS, SettingError, chain_prefix, flag, read, stored, variable, with_stored
 
 PORT = "1 to 65535"
 # name: what is allowed, for people; values that are refused
@@ -39,8 +39,20 @@ REFUSED: dict[str, tuple[str, list[str]]] = {
     "cpus": ("0.01 to 1000", ["0", "0.001", "1001", "one", "-1"]),
     "tmpfs": ("an absolute path", ["run", "/a:size=1", "/a,/b"]),
     "volume": ("HOST-PATH:PATH, :ro or :rw at its end", ["/a", "/a:b", "/a:/b:z", ":/b", "/a:/b:ro:rw"]),
+    "env_file": ("an absolute path", ["a.env", "./a.env", "'"]),
+    "secret": (
+        "NAME=PATH, an absolute path",
+        ["a", "a=", "a=b", "=/b", "../a=/b", "a/b=/c"],
+    ),
+    "attach": ("a network's name", ["-x", "a/b", "a;b"]),
+    "add_host": ("NAME:ADDRESS or NAME:host-gateway", ["db", "db:", ":1.2.3.4", "db:1.2.3", "db:other-host"]),
+    "label": ("NAME=VALUE, not lbscaler.…", ["a", "=b", "lbscaler.project=q", "'a b=c'"]),
+    "ulimit": (
+        "nofile=NUMBER",
+        ["nofile", "nofile=", "nproc=1", "nofile=0", "nofile=-1", "nofile=1:2"],
+    ),
     "allow": (
-        "write, root, capabilities, privileges, with commas",
+        "write, root, capabilities, privileges, processes and tmp, with commas; or all",
         ["everything", "Root", "write;root", "write,no"],
     ),
     "subnet": (
@@ -78,6 +90,7 @@ def test_defaults() -> None:
         **{"drain_timeout": 30, "ready_timeout": 60, "image": "", "backend_port": 8000, "health": "sync", "subnet": ""},
         **{"orchestrator": "docker", "base_image": "debian:trixie-slim"},
         **{"env": (), "command": (), "memory": "256m", "cpus": 0, "tmpfs": (), "volume": (), "allow": frozenset()},
+        **{"env_file": (), "secret": (), "attach": (), "add_host": (), "label": (), "ulimit": ""},
         **{"registry": "", "advertise": "", "constraint": (), "spread": (), "balancer_constraint": (), "locality": ""},
     }
     assert read({}).run_dir == settings.ROOT / "run" / "lbscaler"
@@ -119,6 +132,12 @@ def test_bad_value_is_one_line_with_its_flag_its_variable_and_what_is_allowed(na
         ("weights", "equal", "equal"),
         ("sticky", "60", 60),
         ("record", "1", "1"),
+        ("ulimit", "nofile=1048576", "nofile=1048576"),
+        ("allow", "all", RESTRICTIONS),
+        ("allow", "tmp,all", RESTRICTIONS),
+        ("attach", "a-db b.net", ("a-db", "b.net")),
+        ("add_host", "db:198.18.0.9 host.internal:host-gateway", ("db:198.18.0.9", "host.internal:host-gateway")),
+        ("label", "tier=web 'a.b/c=two words'", ("tier=web", "a.b/c=two words")),
     ],
 )
 def test_good_values_at_the_limits_are_taken(name: str, value: str, expected: object) -> None:
@@ -131,6 +150,7 @@ def test_good_values_at_the_limits_are_taken(name: str, value: str, expected: ob
         ({"min": "11"}, "--min 11 is above --max 10; raise the one or lower the other"),
         ({"max": "1"}, "--min 2 is above --max 1; raise the one or lower the other"),
         ({"port": "5000"}, "the service and --manager-port both have port 5000; change one of them"),
+        ({"project": "q", "attach": "p q"}, "--attach q is the project's own network; leave it out"),
         (
             {"publish": "80:8080 5000:8443"},
             "the service and --manager-port both have port 5000; change one of them",

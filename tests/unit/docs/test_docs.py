@@ -13,7 +13,8 @@ from cli import arguments
 from core.settings import VERSION
 
 ROOT = Path(__file__).parents[3]
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / ".github").rglob("*.md"))]
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [*sorted(ROOT.glob("*.md")), *DOCS, *sorted((ROOT / ".github").rglob("*.md"))]
 OPERATIONS = ROOT / "docs" / "operations.md"
 LEVELS = {"debug": "", "info": "INFO", "warning": "WARNING", "error": "ERROR", "exception": "ERROR", "log": ""}
 VALUE = re.compile(r"%[-\d.]*[a-z]")  # in a log call's text
@@ -29,6 +30,7 @@ TOOLS = {
     "--web",
     "--save",
     "--force",
+    *("--name", "--network", "--build-arg", "--driver", "--attachable", "--internal"),  # of docker
     "--fast",  # of tests/run.sh
     "--update-golden",  # of pytest
 }

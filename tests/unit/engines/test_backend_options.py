@@ -7,7 +7,7 @@ import pytest
 
 from engines.docker_engine import DockerEngine
 from engines.failure_hints import failure_hint
-from engines.options import BalancerOptions, backend_options
+from engines.options import BalancerOptions, backend_options, secret_mounts
 from fakes import settings
 
 OWN = "mode=1777,uid=10001,gid=10001"
@@ -37,11 +37,18 @@ def test_options_without_settings_are_least_privilege() -> None:
         ("root", {"user": None, "tmpfs": {"/tmp": "mode=1777"}}),
         ("capabilities", {"cap_drop": None}),
         ("privileges", {"security_opt": None}),
+        ("processes", {"pids_limit": -1}),
+        ("tmp", {"tmpfs": {}}),
         ("write,root", {"read_only": False, "user": None, "tmpfs": {"/tmp": "mode=1777"}}),
     ],
 )
 def test_allow_lifts_the_rule_that_it_names_and_no_other(rule: str, lifted: dict[str, object]) -> None:
     assert backend_options(settings(allow=rule), "root") == STRICT | lifted
+
+
+def test_allow_all_lifts_every_rule() -> None:
+    lifted = {"read_only": False, "user": None, "cap_drop": None, "security_opt": None, "pids_limit": -1, "tmpfs": {}}
+    assert backend_options(settings(allow="all"), "root") == STRICT | lifted
 
 
 @pytest.mark.parametrize("user", [*ROOTS, "www-data", "999", "1000:0"])
@@ -69,6 +76,33 @@ def test_lists_in_settings_are_split_as_in_a_shell() -> None:
         "nano_cpus": 250_000_000,
         "mem_limit": "1g",
     }
+
+
+def test_options_of_an_application_with_neighbours() -> None:
+    made = backend_options(
+        settings(
+            attach="db cache",
+            env_file="/etc/a.env",
+            add_host="db:198.18.0.9",
+            label="tier=web 'note=a=b c'",
+            ulimit="nofile=1024",
+        ),
+        "",
+    )
+    assert made == STRICT | {
+        "attach": ["db", "cache"],
+        "env_file": ["/etc/a.env"],
+        "extra_hosts": ["db:198.18.0.9"],
+        "labels": {"tier": "web", "note": "a=b c"},
+        "ulimits": [{"Name": "nofile", "Soft": 1024, "Hard": 1024}],
+    }
+
+
+def test_secrets_are_mounted_read_only() -> None:
+    assert secret_mounts(settings(secret="key=/c/1 'b.pem=/a dir/2'")) == [
+        "/c/1:/run/secrets/key:ro",
+        "/a dir/2:/run/secrets/b.pem:ro",
+    ]
 
 
 NGINX_STARTS = """\
@@ -103,6 +137,8 @@ Node.js v20.19.2
         ("chown: changing ownership of 'x': Operation not permitted", "--allow root"),
         ("This program must be root.", "--allow root"),
         (NODE, "--allow root"),
+        ("accept4: Too many open files", "--ulimit nofile=NUMBER"),
+        ("sh: 0: Cannot fork: Resource temporarily unavailable", "--allow processes"),
         ("# Warning: could not bind *:80: Permission denied\n# Failed listening on port 80, aborting.", "--allow root"),
     ],
 )

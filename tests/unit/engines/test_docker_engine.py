@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import docker.errors
@@ -53,6 +54,15 @@ class Docker:
             raise conflict(f"removal of container {id_} is already in progress")
         del self.rows[id_]
 
+    def connect_container_to_network(self, id_: str, network: str) -> None:
+        if network == "gone":
+            raise docker.errors.NotFound(network)
+        assert id_ not in self.rows, "it runs already"
+        self.calls.append((f"connect {network}", id_))
+
+    def inspect_image(self, name: str) -> dict[str, Any]:
+        return {"Id": name, "Config": {}}
+
     def unpause(self, id_: str) -> None:
         self.calls.append(("unpause", id_))
         self.rows[id_]["State"] = "running"
@@ -82,6 +92,11 @@ class Containers:
 class Created:
     def __init__(self, client: Docker, name: str, labels: dict[str, str], options: dict[str, Any]) -> None:
         self._client, self.name, self.labels, self.options = client, name, labels, options
+        self.id, self.status = name, "running"
+
+    @property
+    def attrs(self) -> dict[str, Any]:
+        return self._client.rows[self.name]
 
     def start(self) -> None:
         if self._client.start_error:
@@ -227,3 +242,55 @@ def test_balancer_gets_all_ports_of_the_service(
     assert options["environment"]["LB_STICKY"] == "60"
     if datapath == "bridge":
         assert options["ports"] == {"8000/tcp": ("0.0.0.0", 80), "8001/tcp": ("0.0.0.0", 443)}
+
+
+# -- backends ---------------------------------------------------------------------------------------------------------
+
+
+def test_backend_joins_the_attached_networks_before_it_starts(client: Docker, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = new_engine(client, monkeypatch, image="web", attach="db cache")
+    launched = engine.launch("p-backend-1", engine.spec())
+    assert [call for call, _ in client.calls] == ["create", "connect db", "connect cache"]
+    assert launched.ip == "198.18.0.9", "that of the project's network"
+    assert client.created[0].options["network"] == "p"
+
+
+def test_backend_that_cannot_join_a_network_is_removed_again(client: Docker, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = new_engine(client, monkeypatch, image="web", attach="gone")
+    with pytest.raises(EngineError, match="gone"):
+        engine.launch("p-backend-1", engine.spec())
+    assert client.calls == [("create", "p-backend-1"), ("remove", "p-backend-1")]
+
+
+def test_values_of_an_env_file_are_in_the_environment_and_not_in_the_spec(
+    client: Docker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "a.env"
+    file.write_text("PASSWORD=hunter2\nB=file\n")
+    engine = new_engine(client, monkeypatch, image="web", env="B=flag", env_file=str(file))
+    spec = engine.spec()
+    launched = engine.launch("p-backend-1", spec)
+    assert client.created[0].options["environment"] == ["PASSWORD=hunter2", "B=flag"]
+    assert "hunter2" not in f"{client.created[0].labels} {launched}"
+    file.write_text("PASSWORD=hunter3")
+    assert engine.spec() == spec, "the copies that run.sh makes have other names"
+
+
+def test_labels_of_the_user_do_not_replace_those_of_the_project(
+    client: Docker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = new_engine(client, monkeypatch, image="web", label="tier=web")
+    spec = engine.spec()
+    engine.launch("p-backend-1", spec)
+    own = {"lbscaler.project": "p", "lbscaler.role": "backend", "lbscaler.spec": spec}
+    assert client.created[0].labels == {"tier": "web", **own}
+
+
+@pytest.mark.parametrize(("allow", "limit"), [("", 128), ("processes", -1)])
+def test_number_of_processes_is_limited_unless_it_is_allowed(
+    client: Docker, monkeypatch: pytest.MonkeyPatch, allow: str, limit: int
+) -> None:
+    engine = new_engine(client, monkeypatch, image="web", allow=allow, secret="key=/copies/1")
+    engine.launch("p-backend-1", engine.spec())
+    options = client.created[0].options
+    assert (options["pids_limit"], options["volumes"]) == (limit, ["/copies/1:/run/secrets/key:ro"])

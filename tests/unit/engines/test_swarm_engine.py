@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import docker.errors
@@ -53,6 +54,32 @@ def test_rule_that_the_settings_lift_is_not_in_the_task() -> None:
     container = task_template(settings(allow="root,capabilities,write"), "image", "")["ContainerSpec"]
     assert not {"User", "CapabilityDrop"} & container.keys()
     assert container["ReadOnly"] is False
+
+
+def test_task_of_an_application_with_neighbours(tmp_path: Path) -> None:
+    file = tmp_path / "a.env"
+    file.write_text("A=file\nB=file\n")
+    reference = {"SecretID": "1"}
+    made = task_template(
+        settings(
+            attach="db", env="A=flag", env_file=str(file), add_host="db:198.18.0.9", label="tier=web",
+            ulimit="nofile=1024", allow="processes",
+        ),
+        "image", "", [reference],
+    )  # fmt: skip
+    container = made["ContainerSpec"]
+    assert made["Networks"] == [{"Target": "p"}, {"Target": "db"}]
+    assert container["Env"] == ["LINGER=3", "A=flag", "B=file"]
+    assert container["Hosts"] == ["198.18.0.9 db"]
+    assert container["Labels"] == {"tier": "web", "lbscaler.project": "p", "lbscaler.role": "backend"}
+    assert container["Ulimits"] == [{"Name": "nofile", "Soft": 1024, "Hard": 1024}]
+    assert container["Secrets"] == [reference]
+    assert "Pids" not in made["Resources"]["Limits"]
+
+
+def test_options_that_are_not_set_are_not_in_the_task() -> None:
+    container = task_template(settings(), "image", "")["ContainerSpec"]
+    assert not container.keys() & {"Hosts", "Ulimits", "Secrets"}
 
 
 class Api:
@@ -126,6 +153,10 @@ class Api:
         self.labels[name] = spec["Labels"]
 
 
+def attachment(network: str, address: str) -> dict[str, Any]:
+    return {"Network": {"Spec": {"Name": network}}, "Addresses": [address]}
+
+
 def task(id_: str, state: str = "running", desired: str = "running", node: str = "n1", slot: int = 1) -> dict[str, Any]:
     return {
         "ID": id_,
@@ -133,7 +164,7 @@ def task(id_: str, state: str = "running", desired: str = "running", node: str =
         "NodeID": node,
         "DesiredState": desired,
         "Status": {"State": state, "ContainerStatus": {"ExitCode": 3}},
-        "NetworksAttachments": [{"Addresses": [f"198.18.0.{slot + 1}/20"]}],
+        "NetworksAttachments": [attachment("db", f"198.18.9.{slot}/24"), attachment("p", f"198.18.0.{slot + 1}/20")],
     }
 
 
@@ -167,6 +198,19 @@ def new_engine(api: Api | None = None, node: str = "n1", **changes: object) -> S
 def api(engine: SwarmEngine) -> Api:
     made: Api = engine._client.api
     return made
+
+
+def test_secret_of_a_backend_belongs_to_its_user(engine: SwarmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = new_engine(image="web", secret="key=/copies/certificate-1")
+    described = {"Id": "sha256:3", "Config": {"User": "1000:0"}}
+    monkeypatch.setattr(engine._client.api, "inspect_image", lambda _: described, raising=False)
+    assert json.loads(engine.spec())["ContainerSpec"]["Secrets"] == [
+        {
+            "SecretID": "id of p-certificate-1",
+            "SecretName": "p-certificate-1",
+            "File": {"Name": "key", "UID": "1000", "GID": "1000", "Mode": 0o400},
+        }
+    ]
 
 
 SPEC, OTHER = json.dumps({"ContainerSpec": {"Image": "a"}}), json.dumps({"ContainerSpec": {"Image": "b"}})

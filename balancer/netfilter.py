@@ -170,10 +170,12 @@ class Netfilter:
         """Lets each port of the backends' bridge send frames back to where they came from. With bridge netfilter, the
         call of a backend to the service that is dispatched to the same backend takes that way."""
         ports = json.loads(run(["ip", "-json", "link", "show", "master", self.path.bridge]) or "[]")
-        changes = [f"link set dev {port['ifname']} type bridge_slave hairpin on\n" for port in ports]
+        changes = ""
+        for port in ports:
+            changes += f"link set dev {port['ifname']} type bridge_slave hairpin on\n"
         # A port may disappear meanwhile: -force continues with the next one.
         with contextlib.suppress(NetfilterError):
-            run(["ip", "-force", "-batch", "-"], "".join(changes))
+            run(["ip", "-force", "-batch", "-"], changes)
 
     # -- settings --------------------------------------------------------------------------------------------------
 

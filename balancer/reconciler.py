@@ -76,8 +76,8 @@ class Reconciler:
 
         # Add the new backends: first to the sets, which rules need.
         self._prepare(ids, known)
-        additions = [restore.set_changes({*present, *ids}, present, name) for name, present in members.items()]
-        self._netfilter.change_sets("".join(additions))
+        for name, present in members.items():
+            self._netfilter.change_sets(restore.set_changes({*present, *ids}, present, name))
         self._netfilter.make_client_sets(ids)
         if self._known is not None:
             # The new backends may get flows from now on. If this pass fails below, the next must not delete them.
@@ -89,8 +89,8 @@ class Reconciler:
         unhealthy = {backend.ip for backend in snapshot.backends if health[backend.id].healthy is False}
         ejected = (before.ips & unhealthy) - chosen.ips
         self._remove(known.keys() - ids.keys(), ejected)
-        removals = [restore.set_changes(ids, {*present, *ids}, name) for name, present in members.items()]
-        self._netfilter.change_sets("".join(removals))
+        for name, present in members.items():
+            self._netfilter.change_sets(restore.set_changes(ids, {*present, *ids}, name))
         self._netfilter.remove_client_sets(ids)
 
         self._known, self._nat = ids, tables[0]

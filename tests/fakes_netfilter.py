@@ -182,8 +182,10 @@ class FakeNetfilter(Netfilter):
     def change_sets(self, text: str) -> None:
         if not text:
             return
-        both = [line for line in text.splitlines() if line.split(" ")[1] == TRAFFIC]
-        self._change(" ".join(line.replace(f" {TRAFFIC}", "") for line in both))
+        # The two sets of the backends always have the same members, so only the changes of one are recorded.
+        recorded = [line.replace(f" {TRAFFIC}", "") for line in text.splitlines() if line.split(" ")[1] == TRAFFIC]
+        if recorded:
+            self._change(" ".join(recorded))
         for line in text.splitlines():
             command, name, ip = line.split(" ")
             assert command in ("add", "del")

@@ -289,7 +289,8 @@ def disk(host: Host) -> Found:
 
 
 def conntrack(host: Host) -> Found:
-    used, size = (int(host.read(f"/proc/sys/net/netfilter/nf_conntrack_{name}") or 0) for name in ("count", "max"))
+    used = int(host.read("/proc/sys/net/netfilter/nf_conntrack_count") or 0)
+    size = int(host.read("/proc/sys/net/netfilter/nf_conntrack_max") or 0)
     if not size:
         return Found(OK, "not tried: connection tracking is not in use yet")
     fix = f"sysctl net.netfilter.nf_conntrack_max={4 * size}"

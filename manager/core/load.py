@@ -134,8 +134,10 @@ class LoadTracker:
     @property
     def findings(self) -> list[Finding]:
         """The balancers' findings about the data path, without duplicates."""
-        found = (finding for entry in self.balancers.values() for finding in entry.report.findings)
-        return list(dict.fromkeys(found))
+        found: dict[Finding, None] = {}
+        for entry in self.balancers.values():
+            found.update(dict.fromkeys(entry.report.findings))
+        return list(found)
 
     def _samples(self, ip: str) -> Iterator[Sample]:
         """The balancers' newest samples of an address."""

@@ -132,10 +132,10 @@ def _backend(backend: Backend, load: LoadTracker) -> dict[str, Any]:
 
 def balancers(load: LoadTracker, now: float) -> list[dict[str, Any]]:
     """Each balancer that reports, with the seconds since its newest report."""
-    return [
-        {"id": name, "last_seen": round(now - entry.at, 1), "revision": entry.report.revision}
-        for name, entry in sorted(load.balancers.items())
-    ]
+    rows = []
+    for name, entry in sorted(load.balancers.items()):
+        rows.append({"id": name, "last_seen": round(now - entry.at, 1), "revision": entry.report.revision})
+    return rows
 
 
 def settings_in_force(settings: Settings, policy: Policy) -> dict[str, Any]:

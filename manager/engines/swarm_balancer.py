@@ -81,5 +81,8 @@ def report_name(task: Task) -> str:
 def manager_addresses(nodes: Iterable[ApiObject], own: str, port: int) -> str:
     """The addresses that the balancers try to reach the manager at: all nodes that may run it, in a fixed order."""
     # The order is fixed because the text is part of the service's digest: another order would be an update.
-    addresses = {node["Status"].get("Addr", "") for node in nodes if node["Spec"].get("Role") == "manager"}
-    return ",".join(f"{address}:{port}" for address in sorted((addresses | {own}) - NO_ADDRESS))
+    addresses = {own}
+    for node in nodes:
+        if node["Spec"].get("Role") == "manager":
+            addresses.add(node["Status"].get("Addr", ""))
+    return ",".join(f"{address}:{port}" for address in sorted(addresses - NO_ADDRESS))

@@ -34,7 +34,7 @@ def project(engine: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(os, "chown", lambda path, uid, _: owners.append((Path(path).name, uid)))
     owners.clear()
-    made = Project("p", Output("run.sh", tmp_path / "log"))
+    made = Project("p", Output(tmp_path / "log"))
     made.run_dir.mkdir(parents=True)
     yield made
     made.docker.close()

@@ -31,7 +31,7 @@ from web.metrics import Tally
 
 NODES = 1
 ENGINES = {"docker": DockerEngine, "swarm": SwarmEngine}
-SUBNETS = {"docker": "198.19.192.0/24", "swarm": "198.19.193.0/24"}
+SUBNETS = {"docker": "198.19.192.0/24", "swarm": "198.19.196.0/24"}
 
 
 class Driven:

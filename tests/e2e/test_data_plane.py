@@ -73,7 +73,9 @@ def test_losing_one_of_three_backends_at_200_connections_per_second_fails_only_i
         f"new rules {took:.2f} s after the command began{later}"
     )
     # The open requests of the failed backend are lost; a paused one keeps those it had accepted.
-    assert others <= (4 if failure[0] != "stop" else 0)
+    # Until the new rules, a third of the new connections is sent to it, and a paused one's kernel accepts them.
+    accepted_meanwhile = round(200 / 3 * took)
+    assert others <= (4 + accepted_meanwhile if failure[0] != "stop" else 0)
     assert answered > 700
 
 

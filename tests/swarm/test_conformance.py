@@ -147,7 +147,7 @@ def test_backend_has_another_network_a_secret_and_the_variables_of_its_file(
     after.scale(1)
     (container,) = driven.containers()
     assert all(driven.is_own(ip) for ip in after.active().values()), "that of the project's network"
-    reads = "cat /run/secrets/key; stat -c ' %a %u ' /run/secrets/key; echo $A $B; ulimit -n; grep db /etc/hosts"
+    reads = "cat /run/secrets/key; stat -c ' %a %u ' /run/secrets/key; echo $A $B; ulimit -n; grep -w db /etc/hosts"
     text = driven.node.docker("exec", container, "sh", "-c", reads)
     assert text.split() == ["hunter2", "400", "10001", "file", "flag", "2000", "198.19.195.1", "db"]
     networks = json.loads(driven.node.docker("inspect", "-f", "{{json .NetworkSettings.Networks}}", container))

@@ -121,11 +121,11 @@ class Netfilter:
 
     def all_flows(self, check_source: str = "") -> FlowCounts:
         """Counts every flow of the service, without self-check connections from `check_source`."""
-        return self._count([flows.listing_request(self._ports)], check_source)
+        return self._count([flows.listing_request(self.path.service_ports)], check_source)
 
     def waiting_flows(self, check_source: str = "") -> FlowCounts:
         """Counts the flows that wait for a first reply; the kernel selects them."""
-        return self._count([flows.listing_request(self._ports, waiting_only=True)], check_source)
+        return self._count([flows.listing_request(self.path.service_ports, waiting_only=True)], check_source)
 
     def flows_of(self, ips: Collection[str]) -> FlowCounts:
         """Counts the flows of some backends. The result may also contain other backends."""
@@ -142,31 +142,27 @@ class Netfilter:
             with _connection_table():
                 ctnetlink.delete(self._deletions(ips, unanswered_only))
 
-    @property
-    def _ports(self) -> frozenset[int]:
-        return self.path.service_ports
-
     def _requests_for(self, ips: Collection[str]) -> list[bytes]:
         """For a few backends one filtered scan each; for many, one scan of all flows."""
         if len(ips) <= MAX_FILTERED_SCANS:
-            return [flows.listing_request(self._ports, backend=ip) for ip in ips]
-        return [flows.listing_request(self._ports)]
+            return [flows.listing_request(self.path.service_ports, backend=ip) for ip in ips]
+        return [flows.listing_request(self.path.service_ports)]
 
     def _flows(self, requests: Iterable[bytes]) -> Iterator[flows.Flow]:
         for request in requests:
             for block in ctnetlink.listing(request):
-                yield from flows.flows(block, self._ports)
+                yield from flows.flows(block, self.path.service_ports)
 
     def _deletions(self, ips: Collection[str], unanswered_only: bool) -> Iterator[bytes]:
         for request in self._requests_for(ips):
             for block in ctnetlink.listing(request):
-                yield from flows.deletions(block, self._ports, ips, unanswered_only)
+                yield from flows.deletions(block, self.path.service_ports, ips, unanswered_only)
 
     def delete_neighbours(self, ips: Collection[str]) -> None:
         if ips:
             run(["ip", "-batch", "-"], "".join(f"neigh flush to {ip}\n" for ip in ips))
 
-    def allow_calls_to_itself(self) -> None:
+    def enable_hairpin(self) -> None:
         """Lets each port of the backends' bridge send frames back to where they came from. With bridge netfilter, the
         call of a backend to the service that is dispatched to the same backend takes that way."""
         ports = json.loads(run(["ip", "-json", "link", "show", "master", self.path.bridge]) or "[]")

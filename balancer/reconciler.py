@@ -118,7 +118,7 @@ class Reconciler:
         added = (ids.keys() - known.keys()) | reused
         self._netfilter.delete_neighbours(added)
         if self._path.on_host and (added or self._known is None):
-            self._netfilter.allow_calls_to_itself()
+            self._netfilter.enable_hairpin()
 
     def _remove(self, removed: Collection[str], ejected: Collection[str]) -> None:
         """Deletes the flows and neighbour entries of removed backends, and the unanswered flows of ejected ones: the

@@ -219,7 +219,7 @@ class FakeNetfilter(Netfilter):
         if ips := sorted(ips):
             self._change(f"neighbours {' '.join(ips)}")
 
-    def allow_calls_to_itself(self) -> None:
+    def enable_hairpin(self) -> None:
         self._change("hairpin")
 
     def conntrack_use(self) -> tuple[int, int]:

@@ -65,7 +65,7 @@ class Balancer:
             self.change_sets(restore.set_changes({*present, *ips}, present, name))
         self.make_client_sets(ips)
         if self.path.on_host:
-            self.allow_calls_to_itself()
+            self.enable_hairpin()
         for table in ruleset.tables(endpoints, others, self.path, check_source):
             self.apply(restore.restore(table, self.listing(table.name)))
 

@@ -11,12 +11,17 @@ a zero: an incomplete load is a lower bound, so it may cause growing but not shr
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from operator import itemgetter
+from typing import TypeVar
 
 CREATE, STOP, OK = "CREATE_SERVER", "STOP_SERVER", "OK"
 TOLERANCE = 0.1  # HPA's default: no shrinking while the ratio is within this of 1
 MAX_GAP = 2.0  # in panic windows: after a longer time without a decision, the history begins again
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -125,11 +130,11 @@ def decide(policy: Policy, memory: Memory, load: Load, capacity: int, now: float
     memory = _remember(policy, memory, load, now)
 
     # Panic begins at twice the capacity. It ends when the load has been lower for one stable window.
-    short, stable = _mean(memory.rates, now - policy.panic_window), _mean(memory.rates, now - policy.stable_window)
+    short = _mean(memory.rates, now - policy.panic_window)
     if short >= 2 * capacity * policy.target:
         memory = replace(memory, panic_since=now)
     panic = memory.panic_since is not None and now - memory.panic_since < policy.stable_window
-    rate = max(short, stable) if panic else short
+    rate = max(short, _mean(memory.rates, now - policy.stable_window)) if panic else short
 
     # The formula. Rounding keeps 3.0000000001 from becoming 4.
     ratio = rate / (capacity * policy.target)
@@ -183,13 +188,17 @@ def _remember(policy: Policy, memory: Memory, load: Load, now: float) -> Memory:
     last = memory.rates[-1][0] if memory.rates else now
     # After a gap (the process was stopped, or no balancer reported), the history does not cover a stable window.
     interrupted = now - last > MAX_GAP * policy.panic_window
-    rates = tuple(pair for pair in memory.rates if pair[0] > since)
-    recommended = tuple(pair for pair in memory.recommended if pair[0] > since)
+    rates, recommended = _after(memory.rates, since), _after(memory.recommended, since)
     started = now if interrupted else memory.started
     return replace(memory, started=started, rates=(*rates, (now, load.rate)), recommended=recommended)
 
 
+def _after(pairs: tuple[tuple[float, T], ...], since: float) -> tuple[tuple[float, T], ...]:
+    """The pairs later than `since`. They are in order, so a window of thousands of pairs needs no pass over them."""
+    return pairs[bisect_right(pairs, since, key=itemgetter(0)) :]
+
+
 def _mean(rates: tuple[tuple[float, float], ...], since: float) -> float:
     # Never empty: the newest rate was measured now.
-    values = [rate for at, rate in rates if at > since]
+    values = [rate for _, rate in _after(rates, since)]
     return sum(values) / len(values)

@@ -41,7 +41,8 @@ def serve(controller: Controller, settings: Settings, token: str, gateway: str, 
     listeners = Listeners()
     # Long polls wait on the listeners' thread, so a change of the snapshot has to wake them there.
     controller.subscribe(listeners.notify)
-    app = create_app(controller, token, [gateway], waits_in(listeners, controller), recent_log)
+    wait = waits_in(listeners, controller)
+    app = create_app(controller, token, [gateway], wait, recent_log, compute=listeners.compute)
     tls = tls_context(settings.run_dir / "manager.pem") if settings.orchestrator == "swarm" else None
     listeners.add(bind_tcp("127.0.0.1", settings.manager_port), app)
     listeners.add(bind_tcp(gateway, settings.manager_port), app, tls)

@@ -22,7 +22,7 @@ from core import event_log, fleet, path_check, plan, scaler, snapshot
 from core.balancer_keeper import BalancerKeeper
 from core.engine import Engine, EngineError, Event, TakenOver
 from core.fleet import ACTIVE, DRAINING, FAILED, SPARE, STARTING, STOPPED, Backend, Fleet
-from core.history import History, Point
+from core.history import History, Point, Shares
 from core.launch_backoff import STABLE, LaunchBackoff
 from core.load import LoadTracker, Report
 from core.publisher import Publisher
@@ -30,6 +30,7 @@ from core.reasons import Cause, Reason
 from core.scaler import Decision, Memory, Policy
 from core.settings import Settings
 from core.state_files import StateFiles, digest
+from core.what_if import Recorded, Recording, WhatIf, replay
 from core.workers import BALANCER, PAUSE, Result, Workers
 
 RELIST = 2.0  # seconds between two lists of the engine's containers without an event
@@ -88,6 +89,7 @@ class Controller:
         self._judged_since: float | None = None  # since when a balancer has reported without a gap
         self._memory = Memory(started=clock())
         self._history = History()
+        self._recording = Recording(self._memory)
         self._backoff = LaunchBackoff()
         self._failed_name = ""  # the backend of the newest failure
 
@@ -333,6 +335,18 @@ class Controller:
         with self._lock:
             return self._history.since(since)
 
+    def shares(self, name: str) -> Shares:
+        """The shares of the backend with that name over the last half hour; none for an unknown one."""
+        with self._lock:
+            backend = self._fleet.get(name)
+            return self._history.shares_of(backend.id if backend else "")
+
+    def what_if(self, policy: Policy) -> WhatIf:
+        """The fleet of the last hour as it was, and as this policy would have made it."""
+        with self._lock:
+            recording = self._recording.copy()
+        return replay(recording, policy, self._epoch)
+
     def status(self) -> dict[str, Any]:
         """The body of GET /status."""
         with self._lock:
@@ -358,7 +372,7 @@ class Controller:
                     "problem": self.path.problem,
                     "findings": [asdict(finding) for finding in self._load.findings],
                 },
-                "backends": snapshot.backends(self._fleet, self._load),
+                "backends": snapshot.backends(self._fleet, self._load, self._epoch),
                 "balancers": snapshot.balancers(self._load, now),
                 "last_decision": asdict(decision) if decision else None,
                 "settings": snapshot.settings_in_force(self.settings, self.policy),
@@ -420,6 +434,7 @@ class Controller:
         if not self.paused:
             self.desired = decision.desired
             self._advance(now)
+        self._recording.add(Recorded(now, self.policy, load, decision.current, self.desired))
 
         # The charts get the numbers that the decision was based on and, unless paused, its change.
         at = self._epoch + now
@@ -427,6 +442,9 @@ class Controller:
         self._history.add(Point(at, decision.rate, decision.current * self.policy.target, serving, self.desired))
         if not self.paused:
             self._history.note(decision, at)
+        if self._history.needs_shares(at):
+            shares = {backend.id: self._load.share(backend) for backend in self._fleet.values() if backend.id}
+            self._history.add_shares(shares, at)
         return decision
 
     # -- with the lock held: the plan and its results -----------------------------------------------------------------

@@ -1,5 +1,5 @@
-"""The data of the charts: each decision of the last half hour, one point for each minute of the last day, and the last
-changes.
+"""The data of the charts: each decision of the last half hour, one point for each minute of the last day, the last
+changes, and the backends' shares of the last half hour.
 
 Pure: time is an argument, in seconds since 1970, and never decreases. Memory is bounded, because decisions are at least
 3/8 s apart. Points are removed in whole minutes, and `since` returns either one point for a minute or all its
@@ -9,6 +9,7 @@ decisions, never both. So no peak is lost between the coarse points and the fine
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from core.scaler import OK, Decision
 MINUTE = 60  # seconds
 FINE_MINUTES, COARSE_MINUTES = 30, 24 * 60  # minutes with every decision, and with one point each
 MAX_CHANGES = 500
+SHARE_PERIOD, MAX_SHARES = 10, 180  # seconds for which one share of a backend is kept, and how many are kept
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,22 @@ class Point:
         return int(self.time // MINUTE)
 
 
+@dataclass(frozen=True)
+class Shares:
+    """A backend's shares of the new connections, oldest first. `times` in seconds since 1970."""
+
+    times: list[float]
+    shares: list[float]
+
+
 @dataclass
 class History:
     fine: deque[Point] = field(default_factory=deque)
     coarse: deque[Point] = field(default_factory=deque)
     changes: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=MAX_CHANGES))
+    # All backends have their shares at the same times. One that came later has only the last of these times.
+    share_times: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_SHARES))
+    shares: dict[str, deque[float]] = field(default_factory=dict)
 
     def add(self, point: Point) -> None:
         """Adds the point of a decision, which must not be older than the last one."""
@@ -60,6 +73,24 @@ class History:
         if decision.verdict != OK:
             change = {"verdict": decision.verdict, "current": decision.current, "desired": decision.desired}
             self.changes.append({"time": round(time, 3), **change, "reason": decision.reason})
+
+    def needs_shares(self, time: float) -> bool:
+        """Whether this period of SHARE_PERIOD seconds has no shares yet."""
+        return not self.share_times or time // SHARE_PERIOD > self.share_times[-1] // SHARE_PERIOD
+
+    def add_shares(self, shares: Mapping[str, float], time: float) -> None:
+        """Adds the share of each backend, by its id; those of backends that are no longer there are removed."""
+        self.share_times.append(round(time, 3))
+        kept = {}
+        for id_, share in shares.items():
+            kept[id_] = self.shares.get(id_, deque(maxlen=MAX_SHARES))
+            kept[id_].append(round(share, 4))
+        self.shares = kept
+
+    def shares_of(self, id_: str) -> Shares:
+        """The body of GET /shares: empty for a backend that has no share yet."""
+        shares = list(self.shares.get(id_, ()))
+        return Shares(list(self.share_times)[len(self.share_times) - len(shares) :], shares)
 
     def since(self, time: float) -> dict[str, list[dict[str, Any]]]:
         """The body of GET /history: the points and changes after `time`, oldest first."""

@@ -252,7 +252,7 @@ def read(environ: Mapping[str, str]) -> Settings:
     settings = Settings(**values)
     port, backend_port = settings.ports[0]
     settings = replace(settings, port=port, backend_port=backend_port)
-    _check_together(settings)
+    check_together(settings)
     return settings
 
 
@@ -266,7 +266,8 @@ def parse(name: str, text: str) -> Any:
         raise SettingError(f"{flag(name)} ({variable(name)}) is {text!r}; allowed: {setting.allowed}") from None
 
 
-def _check_together(s: Settings) -> None:
+def check_together(s: Settings) -> None:
+    """Raises SettingError if settings that are valid alone do not fit together."""
     if s.min > s.max:
         raise SettingError(f"--min {s.min} is above --max {s.max}; raise the one or lower the other")
     if s.manager_port in dict(s.ports):

@@ -15,6 +15,7 @@ from core import fleet as fleets
 from core.fleet import ACTIVE, DRAINING, STOPPED, Backend, Fleet
 from core.launch_backoff import LaunchBackoff
 from core.load import LoadTracker
+from core.reasons import Cause
 from core.scaler import Policy
 from core.settings import Settings
 
@@ -39,6 +40,16 @@ class ProblemKind(StrEnum):
     NO_BALANCER_REPORTS = "no_balancer_reports"
     DATA_PATH_BROKEN = "data_path_broken"
     TOO_FEW_BACKENDS = "too_few_backends"
+
+
+class UpdatePhase(StrEnum):
+    """What an update of the backends does now."""
+
+    NONE = "none"
+    STARTING = "starting"  # a new backend is launched and becomes ready
+    DRAINING = "draining"  # an old one drains
+    WAITING = "waiting"  # the launch backoff
+    ROLLING_BACK = "rolling_back"  # it was given up, and its backends are replaced
 
 
 def for_balancers(fleet: Fleet, settings: Settings, check_source: str) -> dict[str, Any]:
@@ -108,18 +119,19 @@ def _problems(status: Status) -> dict[ProblemKind, str]:
     return found
 
 
-def backends(fleet: Fleet, load: LoadTracker) -> list[dict[str, Any]]:
-    """The rows of /status, in the order of the backends' numbers."""
-    return [_backend(fleet[name], load) for name in sorted(fleet, key=fleets.by_number)]
+def backends(fleet: Fleet, load: LoadTracker, epoch: float) -> list[dict[str, Any]]:
+    """The rows of /status, in the order of the backends' numbers. `epoch`: seconds since 1970 at the clock's zero."""
+    return [_backend(fleet[name], load, epoch) for name in sorted(fleet, key=fleets.by_number)]
 
 
-def _backend(backend: Backend, load: LoadTracker) -> dict[str, Any]:
+def _backend(backend: Backend, load: LoadTracker, epoch: float) -> dict[str, Any]:
     verdict = load.verdict(backend)
     counters = {name: round(value, 2) for name, value in load.backend(backend.ip).items()}
     return {
         "name": backend.name,
         "ip": backend.ip,
         "state": backend.state,
+        "since": round(epoch + backend.since, 3),
         "node": backend.node,
         "reason": backend.reason.sentence,
         "cause": backend.reason.cause.value,
@@ -158,7 +170,18 @@ def launches(fleet: Fleet, backoff: LaunchBackoff, now: float) -> dict[str, Any]
         "retry_in": round(backoff.wait(now), 1),
         "why": backoff.why,
         "updating": replaced < len(capacity),
+        "phase": _phase(fleet, backoff, replaced < len(capacity), now).value,
         "replaced": replaced,
         "to_replace": len(capacity) - replaced,
         "update_given_up": backoff.given_up,
     }
+
+
+def _phase(fleet: Fleet, backoff: LaunchBackoff, updating: bool, now: float) -> UpdatePhase:
+    if updating and backoff.given_up:
+        return UpdatePhase.ROLLING_BACK
+    if updating and backoff.wait(now):
+        return UpdatePhase.WAITING
+    if any(b.state == DRAINING and b.reason.cause is Cause.UPDATE for b in fleet.values()):
+        return UpdatePhase.DRAINING
+    return UpdatePhase.STARTING if updating else UpdatePhase.NONE

@@ -25,7 +25,10 @@ from flask import Flask, Response, abort, g, request
 from prometheus_client import generate_latest
 
 from core.controller import Controller, UnknownBackend
+from core.history import Shares
 from core.publisher import Closing
+from core.settings import SettingError
+from core.what_if import WhatIf, policy_with
 from web import metrics, schemas
 from web.http_server import BODY_MAX
 from web.listeners import Listeners
@@ -37,14 +40,18 @@ PROMETHEUS = "text/plain; version=0.0.4"
 
 Snapshot = dict[str, Any]
 WaitForSnapshot = Callable[[str, float], Snapshot | None]
+Compute = Callable[[Callable[[], Any]], Any]
 
 
 class Api:
     """The handlers of all calls. Each takes a decoded request and returns the answer; None becomes status 204."""
 
-    def __init__(self, controller: Controller, wait_for_snapshot: WaitForSnapshot, recent_log: RecentLog) -> None:
+    def __init__(
+        self, controller: Controller, wait_for_snapshot: WaitForSnapshot, recent_log: RecentLog, compute: Compute
+    ) -> None:
         self._controller = controller
         self._wait_for_snapshot = wait_for_snapshot
+        self._compute = compute
         self._recent_log = recent_log
         self._registry = metrics.registry(cast("metrics.Tally", controller.recorder), controller.status)
 
@@ -103,6 +110,19 @@ class Api:
         """The load and the fleet of the last day, and the decisions that changed something."""
         return self._controller.history(query.since)
 
+    def shares(self, query: schemas.SharesQuery) -> Shares:
+        """The shares of one backend over the last half hour."""
+        return self._controller.shares(query.name)
+
+    def what_if(self, query: schemas.WhatIfQuery) -> WhatIf:
+        """The fleet of the last hour, and what it would have been with other settings."""
+        texts = {name: text for name, text in msgspec.structs.asdict(query).items() if text is not None}
+        try:
+            policy = policy_with(self._controller.settings, self._controller.policy, texts)
+        except SettingError as error:
+            _refuse(400, str(error))
+        return cast("WhatIf", self._compute(lambda: self._controller.what_if(policy)))
+
     def log(self, query: schemas.LogQuery) -> list[schemas.LogRecord]:
         """The newest records of the manager's log."""
         return self._recent_log.newest(query.lines)
@@ -141,6 +161,8 @@ ROUTES = (
     Route("GET", "/status", Api.status, answer=JsonObject),
     Route("GET", "/decisions", Api.decisions, answer=list[JsonObject]),
     Route("GET", "/history", Api.history, query=schemas.HistoryQuery, answer=JsonObject),
+    Route("GET", "/shares", Api.shares, query=schemas.SharesQuery, answer=Shares),
+    Route("GET", "/what-if", Api.what_if, query=schemas.WhatIfQuery, answer=WhatIf),
     Route("GET", "/log", Api.log, query=schemas.LogQuery, answer=list[schemas.LogRecord]),
     Route("GET", "/metrics", Api.metrics, answer=str),
 )
@@ -152,14 +174,18 @@ def create_app(
     hosts: Iterable[str],
     wait_for_snapshot: WaitForSnapshot | None = None,
     recent_log: RecentLog | None = None,
+    *,
+    compute: Compute | None = None,
 ) -> Flask:
     """The application. A Host header may name loopback or one of `hosts`; others are refused, against DNS rebinding.
-    `wait_for_snapshot` is how a long poll waits; by default it blocks the thread."""
+    `wait_for_snapshot` is how a long poll waits, `compute` calls a function that takes long; by default, both block the
+    thread."""
     app = Flask(__name__)
     app.config["MAX_CONTENT_LENGTH"] = BODY_MAX
     app.before_request(_guard(token, {"127.0.0.1", "localhost", *hosts}))
     app.register_blueprint(page)
-    api = Api(controller, wait_for_snapshot or controller.wait_for_snapshot, recent_log or RecentLog())
+    wait = wait_for_snapshot or controller.wait_for_snapshot
+    api = Api(controller, wait, recent_log or RecentLog(), compute or (lambda function: function()))
     for route in ROUTES:
         app.add_url_rule(route.path, route.path, _view(route, api), methods=[route.method])
 

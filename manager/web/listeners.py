@@ -4,7 +4,7 @@ Guarantees:
 - A client cannot delay another one. Each listener has its own limits (`http_server.Limits`), so that clients of one
   listener cannot block another listener.
 - The application runs on the hub's thread and must not block it: it may wait with `Listeners.wait_for` only. Other
-  threads end that wait with `Listeners.notify`.
+  threads end that wait with `Listeners.notify`. What computes for long is done by `Listeners.compute`.
 - Nothing is monkey-patched, so all other threads are ordinary threads.
 """
 
@@ -140,6 +140,11 @@ class Listeners:
                 return found
             notified.wait(left)
 
+    def compute(self, function: Callable[[], T]) -> T:
+        """The result of `function`, which must not raise. It runs on another thread, one at a time. For the
+        application: only the current greenlet waits."""
+        return gevent.get_hub().threadpool.apply(function)  # type: ignore[no-any-return]
+
     def _call_on_hub(self, callback: Callable[[], None]) -> None:
         """For other threads. Does nothing after the hub has ended."""
         with self._lock:
@@ -152,6 +157,7 @@ class Listeners:
         hub = gevent.get_hub()
         hub.NOT_ERROR = (*hub.NOT_ERROR, OSError, gevent.Timeout)  # errors of clients
         hub.print_exception = _log_failure
+        hub.threadpool_size = 1  # the threads share one processor, so more of them would delay the hub's
         servers: list[Server] = []
         try:
             servers += self._servers()

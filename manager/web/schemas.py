@@ -140,6 +140,22 @@ class HistoryQuery(Struct):
     since: Annotated[Seconds, Meta(description="seconds since 1970; only newer entries are returned")] = 0
 
 
+class SharesQuery(Struct):
+    name: Annotated[str, Meta(description="name of a backend")] = ""
+
+
+# Texts, which are read like the settings of run.sh, so that both have the same limits and refusals.
+SettingText = Annotated[str, Meta(max_length=30)]
+
+
+class WhatIfQuery(Struct, forbid_unknown_fields=True):
+    """Settings to replay with; the others are those in force."""
+
+    target: Annotated[SettingText | None, Meta(description="as --target of run.sh")] = None
+    stable_window: Annotated[SettingText | None, Meta(description="as --stable-window of run.sh")] = None
+    panic_window: Annotated[SettingText | None, Meta(description="as --panic-window of run.sh")] = None
+
+
 class LogQuery(Struct):
     lines: Annotated[int, Meta(ge=1, le=500, description="how many of the newest records")] = 100
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.history import COARSE_MINUTES, FINE_MINUTES, MAX_CHANGES, MINUTE, History, Point
+from core.history import COARSE_MINUTES, FINE_MINUTES, MAX_CHANGES, MAX_SHARES, MINUTE, History, Point
 from core.scaler import CREATE, OK, Decision
 
 START = 1_700_000_000.5
@@ -93,3 +93,24 @@ def test_the_last_decisions_that_changed_something_are_kept() -> None:
     listed = history.since(0)["decisions"]
     assert [change["time"] for change in listed] == list(range(20, 20 + MAX_CHANGES))
     assert listed[0] == {"time": 20, "verdict": CREATE, "current": 2, "desired": 3, "reason": "why"}
+
+
+def test_a_backend_has_its_shares_of_the_last_half_hour() -> None:
+    history = History()
+    for number in range(200):
+        assert history.needs_shares(START + 10 * number)
+        history.add_shares({"a": number / 1000, **({"b": 0.5} if number >= 198 else {})}, START + 10 * number)
+    assert not history.needs_shares(START + 1999)
+    a, b = history.shares_of("a"), history.shares_of("b")
+    assert (len(a.times), a.shares[0], a.shares[-1]) == (MAX_SHARES, 0.02, 0.199)
+    assert (b.times, b.shares) == (a.times[-2:], [0.5, 0.5])
+    assert history.shares_of("c").times == []
+
+
+def test_shares_of_a_removed_backend_are_forgotten() -> None:
+    history = History()
+    history.add_shares({"a": 0.5, "b": 0.5}, START)
+    history.add_shares({"b": 1.0}, START + 10)
+    history.add_shares({"a": 0.2, "b": 0.8}, START + 20)
+    assert history.shares_of("a").shares == [0.2]
+    assert history.shares.keys() == {"a", "b"}

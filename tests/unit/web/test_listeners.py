@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 
 from certificates import make_certificate
+from core.scaler import Policy
 from fakes import TOKEN, Clock, FakeEngine, controller, eventually
 from manager_client import ManagerClient
 from web import listeners as module
@@ -53,7 +54,8 @@ class Site:
         self.controller.adopt(None)
         self.listeners = Listeners(limits)
         self.controller.subscribe(self.listeners.notify)
-        app = create_app(self.controller, TOKEN, [], waits_in(self.listeners, self.controller))
+        wait = waits_in(self.listeners, self.controller)
+        app = create_app(self.controller, TOKEN, [], wait, compute=self.listeners.compute)
         tcp, secured, self.unix = bind_tcp("127.0.0.1", 0), bind_tcp("127.0.0.1", 0), place / "manager.sock"
         self.tcp, self.tls = tcp.getsockname()[1], secured.getsockname()[1]
         self.pem = certificate(place)
@@ -231,6 +233,27 @@ def test_long_polls_that_fill_one_listener_do_not_block_another(begin: Callable[
         site.long_poll()
     for connect in (site.connect_tls, site.connect_unix):
         assert seconds(lambda connect=connect: site.request(connect=connect)) < 1
+
+
+def test_replays_do_not_block_others_and_run_one_at_a_time(
+    begin: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, released, begun = begin(), threading.Event(), []
+
+    def replay(policy: Policy) -> list[int]:
+        begun.append(policy)
+        released.wait(10)
+        return [len(begun)]
+
+    monkeypatch.setattr(site.controller, "what_if", replay)
+    clients = [site.connect(), site.connect()]
+    for client in clients:
+        client.sendall(request("GET", "/what-if", headers="Connection: close\r\n"))
+    assert eventually(lambda: begun)
+    assert seconds(site.request) < 1
+    assert not eventually(lambda: len(begun) > 1, within=0.3)
+    released.set()
+    assert {parsed(until_end(client)) for client in clients} == {(200, b"[1]\n"), (200, b"[2]\n")}
 
 
 # -- slow clients -----------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 from werkzeug.test import Client, TestResponse
 
+from core import scaler
 from core.controller import Controller
 from fakes import TOKEN, Clock, FakeEngine, controller
 from web.app import as_operator, create_app
@@ -26,7 +28,7 @@ from web.recent_log import KEPT, RecentLog
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
 SCRIPTS = ["/page.js", "/charts.js", "/plotly.js"]
 PARTS = {"/": "html", "/page.css": "css", **dict.fromkeys(SCRIPTS, "javascript")}
-READS = [*PARTS, "/status", "/decisions", "/history", "/log", "/metrics", "/sync"]
+READS = [*PARTS, "/status", "/decisions", "/history", "/log", "/metrics", "/sync", "/shares", "/what-if"]
 OPERATORS = {"/scale": {"min": 3}, "/pause": {}, "/resume": {}, "/drain": {"ip": "198.18.0.2"}}
 BALANCERS = {"/pkts_info": 200, "/stop": 204}
 ROW = {
@@ -321,9 +323,11 @@ def test_the_status_has_the_shape_of_the_contract(manager: Manager) -> None:
     assert [first[k] for k in ("name", "ip", "state")] == ["p-backend-1", "198.18.0.2", "active"]
     assert [first[k] for k in ("share", "connections", "packets", "bytes", "active")] == [0.25, 8, 340, 400, 2]
     assert (first["healthy"], second["healthy"], second["packets"]) == (True, None, 0)
+    assert abs(first["since"] - time.time()) < 60, "in seconds since 1970"
     assert status["last_decision"]["verdict"] == "OK"
     counts = {"failed": 0, "retry_in": 0, "replaced": 2, "to_replace": 0}
-    assert status["launches"] == {**counts, "why": "", "updating": False, "update_given_up": ""}
+    update = {"updating": False, "phase": "none", "update_given_up": ""}
+    assert status["launches"] == {**counts, **update, "why": ""}
     assert status["balancer"] == {"state": "running", "problem": ""}
     assert status["data_path"] == {"working": None, "problem": "", "findings": []}
     assert status["rotation_panic"] == []
@@ -413,6 +417,72 @@ def test_the_history_has_what_is_newer_than_since(manager: Manager) -> None:
     later = manager.tcp("GET", f"/history?since={first['time']}").get_json()
     assert later == {"points": [second], "decisions": [decision]}
     refused(manager.tcp("GET", "/history?since=x"), 400, "Expected `float`, got `str` - at `$.since`")
+
+
+def test_the_shares_of_a_backend_are_recorded_every_ten_seconds(manager: Manager) -> None:
+    manager.controller._epoch = 0.0
+    manager.report_twice()
+    for packets in range(1, 7):
+        manager.clock.pass_by(2)
+        row = {**ROW, "share": 0.1 * packets, "packets": 340 + packets}
+        manager.tcp("POST", "/pkts_info", {**REPORT, "backends": [row]})
+    found = manager.tcp("GET", "/shares?name=p-backend-1").get_json()
+    assert found == {"times": [1002, 1010], "shares": [0.25, 0.4]}
+    assert manager.tcp("GET", "/shares?name=p-backend-9").get_json() == {"times": [], "shares": []}
+
+
+def test_a_backend_with_the_name_of_an_earlier_one_does_not_have_its_shares(manager: Manager) -> None:
+    manager.report_twice()
+    manager.engine.containers.clear()
+    manager.controller.step()
+    manager.engine.run("p-backend-1")
+    manager.controller.step()
+    assert manager.tcp("GET", "/shares?name=p-backend-1").get_json() == {"times": [], "shares": []}
+
+
+def test_what_if_replays_the_recorded_load_with_other_settings(manager: Manager) -> None:
+    manager.report_twice()
+    same = manager.tcp("GET", "/what-if").get_json()
+    assert same["simulated"] == same["actual"]
+    assert same["actual"]["backends"] == [2]
+    found = manager.tcp("GET", "/what-if?target=50&stable_window=90&panic_window=10").get_json()
+    assert (found["actual"], found["simulated"]["backends"]) == (same["actual"], [3])
+    assert found["times"] == same["times"]
+    assert manager.controller.status()["desired"] == 2
+
+
+@pytest.mark.parametrize(
+    ("query", "line"),
+    [
+        ("target=", "--target (LB_TARGET) is ''; allowed: a number above 0"),
+        ("stable_window=-1", "--stable-window (LB_STABLE_WINDOW) is '-1'; allowed: 1 to 3600 (seconds)"),
+        (
+            "panic_window=61",
+            "--interval 2, --panic-window 61 and --stable-window 60 must not decrease in this order",
+        ),
+        ("windows=3", "Object contains unknown field `windows`"),
+        (f"target={'1' * 31}", "Expected `str` of length <= 30 - at `$.target`"),
+    ],
+)
+def test_what_if_with_an_invalid_or_unknown_setting_is_refused_with_400(
+    manager: Manager, query: str, line: str
+) -> None:
+    refused(manager.tcp("GET", f"/what-if?{query}"), 400, line)
+
+
+def test_a_replay_does_not_hold_the_lock_of_the_controller(manager: Manager, monkeypatch: pytest.MonkeyPatch) -> None:
+    manager.report_twice()
+    free: list[bool] = []
+
+    def decide(*arguments: Any) -> Any:
+        other = threading.Thread(target=lambda: free.append(manager.controller._lock.acquire(timeout=1)))
+        other.start()
+        other.join()
+        return scaler.decide(*arguments)
+
+    monkeypatch.setattr("core.what_if.scaler", SimpleNamespace(decide=decide))
+    assert manager.tcp("GET", "/what-if").status_code == 200
+    assert free == [True]
 
 
 def test_the_log_has_the_newest_records_as_fields(manager: Manager) -> None:

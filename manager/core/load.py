@@ -166,7 +166,11 @@ class LoadTracker:
 
     def share(self, backend: Backend) -> float:
         """The backend's share of the new connections: the mean over the balancers that report one."""
-        shares = [sample.share for sample in self._samples(backend.ip) if sample.share is not None]
+        shares = []
+        for sample in self._samples(backend.ip):
+            # The address may have another backend now.
+            if sample.share is not None and sample.id in ("", backend.short_id):
+                shares.append(sample.share)
         return sum(shares) / len(shares) if shares else 0.0
 
     def verdict(self, backend: Backend) -> Verdict:

@@ -192,6 +192,12 @@ def test_share_is_the_mean_over_the_balancers_that_report_one() -> None:
     assert tracker.share(replace(TWO, ip="198.18.0.3")) == 0
 
 
+def test_a_failed_backend_does_not_have_the_share_of_a_backend_with_the_same_address() -> None:
+    tracker = tracked((100, report("b1", _2=sample(share=0.2, id="new"))))
+    assert tracker.share(replace(TWO, id="new")) == 0.2
+    assert tracker.share(replace(TWO, id="old")) == 0
+
+
 def test_warnings_are_those_of_the_newest_report() -> None:
     tracker = tracked((100, report("a", warnings=("full",))), (100, report("b")))
     assert (tracker.warnings("a"), tracker.warnings("b"), tracker.warnings("c")) == (("full",), (), ())
@@ -227,7 +233,7 @@ def test_figures_of_a_backend_are_sums_over_the_newest_reports(reports: list) ->
     total = tracker.backend(TWO.ip)
     for name in ("connections", "packets", "bytes", "active"):
         assert total[name] == float(sum(getattr(row, name) for row in rows))
-    shares = [row.share for row in rows if row.share is not None]
+    shares = [row.share for row in ours if row.share is not None]
     assert tracker.share(TWO) == pytest.approx(sum(shares) / len(shares) if shares else 0, abs=1e-6)
     opinions = [row.healthy for row in ours if row.healthy is not None]
     assert tracker.verdict(TWO).healthy is (any(opinions) if opinions else None)

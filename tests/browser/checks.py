@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page
 
 PARTS = ("page.js", "charts.js", "page.css", "plotly.js")
@@ -35,7 +36,7 @@ def status(page: Page, base_url: str) -> dict[str, Any]:
 
 def rows(page: Page) -> list[dict[str, str]]:
     """The table of backends."""
-    return list(page.eval_on_selector_all("#fleet tr", ROWS))
+    return list(page.eval_on_selector_all("#fleet tr:not(.detail)", ROWS))
 
 
 def agrees_with_the_status(page: Page, base_url: str) -> None:
@@ -170,3 +171,15 @@ def screenshot(page: Page, url: str, path: Path, dark: bool) -> None:
     page.wait_for_selector("#fleet tr")
     page.wait_for_timeout(1500)  # the bars' transition ends
     page.screenshot(path=path, full_page=True)
+
+
+def has_no_serious_accessibility_finding(page: Page) -> None:
+    """axe-core finds nothing of impact serious or critical in the page as it is now, in either scheme."""
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+        page.wait_for_timeout(300)  # the charts are drawn in the new colours
+        found = []
+        for violation in Axe().run(page).response["violations"]:
+            if violation["impact"] in ("serious", "critical"):
+                found.append((violation["id"], [node["html"][:120] for node in violation["nodes"]]))
+        assert found == [], scheme

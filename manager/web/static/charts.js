@@ -58,10 +58,10 @@ function marks(points, decisions, field, colour) {
   };
 }
 
-/* Draws the last `seconds` before `end`, a time of the manager's clock. */
-function draw(points, decisions, end, seconds) {
-  if (!window.Plotly || !points.length) return;
-  document.querySelector('.empty')?.remove();
+const SETTINGS = { displayModeBar: false, responsive: true };
+
+/* The colours and the layout of a chart from `start` to `end`, in seconds, in the present colour scheme. */
+function look(start, end) {
   const style = getComputedStyle(document.documentElement);
   const colour = (name) => style.getPropertyValue(`--${name}`).trim();
   const axis = { gridcolor: colour('line'), zeroline: false, fixedrange: true, color: colour('quiet') };
@@ -74,22 +74,42 @@ function draw(points, decisions, end, seconds) {
     },
     xaxis: {
       ...axis, type: 'date', tickformat: '%H:%M', hoverformat: '%H:%M:%S',
-      range: [new Date((end - seconds) * 1000), new Date(end * 1000)],
+      range: [new Date(start * 1000), new Date(end * 1000)],
     },
     yaxis: { ...axis, rangemode: 'tozero' },
   };
   const line = { color: colour('rate'), width: 2 };
   const dashed = { color: colour('capacity'), width: 1.5, dash: 'dash', shape: 'hv' };
   const fill = { fill: 'tozeroy', fillcolor: colour('soft') };
-  const settings = { displayModeBar: false, responsive: true };
+  const whole = { ...layout, yaxis: { ...layout.yaxis, tickformat: 'd' } };
+  return { colour, layout, whole, line, dashed, fill };
+}
+
+/* Draws the last `seconds` before `end`, a time of the manager's clock. */
+function draw(points, decisions, end, seconds) {
+  if (!window.Plotly || !points.length) return;
+  document.querySelector('.empty')?.remove();
+  const { colour, layout, whole, line, dashed, fill } = look(end - seconds, end);
   Plotly.react('load', [
     series(points, 'load', 'rate', line, { ...fill, hovertemplate: '%{y:.4~g}' }),
     series(points, 'capacity (target × backends)', 'capacity', dashed, { hovertemplate: '%{y:.4~g}' }),
     marks(points, decisions, 'rate', colour),
-  ], layout, settings);
+  ], layout, SETTINGS);
   Plotly.react('size', [
     series(points, 'active', 'backends', { ...line, shape: 'hv' }, fill),
     series(points, 'desired', 'desired', dashed),
     marks(points, decisions, 'desired', colour),
-  ], { ...layout, yaxis: { ...layout.yaxis, tickformat: 'd' } }, settings);
+  ], whole, SETTINGS);
+}
+
+/* The actual and the simulated fleet of an answer of /what-if. */
+function drawWhatIf({ times, actual, simulated }) {
+  if (!window.Plotly) return;
+  const { whole, line, dashed } = look(times[0], times.at(-1));
+  const points = times.map((time, index) => (
+    { time, actual: actual.backends[index], simulated: simulated.backends[index] }));
+  Plotly.react('what-if-chart', [
+    series(points, 'actual', 'actual', dashed),
+    series(points, 'simulated', 'simulated', { ...line, shape: 'hv' }),
+  ], whole, SETTINGS);
 }

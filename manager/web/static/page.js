@@ -2,12 +2,21 @@
 /* The page: fetches the manager's state each second and presents it. While the manager does not answer, the last state
    stays. Names, reasons and log records may contain any text, so they are inserted as text and never as markup. */
 
+const PANIC = 'fewer than half of the backends are healthy, so all stay in rotation';
 const PERIOD = 1000; // milliseconds between two updates
 const FULL_FETCH = 60; // updates between two fetches of the whole history, because the manager merges old points
 const STATES = { active: '●', starting: '◔', spare: '○', draining: '◑', stopped: '■', failed: '✕' };
+const NORMAL = { starting: 'launched', spare: 'launched as a spare', active: 'a probe succeeded' }; // without a cause
+const REACHED = { true: '✓ clients reach the service', false: '✕ clients do not reach the service' };
+const PHASES = {
+  starting: 'a new backend becomes ready', draining: 'an old backend drains', waiting: 'waiting after a failed launch',
+  rolling_back: 'given up, the earlier backends return',
+};
 const UNITS = { packets: 'packets/s', connections: 'connections/s', concurrency: 'open connections' };
 
 let points = [], decisions = [], updates = 0, updatedAt = '', newest = { time: 0, at: 0 };
+let backends = [], metric = '', replayed = null;
+const opened = new Map(); // by name: the backends whose details are open, with their answers of /shares
 let seconds = Number(localStorage.getItem('seconds')) || 600;
 
 const $ = (id) => document.getElementById(id);
@@ -20,11 +29,21 @@ function write(element, text) {
   if (element.textContent !== String(text)) element.textContent = text;
 }
 
-// Gives the parent one copy of the template for each item, and reuses the copies that are there.
-function list(parent, template, items, fill) {
-  while (parent.children.length > items.length) parent.lastElementChild.remove();
-  while (parent.children.length < items.length) parent.append($(template).content.firstElementChild.cloneNode(true));
-  items.forEach((item, index) => fill(parent.children[index], item));
+/* Gives the parent one copy of the template for each item. A copy is reused for the item with the same key, and is not
+   moved, so that it keeps the keyboard's focus. */
+function list(parent, template, items, fill, key = (item, index) => index) {
+  const keys = items.map((item, index) => String(key(item, index)));
+  const wanted = new Set(keys), known = new Map();
+  for (const child of [...parent.children]) {
+    if (wanted.has(child.dataset.key)) known.set(child.dataset.key, child);
+    else child.remove();
+  }
+  items.forEach((item, index) => {
+    const child = known.get(keys[index]) || $(item.template || template).content.firstElementChild.cloneNode(true);
+    child.dataset.key = keys[index];
+    if (parent.children[index] !== child) parent.insertBefore(child, parent.children[index] || null);
+    fill(child, item);
+  });
 }
 
 /* -- the parts of the page ----------------------------------------------------------------------------------------- */
@@ -38,6 +57,7 @@ function noticesOf(status) {
   const { launches } = status;
   if (launches.retry_in) notices.push(['note', 'Launches wait:', `the next one is in ${digits(launches.retry_in)} s.`]);
   if (status.paused) notices.push(['note', 'Paused.', 'Decisions are recorded, but not carried out.']);
+  if (status.rotation_panic.length) notices.push(['note', 'Panic mode:', `${PANIC}.`]);
   if (launches.updating) {
     const all = launches.replaced + launches.to_replace;
     notices.push(['note', 'Updating:', `${launches.replaced} of ${all} backends are replaced.`]);
@@ -66,11 +86,14 @@ function announce(status) {
   const decision = status.last_decision, spoken = $('spoken');
   const problems = status.problems.map((problem) => problem.kind);
   const limits = decision ? decision.clamps.map((clamp) => clamp.kind) : [];
-  const kinds = [...problems, status.paused, decision?.verdict, ...limits].join();
+  const panic = status.rotation_panic.length > 0, { updating } = status.launches;
+  const kinds = [...problems, status.paused, panic, updating, decision?.verdict, ...limits].join();
   if (spoken.dataset.kinds === kinds && (!decision || decision.verdict === 'OK')) return;
   spoken.dataset.kinds = kinds;
   const sentences = status.problems.map((problem) => `${problem.text}.`);
   if (status.paused) sentences.push('Paused.');
+  if (panic) sentences.push(`Panic mode: ${PANIC}.`);
+  if (updating) sentences.push('An update is in progress.');
   write(spoken, [...sentences, decision?.verdict, decision?.reason].join(' '));
 }
 
@@ -92,6 +115,17 @@ function writeFigures(status) {
   document.title = `${active}/${status.desired} ${status.project}`;
 }
 
+function writeChecks({ data_path, launches, last_decision, rotation_panic }) {
+  const kept = rotation_panic.length ? `rotation: ${PANIC} (${rotation_panic.join(', ')})` : '';
+  const limited = last_decision?.clamps.some((clamp) => clamp.kind === 'panic') ? 'scaling: no scale-in' : '';
+  const replaced = `${launches.replaced} of ${launches.replaced + launches.to_replace} replaced`;
+  const phase = PHASES[launches.phase], last = launches.update_given_up ? 'the last one was given up' : 'none';
+  write($('self-check'), REACHED[data_path.working] || 'no result yet');
+  $('self-check').className = { true: 'good', false: 'bad' }[data_path.working] || '';
+  write($('panic'), [kept, limited].filter(Boolean).join('; ') || 'off');
+  write($('update'), phase ? `${replaced}: ${phase}` : last);
+}
+
 function writeBackend(row, backend) {
   const texts = {
     ...backend,
@@ -105,6 +139,29 @@ function writeBackend(row, backend) {
   for (const cell of row.querySelectorAll('[data-field]')) write(cell, texts[cell.dataset.field]);
   row.querySelector('.state').className = `state ${backend.state}`;
   row.querySelector('.share i i').style.width = `${100 * backend.share}%`;
+  row.querySelector('button').setAttribute('aria-expanded', opened.has(backend.name));
+}
+
+function writeDetail(row, backend) {
+  const since = new Date(backend.since * 1000).toLocaleString('en-GB');
+  write(row.querySelector('.cause'), `${backend.state} since ${since}: ${backend.reason || NORMAL[backend.state]}`);
+  const { times, shares } = opened.get(backend.name);
+  const span = times.at(-1) - times[0] || 1, lowest = Math.min(...shares), highest = Math.max(...shares);
+  const at = (share, index) => `${(300 * (times[index] - times[0])) / span},${39 - (38 * share) / (highest || 1)}`;
+  row.querySelector('polyline').setAttribute('points', shares.map(at).join(' '));
+  const [low, high, now] = [lowest, highest, shares.at(-1)].map((share) => `${digits(100 * share)} %`);
+  const text = `Share in the last ${Math.ceil(span / 60)} min: ${low} to ${high}, now ${now}.`;
+  write(row.querySelector('.note'), shares.length ? text : 'No share is recorded yet.');
+}
+
+function writeFleet() {
+  const rows = [];
+  for (const backend of backends) {
+    rows.push({ backend, template: 'backend', fill: writeBackend });
+    if (opened.has(backend.name)) rows.push({ backend, template: 'detail', fill: writeDetail });
+  }
+  const key = ({ backend, template }) => `${template} ${backend.name}`;
+  list($('fleet'), '', rows, (element, { backend, fill }) => fill(element, backend), key);
 }
 
 function writeChanges() {
@@ -121,6 +178,8 @@ function writeSettings(settings) {
     write(row.children[0], name.replaceAll('_', '-'));
     write(row.children[1], String(value) || '–');
   });
+  // A field has the value in force until the user changes it.
+  for (const field of $('what-if').querySelectorAll('input')) field.defaultValue = settings[field.name];
 }
 
 function writeLog(records) {
@@ -141,6 +200,17 @@ async function get(path) {
   return answer.json();
 }
 
+/* Fetches the shares of the backends whose details are open, and forgets the backends that are gone. */
+async function fetchShares() {
+  const names = backends.map((backend) => backend.name);
+  for (const name of [...opened.keys()]) {
+    const found = await get(`/shares?name=${encodeURIComponent(name)}`);
+    if (!names.includes(name)) opened.delete(name);
+    else if (opened.has(name)) opened.set(name, found);
+  }
+  writeFleet();
+}
+
 async function refresh() {
   const since = updates % FULL_FETCH && points.length ? points.at(-1).time : 0;
   const [status, past, log] = await Promise.all([
@@ -158,7 +228,9 @@ async function refresh() {
   writeNotices(noticesOf(status));
   writeDecision(status);
   writeFigures(status);
-  list($('fleet'), 'backend', status.backends, writeBackend);
+  writeChecks(status);
+  ({ backends, metric } = status);
+  await fetchShares();
   writeChanges();
   writeSettings(status.settings);
   writeLog(log);
@@ -169,6 +241,39 @@ async function refresh() {
 // The charts end at the manager's time, because the browser's clock may differ.
 function redraw() {
   draw(points, decisions, newest.time + (performance.now() - newest.at) / 1000, seconds);
+}
+
+/* -- what if ------------------------------------------------------------------------------------------------------- */
+
+function writeReplay({ times, actual, simulated }) {
+  const minutes = times.length ? Math.ceil((times.at(-1) - times[0]) / 60) : 0;
+  const figures = (course) => `${course.backend_hours.toFixed(2)} backend-hours, at most ${course.peak} backends, `
+    + `${course.changes} changes, at most ${digits(course.highest_load)} ${UNITS[metric]} each`;
+  const text = `The last ${minutes} min. Actual: ${figures(actual)}. Simulated: ${figures(simulated)}.`;
+  write($('what-if-result'), times.length ? text : 'No decision is recorded yet.');
+  $('what-if-chart').hidden = !times.length;
+  if (times.length) drawWhatIf(replayed);
+}
+
+/* Writes the manager's refusal next to the field that it is about; '' if there is none. The fields have the manager's
+   limits, so if all are valid, it is about the windows' order. */
+function writeRefusal(form, text) {
+  const refused = text && (form.querySelector(':invalid') || form.elements.panic_window);
+  for (const field of form.querySelectorAll('input')) {
+    field.setAttribute('aria-invalid', field === refused);
+    field.setAttribute('aria-describedby', field === refused ? 'refusal' : '');
+  }
+  write($('refusal'), text);
+  if (refused) refused.closest('label').after($('refusal'));
+  if (refused) refused.focus();
+}
+
+async function replay(event) {
+  event.preventDefault();
+  const form = event.target;
+  const answer = await fetch(`/what-if?${new URLSearchParams(new FormData(form))}`, { cache: 'no-store' });
+  writeRefusal(form, answer.ok ? '' : (await answer.text()).trim());
+  if (answer.ok) writeReplay(replayed = await answer.json());
 }
 
 async function poll() {
@@ -196,7 +301,18 @@ for (const button of $('ranges').children) {
     dispatchEvent(new Event('range'));
   });
 }
+$('fleet').addEventListener('click', ({ target }) => {
+  if (!target.matches('button')) return;
+  const name = target.textContent;
+  if (!opened.delete(name)) opened.set(name, { times: [], shares: [] });
+  fetchShares().catch(console.debug); // the next update tries again
+  writeFleet();
+});
+$('what-if').addEventListener('submit', replay);
 addEventListener('range', redraw);
-matchMedia('(prefers-color-scheme: dark)').addEventListener('change', redraw);
+matchMedia('(prefers-color-scheme: dark)').addEventListener('change', () => {
+  redraw();
+  if (replayed?.times.length) drawWhatIf(replayed);
+});
 dispatchEvent(new Event('range'));
 poll();

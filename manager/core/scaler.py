@@ -109,6 +109,7 @@ class Decision:
     raw: int
     clamps: tuple[Clamp, ...]
     reason: str
+    panic: bool = False  # the load passed twice the capacity within the stable window
 
 
 @dataclass
@@ -157,7 +158,7 @@ def decide(policy: Policy, memory: Memory, load: Load, capacity: int, now: float
     verdict = CREATE if desired > capacity else STOP if desired < capacity else OK
     clamps = tuple(count.clamps)
     reason = _sentence(policy, rate, capacity, ratio, clamps)
-    return Decision(now, verdict, capacity, desired, rate, ratio, raw, clamps, reason), memory
+    return Decision(now, verdict, capacity, desired, rate, ratio, raw, clamps, reason, panic), memory
 
 
 def _sentence(policy: Policy, rate: float, capacity: int, ratio: float, clamps: tuple[Clamp, ...]) -> str:

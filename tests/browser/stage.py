@@ -50,11 +50,11 @@ class Stage:
         self.base_url = f"http://127.0.0.1:{self.port}"
         self._serve(listener)
 
-    def report(self, *rates: float, seconds: float = 2.0, balancer: str = "b1") -> None:
+    def report(self, *rates: float, seconds: float = 2.0, balancer: str = "b1", panic: bool = False) -> None:
         """One report for each rate, `seconds` apart: packets a second over all active backends."""
         for rate in rates:
             self.clock.pass_by(seconds)
-            self.controller.report(Report(balancer, "r", 2.0, self._samples(rate, seconds)))
+            self.controller.report(Report(balancer, "r", 2.0, self._samples(rate, seconds), panic=panic))
             self.controller.step()
 
     def settle(self) -> None:

@@ -58,6 +58,10 @@ function marks(points, decisions, field, colour) {
   };
 }
 
+const LABELS = {
+  load: 'Chart of load and capacity over time; the present figures are under Last decision.',
+  size: 'Chart of active and desired backends over time; its changes are under Changes.',
+};
 const SETTINGS = { displayModeBar: false, responsive: true };
 
 /* The colours and the layout of a chart from `start` to `end`, in seconds, in the present colour scheme. */
@@ -89,6 +93,9 @@ function look(start, end) {
 function draw(points, decisions, end, seconds) {
   if (!window.Plotly || !points.length) return;
   document.querySelector('.empty')?.remove();
+  for (const [id, ariaLabel] of Object.entries(LABELS)) {
+    Object.assign(document.getElementById(id), { role: 'img', ariaLabel });
+  }
   const { colour, layout, whole, line, dashed, fill } = look(end - seconds, end);
   Plotly.react('load', [
     series(points, 'load', 'rate', line, { ...fill, hovertemplate: '%{y:.4~g}' }),

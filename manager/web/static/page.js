@@ -117,7 +117,7 @@ function writeFigures(status) {
 
 function writeChecks({ data_path, launches, last_decision, rotation_panic }) {
   const kept = rotation_panic.length ? `rotation: ${PANIC} (${rotation_panic.join(', ')})` : '';
-  const limited = last_decision?.clamps.some((clamp) => clamp.kind === 'panic') ? 'scaling: no scale-in' : '';
+  const limited = last_decision?.panic ? 'scaling: a burst, so no scale-in' : '';
   const replaced = `${launches.replaced} of ${launches.replaced + launches.to_replace} replaced`;
   const phase = PHASES[launches.phase], last = launches.update_given_up ? 'the last one was given up' : 'none';
   write($('self-check'), REACHED[data_path.working] || 'no result yet');
@@ -149,7 +149,7 @@ function writeDetail(row, backend) {
   const span = times.at(-1) - times[0] || 1, lowest = Math.min(...shares), highest = Math.max(...shares);
   const at = (share, index) => `${(300 * (times[index] - times[0])) / span},${39 - (38 * share) / (highest || 1)}`;
   row.querySelector('polyline').setAttribute('points', shares.map(at).join(' '));
-  const [low, high, now] = [lowest, highest, shares.at(-1)].map((share) => `${digits(100 * share)} %`);
+  const [low, high, now] = [lowest, highest, backend.share].map((share) => `${digits(100 * share)} %`);
   const text = `Share in the last ${Math.ceil(span / 60)} min: ${low} to ${high}, now ${now}.`;
   write(row.querySelector('.note'), shares.length ? text : 'No share is recorded yet.');
 }
@@ -245,11 +245,12 @@ function redraw() {
 
 /* -- what if ------------------------------------------------------------------------------------------------------- */
 
-function writeReplay({ times, actual, simulated }) {
+function writeReplay({ times, actual, simulated }, asked) {
   const minutes = times.length ? Math.ceil((times.at(-1) - times[0]) / 60) : 0;
   const figures = (course) => `${course.backend_hours.toFixed(2)} backend-hours, at most ${course.peak} backends, `
     + `${course.changes} changes, at most ${digits(course.highest_load)} ${UNITS[metric]} each`;
-  const text = `The last ${minutes} min. Actual: ${figures(actual)}. Simulated: ${figures(simulated)}.`;
+  const settings = [...asked].map(([name, value]) => `${name.replaceAll('_', '-')} ${value}`).join(', ');
+  const text = `The last ${minutes} min. Actual: ${figures(actual)}. With ${settings}: ${figures(simulated)}.`;
   write($('what-if-result'), times.length ? text : 'No decision is recorded yet.');
   $('what-if-chart').hidden = !times.length;
   if (times.length) drawWhatIf(replayed);
@@ -270,10 +271,10 @@ function writeRefusal(form, text) {
 
 async function replay(event) {
   event.preventDefault();
-  const form = event.target;
-  const answer = await fetch(`/what-if?${new URLSearchParams(new FormData(form))}`, { cache: 'no-store' });
+  const form = event.target, asked = new URLSearchParams(new FormData(form));
+  const answer = await fetch(`/what-if?${asked}`, { cache: 'no-store' });
   writeRefusal(form, answer.ok ? '' : (await answer.text()).trim());
-  if (answer.ok) writeReplay(replayed = await answer.json());
+  if (answer.ok) writeReplay(replayed = await answer.json(), asked);
 }
 
 async function poll() {
@@ -308,7 +309,9 @@ $('fleet').addEventListener('click', ({ target }) => {
   fetchShares().catch(console.debug); // the next update tries again
   writeFleet();
 });
-$('what-if').addEventListener('submit', replay);
+$('what-if').addEventListener('submit', (event) => {
+  replay(event).catch(() => write($('refusal'), 'The manager does not answer.'));
+});
 addEventListener('range', redraw);
 matchMedia('(prefers-color-scheme: dark)').addEventListener('change', () => {
   redraw();

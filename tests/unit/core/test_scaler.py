@@ -101,7 +101,8 @@ def test_the_sentence_reads_as_a_whole() -> None:
 
 @pytest.mark.parametrize(("rate", "since"), [(999.9, None), (1000.0, NOW)])
 def test_panic_begins_when_the_load_reaches_twice_the_capacity(rate: float, since: float | None) -> None:
-    assert decide(policy(), memory(), Load(rate), 5, NOW)[1].panic_since == since
+    decision, after = decide(policy(), memory(), Load(rate), 5, NOW)
+    assert (after.panic_since, decision.panic) == (since, since is not None)
 
 
 def test_the_memory_keeps_one_stable_window_and_the_limited_number_not_the_held_one() -> None:

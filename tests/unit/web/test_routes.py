@@ -356,7 +356,7 @@ def test_decisions_have_every_number_that_led_to_them(manager: Manager) -> None:
     assert abs(decision.pop("time") - time.time()) < 60, "in seconds since 1970"
     assert decision == {
         **{"at": 1002, "verdict": "OK", "current": 2, "desired": 2, "rate": 150, "ratio": 0.75, "raw": 2},
-        **{"clamps": [], "reason": "150 packets/s over 2 backends = 75 each, target 100 (0.75×)"},
+        **{"clamps": [], "reason": "150 packets/s over 2 backends = 75 each, target 100 (0.75×)", "panic": False},
     }
 
 

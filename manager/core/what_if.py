@@ -79,33 +79,25 @@ def policy_with(settings: Settings, policy: Policy, texts: Mapping[str, str]) ->
 
 def replay(recording: Recording, policy: Policy, epoch: float) -> WhatIf:
     """The recorded loads, decided by `policy`. `epoch`: seconds since 1970 at the zero of the recording's clock."""
-    memory, decisions = recording.memory, recording.decisions
-    actual, simulated = _Fleet(), _Fleet()
-    size = decisions[0].before if decisions else 0
-    for one in decisions:
+    memory = recording.memory
+    simulated: list[Recorded] = []
+    for one in recording.decisions:
+        size = simulated[-1].after if simulated else one.before
         decision, memory = scaler.decide(policy, memory, one.load, size, one.at)
-        actual.decided(one.at, one.load.rate, one.before, one.after)
-        simulated.decided(one.at, one.load.rate, size, decision.desired)
-        size = decision.desired
-    times = [round(epoch + one.at, 3) for one in decisions]
-    return WhatIf(times, actual.course(), simulated.course())
+        simulated.append(replace(one, before=size, after=decision.desired))
+    times = [round(epoch + one.at, 3) for one in simulated]
+    return WhatIf(times, _course(recording.decisions), _course(simulated))
 
 
-class _Fleet:
-    """Adds the decisions on a fleet up to its course."""
-
-    def __init__(self) -> None:
-        self._backends: list[int] = []
-        self._at, self._seconds, self._changes, self._highest_load = 0.0, 0.0, 0, 0.0
-
-    def decided(self, at: float, rate: float, before: int, after: int) -> None:
-        if self._backends:
-            self._seconds += before * (at - self._at)
-        self._backends.append(after)
-        self._at = at
-        self._changes += after != before
-        self._highest_load = max(self._highest_load, rate / before)
-
-    def course(self) -> Course:
-        hours, highest_load = round(self._seconds / 3600, 3), round(self._highest_load, 3)
-        return Course(self._backends, hours, max(self._backends, default=0), self._changes, highest_load)
+def _course(decisions: Sequence[Recorded]) -> Course:
+    backends: list[int] = []
+    seconds, changes, highest_load = 0.0, 0, 0.0
+    at = decisions[0].at if decisions else 0.0
+    for one in decisions:
+        # As many as before this decision, since the one before.
+        seconds += one.before * (one.at - at)
+        at = one.at
+        backends.append(one.after)
+        changes += one.after != one.before
+        highest_load = max(highest_load, one.load.rate / one.before)
+    return Course(backends, round(seconds / 3600, 3), max(backends, default=0), changes, round(highest_load, 3))

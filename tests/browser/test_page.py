@@ -356,7 +356,9 @@ def test_axe_finds_no_serious_problem_on_a_phone(page: Page, busy: Stage) -> Non
     checks.has_no_serious_accessibility_finding(page)
 
 
-def test_the_tab_key_reaches_everything_in_order_and_the_focus_is_visible(page: Page, stage: Stage) -> None:
+@pytest.mark.parametrize("width", [390, 1600])
+def test_the_tab_key_reaches_everything_in_order_and_the_focus_is_visible(page: Page, stage: Stage, width: int) -> None:
+    page.set_viewport_size({"width": width, "height": 844})
     stage.report(150, 150)
     page.goto(stage.base_url)
     checks.until(page, lambda: len(checks.rows(page)) == 2, "the fleet")
@@ -373,7 +375,9 @@ def test_the_tab_key_reaches_everything_in_order_and_the_focus_is_visible(page: 
         assert stop[1:] == ["solid", "2px"], stop
     ranges, fields = ["10 min", "1 h", "24 h"], ["target", "stable_window", "panic_window"]
     names = [f"{stage.name}1", f"{stage.name}2"]
-    assert reached == [*ranges, "changes", *fields, "Replay", *names, "log"]
+    assert reached == [*ranges, *names, "changes", *fields, "Replay", "log"]
+    order = page.eval_on_selector_all(".card", "cards => cards.map(card => getComputedStyle(card).order)")
+    assert set(order) == {"0"}, "the order on the screen is that of the file"
 
 
 def test_screen_readers_hear_of_a_change_once_and_of_nothing_else(page: Page, stage: Stage) -> None:

@@ -297,6 +297,13 @@ def undispatched(path: DataPath) -> Rules:
     return tuple(f"{address}-p tcp -m tcp --dport {port} {SYN} -j DROP" for port, _ in path.ports)
 
 
+def failed_connections(actual: Listing, path: DataPath = OWN_NAMESPACE) -> dict[str, int]:
+    """What the rules of this filter table have dropped since they were written: attempts that a backend refused, and
+    attempts for which there was no backend. Clients repeat both."""
+    no_backend = sum(actual.dropped.get(rule, 0) for rule in undispatched(path))
+    return {"refused": actual.dropped.get(_refusal(path), 0), "no_backend": no_backend}
+
+
 def _refusal(path: DataPath) -> str:
     """Drops a RST that is a backend's first packet, a refusal. Conntrack has closed the flow, so the client's next SYN
     is dispatched again."""

@@ -13,7 +13,7 @@ import restore
 import ruleset
 import stalls
 from datapath import DataPath
-from exposition import APPLY_SECONDS, REPAIRS
+from exposition import APPLY_SECONDS, FAILED_CONNECTIONS, REPAIRS
 from fakes_balancer import World
 from fakes_netfilter import FakeNetfilter, flow, waiting
 from health import Cause, Health
@@ -380,6 +380,30 @@ def test_only_repairs_are_counted_as_repairs(world: World) -> None:
     remove_hook(world.kernel)
     world.reconcile()
     assert value(REPAIRS, "_total") == before + 1
+
+
+def test_refused_and_undispatched_connections_are_counted_since_the_start_of_this_client(world: World) -> None:
+    def failed() -> tuple[float, float]:
+        world.reconcile()
+        one, other = (FAILED_CONNECTIONS.labels(reason)._value.get() for reason in ("refused", "no_backend"))
+        return one, other
+
+    world.set_backends(f"a {A}", f"b {B}")
+    refused, no_backend = failed()
+    world.kernel.drop("LB-FORWARD", 3)
+    world.kernel.drop("LB-INPUT", 5)
+    assert failed() == failed() == (refused + 3, no_backend + 5)
+
+    # With one backend there is no rule for refusals, and later a new one, which begins at zero.
+    for backends in ((f"a {A}",), (f"a {A}", f"b {B}")):
+        world.set_backends(*backends)
+        assert failed() == (refused + 3, no_backend + 5)
+    world.kernel.drop("LB-FORWARD", 2)
+    assert failed() == (refused + 5, no_backend + 5)
+
+    world.restart()
+    world.set_backends(f"a {A}", f"b {B}")
+    assert failed() == (refused + 5, no_backend + 5)
 
 
 # -- on the host, and with sticky clients ------------------------------------------------------------------------------

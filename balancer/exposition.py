@@ -22,6 +22,12 @@ APPLY_SECONDS = Histogram(
 REPAIRS = Counter(f"{PREFIX}repairs", "Passes that found the nat rules changed by another program.", registry=COUNTED)
 FAILED_PROBES = Counter(f"{PREFIX}failed_probes", "Failed probes, also of starting backends.", registry=COUNTED)
 FAILED_PASSES = Counter(f"{PREFIX}failed_passes", "Passes of a loop that ended with an error.", registry=COUNTED)
+FAILED_CONNECTIONS = Counter(
+    f"{PREFIX}failed_connections",
+    "Connection attempts that a backend refused, or that found no backend. The client's next attempt is dispatched.",
+    ["reason"],
+    registry=COUNTED,
+)
 
 
 def gauges(state: State) -> tuple[tuple[str, str, float], ...]:

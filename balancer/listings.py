@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Listing:
-    """One table, by chain: the rules, the packets that its DNAT rules counted, and the built-in chains' policies."""
+    """One table, by chain: the rules, the packets that its DNAT rules counted, and the built-in chains' policies. And
+    the packets that its DROP rules counted, by their text."""
 
     chains: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     packets: Mapping[str, int] = field(default_factory=dict)
     policies: Mapping[str, str] = field(default_factory=dict)
+    dropped: Mapping[str, int] = field(default_factory=dict)
 
 
 def parse_table(text: str) -> Listing:
@@ -21,6 +23,7 @@ def parse_table(text: str) -> Listing:
     chains: dict[str, list[str]] = {}
     packets: dict[str, int] = {}
     policies: dict[str, str] = {}
+    dropped: dict[str, int] = {}
     for line in text.splitlines():
         if line.startswith(":"):  # a chain, and its policy if it is built in
             chain, policy = line[1:].split(" ")[:2]
@@ -33,7 +36,9 @@ def parse_table(text: str) -> Listing:
             chains.setdefault(chain, []).append(rule)
             if "-j DNAT" in rule:
                 packets[chain] = packets.get(chain, 0) + int(counted)
-    return Listing({chain: tuple(rules) for chain, rules in chains.items()}, packets, policies)
+            elif rule.endswith("-j DROP"):
+                dropped[rule] = dropped.get(rule, 0) + int(counted)
+    return Listing({chain: tuple(rules) for chain, rules in chains.items()}, packets, policies, dropped)
 
 
 def connections(listing: Listing, prefix: str = "LB-B-") -> dict[str, int]:

@@ -20,7 +20,7 @@ from dataclasses import replace
 import findings
 import restore
 import ruleset
-from exposition import APPLY_SECONDS, REPAIRS
+from exposition import APPLY_SECONDS, FAILED_CONNECTIONS, REPAIRS
 from health import Health
 from listings import Listing, connections
 from restore import Table
@@ -43,6 +43,7 @@ class Reconciler:
         # Address → id of each backend that the kernel may have flows of. None before the first pass.
         self._known: Mapping[str, str] | None = None
         self._nat: Table | None = None  # as the last pass wrote it
+        self._failed: Mapping[str, int] = {}  # connections that the rules had dropped at the last pass, by reason
 
     def wait_and_reconcile(self) -> None:
         """Makes one pass when something changes, or after an interval: other programs may have changed the rules."""
@@ -141,10 +142,18 @@ class Reconciler:
         for table in tables[1:]:
             listings[table.name] = self._netfilter.listing(table.name)
             self._apply(table, listings[table.name])
+        self._count_failed(ruleset.failed_connections(listings["filter"], self._path))
         # On the host, other programs' rules are none of our business.
         inspected = {} if self._path.on_host else listings
         self._state.findings = tuple(findings.find(self._netfilter.ip_forward(), inspected))
         return changed
+
+    def _count_failed(self, failed: Mapping[str, int]) -> None:
+        for reason, count in failed.items():
+            # The first pass counts nothing: these are of an earlier client. Rules that were written anew begin at zero.
+            before = self._failed.get(reason, count)
+            FAILED_CONNECTIONS.labels(reason).inc(count - before if count >= before else count)
+        self._failed = failed
 
     def _apply(self, table: Table, actual: Listing) -> bool:
         text = restore.restore(table, actual)

@@ -30,6 +30,8 @@ REQUEST_MARK, REPLY_MARK = 0x20000000, 0x40000000
 OWN_PORTS, MASQUERADE_PORTS = "60000:65535", "1024-59999"
 MAX_CHECKED = 8  # backends that self-check connections are spread over
 SYN = "--tcp-flags FIN,SYN,RST,ACK SYN"  # matches a connection's first packet
+DNAT = "-m conntrack --ctstate DNAT"  # matches connections that were dispatched
+PUSH = "-p tcp -m tcp --tcp-flags PSH PSH"  # matches packets with data, at least the last one of each write
 
 
 @dataclass(frozen=True)
@@ -224,77 +226,90 @@ def filters(path: DataPath = OWN_NAMESPACE, check_source: str = "", retries: boo
     The counters stand here instead of in a mangle table, because each table costs every packet some time, and because
     iptables cannot remove an empty mangle table from the host.
     """
-    inputs, forward, count = path.chain("INPUT"), path.chain("FORWARD"), path.chain("COUNT")
+    forward, inputs = path.chain("FORWARD"), path.chain("INPUT")
     refusal = (_refusal(path),) if retries else ()
-    chains = _count(path, check_source, marks)
-    chains[forward] = (f"-j {count}", *refusal, *_accepted(path))
-    chains[inputs] = undispatched(path)
-    hooks: dict[str, Rules] = {"FORWARD": (f"-j {forward}",), "INPUT": (f"-j {inputs}",)}
-    if path.on_host:
-        chains[inputs] += (*_received(path), *refusal)
-        hooks["FORWARD"] = (f"-o {path.bridge} -j {forward}", f"-i {path.bridge} -j {forward}")
-        hooks["OUTPUT"] = (f"-m conntrack --ctstate DNAT -j {count}",)
+    check = _skip_check(check_source)
+    chains = _unanswered(path, check, refusal) if marks else {}
+    # With marks, an answered connection's packets do not pass the rules for those before the first reply.
+    first = (f"-m connmark --mark 0x0/{REPLY_MARK:#x} -j {path.chain('UNANSWERED')}",) if marks else refusal
+    # One rule counts the packets and bytes to all backends: the set keeps a counter for each member.
+    count = f"-m set --match-set {path.traffic_set} dst"
+    if not path.on_host:
+        # Everything that this namespace forwards is traffic of the service.
+        chains[forward] = (*first, *check, count)
+        chains[inputs] = undispatched(path)
+        hooks: dict[str, Rules] = {"FORWARD": (f"-j {forward}",), "INPUT": (f"-j {inputs}",)}
+        return Table("filter", chains, hooks, path.prefix)
+    replies, outputs, received = path.chain("REPLY"), path.chain("OUTPUT"), path.chain("RECEIVED")
+    # Docker would drop packets to a port that it has not published.
+    chains[forward] = (*first, count, "-j ACCEPT")
+    chains[replies] = (*first, f"{DNAT} -j ACCEPT", _invalid(path))
+    # Clients may also run on the host itself. The self-check does.
+    chains[outputs] = (*first, *check, count)
+    chains[received] = first
+    chains[inputs] = (*undispatched(path), _to_loopback(path), f"-i {path.bridge} {DNAT} -j {received}")
+    requests = f"{DNAT} --ctdir ORIGINAL"
+    answers = "-p tcp -m conntrack --ctstate INVALID,DNAT"
+    hooks = {
+        "FORWARD": (f"-o {path.bridge} {requests} -j {forward}", f"-i {path.bridge} {answers} -j {replies}"),
+        "OUTPUT": (f"{requests} -j {outputs}",),  # a packet's interface is still the one before translation here
+        "INPUT": (f"-j {inputs}",),
+    }
     return Table("filter", chains, hooks, path.prefix)
 
 
-def _count(path: DataPath, check_source: str, marks: bool) -> Chains:
-    """Counts packets and bytes to every backend with one rule: the set keeps a counter for each member.
+def _skip_check(check_source: str) -> Rules:
+    """Self-check connections are no load."""
+    if not check_source:
+        return ()
+    ports = f"{CHECK_PORTS[0]}:{CHECK_PORTS[1]}"
+    return (f"-p tcp -m conntrack --ctorigsrc {check_source} --ctorigsrcport {ports} -j RETURN",)
 
-    With `marks`, the first packet with data of each side marks the connection, and the backend's first one is counted
-    in a set of its own. Packets without PSH, or after the first reply, pass only one more rule.
-    """
-    request, reply = "-m conntrack --ctdir ORIGINAL", "-m conntrack --ctdir REPLY"
-    traffic, count, first = path.traffic_set, path.chain("COUNT"), path.chain("FIRST")
-    rules = []
-    if path.on_host:
-        # Packets of the backends' other connections: probes, and those that they have opened.
-        rules.append("-m conntrack ! --ctstate DNAT -j RETURN")
-    if check_source:
-        ports = f"{CHECK_PORTS[0]}:{CHECK_PORTS[1]}"
-        rules.append(f"-p tcp -m conntrack --ctorigsrc {check_source} --ctorigsrcport {ports} -j RETURN")
-    # On the host, a backend can also be a client, and the answers to it are no traffic to a backend.
-    direction = f"{request} " if path.on_host else ""
-    rules.append(f"{direction}-m set --match-set {traffic} dst")
-    if not marks:
-        return {count: tuple(rules)}
-    rules.append(f"-p tcp -m tcp --tcp-flags PSH PSH -m connmark --mark 0x0/{REPLY_MARK:#x} -j {first}")
-    marking = (
-        f"{request} -m set --match-set {traffic} dst ! --update-counters {_set_mark(REQUEST_MARK)}",
-        f"{reply} -m set --match-set {path.replies_set} src",
-        f"{reply} -m set --match-set {traffic} src ! --update-counters {_set_mark(REPLY_MARK)}",
-    )
-    return {count: tuple(rules), first: marking}
+
+def _unanswered(path: DataPath, check: Rules, refusal: Rules) -> Chains:
+    """For connections before their first reply. The first packet with data of each side marks the connection, and the
+    backend's first one is counted in a set of its own."""
+    unanswered, first_reply = path.chain("UNANSWERED"), path.chain("FIRST-REPLY")
+    mark_request, mark_reply = _set_mark(REQUEST_MARK), _set_mark(REPLY_MARK)
+    return {
+        unanswered: (
+            f"-m conntrack --ctdir REPLY -g {first_reply}",
+            f"{PUSH} -m set --match-set {path.traffic_set} dst ! --update-counters {mark_request}",
+        ),
+        first_reply: (
+            *refusal,
+            *check,
+            f"{PUSH} -m set --match-set {path.replies_set} src",
+            f"{PUSH} -m set --match-set {path.traffic_set} src ! --update-counters {mark_reply}",
+        ),
+    }
 
 
 def _set_mark(bit: int) -> str:
     return f"-j CONNMARK --set-xmark {bit:#x}/{bit:#x}"
 
 
-def _accepted(path: DataPath) -> Rules:
-    """On the host, Docker would drop packets to a port that it has not published."""
-    if not path.on_host:
-        return ()
-    return (
-        # The kernel does not translate such a packet, so the client would answer the foreign address with a reset.
-        f"-s {path.subnet} -i {path.bridge} -p tcp -m conntrack --ctstate INVALID -j DROP",
-        f"-d {path.subnet} -o {path.bridge} -m conntrack --ctstate DNAT -j ACCEPT",
-        f"-s {path.subnet} -i {path.bridge} -m conntrack --ctstate DNAT -j ACCEPT",
-    )
+def _invalid(path: DataPath) -> str:
+    """The kernel does not translate such a packet, so the client would answer the foreign address with a reset."""
+    return f"-s {path.subnet} -m conntrack --ctstate INVALID -j DROP"
 
 
-def _received(path: DataPath) -> Rules:
-    """For packets of backends to the host itself, where clients may run, too."""
-    return (
-        # The bridge accepts packets to loopback addresses, for the answers to the host's own clients and for no others.
-        f"-d 127.0.0.0/8 -i {path.bridge} -m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT -j DROP",
-        f"-i {path.bridge} -j {path.chain('COUNT')}",
-    )
+def _to_loopback(path: DataPath) -> str:
+    """The bridge accepts packets to loopback addresses, for the answers to the host's own clients and for no others."""
+    return f"-d 127.0.0.0/8 -i {path.bridge} -m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT -j DROP"
 
 
 def undispatched(path: DataPath) -> Rules:
     """The rules that drop connections which were not dispatched."""
     address = f"-d {path.address}/32 " if path.address else ""
     return tuple(f"{address}-p tcp -m tcp --dport {port} {SYN} -j DROP" for port, _ in path.ports)
+
+
+def failed_connections(actual: Listing, path: DataPath = OWN_NAMESPACE) -> dict[str, int]:
+    """What the rules of this filter table have dropped since they were written: attempts that a backend refused, and
+    attempts for which there was no backend. Clients repeat both."""
+    no_backend = sum(actual.dropped.get(rule, 0) for rule in undispatched(path))
+    return {"refused": actual.dropped.get(_refusal(path), 0), "no_backend": no_backend}
 
 
 def _refusal(path: DataPath) -> str:
@@ -311,7 +326,10 @@ def raw(path: DataPath = OWN_NAMESPACE) -> Table:
     """Keeps the balancer's own connections (probes, reports, long polls) out of the connection table, so that they work
     when it is full. Loopback is left alone: Docker's DNS is translated there."""
     own_in, own_out = path.chain("OWN-IN"), path.chain("OWN-OUT")
-    inbound = f"! -i lo -p tcp -m tcp --dport {OWN_PORTS} -m addrtype --dst-type LOCAL -j CT --notrack"
-    outbound = f"! -o lo -p tcp -m tcp --sport {OWN_PORTS} -j CT --notrack"
-    hooks = {"PREROUTING": (f"-j {own_in}",), "OUTPUT": (f"-j {own_out}",)}
-    return Table("raw", {own_in: (inbound,), own_out: (outbound,)}, hooks, path.prefix)
+    # The ports are matched by the hooks, because every packet of the service passes these.
+    hooks = {
+        "PREROUTING": (f"! -i lo -p tcp -m tcp --dport {OWN_PORTS} -j {own_in}",),
+        "OUTPUT": (f"! -o lo -p tcp -m tcp --sport {OWN_PORTS} -j {own_out}",),
+    }
+    inbound = "-m addrtype --dst-type LOCAL -j CT --notrack"
+    return Table("raw", {own_in: (inbound,), own_out: ("-j CT --notrack",)}, hooks, path.prefix)

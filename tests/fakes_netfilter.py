@@ -100,6 +100,11 @@ class FakeNetfilter(Netfilter):
         [(packets, rule)] = self.tables["nat"][f"LB-B-{ip}"]
         self.tables["nat"][f"LB-B-{ip}"] = [(packets + connections, rule)]
 
+    def drop(self, chain: str, attempts: int) -> None:
+        """Adds connection attempts that passed the chain's DROP rules."""
+        rules = self.tables["filter"][chain]
+        self.tables["filter"][chain] = [(packets + attempts * r.endswith("-j DROP"), r) for packets, r in rules]
+
     def _change(self, call: str) -> None:
         self.calls.append(call)
         if len(self.calls) == self.break_at:

@@ -41,7 +41,7 @@ def remove(project: Project, drain: float) -> None:
         with project.output.step("Stopping the manager"):
             project.end_manager()
             unit.remove(project.name)
-    network.remove_exemption(project)
+    network.remove_host_rules(project)
     answers = engine_answers(project)
     kept = False
     if answers:

@@ -1,4 +1,4 @@
-"""Creates the project's network, and adds and removes the one rule that it needs on the host."""
+"""Creates the project's network, and adds and removes the rules that it has on the host."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
@@ -77,42 +78,66 @@ def gateway(network: Any) -> str:
     return str(network.attrs["IPAM"]["Config"][0]["Gateway"])
 
 
-# -- the host's rule --------------------------------------------------------------------------------------------------
-# With bridge netfilter, the traffic between balancer and backends passes the host's connection tracking twice, and
-# nothing there needs it. The rule exempts this traffic: both ends are in our subnet and on our bridge. So no rule of
-# Docker's is affected.
+# -- the host's rules -------------------------------------------------------------------------------------------------
+# With bridge netfilter, each packet between balancer and backends passes the host's tables. These two rules make that
+# cost less. They match only packets of our subnet that stay on our bridge, which Docker accepts anyway.
 
 
-def exempt_from_tracking(project: Project) -> None:
+def add_host_rules(project: Project) -> None:
     network = project.network()
     if os.geteuid() or not shutil.which("iptables") or network is None:
         return
     if network.attrs["Driver"] != "bridge" or is_on_host(network):
         return
     bridge, subnet = f"br-{network.id[:12]}", network.attrs["IPAM"]["Config"][0]["Subnet"]
-    rule = ["PREROUTING", "-i", bridge, "-s", subnet, "-d", subnet, "-m", "addrtype", "!", "--dst-type", "LOCAL"]
-    rule += ["-m", "comment", "--comment", f"lbscaler.project={project.name}", "-j", "CT", "--notrack"]
-    # The rule may exist from an earlier start. Without it everything works, so an error does not stop the start.
-    try:
-        if subprocess.run(["iptables", "-w", "-t", "raw", "-C", *rule], capture_output=True, check=False).returncode:
-            project.output.run("iptables", "-w", "-t", "raw", "-A", *rule)
-    except Failed:
-        project.output.say("Without CT --notrack on the host: new connections cost a little more")
+    for table, chain, *rule in host_rules(bridge, subnet, project.name):
+        command = ["iptables", "-w", "-t", table]
+        # The rule may exist from an earlier start. Without it everything works, so an error does not stop the start.
+        try:
+            if subprocess.run([*command, "-C", chain, *rule], capture_output=True, check=False).returncode:
+                project.output.run(*command, "-I", chain, str(place_in(chain, _saved(table))), *rule)
+        except Failed:
+            project.output.say(f"Without a rule in the host's {table} table: packets to backends cost a little more")
 
 
-def remove_exemption(project: Project) -> None:
-    """Removes the project's rule, even if its network no longer exists."""
+def host_rules(bridge: str, subnet: str, project: str) -> list[list[str]]:
+    """Each rule as table, chain and arguments of iptables. Its comment says whose it is."""
+    inside = ["-i", bridge, "-s", subnet, "-d", subnet, "-m", "comment", "--comment", f"lbscaler.project={project}"]
+    return [
+        ["raw", "PREROUTING", *inside, "-m", "addrtype", "!", "--dst-type", "LOCAL", "-j", "CT", "--notrack"],
+        # Docker has a rule with the same effect, as the last one of many.
+        ["filter", "FORWARD", *inside, "-o", bridge, "-j", "ACCEPT"],
+    ]
+
+
+def place_in(chain: str, saved: Iterable[str]) -> int:
+    """The place for a rule in `chain`: the first one, or the first one after Docker's hook for its users' own rules.
+    `saved`: lines of iptables-save."""
+    rules = [line for line in saved if line.startswith(f"-A {chain} ")]
+    users = f"-A {chain} -j DOCKER-USER"
+    return rules.index(users) + 2 if users in rules else 1
+
+
+def remove_host_rules(project: Project) -> None:
+    """Removes the project's rules, even if its network no longer exists."""
     if os.geteuid() or not shutil.which("iptables-save"):
         return
-    rules = subprocess.run(["iptables-save", "-t", "raw"], capture_output=True, text=True, check=False).stdout
-    for line in rules.splitlines():
-        words = shlex.split(line)
-        if words[:1] == ["-A"] and f"lbscaler.project={project.name}" in words:
-            command = ["iptables", "-w", "-t", "raw", "-D", *words[1:]]
-            if not subprocess.run(command, capture_output=True, check=False).returncode:
-                project.output.say(f"Removed the host's rule for {project.name}")
+    removed = 0
+    for table in ("raw", "filter"):
+        for line in _saved(table):
+            words = shlex.split(line)
+            if words[:1] == ["-A"] and f"lbscaler.project={project.name}" in words:
+                command = ["iptables", "-w", "-t", table, "-D", *words[1:]]
+                removed += not subprocess.run(command, capture_output=True, check=False).returncode
+    if removed:
+        project.output.say(f"Removed the host's rules for {project.name}")
 
 
-if __name__ == "__main__":  # the systemd unit calls this, because a reboot removes the rule
+def _saved(table: str) -> list[str]:
+    done = subprocess.run(["iptables-save", "-t", table], capture_output=True, text=True, check=False)
+    return done.stdout.splitlines()
+
+
+if __name__ == "__main__":  # the systemd unit calls this, because a reboot removes the rules
     with Output(Path(os.devnull)) as out:
-        exempt_from_tracking(Project(sys.argv[1], out))
+        add_host_rules(Project(sys.argv[1], out))

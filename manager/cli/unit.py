@@ -19,7 +19,7 @@ BOOT = Path("/etc/systemd/system")
 # The manager needs no right that Docker's socket does not give. So these settings limit mistakes, not an attacker.
 # No PrivateTmp: the checkout may be in /tmp, which is read-only here. The checkout may belong to another user than
 # root, hence CAP_DAC_OVERRIDE; --manager-port may be below 1024, hence CAP_NET_BIND_SERVICE. The first command has full
-# privileges (+): it adds the host's rule, which a reboot has removed. If it fails, the rest works without (-).
+# privileges (+): it adds the host's rules, which a reboot has removed. If it fails, the rest works without (-).
 UNIT = """\
 [Unit]
 Description=Load balancer {project}: the manager

@@ -118,7 +118,7 @@ class Start:
         if not (project.containers() or project.services() or project.manager_runs()):
             self.undo.add("remove the project", lambda: down.remove(project, drain=0))
         network.make(project, self.settings.subnet, overlay=self.swarm, datapath=self.settings.datapath)
-        network.exempt_from_tracking(project)
+        network.add_host_rules(project)
 
     def _snapshot(self, built: Images, secrets: Mapping[str, str]) -> str:
         """The text of settings.json: the settings and everything else that a manager is started with. If this has

@@ -19,10 +19,12 @@ from prometheus_client.registry import Collector
 
 from core.fleet import ACTIVE, SPARE, STARTING, STATES, Backend, Fleet
 from core.load import Report, Sample, increase
-from core.scaler import Decision
+from core.scaler import CREATE, OK, STOP, ClampKind, Decision
 from core.settings import ROOT
+from core.snapshot import ProblemKind
 
 TRAFFIC = ("connections", "packets", "bytes")  # a sample's counters
+NO_LIMIT = "load"  # the reason of a decision that no limit changed
 LAUNCH_SECONDS = (0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 # By default, each counter has a second series, with its start time.
@@ -39,6 +41,10 @@ class Tally:
     def __init__(self) -> None:
         self._traffic: dict[str, dict[str, int]] = {}  # by backend, then by TRAFFIC's names
         self._decisions: Counter[tuple[str, ...]] = Counter()  # by verdict and limit
+        # From zero, so that Prometheus sees the first increase.
+        for reason in (NO_LIMIT, *ClampKind):
+            for verdict in (CREATE, STOP, OK):
+                self._decisions[verdict, str(reason)] = 0
         self._launch_failures = 0
         self.launches = Histogram(
             "lbscaler_launch_seconds",
@@ -94,8 +100,8 @@ class Tally:
 
 
 def limit(decision: Decision) -> str:
-    """The kind of the limit that was applied last; `load` if none was applied."""
-    return decision.clamps[-1].kind.value if decision.clamps else "load"
+    """The kind of the limit that was applied last; NO_LIMIT if none was applied."""
+    return decision.clamps[-1].kind.value if decision.clamps else NO_LIMIT
 
 
 def version() -> str:
@@ -173,6 +179,15 @@ def _load(source: Source) -> Values:
     return {} if source["rate"] is None else {(source["metric"],): source["rate"]}
 
 
+def _by_problem(source: Source) -> Values:
+    values: dict[tuple[str, ...], float] = {}
+    for kind in ProblemKind:
+        values[kind.value,] = 0.0
+    for problem in source["problems"]:
+        values[problem["kind"],] = 1.0
+    return values
+
+
 def _last_seen(source: Source) -> Values:
     return {(balancer["id"],): balancer["last_seen"] for balancer in source["balancers"]}
 
@@ -194,6 +209,7 @@ METRICS = (
     _gauge("max_backends", "Most backends allowed.", _number("max")),
     _gauge("load", "Load at the last decision: per second, or open connections.", _load, "metric"),
     _gauge("target", "Wanted load of one backend, in the load's unit.", _number("target")),
+    _gauge("problems", "1 for each reason why the project is degraded.", _by_problem, "kind"),
     _gauge("paused", "1 while decisions are not carried out.", _number("paused")),
     _gauge("engine_reachable", "1 while the container engine answers.", lambda s: s["engine"] == "ok"),
     _gauge("launch_backoff_seconds", "Time until the next launch, after failures.", _number("launches", "retry_in")),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from bench import rules
 from bench.host import MANY, RUN, SUBNET, bridge, docker, free_port, run, start
 from bench.product import NGINX, Product, processes_of
+from cli import network
 from engines.options import BALANCER_SYSCTLS, SYSCTLS
 
 PUBLISHED = "published port, no balancer"
@@ -162,20 +163,20 @@ class Site:
         return Way(HOST_PATH, {0: port}, active)
 
     def bridge_rules(self) -> Way:
-        """The product's rules alone in a container, and its rule on the host that skips connection tracking."""
+        """The product's rules alone in a container, and its rules on the host."""
         port = free_port()
         container = self._balancer("rules-bridge", port, BALANCER_SYSCTLS)
-        notrack = ["-i", bridge(), "-s", SUBNET, "-d", SUBNET, "-m", "addrtype", "!", "--dst-type", "LOCAL"]
-        notrack = ["iptables", "-w", "5", "-t", "raw", "{}", "PREROUTING", *notrack, "-j", "CT", "--notrack"]
 
         @contextmanager
         def active(ips: Addresses) -> Iterator[None]:
             write_rules(container, {"ports": [(8000, 8000)]}, ips)
-            run(*[word.format("-A") for word in notrack])
-            try:
+            with ExitStack() as undo:
+                for table, chain, *rule in network.host_rules(bridge(), SUBNET, RUN):
+                    command = ("iptables", "-w", "5", "-t", table)
+                    place = network.place_in(chain, run(*command, "-S", chain).splitlines())
+                    run(*command, "-I", chain, str(place), *rule)
+                    undo.callback(run, *command, "-D", chain, *rule)
                 yield
-            finally:
-                run(*[word.format("-D") for word in notrack])
 
         return Way(BRIDGE_PATH, {0: port}, active)
 

@@ -195,7 +195,7 @@ def test_upgrade_of_the_balancer_and_other_options_lose_no_connection(system: Sy
 def test_stop_removes_all_rules_and_sets_of_the_project(system: System, outside: Namespace) -> None:
     """The last test of this module's system: it stops it."""
     bridge = f"br-{docker('network', 'inspect', '-f', '{{.Id}}', system.project)[:12]}"
-    [prefix] = set(re.findall(rf"-o {bridge} -j (LB-\w{{6}}-)FORWARD", firewall()))
+    [prefix] = set(re.findall(rf"-o {bridge} .* -j (LB-\w{{6}}-)FORWARD", firewall()))
     system.down()
     assert prefix not in firewall()
     assert bridge not in firewall()

@@ -132,7 +132,6 @@ def test_without_marks_no_connection_waits_and_packets_are_counted(
     tables = {table.name: table for table in ruleset.tables([ruleset.Endpoint(ONE)], missing=(MARKS,))}
     balancer.apply(restore(tables["filter"], balancer.listing("filter")))
     assert [name for name in balancer.listing("filter").chains if name.startswith("LB-")] == [
-        "LB-COUNT",
         "LB-FORWARD",
         "LB-INPUT",
     ]

@@ -29,6 +29,14 @@ def test_table_is_parsed_into_chains_packets_and_policies() -> None:
     assert connections(read) == {"198.18.0.2": 41}
 
 
+def test_packets_of_a_drop_rule_are_read_by_its_text() -> None:
+    text = (
+        "*filter\n:LB-FORWARD - [0:0]\n:LB-INPUT - [0:0]\n[3:180] -A LB-FORWARD -p udp -j DROP\n"
+        "[4:240] -A LB-INPUT -p udp -j DROP\n[5:300] -A LB-INPUT -p tcp -j ACCEPT\nCOMMIT\n"
+    )
+    assert parse_table(text).dropped == {"-p udp -j DROP": 7}
+
+
 def test_backend_with_an_empty_chain_has_no_connections() -> None:
     assert connections(parse_table("*nat\n:LB-B-198.18.0.2 - [0:0]\nCOMMIT\n")) == {"198.18.0.2": 0}
 

@@ -13,7 +13,7 @@ import restore
 import ruleset
 import stalls
 from datapath import DataPath
-from exposition import APPLY_SECONDS, REPAIRS
+from exposition import APPLY_SECONDS, FAILED_CONNECTIONS, REPAIRS
 from fakes_balancer import World
 from fakes_netfilter import FakeNetfilter, flow, waiting
 from health import Cause, Health
@@ -206,10 +206,11 @@ def test_flows_of_a_reused_address_are_deleted_before_the_new_backend_is_in_rota
 def test_refused_connection_is_tried_again_only_while_rotation_has_another_backend(world: World) -> None:
     world.set_backends(f"a {A}", f"b {B}")
     world.reconcile()
-    assert len(world.kernel.rules("filter", "LB-FORWARD")) == 2
+    refusal = world.kernel.rules("filter", "LB-FIRST-REPLY")[0]
+    assert "RST" in refusal and refusal.endswith("-j DROP")
     world.set_backends(f"a {A}", f"b {B}", a=UNHEALTHY)
     assert world.reconcile()[:2] == ["nat", "filter"]
-    assert world.kernel.rules("filter", "LB-FORWARD") == ["-j LB-COUNT"]
+    assert refusal not in world.kernel.rules("filter", "LB-FIRST-REPLY")
 
 
 def remove_hook(kernel: FakeNetfilter) -> None:
@@ -225,7 +226,7 @@ def remove_filter_rules(kernel: FakeNetfilter) -> None:
 
 
 def remove_count(kernel: FakeNetfilter) -> None:
-    kernel.tables["filter"]["LB-COUNT"].clear()
+    kernel.tables["filter"]["LB-FORWARD"].clear()
 
 
 def remove_member(kernel: FakeNetfilter) -> None:
@@ -382,6 +383,30 @@ def test_only_repairs_are_counted_as_repairs(world: World) -> None:
     assert value(REPAIRS, "_total") == before + 1
 
 
+def test_refused_and_undispatched_connections_are_counted_since_the_start_of_this_client(world: World) -> None:
+    def failed() -> tuple[float, float]:
+        world.reconcile()
+        one, other = (FAILED_CONNECTIONS.labels(reason)._value.get() for reason in ("refused", "no_backend"))
+        return one, other
+
+    world.set_backends(f"a {A}", f"b {B}")
+    refused, no_backend = failed()
+    world.kernel.drop("LB-FIRST-REPLY", 3)
+    world.kernel.drop("LB-INPUT", 5)
+    assert failed() == failed() == (refused + 3, no_backend + 5)
+
+    # With one backend there is no rule for refusals, and later a new one, which begins at zero.
+    for backends in ((f"a {A}",), (f"a {A}", f"b {B}")):
+        world.set_backends(*backends)
+        assert failed() == (refused + 3, no_backend + 5)
+    world.kernel.drop("LB-FIRST-REPLY", 2)
+    assert failed() == (refused + 5, no_backend + 5)
+
+    world.restart()
+    world.set_backends(f"a {A}", f"b {B}")
+    assert failed() == (refused + 5, no_backend + 5)
+
+
 # -- on the host, and with sticky clients ------------------------------------------------------------------------------
 
 HOST = DataPath(prefix="LB-0a1b2c-", bridge="br0", subnet="198.18.0.0/20", sticky=60)
@@ -405,8 +430,8 @@ def test_on_the_host_rules_stand_in_two_tables_and_backends_can_call_themselves(
     ]
     assert host.kernel.rules("filter", "FORWARD") == [
         "-j DOCKER-USER",
-        "-o br0 -j LB-0a1b2c-FORWARD",
-        "-i br0 -j LB-0a1b2c-FORWARD",
+        "-o br0 -m conntrack --ctstate DNAT --ctdir ORIGINAL -j LB-0a1b2c-FORWARD",
+        "-i br0 -p tcp -m conntrack --ctstate INVALID,DNAT -j LB-0a1b2c-REPLY",
         "-j DROP",
     ]
     assert host.state.findings == (), "the policy and the rules of others are not reported"

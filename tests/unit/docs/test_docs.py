@@ -145,7 +145,7 @@ def known() -> set[str]:
     return ours | flags((ROOT / "balancer" / "netfilter.py").read_text()) | {"--comment", "--notrack"} | TOOLS
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "docs" / "grafana.json"], ids=lambda page: page.name)
 def test_every_flag_that_is_named_exists(page: Path) -> None:
     assert flags(page.read_text()) - known() == set()
 

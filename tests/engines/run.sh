@@ -32,8 +32,7 @@ make_tree() {
     rm -rf --one-file-system "$new" || return
     unshare --mount debootstrap --variant=minbase --include="$PACKAGES" "$SUITE" "$new" '' "$script" || return
     # A package that brings a daemon must not start it.
-    printf '#!/bin/sh\nexit 101\n' >"$new/usr/sbin/policy-rc.d" || return
-    chmod 755 "$new/usr/sbin/policy-rc.d" || return
+    install -m 755 /dev/stdin "$new/usr/sbin/policy-rc.d" <<<$'#!/bin/sh\nexit 101' || return
     copy_host_settings "$new" || return
     chroot "$new" update-ca-certificates || return
     chroot "$new" apt-get update || return
@@ -60,8 +59,7 @@ copy_host_settings() {
 copy_checkout() {
     local git=(chroot "$TREE" git -C /root/lbscaler)
     git -c safe.directory="$PWD" bundle create "$TREE/root/head.bundle" HEAD || return
-    mkdir -p "$TREE/root/lbscaler" || return
-    "${git[@]}" init -q || return
+    chroot "$TREE" git init -q /root/lbscaler || return
     "${git[@]}" fetch -q /root/head.bundle HEAD || return
     "${git[@]}" checkout -qf FETCH_HEAD || return
     "${git[@]}" clean -qfdx -e /.venv -e /.venv-tests

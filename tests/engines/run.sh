@@ -41,7 +41,11 @@ make_tree() {
     mv -T "$new" "$TREE"
 }
 
-install_in() { DEBIAN_FRONTEND=noninteractive chroot "$1" apt-get install -y --no-install-recommends "$2"; }
+# install_in TREE PACKAGE: with /proc, without which some packages' scripts fail.
+install_in() {
+    DEBIAN_FRONTEND=noninteractive unshare --pid --fork --mount-proc="$1/proc" \
+        chroot "$1" apt-get install -y --no-install-recommends "$2"
+}
 
 # copy_host_settings TREE: what apt, pip and the resolver need to reach their servers as they do on this host.
 copy_host_settings() {

@@ -23,6 +23,7 @@ from typing import Any
 import gevent
 from gevent.pool import Pool
 from gevent.pywsgi import WSGIHandler, WSGIServer
+from werkzeug.http import HTTP_STATUS_CODES
 
 BODY_MAX = 1 << 20  # bytes of a request's body
 HEADERS_MAX = 16384  # bytes of a request's headers
@@ -215,9 +216,11 @@ class _Connection(WSGIHandler):
     def _refuse(self, status: HTTPStatus) -> None:
         """Answers without the application and closes the connection: the beginning of the next request is unknown."""
         self.close_connection = True
-        body = f"{status.phrase}\n"
+        # Flask's text, because Python's own differs between versions: since 3.13, 413 is "Content Too Large" there.
+        phrase = HTTP_STATUS_CODES[status]
+        body = f"{phrase}\n"
         self.socket.sendall(
-            f"HTTP/1.1 {int(status)} {status.phrase}\r\nConnection: close\r\nContent-Type: text/plain\r\n"
+            f"HTTP/1.1 {int(status)} {phrase}\r\nConnection: close\r\nContent-Type: text/plain\r\n"
             f"X-Content-Type-Options: nosniff\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
         )
         # Closing a socket with unread bytes resets the connection, and the client may lose the answer. So read them.

@@ -36,6 +36,8 @@ def work(call: Callable[[], object]) -> int:
         return trace
 
     before = sys.gettrace()
+    # Python 3.12 reports instructions only if a frame asks for them before the function is set.
+    sys._getframe().f_trace_opcodes = True
     sys.settrace(trace)
     try:
         call()

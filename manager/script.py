@@ -27,6 +27,7 @@ from web.app import as_operator, create_app, waits_in
 from web.listeners import Listeners, bind_tcp, bind_unix, raise_file_limit, tls_context
 from web.metrics import Tally
 from web.recent_log import RecentLog
+from web.schemas import one_line
 
 END = (signal.SIGTERM, signal.SIGINT)
 END_POLL = 0.2  # seconds between checks whether a signal asks the manager to end
@@ -50,10 +51,18 @@ def serve(controller: Controller, settings: Settings, token: str, gateway: str, 
     return listeners
 
 
+class OneLine(logging.Formatter):
+    """Formats each record as one line, and a traceback below it. A record may quote a backend's log, which could
+    otherwise contain further lines or control characters for the terminal that shows the file."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        return one_line(super().formatMessage(record))
+
+
 def start_log(path: Path) -> RecentLog:
     """Logs to the file and to the RecentLog that GET /log reads."""
     handler = logging.handlers.RotatingFileHandler(path, maxBytes=5_000_000, backupCount=3)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    handler.setFormatter(OneLine("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S"))
     recent_log = RecentLog()
     logging.getLogger().addHandler(handler)
     logging.getLogger().addHandler(recent_log)

@@ -129,8 +129,8 @@ class DockerEngine(BaseEngine):
         """The options of a balancer whose rules stand in the host's namespace."""
         settings, network = self._settings, self._network
         path = options.host_path(settings, f"br-{network.id[:12]}", network.attrs["IPAM"]["Config"][0]["Subnet"])
-        # Only to reserve the service's ports.
-        privileged_ports = any(port < 1024 for port, _ in settings.ports)
+        # Only to reserve the service's ports and to bind HTTP_ADDRESS.
+        privileged_ports = min(settings.manager_port, *dict(settings.ports)) < 1024
         # The lock that programs of the legacy flavour take; a bind mount would create a directory if it did not exist.
         locks = [f"{XTABLES_LOCK}:{XTABLES_LOCK}"] if XTABLES_LOCK.is_file() else []
         return {

@@ -231,6 +231,14 @@ def test_balancer_on_the_host_reports_under_its_own_name_and_is_tested_at_the_se
     assert client.created[-1].options["hostname"] != name
 
 
+@pytest.mark.parametrize(("ports", "needed"), [({}, False), ({"port": "80"}, True), ({"manager_port": "500"}, True)])
+def test_balancer_on_the_host_may_bind_ports_below_1024_only_if_it_has_some(
+    client: Docker, monkeypatch: pytest.MonkeyPatch, ports: dict[str, str], needed: bool
+) -> None:
+    new_engine(client, monkeypatch, datapath="host", **ports).repair_balancer()
+    assert ("NET_BIND_SERVICE" in client.created[-1].options["cap_add"]) == needed
+
+
 @pytest.mark.parametrize(("datapath", "ports"), [("bridge", "8000:8080,8001:8443"), ("host", "80:8080,443:8443")])
 def test_balancer_gets_all_ports_of_the_service(
     client: Docker, monkeypatch: pytest.MonkeyPatch, datapath: str, ports: str

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -123,7 +124,8 @@ def run_arguments(words: Sequence[str], environ: Mapping[str, str]) -> Arguments
     if parsed["watch"] and parsed["json"]:
         raise SettingError("--watch prints no JSON; use --status --json")
     backends = parsed["backends"]
-    if backends and not (backends.isdecimal() and settings.min <= int(backends) <= settings.max):
+    is_number = re.fullmatch("[0-9]{1,4}", backends)
+    if backends and not (is_number and settings.min <= int(backends) <= settings.max):
         allowed = f"{settings.min} (--min) to {settings.max} (--max)"
         raise SettingError(f"the number of backends is {backends!r}; allowed: {allowed}")
     if parsed["at_boot"] and not unit.usable():

@@ -65,4 +65,4 @@ def user_id(settings: Settings, image_user: str) -> int | None:
     name = image_user.split(":", 1)[0]
     if name in ("", "root", "0"):
         return 0 if "root" in settings.allow else UNPRIVILEGED_UID
-    return int(name) if name.isdecimal() else None
+    return int(name) if re.fullmatch("[0-9]{1,9}", name) else None

@@ -264,10 +264,10 @@ class DockerEngine(BaseEngine):
             closing(client.events(decode=True, filters=filters)) as stream,
         ):
             for event in stream:
-                action, attributes = event["Action"], event["Actor"]["Attributes"]
+                action, attributes = str(event["Action"]), event["Actor"]["Attributes"]
                 code = attributes.get("exitCode" if action == "die" else "signal", "0")
                 # A signal may also be reported by its name. Then the code is 0, and the next list shows the change.
-                yield Event(action, event["Actor"]["ID"], int(code) if code.isdecimal() else 0)
+                yield Event(action, str(event["Actor"]["ID"]), int(code) if code.isdecimal() else 0)
 
 
 def _host_name(balancer: Row) -> str:

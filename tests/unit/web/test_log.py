@@ -36,10 +36,7 @@ def test_a_backends_output_cannot_add_a_line_or_control_the_terminal(tmp_path: P
     script.start_log(tmp_path / "manager.log")
     forged = "\x1b]0;title\x07 no\r\n2026-01-01 00:00:00 INFO    STOP_SERVER 2→1 \u202etxt"
     logging.getLogger("manager").warning("last log line of %s: %s", "b-1", forged)
-    try:
-        raise ValueError("why")
-    except ValueError:
-        logging.getLogger("manager").exception("this pass failed")
+    logging.getLogger("manager").error("this pass failed", exc_info=ValueError("why"))
     first, second, *traceback = (tmp_path / "manager.log").read_text().split("\n")
     assert first.endswith("last log line of b-1: ?]0;title? no??2026-01-01 00:00:00 INFO    STOP_SERVER 2→1 ?txt")
     assert second.endswith(" this pass failed")

@@ -70,15 +70,15 @@ def start_log(path: Path) -> RecentLog:
     return recent_log
 
 
-def make_engine(settings: Settings, token: str) -> DockerEngine | SwarmEngine:
+def make_engine(settings: Settings) -> DockerEngine | SwarmEngine:
     """The engine that the settings name, with the variables that only run.sh sets. Raises EngineError."""
     image = os.environ.get("LB_BALANCER_IMAGE", "")
     if not image:
         raise EngineError("LB_BALANCER_IMAGE is not set: it names the balancer's image, and run.sh sets it")
     if settings.orchestrator == "docker":
-        return DockerEngine(settings, BalancerOptions(image, token))
+        return DockerEngine(settings, BalancerOptions(image))
     secrets = (os.environ["LB_TOKEN_SECRET"], os.environ["LB_CERTIFICATE_SECRET"])
-    return SwarmEngine(settings, BalancerOptions(image, token, secrets=secrets))
+    return SwarmEngine(settings, BalancerOptions(image, secrets))
 
 
 def wait_for_end(*alive: Callable[[], bool]) -> None:
@@ -111,7 +111,7 @@ def main() -> int:
     recent_log = start_log(settings.run_dir / "manager.log")
     try:
         token = (settings.run_dir / "token").read_text().strip()
-        engine = make_engine(settings, token)
+        engine = make_engine(settings)
         gateway = engine.gateway()
         ip_file = settings.run_dir / "balancer" / "ip.txt"
         controller = Controller(engine, settings, ip_file, Tally(), check_source=gateway)

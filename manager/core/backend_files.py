@@ -13,7 +13,7 @@ from pathlib import Path
 from core.settings import SettingError, Settings
 
 UNPRIVILEGED_UID = 10001  # for the processes of an image that names no user or root
-LINE = re.compile(r"[^\s=]+=[^\0]*")
+LINE = re.compile(r"[^\s=\0]+=[^\0]*")
 
 
 def environment(files: Iterable[str], env: Iterable[str]) -> list[str]:

@@ -304,6 +304,7 @@ def test_stored_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, conten
 )
 @example(b"\xff\xfeA=b")
 @example(b"A=\0")
+@example(b"\0=")
 def test_env_files(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "env"
     path.write_bytes(content)

@@ -1,11 +1,13 @@
 """The balancer's own HTTP interface: for Docker's health check, Prometheus and people.
 
 gevent serves it, in a thread with its own event loop. Silent or slow clients do not block others: a request must arrive
-and be answered within REQUEST_SECONDS, and up to MAX_CONNECTIONS connections may be open at a time.
+and be answered within REQUEST_SECONDS, and up to MAX_CONNECTIONS connections may be open at a time. A request with more
+than HEADERS_MAX bytes of headers is refused, because pywsgi would keep 6 MB of them in memory for each connection.
 """
 
 from __future__ import annotations
 
+import io
 import resource
 import threading
 from collections.abc import Callable
@@ -17,6 +19,7 @@ from gevent.pool import Pool
 from gevent.pywsgi import WSGIHandler, WSGIServer
 
 REQUEST_SECONDS = 5.0
+HEADERS_MAX = 16384
 MAX_CONNECTIONS = 4000
 RESERVED_FILES = 500  # for the process's own sockets and pipes: a probe of each backend, the tools it runs
 BACKLOG = 1024
@@ -37,6 +40,20 @@ class _Handler(WSGIHandler):  # type: ignore[misc]  # gevent has no types
         with gevent.Timeout(REQUEST_SECONDS, False):
             return super().handle_one_request()
         return None
+
+    def MessageClass(self, source: Any, *_: Any) -> Any:  # noqa: N802 - pywsgi's name
+        """Reads the headers."""
+        block, line = bytearray(), b"-"
+        while line.strip(b"\r\n"):
+            line = source.readline(HEADERS_MAX + 1 - len(block))
+            block += line
+            if len(block) > HEADERS_MAX:
+                raise ValueError("the headers are too long")  # pywsgi answers with 400
+        return super().MessageClass(io.BytesIO(block))
+
+    def _handle_client_error(self, ex: Exception) -> Any:
+        """The answer to a malformed header. pywsgi would print a traceback for some, and clients could fill the log."""
+        return super()._handle_client_error(ValueError(str(ex)))
 
 
 def connection_limit() -> int:

@@ -12,6 +12,7 @@ import errno
 import os
 import socket
 import struct
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -23,7 +24,9 @@ BLOCK = 1 << 16  # bytes; the kernel's own blocks are half of that
 RECEIVE_BUFFER = 1 << 20
 BATCH = 100  # deletions in one send
 SCAN_SECONDS = 30.0
+HEADER = 16  # bytes of the shortest answer
 NLMSG_ERROR, NLMSG_DONE = 2, 3
+MAX_ERRNO = 4095  # linux/err.h
 
 
 def listing(request: bytes) -> Iterator[bytes]:
@@ -34,8 +37,7 @@ def listing(request: bytes) -> Iterator[bytes]:
         while True:
             block = _receive(netlink, deadline)
             # DONE ends a listing; a request that the kernel refuses gets only an ERROR.
-            (kind,) = struct.unpack_from("=H", block, 4)
-            if kind in (NLMSG_ERROR, NLMSG_DONE):
+            if kind_of(block) in (NLMSG_ERROR, NLMSG_DONE):
                 _raise_error(block)
                 return
             yield block
@@ -73,12 +75,20 @@ def _receive(netlink: socket.socket, deadline: float) -> bytes:
     if remaining <= 0:
         raise TimeoutError(f"not finished after {SCAN_SECONDS:g} s")
     netlink.settimeout(remaining)
-    return netlink.recv(BLOCK)
+    answer = netlink.recv(BLOCK)
+    if len(answer) < HEADER:
+        raise OSError(errno.EBADMSG, os.strerror(errno.EBADMSG))
+    return answer
+
+
+def kind_of(answer: bytes) -> int:
+    """The type of an answer's first message."""
+    return int.from_bytes(answer[4:6], sys.byteorder)
 
 
 def _raise_error(answer: bytes, accept: int = 0) -> None:
     """Raises the error in an answer, except `accept`. An acknowledgement has the code 0; the end of a listing may have
     no code."""
-    code = -struct.unpack_from("=i", answer, 16)[0] if len(answer) >= 20 else 0
+    code = min(MAX_ERRNO, -struct.unpack_from("=i", answer, 16)[0]) if len(answer) >= 20 else 0
     if code not in (0, accept):
         raise OSError(code, os.strerror(code))

@@ -10,7 +10,7 @@ from enum import Enum
 from listings import Listing
 from restore import is_dockers, is_ours, target_of
 
-MAX_FINDINGS = 20
+MAX_FINDINGS, MAX_DETAIL = 20, 300
 # The built-in chains that the service's packets pass, by table.
 PASSED = {
     "raw": ("PREROUTING",),
@@ -35,7 +35,8 @@ class Finding:
     detail: str  # a text for operators
 
     def message(self) -> dict[str, str]:
-        return {"kind": self.kind.value, "detail": self.detail}
+        # The manager refuses a report with a longer text or other characters, and a rule may have a comment with both.
+        return {"kind": self.kind.value, "detail": re.sub("[^ -~]", "?", self.detail)[:MAX_DETAIL]}
 
 
 def find(ip_forward: bool, listings: Mapping[str, Listing]) -> list[Finding]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address
 from typing import NamedTuple
@@ -134,28 +135,30 @@ def deletions(
 ) -> Iterator[bytes]:
     """For each flow from the service's ports to `backends` in `block`, the attributes of the message that deletes it:
     its first tuple and its id. With the id, a newer connection with the same ports is kept. `unanswered_only`: only
-    flows whose SYN the backend did not answer."""
+    flows whose SYN the backend did not answer. Raises ValueError for a malformed block."""
     wanted = {IPv4Address(ip).packed for ip in backends}
-    for entry in _entries(block):
-        flow = _flow(block, entry, ports)
-        if flow is None or flow.backend not in wanted:
-            continue
-        if unanswered_only and flow.state != SYN_SENT:
-            continue
-        tuple_at, id_at = entry[ORIGINAL], entry[ID]
-        first_tuple = attribute(NESTED | ORIGINAL, block[tuple_at : tuple_at + _TUPLE.size])
-        yield first_tuple + attribute(ID, block[id_at : id_at + 4])
+    with _malformed():
+        for entry in _entries(block):
+            flow = _flow(block, entry, ports)
+            if flow is None or flow.backend not in wanted:
+                continue
+            if unanswered_only and flow.state != SYN_SENT:
+                continue
+            tuple_at, id_at = entry[ORIGINAL], entry[ID]
+            first_tuple = attribute(NESTED | ORIGINAL, block[tuple_at : tuple_at + _TUPLE.size])
+            yield first_tuple + attribute(ID, block[id_at : id_at + 4])
 
 
 # -- answers ---------------------------------------------------------------------------------------------------------
 
 
 def flows(block: bytes, ports: Collection[int]) -> Iterator[Flow]:
-    """The TCP flows to the service's ports in one block of a listing."""
-    for entry in _entries(block):
-        flow = _flow(block, entry, ports)
-        if flow is not None:
-            yield flow
+    """The TCP flows to the service's ports in one block of a listing. Raises ValueError for a malformed block."""
+    with _malformed():
+        for entry in _entries(block):
+            flow = _flow(block, entry, ports)
+            if flow is not None:
+                yield flow
 
 
 def count(seen: Iterable[Flow], timeouts: Timeouts, check_source: str = "") -> FlowCounts:
@@ -184,6 +187,15 @@ def count(seen: Iterable[Flow], timeouts: Timeouts, check_source: str = "") -> F
     return counts
 
 
+@contextmanager
+def _malformed() -> Iterator[None]:
+    """Turns the errors of values that a message does not have, or that end behind the block, into ValueErrors."""
+    try:
+        yield
+    except (LookupError, struct.error) as error:
+        raise ValueError("the kernel's listing is malformed") from error
+
+
 def _entries(block: bytes) -> Iterator[dict[int, int]]:
     """For each message in a block: attribute type → offset of its payload."""
     # Offsets, not values: most attributes are never read, and a listing may have a million messages.
@@ -191,10 +203,14 @@ def _entries(block: bytes) -> Iterator[dict[int, int]]:
     unpack = _ATTRIBUTE.unpack_from
     while begin < len(block):
         (length,) = _LENGTH.unpack_from(block, begin)
+        if length < HEADERS:  # the loops would not end
+            raise ValueError("the kernel's listing has a message without headers")
         end, at = begin + length, begin + HEADERS
         entry = {}
         while at < end:
             size, kind = unpack(block, at)
+            if size < _ATTRIBUTE.size:
+                raise ValueError("the kernel's listing has an attribute without a header")
             entry[kind & TYPE_MASK] = at + _ATTRIBUTE.size
             at += size + 3 & ~3  # padded to four bytes
         yield entry

@@ -1,10 +1,13 @@
-"""Parses the output of `iptables-save` and `ipset save`. Pure."""
+"""Parses the output of `iptables-save` and `ipset save`. Pure. Lines that have another form are skipped."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+COUNTER = "([0-9]{1,20})"  # the kernel's counters have 64 bits
+RULE = re.compile(rf"\[{COUNTER}:[0-9]+\] -A (\S+) ?(.*)")
 
 
 @dataclass(frozen=True)
@@ -26,12 +29,13 @@ def parse_table(text: str) -> Listing:
     dropped: dict[str, int] = {}
     for line in text.splitlines():
         if line.startswith(":"):  # a chain, and its policy if it is built in
-            chain, policy = line[1:].split(" ")[:2]
+            chain, _, counted = line[1:].partition(" ")
+            policy = counted.partition(" ")[0]
             chains.setdefault(chain, [])
-            if policy != "-":
+            if policy not in ("", "-"):
                 policies[chain] = policy
         # A rule, with its packet and byte counters.
-        elif match := re.match(r"\[(\d+):\d+\] -A (\S+) ?(.*)", line):
+        elif match := RULE.match(line):
             counted, chain, rule = match.groups()
             chains.setdefault(chain, []).append(rule)
             if "-j DNAT" in rule:
@@ -52,5 +56,5 @@ def connections(listing: Listing, prefix: str = "LB-B-") -> dict[str, int]:
 
 def parse_set(text: str, name: str) -> dict[str, tuple[int, int]]:
     """Parses `ipset save`: (packets, bytes) of each member of the set `name`, by address."""
-    members = re.finditer(rf"^add {name} (\S+) packets (\d+) bytes (\d+)", text, re.MULTILINE)
+    members = re.finditer(rf"^add {name} (\S+) packets {COUNTER} bytes {COUNTER}\b", text, re.MULTILINE)
     return {match[1]: (int(match[2]), int(match[3])) for match in members}

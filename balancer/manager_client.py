@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import requests
@@ -19,22 +21,41 @@ class _PinnedCertificate(HTTPAdapter):
         super().init_poolmanager(*args, assert_hostname="lbscaler-manager", **kwargs)
 
 
+class TokenFile:
+    """Reads the token for each call, because `run.sh --rotate-secrets` replaces the file."""
+
+    def __init__(self, file: Path) -> None:
+        self._file, self._last = file, ""
+
+    def __call__(self) -> str:
+        with suppress(OSError):  # the file was deleted
+            self._last = self._file.read_text().strip()
+        return self._last
+
+
 class ManagerClient:
     """Every call raises requests.RequestException when the manager is unreachable or answers with an error, such as 503
     while it shuts down."""
 
-    def __init__(self, addresses: Sequence[str], token: str, balancer: str, certificate: str = "") -> None:
-        """`addresses` are those that the manager may have, tried in turn. `certificate` is a file with the manager's
-        certificate: calls then use TLS and accept no other certificate."""
-        self._balancer = balancer
+    def __init__(
+        self, addresses: Sequence[str], token: Callable[[], str], balancer: str, certificate: str = ""
+    ) -> None:
+        """`addresses` are those that the manager may have, tried in turn. `token` is called for each request.
+        `certificate` is a file with the manager's certificate: calls then use TLS and accept no other certificate."""
+        self._balancer, self._token = balancer, token
         self._urls = deque(f"{'https' if certificate else 'http'}://{address}" for address in addresses)
         self._session = requests.Session()
         # HTTP_PROXY and the like are for other programs: the manager is always called directly.
         self._session.trust_env = False
-        self._session.headers.update({"Authorization": f"Bearer {token}", "Connection": "close"})
+        self._session.auth = self._authorize
+        self._session.headers["Connection"] = "close"
         if certificate:
             self._session.verify = certificate
             self._session.mount("https://", _PinnedCertificate())
+
+    def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        request.headers["Authorization"] = f"Bearer {self._token()}"
+        return request
 
     def sync(self, have: str) -> Mapping[str, Any] | None:
         """Waits for a snapshot whose revision is not `have`; None if there is none within LONG_POLL seconds."""

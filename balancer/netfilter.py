@@ -38,7 +38,8 @@ def run(argv: Sequence[str], text: str = "") -> str:
         if attempt:
             time.sleep(0.05 * 2**attempt)
         try:
-            done = subprocess.run(argv, input=text, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+            # `errors` makes it text, also where a comment in another program's rule is no UTF-8.
+            done = subprocess.run(argv, input=text, capture_output=True, errors="replace", timeout=TIMEOUT, check=False)
         except subprocess.TimeoutExpired:
             raise NetfilterError(f"{' '.join(argv)}: not finished after {TIMEOUT} s") from None
         if done.returncode == 0:
@@ -190,10 +191,10 @@ class Netfilter:
 
 @contextlib.contextmanager
 def _connection_table() -> Iterator[None]:
-    """Turns an OSError of ctnetlink into a NetfilterError."""
+    """Turns an OSError of ctnetlink, and a malformed listing, into a NetfilterError."""
     try:
         yield
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise NetfilterError(f"connection table: {error}") from error
 
 

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+import re
 import threading
 from collections.abc import Callable, Mapping
 
@@ -23,6 +24,7 @@ log = logging.getLogger("balancer")
 
 SYNC_PORT = 5000
 TIMEOUT = 1.0  # seconds for a whole probe
+STATUS = re.compile(rb"[1-9][0-9]{2}")
 
 _Target = tuple[str, int, str]  # address, port, method
 
@@ -41,7 +43,7 @@ async def probe(ip: str, port: int, method: str) -> Answer:
                 if method == "tcp":
                     return Answer(None, f"{request}: open")
                 writer.write(f"GET {path} HTTP/1.1\r\nHost: {ip}:{port}\r\nConnection: close\r\n\r\n".encode())
-                status = int((await reader.readline()).split()[1])
+                line = await reader.readline()
     except TimeoutError:
         # A connection without an answer is a failure of the program; without a connection the host may be unreachable.
         if connected:
@@ -50,8 +52,18 @@ async def probe(ip: str, port: int, method: str) -> Answer:
     except OSError as error:
         unreachable = error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH)
         return Answer(Cause.UNREACHABLE if unreachable else Cause.PROBE_FAILED, f"{request}: {error.strerror or error}")
-    except (ValueError, IndexError):
+    except ValueError:  # the line is longer than asyncio's limit
+        line = b""
+    return answer_to(line, method, request)
+
+
+def answer_to(line: bytes, method: str, request: str) -> Answer:
+    """The result of a probe whose answer begins with this line. `request` is for people. Nothing of the line but its
+    status is part of the result, because the manager refuses a report with a text that is too long."""
+    words = line.split(maxsplit=2)
+    if len(words) < 2 or not STATUS.fullmatch(words[1]):
         return Answer(Cause.PROBE_FAILED, f"{request}: no HTTP")
+    status = int(words[1])
     return Answer(_cause(status, method), f"{request}: status {status}")
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address
 from typing import Any
 
+LONGEST = 3600.0  # seconds of any duration
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -39,19 +41,32 @@ class Snapshot:
     def parse(cls, message: Mapping[str, Any]) -> Snapshot:
         """Reads the manager's message. Raises KeyError, TypeError or ValueError when it is malformed."""
         service = dict(message["service"])
-        check_source = service.get("check_source", "")
+        check_source = _text(service.get("check_source", ""))
         return cls(
-            revision=message["revision"],
+            revision=_text(message["revision"]),
             backends=tuple(_backend(row) for row in message["backends"]),
-            port=int(service["port"]),
-            health=service["health"],
-            interval=float(service["interval"]),
-            drain_timeout=float(service["drain_timeout"]),
-            weights=service["weights"],
-            locality=service.get("locality", ""),
+            port=int(_number(service["port"], 1, 65535)),
+            health=_text(service["health"]),
+            interval=_number(service["interval"], 0.1, LONGEST),
+            drain_timeout=_number(service["drain_timeout"], 0, LONGEST),
+            weights=_text(service["weights"]),
+            locality=_text(service.get("locality", "")),
             check_source=str(IPv4Address(check_source)) if check_source else "",
         )
 
 
 def _backend(row: Mapping[str, Any]) -> Backend:
-    return Backend(row["id"], str(IPv4Address(row["ip"])), row["state"], row.get("node", ""))
+    ip = str(IPv4Address(_text(row["ip"])))
+    return Backend(_text(row["id"]), ip, _text(row["state"]), _text(row.get("node", "")))
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"a text was expected, not {value!r}")
+    return value
+
+
+def _number(value: Any, low: float, high: float) -> float:
+    if not low <= value <= high:  # also false for NaN; raises TypeError for what is no number
+        raise ValueError(f"a number from {low:g} to {high:g} was expected, not {value!r}")
+    return float(value)

@@ -24,7 +24,7 @@ from datapath import from_environment
 from exposition import FAILED_PASSES, exposition
 from features import ON_HOST, OPTIONAL, Feature
 from host_network import PortHolder, route_loopback
-from manager_client import ManagerClient
+from manager_client import ManagerClient, TokenFile
 from netfilter import Netfilter, NetfilterError
 from reconciler import Reconciler
 from reporter import Reporter
@@ -33,7 +33,7 @@ from snapshot import Snapshot
 from state import State
 
 HERE = Path(__file__).parent
-SECRETS = Path("/run/secrets")  # where a Swarm mounts them
+SECRETS = Path("/run/secrets")  # where the engine mounts them
 # A loop that begins no pass for this time plus an interval is stuck. One pass with a long poll takes up to 38 s.
 LOOP_SECONDS = 120.0
 
@@ -151,12 +151,12 @@ def attempt(body: Callable[[], None]) -> None:
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout)
     flavour, node = os.environ["IPTABLES"], os.environ.get("LB_NODE", "")
-    # On one host the container has files and variables; in a Swarm, variables and secrets.
+    # On one host the address is in a file that run.sh replaces; in a Swarm, a variable has all that are possible.
     addresses = os.environ.get("LB_MANAGERS") or (HERE / "hostip.txt").read_text().strip()
-    token = os.environ.get("LB_TOKEN") or (SECRETS / "token").read_text().strip()
+    token_file = Path(os.environ.get("LB_TOKEN_FILE", SECRETS / "token"))
     certificate = str(SECRETS / "certificate.pem") if node else ""
     name = socket.gethostname()
-    manager = ManagerClient(addresses.split(","), token, name, certificate)
+    manager = ManagerClient(addresses.split(","), TokenFile(token_file), name, certificate)
     balancer = Balancer(Netfilter(flavour, from_environment(os.environ)), manager, name, node)
     log.info("balancer started, iptables-%s, manager at %s", flavour, addresses)
     address, _, port = os.environ.get("LB_HTTP", "0.0.0.0:5000").partition(":")

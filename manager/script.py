@@ -27,6 +27,7 @@ from web.app import as_operator, create_app, waits_in
 from web.listeners import Listeners, bind_tcp, bind_unix, raise_file_limit, tls_context
 from web.metrics import Tally
 from web.recent_log import RecentLog
+from web.schemas import one_line
 
 END = (signal.SIGTERM, signal.SIGINT)
 END_POLL = 0.2  # seconds between checks whether a signal asks the manager to end
@@ -51,10 +52,18 @@ def serve(controller: Controller, settings: Settings, token: str, gateway: str, 
     return listeners
 
 
+class OneLine(logging.Formatter):
+    """Formats each record as one line, and a traceback below it. A record may quote a backend's log, which could
+    otherwise contain further lines or control characters for the terminal that shows the file."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        return one_line(super().formatMessage(record))
+
+
 def start_log(path: Path) -> RecentLog:
     """Logs to the file and to the RecentLog that GET /log reads."""
     handler = logging.handlers.RotatingFileHandler(path, maxBytes=5_000_000, backupCount=3)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    handler.setFormatter(OneLine("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S"))
     recent_log = RecentLog()
     logging.getLogger().addHandler(handler)
     logging.getLogger().addHandler(recent_log)
@@ -62,15 +71,15 @@ def start_log(path: Path) -> RecentLog:
     return recent_log
 
 
-def make_engine(settings: Settings, token: str) -> DockerEngine | SwarmEngine:
+def make_engine(settings: Settings) -> DockerEngine | SwarmEngine:
     """The engine that the settings name, with the variables that only run.sh sets. Raises EngineError."""
     image = os.environ.get("LB_BALANCER_IMAGE", "")
     if not image:
         raise EngineError("LB_BALANCER_IMAGE is not set: it names the balancer's image, and run.sh sets it")
     if settings.orchestrator == "docker":
-        return DockerEngine(settings, BalancerOptions(image, token))
+        return DockerEngine(settings, BalancerOptions(image))
     secrets = (os.environ["LB_TOKEN_SECRET"], os.environ["LB_CERTIFICATE_SECRET"])
-    return SwarmEngine(settings, BalancerOptions(image, token, secrets=secrets))
+    return SwarmEngine(settings, BalancerOptions(image, secrets))
 
 
 def wait_for_end(*alive: Callable[[], bool]) -> None:
@@ -103,7 +112,7 @@ def main() -> int:
     recent_log = start_log(settings.run_dir / "manager.log")
     try:
         token = (settings.run_dir / "token").read_text().strip()
-        engine = make_engine(settings, token)
+        engine = make_engine(settings)
         gateway = engine.gateway()
         ip_file = settings.run_dir / "balancer" / "ip.txt"
         controller = Controller(engine, settings, ip_file, Tally(), check_source=gateway)

@@ -5,11 +5,13 @@
 - A client that does not read its answers is disconnected after SEND_TIMEOUT.
 - A connection above `max_connections` is refused: its first request is answered with 503, then it is closed. At most
   RESERVE such connections are open; any others are closed without an answer.
-- A malformed request is answered with 400 and is not logged, because clients could fill the log.
+- A malformed request is answered with 400 and is not logged, because clients could fill the log. So is a request with
+  more than HEADERS_MAX bytes of headers: pywsgi would keep 6 MB of them in memory for each connection.
 """
 
 from __future__ import annotations
 
+import io
 import resource
 from collections.abc import Callable
 from socket import IPPROTO_TCP, SO_SNDBUF, SOL_SOCKET, TCP_NODELAY
@@ -25,6 +27,7 @@ RESERVE = 256  # connections above the limit that are refused with an answer
 OTHER_FILES = 64  # open files that the process needs for other purposes
 SEND_BUFFER = 16_384  # bytes in the kernel for answers that a client does not read
 READ_BUFFER = 1024  # bytes; pywsgi's own 8 KiB would be most of what an idle connection costs
+HEADERS_MAX = 16_384  # bytes
 BODY_CHUNK = 65_536  # bytes
 RETRY_AFTER = "1"  # seconds
 
@@ -89,6 +92,16 @@ class Handler(WSGIHandler):
             return False
         finally:
             self.socket.settimeout(SEND_TIMEOUT)
+
+    def MessageClass(self, source: Any, *_: Any) -> Any:  # noqa: N802 - pywsgi's name
+        """Reads the headers."""
+        block, line = bytearray(), b"-"
+        while line.strip(b"\r\n"):
+            line = source.readline(HEADERS_MAX + 1 - len(block))
+            block += line
+            if len(block) > HEADERS_MAX:
+                raise ValueError("the headers are too long")
+        return super().MessageClass(io.BytesIO(block))
 
     def _handle_client_error(self, _error: Exception) -> tuple[str, bytes]:
         """The answer to a malformed header. pywsgi would log it, too."""

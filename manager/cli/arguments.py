@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -44,6 +45,7 @@ class Arguments:
     swarm_init: bool = False
     no_install: bool = False
     at_boot: bool = False
+    rotate_secrets: bool = False
     doctor: bool = False
     status: bool = False
     watch: bool = False
@@ -68,6 +70,7 @@ def run_parser() -> argparse.ArgumentParser:
         "no_wait": "do not wait for the end of an update of the backends",
         "swarm_init": "make this host a Swarm if it is in none",
         "at_boot": "start the manager at every boot, by a systemd unit; stop.sh removes it",
+        "rotate_secrets": "replace the manager's token; no request fails. Not in a Swarm",
         "no_install": "install nothing on this host; print what is missing",
         "status": "print the state of the running project; exit code 0 healthy, 1 it does not run, 3 degraded",
         "watch": "print the state continuously, until Ctrl-C",
@@ -123,11 +126,14 @@ def run_arguments(words: Sequence[str], environ: Mapping[str, str]) -> Arguments
     if parsed["watch"] and parsed["json"]:
         raise SettingError("--watch prints no JSON; use --status --json")
     backends = parsed["backends"]
-    if backends and not (backends.isdecimal() and settings.min <= int(backends) <= settings.max):
+    is_number = re.fullmatch("[0-9]{1,4}", backends)
+    if backends and not (is_number and settings.min <= int(backends) <= settings.max):
         allowed = f"{settings.min} (--min) to {settings.max} (--max)"
         raise SettingError(f"the number of backends is {backends!r}; allowed: {allowed}")
     if parsed["at_boot"] and not unit.usable():
         raise SettingError("--at-boot needs root and systemd; without them, let cron (@reboot) call run.sh")
+    if parsed["rotate_secrets"] and settings.orchestrator == "swarm":
+        raise SettingError("--rotate-secrets is for --orchestrator docker; in a Swarm: ./stop.sh, then ./run.sh")
     return Arguments(settings, variables, **parsed)
 
 

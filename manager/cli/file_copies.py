@@ -25,7 +25,6 @@ def keep(project: Project, settings: Settings, image: Any) -> dict[str, str]:
     """Copies the files. Returns the two settings with the copies' paths, as variables for the manager."""
     if not settings.env_file and not settings.secret:
         return {}
-    project.make_token()
     project.secrets_dir.mkdir(mode=0o700, exist_ok=True)
     env_files = [_copy(project, path, os.geteuid()) for path in settings.env_file]
     secrets = []
@@ -53,8 +52,8 @@ def _owner(settings: Settings, image: Any) -> int:
 def _copy(project: Project, path: str, owner: int) -> str:
     """The path of a copy with this content and owner."""
     content = Path(path).read_bytes()
-    key = (project.run_dir / "token").read_bytes()
-    copy = project.secrets_dir / f"{hashlib.blake2b(content, key=key, digest_size=8).hexdigest()}-{owner}"
+    name = hashlib.blake2b(content, key=project.token.encode(), digest_size=8).hexdigest()
+    copy = project.secrets_dir / f"{name}-{owner}"
     if not copy.exists():
         write(copy, content)
     os.chown(copy, owner, -1)
@@ -70,7 +69,7 @@ def remove_unused(project: Project, current: Mapping[str, str]) -> None:
     containers = project.docker.api.containers(all=True, filters=project.filter("backend"))
     in_use = f"{current} {services} {containers}"  # the labels have the specs, and these the paths
     for copy in project.secrets_dir.iterdir():
-        if copy.name not in in_use:
+        if copy.is_file() and copy.name not in in_use:
             copy.unlink()
     if services:
         swarm.remove_files(project, in_use)

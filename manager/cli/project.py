@@ -81,6 +81,26 @@ class Project:
         if not has_text(path):
             write(path, secrets.token_hex(24))
 
+    @cached_property
+    def token(self) -> str:
+        """The token in the file, which is made if there is none; or a new one until `write_token`."""
+        self.make_token()
+        return (self.run_dir / "token").read_text().strip()
+
+    def rotate_token(self) -> None:
+        self.token = secrets.token_hex(24)
+
+    def write_token(self) -> None:
+        """Writes the token for the manager and, as a copy, for the balancer. Its container's root has no right to read
+        files of others with mode 0600, so everybody may read the copy, in a folder that only this user may enter."""
+        write(self.run_dir / "token", self.token)
+        self.secrets_dir.mkdir(mode=0o700, exist_ok=True)
+        folder = self.secrets_dir / "balancer"
+        folder.mkdir(exist_ok=True)
+        folder.chmod(0o755)
+        write(folder / "token", self.token)
+        (folder / "token").chmod(0o644)
+
     # -- the manager and its supervisor -------------------------------------------------------------------------------
 
     def end_manager(self) -> None:

@@ -25,6 +25,7 @@ from cli.arguments import Arguments, run_arguments
 from cli.output import Failed, Output, Undo
 from cli.project import Project, write
 from core.settings import ROOT, SETTINGS, read, stored, variable, with_stored
+from core.state_files import digest
 
 MANAGER_START = 10.0  # seconds until the manager answers
 SUPERVISOR_START = 2.0  # seconds until the supervisor's process has to exist
@@ -68,6 +69,8 @@ class Start:
         if not self.project.containers("balancer"):
             self._check_kernel(built.balancer)
         self._make_network()
+        if self.arguments.rotate_secrets:
+            project.rotate_token()
         names = swarm.share_secrets(project, built.balancer) if self.swarm else {}
         if not self._files:
             self._files = file_copies.keep(project, settings, project.docker.images.get(built.backend_id))
@@ -126,6 +129,7 @@ class Start:
         code = " ".join([images.digest("manager", self.settings.base_image), *secrets.values()])
         made_from = {"backend_image": built.backend_id, "balancer_image": built.balancer, "manager": code}
         made_from["files"] = dumps(self._files)
+        made_from["token"] = digest(self.project.token)
         return dumps({**self.arguments.variables, **made_from}, indent=1)
 
     def _start_manager(self, address: str, built: Images, secrets: Mapping[str, str]) -> None:
@@ -141,10 +145,11 @@ class Start:
                 self.undo.add("go back to the settings before", self._go_back)
             with out.step("Stopping the manager, to start it with changed settings"):
                 project.end_manager()
-        # The files that the manager and the balancer read when they start.
-        project.make_token()
+        # The files that the manager and the balancer read.
+        project.write_token()
         self._write_run_time_files(f"{address}:{self.settings.manager_port}\n")
-        if not unchanged:
+        same_settings = self.arguments.variables.items() <= stored(project.name).items()
+        if not unchanged and not (self.arguments.rotate_secrets and same_settings):
             self._forget_orders()
         with out.step("Starting the manager"):
             self._launch(self._environment(built, secrets))

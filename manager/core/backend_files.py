@@ -13,7 +13,7 @@ from pathlib import Path
 from core.settings import SettingError, Settings
 
 UNPRIVILEGED_UID = 10001  # for the processes of an image that names no user or root
-LINE = re.compile(r"[^\s=]+=[^\0]*")
+LINE = re.compile(r"[^\s=\0]+=[^\0]*")
 
 
 def environment(files: Iterable[str], env: Iterable[str]) -> list[str]:
@@ -65,4 +65,4 @@ def user_id(settings: Settings, image_user: str) -> int | None:
     name = image_user.split(":", 1)[0]
     if name in ("", "root", "0"):
         return 0 if "root" in settings.allow else UNPRIVILEGED_UID
-    return int(name) if name.isdecimal() else None
+    return int(name) if re.fullmatch("[0-9]{1,9}", name) else None

@@ -130,7 +130,7 @@ _COUNT, _COUNT_RANGE = _number(1, 1000, whole=True), "1 to 1000"
 _SECONDS, _SECONDS_RANGE = _number(1, 3600), "1 to 3600 (seconds)"
 _IMAGE, _IMAGE_FORM = _matching(r"[\w][\w./:@-]*"), "an image's name"
 _METRIC = _matching("packets|connections|concurrency")
-_HEALTH = _or_empty(_matching(r"sync|tcp|http:/\S*"), "sync")
+_HEALTH = _or_empty(_matching(r"sync|tcp|http:/\S{0,200}"), "sync")  # reports name it, and their texts have a limit
 _MEMORY = _matching(r"[1-9]\d{0,8}[kmg]")
 _VOLUME = _list(r"[/\w][^:]*:/[^:]*(:r[ow])?")
 _SECRET = _list(r"\w[\w.-]*=/.+")
@@ -301,7 +301,7 @@ def stored(project: str) -> dict[str, str]:
     try:
         values = json.loads((ROOT / "run" / project / "settings.json").read_text())
         return {str(name): str(value) for name, value in values.items()}
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return {}
 
 

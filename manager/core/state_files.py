@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Iterable
 from contextlib import suppress
@@ -20,7 +21,7 @@ from core.reasons import NO_REASON, Cause, Reason
 from core.scaler import Policy
 
 # The errors of a file that cannot be used: it is missing, unreadable, not JSON, or JSON with other fields.
-UNUSABLE = (OSError, ValueError, KeyError, TypeError)
+UNUSABLE = (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError)
 
 log = logging.getLogger("manager")
 
@@ -45,8 +46,9 @@ class StateFiles:
         """`policy` with the operator's limits, and whether the operator has paused the manager."""
         with suppress(*UNUSABLE):
             saved = json.loads(self._operator_file.read_text())
-            limits = {name: saved[name] for name in ("min", "max", "target")}
-            return replace(policy, **limits), bool(saved["paused"])
+            least, most, target = int(saved["min"]), int(saved["max"]), float(saved["target"])
+            if 1 <= least <= most and 0 < target < math.inf:
+                return replace(policy, min=least, max=most, target=target), bool(saved["paused"])
         return policy, False
 
     def write_operator_settings(self, policy: Policy, paused: bool) -> None:
@@ -59,8 +61,9 @@ class StateFiles:
             # A refusal holds for this spec only: any other update may be tried.
             saved = json.loads(self._refused_file.read_text())
             if saved["spec"] == digest(spec):
-                reason = Reason(**saved["reason"])
-                return replace(reason, cause=Cause(reason.cause))
+                reason = saved["reason"]
+                value = None if reason["value"] is None else float(reason["value"])
+                return Reason(Cause(reason["cause"]), value, str(reason["detail"]), str(reason["last_log_line"]))
         return NO_REASON
 
     def write_refusal(self, spec_digest: str, reason: Reason) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from functools import cached_property
 from pathlib import Path
@@ -94,12 +94,19 @@ class DockerEngine(BaseEngine):
 
     @cached_property
     def _balancer_digest(self) -> str:
-        return options.config_digest(self._balancer_spec())
+        # A container keeps a mounted folder that was deleted, and does not get the one that run.sh made in its place.
+        folder = self._secrets.stat().st_ino if self._secrets.exists() else 0
+        return options.config_digest({**self._balancer_spec(), "folder": folder})
+
+    @property
+    def _secrets(self) -> Path:
+        """The folder with the token for the balancer; the content of the file may change at any time."""
+        return self._settings.run_dir / "secrets" / "balancer"
 
     def _balancer_spec(self) -> dict[str, Any]:
         """The balancer's options, as keyword arguments of the SDK's `containers.create`."""
-        run_files = f"{self._settings.run_dir / 'balancer'}:/balancer/run:ro"
-        specific = self._host_spec(run_files) if self._on_host else self._bridge_spec(run_files)
+        files = [f"{self._settings.run_dir / 'balancer'}:/balancer/run:ro", f"{self._secrets}:/run/secrets:ro"]
+        specific = self._host_spec(files) if self._on_host else self._bridge_spec(files)
         return {
             "image": self._balancer_options.image,
             **specific,
@@ -112,31 +119,31 @@ class DockerEngine(BaseEngine):
             "pids_limit": options.BALANCER_PIDS,
         }
 
-    def _bridge_spec(self, run_files: str) -> dict[str, Any]:
+    def _bridge_spec(self, files: Sequence[str]) -> dict[str, Any]:
         """The options of a balancer whose rules stand in its own network namespace."""
         settings = self._settings
         ports = {f"{own}/tcp": (settings.bind, port) for port, own in options.published_ports(settings)}
         return {
             "network": settings.project,
-            "volumes": [run_files],
+            "volumes": files,
             "ports": ports,
-            "environment": {"LB_TOKEN": self._balancer_options.token, **options.own_path(settings)},
+            "environment": options.own_path(settings),
             "cap_add": options.BALANCER_CAPABILITIES,
             "sysctls": options.BALANCER_SYSCTLS,
         }
 
-    def _host_spec(self, run_files: str) -> dict[str, Any]:
+    def _host_spec(self, files: Sequence[str]) -> dict[str, Any]:
         """The options of a balancer whose rules stand in the host's namespace."""
         settings, network = self._settings, self._network
         path = options.host_path(settings, f"br-{network.id[:12]}", network.attrs["IPAM"]["Config"][0]["Subnet"])
-        # Only to reserve the service's ports.
-        privileged_ports = any(port < 1024 for port, _ in settings.ports)
+        # Only to reserve the service's ports and to bind HTTP_ADDRESS.
+        privileged_ports = min(settings.manager_port, *dict(settings.ports)) < 1024
         # The lock that programs of the legacy flavour take; a bind mount would create a directory if it did not exist.
         locks = [f"{XTABLES_LOCK}:{XTABLES_LOCK}"] if XTABLES_LOCK.is_file() else []
         return {
             "network_mode": "host",
-            "volumes": [run_files, *locks],
-            "environment": {"LB_TOKEN": self._balancer_options.token, **path},
+            "volumes": [*files, *locks],
+            "environment": path,
             "cap_add": options.BALANCER_CAPABILITIES + ["NET_BIND_SERVICE"] * privileged_ports,
         }
 
@@ -264,10 +271,10 @@ class DockerEngine(BaseEngine):
             closing(client.events(decode=True, filters=filters)) as stream,
         ):
             for event in stream:
-                action, attributes = event["Action"], event["Actor"]["Attributes"]
+                action, attributes = str(event["Action"]), event["Actor"]["Attributes"]
                 code = attributes.get("exitCode" if action == "die" else "signal", "0")
                 # A signal may also be reported by its name. Then the code is 0, and the next list shows the change.
-                yield Event(action, event["Actor"]["ID"], int(code) if code.isdecimal() else 0)
+                yield Event(action, str(event["Actor"]["ID"]), int(code) if code.isdecimal() else 0)
 
 
 def _host_name(balancer: Row) -> str:

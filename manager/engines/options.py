@@ -60,7 +60,6 @@ class BalancerOptions:
     """What a balancer needs beside the settings. `secrets` are the names of two Swarm secrets: token, certificate."""
 
     image: str
-    token: str
     secrets: tuple[str, ...] = ()
 
 

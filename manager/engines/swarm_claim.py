@@ -7,6 +7,7 @@ are not labels of the service, because a rollback of the service would restore a
 from __future__ import annotations
 
 import os
+import re
 import socket
 import time
 from collections.abc import Iterable
@@ -22,7 +23,7 @@ Claim = tuple[int, str]
 def parse_claim(label: str) -> Claim:
     """The claim in a label's text; the lowest claim if the text is not one."""
     number, _, owner = label.partition(" ")
-    return (int(number), owner) if number.isdecimal() else (0, "")
+    return (int(number), owner) if re.fullmatch("[0-9]{1,18}", number) else (0, "")
 
 
 class FleetClaim:

@@ -173,7 +173,7 @@ def decode(body: bytes, message: type[T]) -> T:
     try:
         return msgspec.json.decode(body, type=message, dec_hook=_decode_text)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:  # the last one: nested too deep
-        raise InvalidMessage(_one_line(error)) from error
+        raise InvalidMessage(one_line(str(error))[:MAX_TEXT]) from error
 
 
 def decode_query(arguments: dict[str, str], message: type[T]) -> T:
@@ -181,7 +181,7 @@ def decode_query(arguments: dict[str, str], message: type[T]) -> T:
     try:
         return msgspec.convert(arguments, message, strict=False, dec_hook=_decode_text)
     except msgspec.ValidationError as error:
-        raise InvalidMessage(_one_line(error)) from error
+        raise InvalidMessage(one_line(str(error))[:MAX_TEXT]) from error
 
 
 def _decode_text(type_: type, value: Any) -> Text:
@@ -192,7 +192,6 @@ def _decode_text(type_: type, value: Any) -> Text:
     return Text(value)
 
 
-def _one_line(error: Exception) -> str:
-    """The error's text may quote a field name of the caller's, which may hold any character."""
-    text = "".join(letter if letter.isprintable() else "?" for letter in str(error))
-    return text[:MAX_TEXT]
+def one_line(text: str) -> str:
+    """The text with a ? for each character that is not printable. It may quote what a caller or a backend wrote."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)

@@ -109,7 +109,9 @@ def log(balancer: Balancer, tmp_path: Path) -> Iterator[Path]:
     balancer.namespace.run("sysctl", "-qw", "net.ipv4.ip_local_port_range=60000 65535")
     path = tmp_path / "log"
     flavour = str(balancer.netfilter._restore).split("-")[1]  # type: ignore[attr-defined]
-    environment = os.environ | {"IPTABLES": flavour, "LB_MANAGERS": f"{MANAGER}:5000", "LB_TOKEN": "secret"}
+    (tmp_path / "token").write_text("secret")
+    variables = {"IPTABLES": flavour, "LB_MANAGERS": f"{MANAGER}:5000", "LB_TOKEN_FILE": str(tmp_path / "token")}
+    environment = os.environ | variables
     with path.open("w") as file, balancer.namespace:
         process = subprocess.Popen([sys.executable, str(CLIENT)], stdout=file, stderr=file, env=environment)
     yield path

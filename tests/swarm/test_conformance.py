@@ -42,7 +42,7 @@ class Driven:
             project=self.project, orchestrator=kind, image=image, min=1, max=5, target=1e6, interval=0.5,
             panic_window=1, drain_timeout=4, constraint=f"node.hostname=={node.name}", **changes,
         )  # fmt: skip
-        self.engine = ENGINES[kind](self.settings, BalancerOptions("none", "the token"))
+        self.engine = ENGINES[kind](self.settings, BalancerOptions("none"))
         self.engine._note_balancers = lambda *_: None  # no balancers run here
         self.controller = Controller(self.engine, self.settings, place / "ip.txt", Tally())
         self.snapshots: list[dict[str, str]] = []  # id → state, as a balancer receives it

@@ -9,6 +9,8 @@ import pytest
 
 # repeatable in CI; HYPOTHESIS_PROFILE=default searches anew every time
 hypothesis.settings.register_profile("steady", deadline=None, derandomize=True, database=None, max_examples=60)
+# minutes of searching, for tests/unit/fuzz; the database in .hypothesis keeps what failed
+hypothesis.settings.register_profile("long", deadline=None, max_examples=20_000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
 
 

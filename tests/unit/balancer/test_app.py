@@ -104,3 +104,17 @@ def test_client_that_sends_its_request_slowly_is_disconnected(port: int, monkeyp
         for _ in range(100):
             connection.sendall(b"G")
             time.sleep(0.05)
+
+
+def test_headers_have_a_limit_so_that_clients_cannot_use_up_the_memory(port: int) -> None:
+    with socket.create_connection(("127.0.0.1", port), 10) as connection:
+        connection.sendall(b"GET /sync HTTP/1.1\r\nX: " + b"x" * app.HEADERS_MAX)  # more would follow
+        assert connection.recv(1000).startswith(b"HTTP/1.1 400 ")
+    assert get(port)[0] == 200
+
+
+def test_malformed_headers_are_answered_and_not_logged(port: int, capfd: pytest.CaptureFixture[str]) -> None:
+    with socket.create_connection(("127.0.0.1", port), 10) as connection:
+        connection.sendall(b"GET /sync HTTP/1.1\r\n" + b"X: y\r\n" * 200 + b"\r\n")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 400 ")
+    assert capfd.readouterr().err == ""

@@ -6,12 +6,13 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
 
-from manager_client import ManagerClient
+from manager_client import ManagerClient, TokenFile
 
 A = "198.18.0.2"
 
@@ -42,7 +43,7 @@ def real_manager() -> Iterator[tuple[ManagerClient, type[Answers]]]:
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
-        yield ManagerClient([f"127.0.0.1:{server.server_port}"], "secret", "b1"), Handler
+        yield ManagerClient([f"127.0.0.1:{server.server_port}"], lambda: "secret", "b1"), Handler
         server.shutdown()
         thread.join()
 
@@ -90,3 +91,15 @@ def test_every_call_carries_the_token_and_a_stop_names_its_balancer(
         ("POST /pkts_info", "Bearer secret", {"x": 1}),
         ("POST /stop", "Bearer secret", {"ip": A, "reason": "drained", "balancer": "b1"}),
     ]
+
+
+def test_token_is_read_for_each_call_and_the_last_one_is_kept_where_its_file_is_missing(
+    real_manager: tuple[ManagerClient, type[Answers]], tmp_path: Path
+) -> None:
+    _, answers = real_manager
+    [address] = real_manager[0]._urls
+    manager = ManagerClient([address.removeprefix("http://")], TokenFile(tmp_path / "token"), "b1")
+    for change in (lambda f: None, lambda f: f.write_text("one\n"), lambda f: f.write_text("two"), Path.unlink):
+        change(tmp_path / "token")
+        manager.report({})
+    assert [token for _, token, _ in answers.seen] == ["Bearer ", "Bearer one", "Bearer two", "Bearer two"]

@@ -34,6 +34,11 @@ def test_tool_gets_the_text_and_its_output_is_returned(tmp_path: Path) -> None:
     assert netfilter.run([tool(tmp_path / "tool", 'echo "<$1>"; cat'), "a b; c"], "text\n") == "<a b; c>\ntext\n"
 
 
+def test_output_that_is_no_utf_8_is_text_all_the_same() -> None:
+    """Another program's rule may have such a comment, and the rules have to be written nevertheless."""
+    assert netfilter.run(["printf", r"-A FORWARD -m comment --comment \374 -j ACCEPT"]).split(" ")[5] == "\ufffd"
+
+
 @pytest.mark.parametrize(
     ("codes", "runs", "succeeds"),
     [

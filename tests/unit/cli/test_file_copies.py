@@ -83,7 +83,7 @@ def test_copy_has_another_name_for_other_content_another_owner_or_another_token(
     assert [a == b for a, b in zip(names("1000"), first, strict=True)] == [True, False]
     (tmp_path / "a.env").write_text("A=hunter3\n")
     assert [a == b for a, b in zip(names(), first, strict=True)] == [False, True]
-    (project.run_dir / "token").write_text("another")
+    project.rotate_token()
     assert names()[1] != first[1], "a guess cannot be tested without the token"
 
 

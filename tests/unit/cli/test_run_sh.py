@@ -251,10 +251,39 @@ def test_changed_env_file_is_an_update_that_can_be_undone(system: System, tmp_pa
     system.up()
     second = status(system)["environment"]["LB_ENV_FILE"].strip("'")
     assert Path(second).read_text() == "PASSWORD=hunter3\n"
-    assert [path.name for path in (system.run_dir / "secrets").iterdir()] == [Path(second).name]
+    assert {path.name for path in (system.run_dir / "secrets").iterdir()} == {Path(second).name, "balancer"}
     assert "hunter" not in (system.run_dir / "settings.json").read_text() + (system.run_dir / "run.log").read_text()
     system.down()
     assert not (system.run_dir / "secrets").exists()
+
+
+def tokens(system: System) -> set[str]:
+    """The manager's token and the balancer's: one text, unless they differ."""
+    return {(system.run_dir / name).read_text() for name in ("token", "secrets/balancer/token")}
+
+
+def test_rotated_token_is_that_of_the_next_manager_and_the_operators_limits_stay(system: System) -> None:
+    system.up("--image", "good")
+    pid, first = status(system)["pid"], tokens(system)
+    orders = system.run_dir / "balancer" / "orders.json"
+    orders.write_text("{}")
+    system.up("--rotate-secrets")
+    second = tokens(system)
+    assert (len(first), len(second), first & second) == (1, 1, set())
+    assert status(system)["pid"] != pid
+    assert orders.exists()
+    assert "settings are unchanged" in system.up()
+    system.up("--rotate-secrets", "--max", "9")
+    assert not orders.exists(), "changed settings replace them"
+    modes = [(system.run_dir / name).stat().st_mode & 0o777 for name in ("token", "secrets", "secrets/balancer/token")]
+    assert modes == [0o600, 0o700, 0o644]
+
+
+def test_manager_and_balancer_have_the_same_token_after_a_rotation_that_failed(system: System) -> None:
+    system.up("--image", "good")
+    system.up("--rotate-secrets", "--image", "bad", status=1)
+    assert len(tokens(system)) == 1
+    assert "settings are unchanged" in system.up()
 
 
 # -- the manager's environment ---------------------------------------------------------------------------------------

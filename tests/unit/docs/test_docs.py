@@ -30,7 +30,7 @@ TOOLS = {
     "--web",
     "--save",
     "--force",
-    *("--name", "--network", "--build-arg", "--driver", "--attachable", "--internal"),  # of docker
+    *("--name", "--network", "--build-arg", "--driver", "--attachable", "--internal", "--cap-drop"),  # of docker
     "--fast",  # of tests/run.sh
     "--update-golden",  # of pytest
 }

@@ -196,7 +196,7 @@ def test_hint_in_the_last_log_line_depends_on_how_the_container_ended(
 ) -> None:
     sdk = Containers(state, "starting\nopen() failed (13: Permission denied)\n")
     monkeypatch.setattr(docker, "from_env", lambda **_: sdk)
-    engine = DockerEngine(settings(), BalancerOptions("balancer-image", "the token"))
+    engine = DockerEngine(settings(), BalancerOptions("balancer-image"))
     line = engine.last_log_line("an-id")
     assert line.startswith("open() failed (13: Permission denied)" + hint)
     assert bool(hint) == line.endswith("]")

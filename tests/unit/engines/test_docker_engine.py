@@ -9,6 +9,7 @@ import docker.errors
 import pytest
 
 from core.engine import BalancerState, EngineError, NameTaken
+from core.settings import Settings
 from engines import base, docker_engine
 from engines.docker_engine import DockerEngine
 from engines.options import BalancerOptions
@@ -117,7 +118,7 @@ def conflict(explanation: str) -> docker.errors.APIError:
 
 def new_engine(client: Docker, monkeypatch: pytest.MonkeyPatch, **changes: object) -> DockerEngine:
     monkeypatch.setattr(base.docker, "from_env", lambda timeout: client)
-    return DockerEngine(settings(**changes), BalancerOptions("balancer-image", "the token"))
+    return DockerEngine(settings(**changes), BalancerOptions("balancer-image"))
 
 
 @pytest.fixture
@@ -191,6 +192,26 @@ def test_balancer_created_from_other_settings_is_outdated_and_replaced(
     assert other.balancer is BalancerState.RUNNING
 
 
+def test_balancer_is_replaced_where_the_folder_of_its_token_was_made_again(
+    client: Docker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(Settings, "run_dir", tmp_path)
+    token = tmp_path / "secrets" / "balancer" / "token"
+    token.parent.mkdir(parents=True)
+    token.write_text("one")
+    new_engine(client, monkeypatch).repair_balancer()
+    assert "one" not in str(client.created[-1].options), "whoever lists containers does not see it"
+    token.write_text("two")
+    found = new_engine(client, monkeypatch)
+    found.list()
+    assert found.balancer is BalancerState.RUNNING
+    token.parent.rename(tmp_path / "old")
+    token.parent.mkdir()
+    found = new_engine(client, monkeypatch)
+    found.list()
+    assert found.balancer is BalancerState.OUTDATED
+
+
 def test_balancer_that_does_not_start_is_removed_again(engine: DockerEngine, client: Docker) -> None:
     client.start_error = docker.errors.APIError("no", explanation="port is already allocated")
     with pytest.raises(EngineError, match="port is already allocated"):
@@ -229,6 +250,14 @@ def test_balancer_on_the_host_reports_under_its_own_name_and_is_tested_at_the_se
     client.rows.clear()
     engine.repair_balancer()
     assert client.created[-1].options["hostname"] != name
+
+
+@pytest.mark.parametrize(("ports", "needed"), [({}, False), ({"port": "80"}, True), ({"manager_port": "500"}, True)])
+def test_balancer_on_the_host_may_bind_ports_below_1024_only_if_it_has_some(
+    client: Docker, monkeypatch: pytest.MonkeyPatch, ports: dict[str, str], needed: bool
+) -> None:
+    new_engine(client, monkeypatch, datapath="host", **ports).repair_balancer()
+    assert ("NET_BIND_SERVICE" in client.created[-1].options["cap_add"]) == needed
 
 
 @pytest.mark.parametrize(("datapath", "ports"), [("bridge", "8000:8080,8001:8443"), ("host", "80:8080,443:8443")])

@@ -189,7 +189,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> SwarmEngine:
 
 def new_engine(api: Api | None = None, node: str = "n1", **changes: object) -> SwarmEngine:
     """An engine on that node of the Swarm behind `api`; without one, of a new Swarm."""
-    made = SwarmEngine(settings(**changes), BalancerOptions("balancer-image", "the token", secrets=SECRETS))
+    made = SwarmEngine(settings(**changes), BalancerOptions("balancer-image", secrets=SECRETS))
     made._client.api = api or Api()
     made._client.node = node
     return made

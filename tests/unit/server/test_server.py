@@ -22,6 +22,7 @@ import pytest
 import requests
 from gevent.event import Event
 
+import limited_server
 import server
 import synchronization_server
 from synchronization_server import Readiness, Workload
@@ -524,6 +525,13 @@ def test_malformed_request_is_answered_and_not_logged(sent: bytes) -> None:
         program.process.send_signal(signal.SIGTERM)
         program.process.wait(10)
         assert program.end() == ""
+
+
+def test_headers_have_a_limit_so_that_clients_cannot_use_up_the_memory() -> None:
+    with backend() as program, program.connect() as client:
+        client.sendall(b"GET / HTTP/1.1\r\nX: " + b"x" * limited_server.HEADERS_MAX)  # more would follow
+        assert everything(client).startswith(b"HTTP/1.1 400 ")
+        assert program.get("/?limit=10").status_code == 200
 
 
 def test_body_is_read_and_the_connection_is_kept() -> None:

@@ -30,3 +30,14 @@ def test_the_log_file_has_one_line_for_each_event_and_is_rotated(tmp_path: Path,
     for _ in range(6):
         logging.getLogger("manager").info("x" * 1_000_000)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["manager.log", "manager.log.1"]
+
+
+def test_a_backends_output_cannot_add_a_line_or_control_the_terminal(tmp_path: Path, no_other_handlers: None) -> None:
+    script.start_log(tmp_path / "manager.log")
+    forged = "\x1b]0;title\x07 no\r\n2026-01-01 00:00:00 INFO    STOP_SERVER 2→1 \u202etxt"
+    logging.getLogger("manager").warning("last log line of %s: %s", "b-1", forged)
+    logging.getLogger("manager").error("this pass failed", exc_info=ValueError("why"))
+    first, second, *traceback = (tmp_path / "manager.log").read_text().split("\n")
+    assert first.endswith("last log line of b-1: ?]0;title? no??2026-01-01 00:00:00 INFO    STOP_SERVER 2→1 ?txt")
+    assert second.endswith(" this pass failed")
+    assert traceback[-2:] == ["ValueError: why", ""]

@@ -306,6 +306,14 @@ def test_a_long_poll_is_answered_when_the_revision_differs_else_with_204_after_t
     drain.join()
 
 
+def test_a_read_without_the_token_does_not_wait(manager: Manager) -> None:
+    """Otherwise a local user, or a page in a local browser, could use up the connections."""
+    revision = manager.tcp("GET", "/sync").get_json()["revision"]
+    begun = time.monotonic()
+    answer = manager.tcp("GET", f"/sync?have={revision}&wait=50", headers={})
+    assert (answer.status_code, time.monotonic() - begun < 5) == (204, True)
+
+
 def test_the_status_has_the_shape_of_the_contract(manager: Manager) -> None:
     manager.report_twice()
     status = manager.tcp("GET", "/status").get_json()

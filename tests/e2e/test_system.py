@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from ipaddress import IPv4Address, ip_interface
 from pathlib import Path
 
 import pytest
@@ -51,8 +52,9 @@ def test_foreign_container_is_kept_and_its_address_and_name_do_not_block_a_scale
     names = {backend["name"] for backend in system.active()}
     image = docker("inspect", "-f", "{{.Config.Image}}", min(names))
     next_name = next(name for n in range(1, 9) if (name := f"{system.project}-backend-{n}") not in names)
-    next_address = system.active()[-1]["ip"].rsplit(".", 1)
-    their_address = f"{next_address[0]}.{int(next_address[1]) + 3}"
+    listed = docker("network", "inspect", "-f", "{{range .Containers}}{{.IPv4Address}} {{end}}", system.project)
+    used = [int(ip_interface(address).ip) for address in listed.split()]
+    their_address = str(IPv4Address(max(used) + 2))  # one that the scale-out may get
     idle = ("--entrypoint", "sleep", image, "600")
     on_the_network = docker("run", "-d", "--network", system.project, "--ip", their_address, *idle)
     with_our_next_name = docker("run", "-d", "--name", next_name, *idle)

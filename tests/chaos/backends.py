@@ -69,7 +69,7 @@ FAULTS = [
     Fault("pause a backend", "backend", pause, until_out, "what was open on it is never answered", replaced=True),
     Fault(
         "freeze a backend (SIGSTOP)", "backend", freeze, until_out,
-        "its kernel accepts connections until three probes have failed", bound=45, budget=25, replaced=True,
+        "its kernel accepts connections until three probes have failed", bound=45, budget=40, replaced=True,
     ),
     Fault(
         "disconnect a backend", "backend", disconnect, in_flight, "its open connections have lost their network",
@@ -79,18 +79,21 @@ FAULTS = [
         "a backend out of memory", "backend", lambda stage: switch(stage, "oom"), until_out,
         "while it takes its memory it answers nobody, then it is killed", bound=30, replaced=True,
     ),
-    Fault("slow backend", "backend", lambda stage: switch(stage, "slow"), nothing, "slow answers are answers", hold=4),
+    Fault(
+        "slow backend", "backend", lambda stage: switch(stage, "slow"), nothing, "slow answers are answers", hold=4,
+        budget=12,
+    ),
     Fault(
         "errors at once", "backend", lambda stage: switch(stage, "broken"), answered_by_victims,
-        "its health path is good: only its own share may fail", hold=4,
+        "its health path is good: only its own share may fail", hold=4, budget=12,
     ),
     Fault(
         "health that flaps", "backend", lambda stage: switch(stage, "flap"), nothing,
-        "it leaves rotation and returns, and answers meanwhile", hold=6, bound=30,
+        "it leaves rotation and returns, and answers meanwhile", hold=6, bound=30, budget=14,
     ),
     Fault(
         "most backends unhealthy", "backend", lambda stage: switch(stage, "sick", 3), nothing,
         "below half, all stay in rotation", hold=6, bound=60, budget=30,
     ),
-    Fault("rename a backend", "backend", rename, nothing, "labels are the state, not names", hold=4),
+    Fault("rename a backend", "backend", rename, nothing, "labels are the state, not names", hold=4, budget=12),
 ]  # fmt: skip

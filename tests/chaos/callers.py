@@ -57,9 +57,9 @@ def flood(stage: Stage) -> Injected:
 def faults() -> list[Fault]:
     return [
         Fault(
-            "garbage, huge, slow and silent callers", "callers", bad_callers, nothing, "each has its limits", budget=20
+            "garbage, huge, slow and silent callers", "callers", bad_callers, nothing, "each has its limits", budget=12
         ),
-        Fault("SYN flood", "callers", flood, nothing, "SYNs without a client cost no connection", budget=18),
+        Fault("SYN flood", "callers", flood, nothing, "SYNs without a client cost no connection", budget=10),
     ]
 
 

@@ -107,8 +107,9 @@ FAULTS = [
     Fault(
         "stop and continue the manager", "manager",
         lambda stage: signal_manager(stage, signal.SIGSTOP, signal.SIGCONT), nothing, "the rules stay", hold=6,
+        budget=14,
     ),
-    Fault("link to the manager lost", "manager", lose_link, nothing, "the last rules stay", hold=6, budget=18),
+    Fault("link to the manager lost", "manager", lose_link, nothing, "the last rules stay", hold=6, budget=14),
     Fault("disk of the manager full", "manager", fill_disk, nothing, "state is in labels, not in files", hold=4),
     Fault(
         "kill the balancer", "balancer", kill_balancer, outage,
@@ -121,22 +122,22 @@ FAULTS = [
     Fault("kill the balancer's client", "balancer", kill_client, nothing, "the rules stay"),
     Fault(
         "kill the engine, live-restore", "engine", restart_engine(signal.SIGKILL, LIVE_RESTORE), nothing,
-        "containers and rules stay", alone=True, bound=45, budget=30,
+        "containers and rules stay", alone=True, bound=45, budget=16,
     ),
     Fault(
         "kill the engine", "engine", restart_engine(signal.SIGKILL), outage,
-        "without live-restore the engine ends all containers at its start", alone=True, bound=60, budget=45,
+        "without live-restore the engine ends all containers at its start", alone=True, bound=60, budget=30,
     ),
     Fault(
         "restart the engine", "engine", restart_engine(signal.SIGTERM), outage,
-        "without live-restore the engine ends all containers", alone=True, bound=60, budget=50,
+        "without live-restore the engine ends all containers", alone=True, bound=60, budget=24,
     ),
-    Fault("rolling update by run.sh", "update", update, nothing, "new before old", alone=True, bound=30, budget=40),
+    Fault("rolling update by run.sh", "update", update, nothing, "new before old", alone=True, bound=30, budget=30),
     Fault("run.sh again", "update", run_again, nothing, "nothing has changed", bound=20),
-    Fault("run.sh interrupted", "update", interrupted_start, nothing, "it is undone", alone=True, bound=60, budget=45),
-    Fault("scale out and in", "update", scale, nothing, "grow first, drain last", hold=6, bound=40, budget=30),
+    Fault("run.sh interrupted", "update", interrupted_start, nothing, "it is undone", alone=True, bound=60, budget=24),
+    Fault("scale out and in", "update", scale, nothing, "grow first, drain last", hold=6, bound=40, budget=24),
     Fault(
         "stop.sh, then run.sh", "update", stop_and_start, outage, "the service is down in between", alone=True,
-        bound=30, budget=45,
+        bound=30, budget=24,
     ),
 ]  # fmt: skip

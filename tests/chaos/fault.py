@@ -54,4 +54,4 @@ class Fault:
     alone: bool = False  # never in a pair
     datapaths: tuple[str, ...] = PATHS
     resets: bool = False  # counters start again
-    budget: float = 14.0  # seconds that a round takes, about: the plan's length follows from it
+    budget: float = 9.0  # seconds that a round takes, about: the plan's length follows from it

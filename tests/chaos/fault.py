@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from chaos.allowances import Allowance
-from chaos.product import Product
-from chaos.site import Site
+from chaos.product import PROJECT, Product
+from chaos.site import Site, call
 
 PATHS = ("bridge", "host")
 
@@ -22,14 +22,13 @@ class Stage:
     random: random.Random
 
     def backends(self, count: int = 1) -> list[str]:
-        """The names of some backends in rotation."""
-        names = sorted(self.product.active())
+        """The names of some backends, from the engine: the manager may be away."""
+        labels = ["--filter", f"label=lbscaler.project={PROJECT}", "--filter", "label=lbscaler.role=backend"]
+        names = sorted(self.site.docker("ps", *labels, "--format", "{{.Names}}").split())
         return self.random.sample(names, min(count, len(names)))
 
     def in_rules(self, *command: str) -> str:
         """Runs a program where the product's rules stand."""
-        from chaos.site import call  # noqa: PLC0415
-
         return call(*self.product.rules_namespace(), *command)
 
 

@@ -60,14 +60,6 @@ class Product:
             text = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout
         return dict(json.loads(text)) if text.startswith("{") else {}
 
-    def active(self) -> list[str]:
-        """The names of the backends in rotation."""
-        return [row["name"] for row in self.status().get("backends", []) if row["state"] == "active"]
-
-    def serves(self) -> bool:
-        command = self.site.on_outside("curl", "-sf", "-m", "5", f"http://{HOST}:{PORT}/")
-        return not subprocess.run(command, capture_output=True, check=False).returncode
-
     def rules_namespace(self) -> list[str]:
         """The start of a command that runs where the rules stand."""
         if self.datapath == "host":

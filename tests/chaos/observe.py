@@ -164,10 +164,11 @@ def measured(product: Product) -> list[Process]:
     found = []
     for role, pids in (("manager", product.manager_pids()), ("client", product.client_pids())):
         for pid in pids:
-            with suppress(OSError, AttributeError):
+            with suppress(OSError):  # it has ended
                 place = Path(f"/proc/{pid}")
                 began = (place / "stat").read_text().rpartition(")")[2].split()[19]
                 memory = re.search(r"VmRSS:\s+(\d+)", (place / "status").read_text())
                 files = len(list((place / "fd").iterdir()))
-                found.append(Process(role, f"{pid}-{began}", int(memory[1]) * 1024, files))  # type: ignore[index]
+                if memory:  # none: it has just ended
+                    found.append(Process(role, f"{pid}-{began}", int(memory[1]) * 1024, files))
     return found

@@ -60,6 +60,11 @@ class Product:
             text = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout
         return dict(json.loads(text)) if text.startswith("{") else {}
 
+    def serves(self) -> bool:
+        """Whether a client outside is answered, without a SYN that has to be sent again."""
+        command = self.site.on_outside("curl", "-sf", "-o", "/dev/null", "-m", "0.9", f"http://{HOST}:{PORT}/")
+        return not subprocess.run(command, check=False).returncode
+
     def rules_namespace(self) -> list[str]:
         """The start of a command that runs where the rules stand."""
         if self.datapath == "host":

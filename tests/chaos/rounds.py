@@ -106,6 +106,8 @@ def _recover(scene: Scene, running: list[Running]) -> tuple[float, list[str]]:
         _note(running, seen)
         left = {one.id for one in seen.backends} & {id_ for one in running for id_ in one.ids}
         violated = [*unsettled(seen, BACKENDS), *(f"{id_[:12]} is not replaced" for id_ in left)]
+        if not all(scene.product.serves() for _ in range(BACKENDS)):
+            violated.append("a client outside is not answered at once")
         if not violated:
             return seen.at, []
         if time.monotonic() > deadline:

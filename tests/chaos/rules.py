@@ -7,7 +7,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from chaos.allowances import new_until_repaired, nothing
+from chaos.allowances import new_until_repaired, nothing, outage
 from chaos.fault import Fault, Injected, Stage
 from chaos.observe import rules_of
 from chaos.product import PORT
@@ -115,7 +115,10 @@ FAULTS = [
         "policy DROP of FORWARD", "rules", policy, nothing, "TCP sends again what was dropped for three seconds",
         hold=3, bound=45, budget=20,
     ),
-    Fault("IP forwarding off", "rules", forwarding, nothing, "TCP sends again until it is on", bound=30, budget=18),
+    Fault(
+        "IP forwarding off", "rules", forwarding, outage,
+        "it is turned on again after two failed tests of the path, which come every 5 s", bound=30, budget=22,
+    ),
     Fault(
         "connection table nearly full", "rules", fill_connection_table, nothing, "there is room for the load's",
         hold=10, budget=24,

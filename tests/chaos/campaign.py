@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import signal
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -70,6 +72,7 @@ class Campaign:
             say(f"Starting the system, data path {options.datapath}")
             self.product.up()
             verdict, rounds = self._under_load(before)
+            self._store_logs()
             say("Stopping the system")
             self.product.down()
             changed = invariants.changed_foreign(before, foreign(self.site))
@@ -133,14 +136,19 @@ class Campaign:
             **asdict(verdict),
         }
 
+    def _store_logs(self) -> None:
+        (self.site.place / "manager.log").write_text(self.product.log())
+        (self.site.place / "balancer.log").write_text(self.product.balancer_log())
+
     def _keep_logs(self) -> None:
         """For whoever looks into a violation."""
-        name = f"{self.options.datapath}-{self.options.seed}"
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        try:
-            (RESULTS / f"{name}-manager.log").write_text(self.product.log())
-        except OSError:
-            return
+        if not (self.site.place / "manager.log").exists():  # the run has failed
+            with suppress(OSError, SiteError):
+                self._store_logs()
+        start = f"{self.options.datapath}-{self.options.seed}"
+        for name in ("manager.log", "balancer.log", "requests.jsonl"):
+            with suppress(OSError):
+                shutil.copy(self.site.place / name, RESULTS / f"{start}-{name}")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -160,6 +168,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the site is removed
     options = parse(arguments)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     if options.report:
         report.write([json.loads(Path(name).read_text()) for name in options.report])
         return 0

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import errno
 import json
 import math
 import re
@@ -100,8 +101,8 @@ def reason(error: Exception) -> str:
             return "reset"
         case EOFError():
             return "closed"
-        case OSError():
-            return "unreachable"
+        case OSError(errno=number) if number:
+            return errno.errorcode.get(number, "error")
     return "malformed"
 
 

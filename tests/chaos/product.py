@@ -96,6 +96,10 @@ class Product:
                     found.append(pid)
         return found
 
+    def balancer_log(self) -> str:
+        """Of the container that runs now."""
+        return self.site.run("sh", "-c", f"docker logs {BALANCER} 2>&1")
+
     def log(self) -> str:
         return (self.run_dir / "manager.log").read_text(errors="replace")
 

@@ -62,7 +62,7 @@ def run_section(result: Result) -> str:
     versions = f"kernel {machine['kernel']}, Docker {machine['Docker']}, {machine['iptables']}"
     parts = [
         heading(result),
-        f"`{command(result)}`, {machine['date']}, commit {machine['commit']}, {machine['processors']} processors, "
+        f"`{command(result)}`\\\n{machine['date']}, commit {machine['commit']}, {machine['processors']} processors, "
         f"{versions}.",
         summary(result).splitlines()[0] + f". Violated invariants: {len(result['violations'])}.",
     ]
@@ -70,23 +70,27 @@ def run_section(result: Result) -> str:
         parts.append(costs(result))
     if result["violations"]:
         parts.append("\n".join(f"- {sentence}" for sentence in result["violations"]))
-    if result["left_out"] and not result["soak"]:
-        parts.append(f"Not in this run, because it was too short for them: {', '.join(result['left_out'])}.")
     return "\n\n".join(parts)
+
+
+def never_injected(results: Sequence[Result]) -> list[str]:
+    injected = {name for result in results for names in result["injected"] for name in names}
+    return [fault.name for fault in FAULTS if fault.name not in injected]
 
 
 def page(results: Sequence[Result]) -> str:
     allowances = [[fault.name, f"{fault.bound:g} s", fault.why] for fault in FAULTS]
     missing = [f"- {name}: {why}." for name, why in MISSING.items()]
+    never = [f"- {name}: a fault of the campaign, but not in these runs." for name in never_injected(results)]
     parts = [
         INTRODUCTION.strip(),
         *(run_section(result) for result in results),
         "## What each fault may cost",
-        "The bound is the time from the end of the fault until all invariants hold again. The reason says which failed "
-        "requests it explains, or why there must be none.",
+        "The bound is the time from the end of the fault until all invariants hold again. The reason says which\n"
+        "failed requests it explains, or why there must be none.",
         table(["fault", "bound", "reason"], allowances),
-        "## Not in the campaign",
-        "\n".join(missing),
+        "## What these runs do not show",
+        "\n".join([*never, *missing]),
     ]
     return "\n\n".join(parts) + "\n"
 

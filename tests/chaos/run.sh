@@ -3,7 +3,7 @@
 #   sudo tests/chaos/run.sh [--seed S] [--minutes M] [--datapath bridge|host] [--faults NAMES] [--soak KIND] [--json FILE]
 #       --seed S        the same seed and minutes inject the same faults in the same order; default 1
 #       --minutes M     how long, about; default 3
-#       --faults NAMES  only these, separated by commas
+#       --faults NAMES  only these, separated by semicolons
 #       --soak KIND     no faults, but for the whole time a load that is steady or comes in waves: wave
 #       --json FILE     where the result is stored; default run/chaos/DATAPATH-SEED.json
 #   tests/chaos/run.sh --report FILE…    writes docs/resilience.md from stored results

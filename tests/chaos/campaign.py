@@ -129,6 +129,7 @@ class Campaign:
             "minutes": options.minutes,
             "datapath": options.datapath,
             "soak": options.soak,
+            "faults": options.faults,
             "machine": describe(),
             "planned": [] if options.soak else [list(one.faults) for one in self.plan],
             "injected": [[event.fault for event in one.events] for one in rounds],

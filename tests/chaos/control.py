@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from chaos.allowances import nothing, outage
+from chaos.allowances import new_until_repaired, nothing, outage
 from chaos.fault import Fault, Injected, Stage
 from chaos.product import BACKENDS, BALANCER, MANAGER_PORT, PROJECT
 from chaos.site import SiteError
@@ -121,8 +121,13 @@ FAULTS = [
     ),
     Fault("kill the balancer's client", "balancer", kill_client, nothing, "the rules stay"),
     Fault(
-        "kill the engine, live-restore", "engine", restart_engine(signal.SIGKILL, LIVE_RESTORE), nothing,
-        "containers and rules stay", alone=True, bound=45, budget=16,
+        "kill the engine, live-restore", "engine", restart_engine(signal.SIGKILL, LIVE_RESTORE), new_until_repaired,
+        "at its start the engine writes its rules for published ports again; until then a new connection is refused",
+        alone=True, bound=45, budget=16, datapaths=("bridge",),
+    ),
+    Fault(
+        "kill the engine, live-restore (host path)", "engine", restart_engine(signal.SIGKILL, LIVE_RESTORE), nothing,
+        "containers and rules stay", alone=True, bound=45, budget=16, datapaths=("host",),
     ),
     Fault(
         "kill the engine", "engine", restart_engine(signal.SIGKILL), outage,

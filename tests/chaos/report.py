@@ -32,7 +32,9 @@ def summary(result: Result) -> str:
 def command(result: Result) -> str:
     return (
         f"sudo tests/chaos/run.sh --seed {result['seed']} --minutes {result['minutes']:g} "
-        f"--datapath {result['datapath']}" + (f" --soak {result['soak']}" if result["soak"] else "")
+        f"--datapath {result['datapath']}"
+        + (f" --soak {result['soak']}" if result["soak"] else "")
+        + (f" --faults '{result['faults']}'" if result.get("faults") else "")
     )
 
 

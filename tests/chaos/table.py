@@ -1,0 +1,19 @@
+"""All faults of the campaign, and those of its aims that it does not have."""
+
+from __future__ import annotations
+
+from chaos import backends, callers, control, rules
+from chaos.fault import Fault
+
+FAULTS: list[Fault] = [*backends.FAULTS, *rules.FAULTS, *control.FAULTS, *callers.faults()]
+
+MISSING = {
+    "clock jump": "the clock is the machine's, and other programs need it",
+    "delayed link to the manager": "this kernel has no netem; a lost link is among the faults",
+    "a full connection table, and one with a million entries": "the limit is the machine's, for all namespaces; "
+    "tests/netns/test_connection_table.py and test_million_flows.py have these cases",
+}
+
+
+def of_path(datapath: str) -> list[Fault]:
+    return [fault for fault in FAULTS if datapath in fault.datapaths]

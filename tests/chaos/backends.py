@@ -60,6 +60,11 @@ def switch(stage: Stage, file: str, count: int = 1) -> Injected:
     return Injected(victims, undo)
 
 
+def out_of_memory(stage: Stage) -> Injected:
+    """At the victim's next request. No undo: it might remove the file before that request."""
+    return Injected(switch(stage, "oom").victims)
+
+
 FAULTS = [
     Fault("kill a backend", "backend", kill, in_flight, "what was open on it ends with it", replaced=True),
     Fault(
@@ -76,7 +81,7 @@ FAULTS = [
         replaced=True,
     ),
     Fault(
-        "a backend out of memory", "backend", lambda stage: switch(stage, "oom"), until_out,
+        "a backend out of memory", "backend", out_of_memory, until_out,
         "while it takes its memory it answers nobody, then it is killed", bound=30, replaced=True,
     ),
     Fault(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from chaos.site import ROOT
-from chaos.table import FAULTS, MISSING
+from chaos.table import FAULTS, MISSING, OPEN
 
 PAGE = ROOT / "docs" / "resilience.md"
 Result = dict[str, Any]
@@ -91,6 +91,8 @@ def page(results: Sequence[Result]) -> str:
         "The bound is the time from the end of the fault until all invariants hold again. The reason says which\n"
         "failed requests it explains, or why there must be none.",
         table(["fault", "bound", "reason"], allowances),
+        "## Open",
+        "\n".join(f"- {sentence}" for sentence in OPEN),
         "## What these runs do not show",
         "\n".join([*never, *missing]),
     ]

@@ -10,9 +10,17 @@ FAULTS: list[Fault] = [*backends.FAULTS, *rules.FAULTS, *control.FAULTS, *caller
 MISSING = {
     "clock jump": "the clock is the machine's, and other programs need it",
     "delayed link to the manager": "this kernel has no netem; a lost link is among the faults",
-    "a full connection table, and one with a million entries": "the limit is the machine's, for all namespaces; "
+    "a full connection table, and one with a million entries": "the limit is the machine's; "
     "tests/netns/test_connection_table.py and test_million_flows.py have these cases",
 }
+
+
+# Violations that were seen and not explained yet.
+OPEN = (
+    "Bridge path, seed 29, a SYN flood and a frozen backend: in one of five such rounds, nine new connections that "
+    "began within half a second, when the frozen backend's substitute had started, ended as unreachable or timed out. "
+    "The address that they were sent to is not known.",
+)
 
 
 def of_path(datapath: str) -> list[Fault]:

@@ -4,39 +4,27 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 
 from chaos.allowances import answered_by_victims, in_flight, nothing, until_out
 from chaos.fault import Fault, Injected, Stage
 from chaos.product import PROJECT
 
 
-def kill(stage: Stage) -> Injected:
-    victims = stage.backends()
-    stage.site.docker("kill", *victims)
-    return Injected(victims)
+def by_docker(*command: str) -> Callable[[Stage], Injected]:
+    """Runs a command of docker on the victims."""
 
+    def inject(stage: Stage) -> Injected:
+        victims = stage.backends()
+        stage.site.docker(*command, *victims)
+        return Injected(victims)
 
-def stop(stage: Stage) -> Injected:
-    victims = stage.backends()
-    stage.site.docker("stop", "-t", "20", *victims)
-    return Injected(victims)
-
-
-def pause(stage: Stage) -> Injected:
-    victims = stage.backends()
-    stage.site.docker("pause", *victims)
-    return Injected(victims)
+    return inject
 
 
 def freeze(stage: Stage) -> Injected:
     victims = stage.backends()
     os.kill(stage.site.pid_of(victims[0]), signal.SIGSTOP)
-    return Injected(victims)
-
-
-def disconnect(stage: Stage) -> Injected:
-    victims = stage.backends()
-    stage.site.docker("network", "disconnect", PROJECT, *victims)
     return Injected(victims)
 
 
@@ -66,19 +54,22 @@ def out_of_memory(stage: Stage) -> Injected:
 
 
 FAULTS = [
-    Fault("kill a backend", "backend", kill, in_flight, "what was open on it ends with it", replaced=True),
+    Fault("kill a backend", "backend", by_docker("kill"), in_flight, "what was open on it ends with it", replaced=True),
     Fault(
-        "stop a backend", "backend", stop, nothing, "it finishes what it has, and gets nothing new", bound=30,
+        "stop a backend", "backend", by_docker("stop", "-t", "20"), nothing,
+        "it finishes what it has, and gets nothing new", bound=30, replaced=True,
+    ),
+    Fault(
+        "pause a backend", "backend", by_docker("pause"), until_out, "what was open on it is never answered",
         replaced=True,
     ),
-    Fault("pause a backend", "backend", pause, until_out, "what was open on it is never answered", replaced=True),
     Fault(
         "freeze a backend (SIGSTOP)", "backend", freeze, until_out,
         "its kernel accepts connections until three probes have failed", bound=45, budget=40, replaced=True,
     ),
     Fault(
-        "disconnect a backend", "backend", disconnect, in_flight, "its open connections have lost their network",
-        replaced=True,
+        "disconnect a backend", "backend", by_docker("network", "disconnect", PROJECT), in_flight,
+        "its open connections have lost their network", replaced=True,
     ),
     Fault(
         "a backend out of memory", "backend", out_of_memory, until_out,

@@ -9,26 +9,13 @@
 #   tests/chaos/run.sh --report FILE…    writes docs/resilience.md from stored results
 # Exit codes: 0 all invariants held, 1 one was violated or the run failed, 2 bad use.
 set -euo pipefail
-from=$PWD
 cd "$(dirname "$0")/../.."
-root=$PWD
-# shellcheck source=manager/host.sh
-. manager/host.sh
-
-mkdir -p run
-LOG=run/chaos.log
-: >"$LOG"
-trap 'cd "$root"; end_step; [ -z "${ENGINE_STARTED:-}" ] || stop_engine' EXIT
-have python3 || need "the campaign" python3
-export PYTHONPATH=$root/tests
-case " $* " in
-    *" --report "* | *" --help "*) cd "$from" && exec python3 -m chaos.campaign "$@" ;;
-esac
-for pair in ip:iproute2 iptables:iptables ipset:ipset nsenter:util-linux curl:curl sysctl:procps; do
-    have "${pair%%:*}" || need "the campaign" "${pair#*:}"
-done
-ensure_engine # only for building the images
-make_venv
+# shellcheck source=tests/program.sh
+. tests/program.sh
+export PYTHONPATH=$PWD/tests
+# It needs the engine only for building the images.
+begin_program chaos "the campaign" chaos.campaign ip:iproute2 iptables:iptables ipset:ipset nsenter:util-linux curl:curl \
+    sysctl:procps -- "$@"
 tags=$(run_module .venv/bin/python cli.images balancer server)
 read -r -d '' balancer server <<<"$tags" || true # a line each
 cd "$from"

@@ -6,13 +6,13 @@ import contextlib
 import http.client
 import resource
 import socket
-import threading
 import time
 from collections.abc import Iterator
 
 import pytest
 
 import app
+from servers import in_thread
 
 SILENT = 2000
 
@@ -20,28 +20,10 @@ SILENT = 2000
 @pytest.fixture
 def port() -> Iterator[int]:
     """A server in a thread with its own event loop, as in the balancer."""
-    begun, ports, stops = threading.Event(), [], []
-
-    def serve() -> None:
-        server = app.make_server(
-            app.create_app(lambda: ({"revision": "r1"}, 200), lambda: b"flows 3.0\n"), "127.0.0.1", 0
-        )
-        server.start()
-        ports.append(server.server_port)
-        watcher = server.loop.async_()
-        stops.append(watcher)
-        watcher.start(server._stop_event.set)
-        begun.set()
-        server.serve_forever()
-        watcher.close()
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    assert begun.wait(10)
-    yield ports[0]
-    stops[0].send()
-    thread.join(10)
-    assert not thread.is_alive()
+    made = app.create_app(lambda: ({"revision": "r1"}, 200), lambda: b"flows 3.0\n")
+    number, end = in_thread(lambda: app.make_server(made, "127.0.0.1", 0))
+    yield number
+    end()
 
 
 def get(port: int, path: str = "/sync") -> tuple[int, bytes, float]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import logging
 import re
 import socket
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +18,7 @@ from hypothesis import strategies as st
 import app as balancer_app
 from fakes import TOKEN, Clock, FakeEngine, controller
 from limited_server import LimitedServer
+from servers import in_thread
 from web.app import create_app, waits_in
 from web.listeners import Listeners, bind_tcp
 
@@ -33,31 +33,6 @@ def start_manager(place: Path) -> tuple[int, Callable[[], None]]:
     listeners.add(listener, create_app(made, TOKEN, [], waits_in(listeners, made)))
     listeners.start()
     return listener.getsockname()[1], listeners.stop
-
-
-def in_thread(make: Callable[[], Any]) -> tuple[int, Callable[[], None]]:
-    """Starts a server of gevent in a thread with its own event loop."""
-    begun, made = threading.Event(), []
-
-    def serve() -> None:
-        server = make()
-        server.start()
-        watcher = server.loop.async_()
-        watcher.start(server._stop_event.set)
-        made.extend([server.server_port, watcher])
-        begun.set()
-        server.serve_forever()
-        watcher.close()
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    assert begun.wait(10)
-
-    def end() -> None:
-        made[1].send()
-        thread.join(10)
-
-    return made[0], end
 
 
 def start_balancer(_: Path) -> tuple[int, Callable[[], None]]:

@@ -54,6 +54,7 @@ def add_others(site: Site, image: str) -> None:
 class Campaign:
     def __init__(self, options: argparse.Namespace, place: Path) -> None:
         self.options, self.site = options, Site(place)
+        self.machine: dict[str, str | int] = {}
         flags = soak.FOLLOWING if options.soak == soak.WAVE else ()
         self.product = Product(self.site, options.datapath, IMAGE, *flags)
         every = of_path(options.datapath)
@@ -66,6 +67,7 @@ class Campaign:
         try:
             say("Making a host with an engine of its own")
             self.site.open([options.balancer_image, options.server_image])
+            self.machine = describe(self.site)
             build_backend(self.site, options.server_image)
             add_others(self.site, IMAGE)
             before = foreign(self.site)
@@ -130,7 +132,7 @@ class Campaign:
             "datapath": options.datapath,
             "soak": options.soak,
             "faults": options.faults,
-            "machine": describe(),
+            "machine": self.machine,
             "planned": [] if options.soak else [list(one.faults) for one in self.plan],
             "injected": [[event.fault for event in one.events] for one in rounds],
             **asdict(verdict),

@@ -7,10 +7,11 @@ import platform
 import subprocess
 import time
 
-from chaos.site import ROOT, call
+from chaos.site import ROOT, Site, call
 
 
-def describe() -> dict[str, str | int]:
+def describe(site: Site) -> dict[str, str | int]:
+    """`date` and `commit` are those of the call."""
     commit = subprocess.run(
         ["git", "-C", str(ROOT), "describe", "--always"], capture_output=True, text=True, check=False
     )
@@ -19,6 +20,6 @@ def describe() -> dict[str, str | int]:
         "commit": commit.stdout.strip(),
         "processors": os.cpu_count() or 0,
         "kernel": platform.release(),
-        "Docker": call("docker", "version", "-f", "{{.Server.Version}}"),
+        "Docker": site.docker("version", "-f", "{{.Server.Version}}"),
         "iptables": call("iptables", "--version"),
     }

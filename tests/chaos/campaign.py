@@ -148,7 +148,7 @@ class Campaign:
             with suppress(OSError, SiteError):
                 self._store_logs()
         start = f"{self.options.datapath}-{self.options.seed}"
-        for name in ("manager.log", "balancer.log", "requests.jsonl"):
+        for name in ("manager.log", "balancer.log", "requests.jsonl", "observations.jsonl"):
             with suppress(OSError):
                 shutil.copy(self.site.place / name, RESULTS / f"{start}-{name}")
 

@@ -118,7 +118,8 @@ def observe(
     """The fleet according to the engine's list, which began at `listed_at`.
 
     A running container that was not known is adopted: as active if its address is in `serving`, the addresses that the
-    manager before this one had in rotation; else as starting, until a balancer reports it healthy.
+    manager before this one had in rotation; else as starting, until a balancer reports it healthy. A backend whose
+    container was renamed gets the new name.
     """
     known_names = {backend.id: backend.name for backend in fleet.values() if backend.id}
     # By id first: a renamed container is still the same backend.
@@ -127,9 +128,11 @@ def observe(
     for name, backend in fleet.items():
         container = listed.pop(name, None)
         if container is not None:
-            result[name] = _compare(backend, container, now)
+            seen = _compare(backend, container, now)
+            name_now = container.name if container.id == backend.id else name
+            result[name_now] = replace(seen, name=name_now)
         elif not backend.id or backend.since > listed_at:
-            result[name] = backend  # its launch has not ended, or ended after this list began
+            result.setdefault(name, backend)  # its launch has not ended, or ended after this list began
     for name, container in listed.items():
         result[name] = _adopt(name, container, serving, now)
     return result

@@ -22,7 +22,7 @@ from snapshot import Snapshot
 from stalls import Replies, StallDetector
 from state import State
 
-# The largest shares of a processor's time: for samples of waiting flows, and for those of all flows and of draining backends.
+# The largest shares of a processor's time: for samples of waiting flows; for those of all flows and draining backends.
 WAITING_LOAD, COUNT_LOAD = 0.01, 0.04
 DRAINING_LOAD = 0.03  # of COUNT_LOAD, while there are draining backends
 

@@ -41,6 +41,7 @@ class Container:
     spec: str = ""  # the image and options it was made from, as the engine writes them
     node: str = ""  # the machine it is on, if there are several
     leaving: bool = False  # the engine is about to stop it, or has begun to
+    disconnected: bool = False  # from the project's network
 
     @property
     def ended(self) -> bool:
@@ -145,6 +146,8 @@ def _adopt(name: str, container: Container, serving: Collection[str], now: float
         state, cause = STOPPED, Cause.LEFT_OVER
     elif container.leaving:
         state, cause = DRAINING, Cause.ENGINE_STOP
+    elif container.disconnected:
+        state, cause = FAILED, Cause.NETWORK_LOST
     else:
         state, cause = ACTIVE if container.ip in serving else STARTING, Cause.ADOPTED
     adopted = Backend(name, state, now, container.id, container.ip, Reason(cause), running=not ended, launched=now)

@@ -44,6 +44,12 @@ OBSERVED: dict[str, tuple[Backend | None, Container | None, Backend | None]] = {
     "a running container of ours is adopted as starting": (None, container(), ADOPTED),
     "as active if the manager before had it in rotation": (None, container(ip=SERVING), ADOPTED_ACTIVE),
     "a paused one too": (None, container("paused"), ADOPTED),
+    "cut off before this manager started": (
+        None,
+        container(ip="", disconnected=True),
+        replace(ADOPTED, state=FAILED, ip="", reason=Reason(Cause.NETWORK_LOST)),
+    ),
+    "one that has no address yet is adopted": (None, container(ip=""), replace(ADOPTED, ip="")),
     "adopted with its spec": (None, container(spec="old"), replace(ADOPTED, spec="old")),
     "renamed by somebody": (
         backend(),

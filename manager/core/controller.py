@@ -526,6 +526,7 @@ class Controller:
             self._files.write_refusal(digest(self._backoff.refused), self._backoff.refusal)
 
     def _explain_failure(self, last_log_line: str) -> None:
+        self._failed_name = ""  # another backend may get the name
         refusal_before = self._backoff.refusal
         self._backoff.explain(last_log_line)
         if self._backoff.refusal != refusal_before:

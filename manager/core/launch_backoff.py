@@ -83,7 +83,9 @@ class LaunchBackoff:
         return True
 
     def explain(self, last_log_line: str) -> None:
-        """Adds the failed backend's last log line to the newest failure."""
+        """Adds the failed backend's last log line to the newest failure, unless that has been forgotten."""
+        if self.reason == NO_REASON:
+            return
         explained = replace(self.reason, last_log_line=last_log_line)
         if self.refusal == self.reason:
             self.refusal = explained

@@ -287,6 +287,33 @@ def test_backend_killed_from_outside_counts_as_no_failure(looping: Callable[...,
     assert r.launches()["failed"] == 0
 
 
+def test_log_line_of_a_killed_backend_does_not_explain_the_failure_of_an_earlier_one_with_its_name(
+    looping: Callable[..., Rig], caplog: pytest.LogCaptureFixture
+) -> None:
+    r = looping(2)
+
+    def killed(name: str, by_whom: str, left: list[str]) -> None:
+        if by_whom == "docker kill":
+            r.engine.tell(Event("kill", r.engine.containers[name].id, 9))
+            assert eventually(lambda: r.controller._fleet[name].external)
+        r.engine.die(name, 137)
+        assert eventually(lambda: sorted(r.engine.containers) == left)
+        assert eventually(lambda: f"last log line of {name}: goodbye" in caplog.text)
+        caplog.clear()
+        r.report_all_healthy()
+
+    r.clock.pass_by(60)
+    killed("p-backend-2", "itself", ["p-backend-1", "p-backend-3"])
+    killed("p-backend-3", "docker kill", ["p-backend-1", "p-backend-2"])
+    for _ in range(2):
+        r.controller.step()
+        r.clock.pass_by(FORGET_AFTER)
+    r.controller.step()
+    assert r.launches()["why"] == ""
+    killed("p-backend-2", "docker kill", ["p-backend-1", "p-backend-3"])
+    assert (r.launches()["why"], r.launches()["update_given_up"]) == ("", "")
+
+
 def test_end_soon_after_a_slow_launch_is_a_launch_failure(rig: Callable[..., Rig]) -> None:
     r = rig(min=1)
     r.engine.gate.clear()

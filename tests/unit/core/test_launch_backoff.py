@@ -152,3 +152,9 @@ def test_last_log_line_is_added_to_the_newest_failure_and_to_the_refusal_it_caus
         "another; last log line: killed",
         "reason 2; last log line: no such file",
     )
+
+
+def test_last_log_line_after_the_failure_was_forgotten_is_ignored() -> None:
+    backoff = LaunchBackoff("new")
+    backoff.explain("killed")
+    assert (backoff.why, backoff.given_up) == ("", "")

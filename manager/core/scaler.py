@@ -2,10 +2,10 @@
 
 The formula is that of the Kubernetes HorizontalPodAutoscaler: `desired = ceil(ready × ratio)` with `ratio = rate /
 (ready × target)`, and a stabilization window for shrinking (kubernetes.io, "Algorithm details"). HPA's tolerance is
-applied below 1 only. Above 1 it would leave a fleet over its target for as long as the load stays there (a step to 85
-at target 10: 900 s in `tests/bench/replay.py`, against 8 s). The two averaging windows and panic are those of Knative's
-KPA. Backends that are starting count as capacity; otherwise one burst would cause two scale-outs. Missing data is never
-a zero: an incomplete load is a lower bound, so it may cause growing but not shrinking.
+applied to shrinking only. For growing it would leave a fleet over its target for as long as the load stays there (a
+step to 85 at target 10: 900 s in `tests/bench/replay.py`, against 8 s). The two averaging windows and panic are those
+of Knative's KPA. Backends that are starting count as capacity; otherwise one burst would cause two scale-outs. Missing
+data is never a zero: an incomplete load is a lower bound, so it may cause growing but not shrinking.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from operator import itemgetter
 from typing import TypeVar
 
 CREATE, STOP, OK = "CREATE_SERVER", "STOP_SERVER", "OK"
-TOLERANCE = 0.1  # HPA's default: no shrinking while the ratio is within this of 1
+TOLERANCE = 0.1  # HPA's default. After shrinking, each backend has at most 1 - TOLERANCE of the target
 MAX_GAP = 2.0  # in panic windows: after a longer time without a decision, the history begins again
 
 T = TypeVar("T")
@@ -139,8 +139,10 @@ def decide(policy: Policy, memory: Memory, load: Load, capacity: int, now: float
 
     # The formula. Rounding keeps 3.0000000001 from becoming 4.
     ratio = rate / (capacity * policy.target)
-    on_target = 1 - TOLERANCE <= ratio <= 1
-    raw = capacity if on_target else math.ceil(round(rate / policy.target, 9))
+    raw = math.ceil(round(rate / policy.target, 9))
+    # Without a gap between growing and shrinking, a load close to a multiple of the target would make it alternate.
+    if raw < capacity:
+        raw = min(capacity, math.ceil(round(rate / (policy.target * (1 - TOLERANCE)), 9)))
 
     # The limits. One step is at most HPA's default: double, or 4 more, whichever is larger.
     count = _Count(raw)

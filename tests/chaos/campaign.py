@@ -20,9 +20,10 @@ from chaos.observe import foreign
 from chaos.plan import Round, plan
 from chaos.product import Load, Product
 from chaos.rounds import QUIET, Scene, carry_out, shares
-from chaos.site import ROOT, Site, SiteError, wait_for
+from chaos.site import Site, SiteError, wait_for
 from chaos.table import of_path
 from chaos.verdict import Done, Verdict, judge, requests_of, title
+from checkout import ROOT
 
 IMAGE = "lbchaos-backend"
 WARM_UP = 8.0  # seconds of load before the first fault: past the slow start

@@ -7,7 +7,8 @@ import platform
 import subprocess
 import time
 
-from chaos.site import ROOT, call
+from chaos.site import call
+from checkout import ROOT
 
 
 def describe() -> dict[str, str | int]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from chaos.site import ROOT
 from chaos.table import FAULTS, MISSING, OPEN
+from checkout import ROOT
 
 PAGE = ROOT / "docs" / "resilience.md"
 Result = dict[str, Any]

@@ -7,6 +7,7 @@ A bridge in one more namespace connects them. Addresses are of 198.18.0.0/15, wh
 from __future__ import annotations
 
 import ctypes
+import http.client
 import json
 import os
 import re
@@ -23,7 +24,7 @@ from typing import Any, TypeVar
 
 import loads
 
-from e2e.conftest import wait_until
+from waiting import wait_until
 
 T = TypeVar("T")
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -92,7 +93,7 @@ class Node:
             try:
                 with urllib.request.urlopen(url, timeout=5) as answer:
                     return str(answer.read().decode())
-            except OSError:
+            except (OSError, http.client.HTTPException):  # nobody answers, or it ended within its answer
                 return ""
 
         return in_namespace(self.name, ask)
@@ -136,12 +137,17 @@ class Node:
         self.cut()
         self.end(signal.SIGKILL)
 
+    def end_engine(self, how: int) -> None:
+        """Ends the engine alone. Its containers go on if it is killed."""
+        if self._engine is not None:
+            self._engine.send_signal(how)
+            self._engine.wait(60)
+            self._engine = None
+
     def end(self, how: int = signal.SIGTERM) -> None:
         if self._engine is None:
             return
-        self._engine.send_signal(how)
-        self._engine.wait(60)
-        self._engine = None
+        self.end_engine(how)
         for pid in self.processes():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from chaos import backends, callers, control, rules
+from chaos import backends, callers, control, rules, swarm_faults
 from chaos.fault import Fault
 
-FAULTS: list[Fault] = [*backends.FAULTS, *rules.FAULTS, *control.FAULTS, *callers.faults()]
+FAULTS: list[Fault] = [*backends.FAULTS, *rules.FAULTS, *control.FAULTS, *callers.faults(), *swarm_faults.FAULTS]
 
 MISSING = {
     "clock jump": "the clock is the machine's, and other programs need it",

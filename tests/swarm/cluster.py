@@ -108,12 +108,22 @@ class Node:
 
     def try_docker(self, *arguments: str) -> str:
         """The same, empty where a Swarm that has just lost a node does not answer."""
-        done = subprocess.run(["docker", *arguments], env=self.env, capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else ""
+        with suppress(subprocess.TimeoutExpired):
+            done = subprocess.run(
+                ["docker", *arguments], env=self.env, capture_output=True, text=True, timeout=20, check=False
+            )
+            return done.stdout.strip() if done.returncode == 0 else ""
+        return ""
 
     def start_engine(self) -> None:
-        self.launch_engine()
-        self.wait_for_engine()
+        """Tries again, because an engine that was killed may still hold what the next one needs."""
+        for pause in (1, 2, 4):
+            self.launch_engine()
+            with suppress(AssertionError):
+                return self.wait_for_engine()
+            self.end_engine(signal.SIGKILL)
+            time.sleep(pause)
+        raise AssertionError(f"the engine of {self.name} does not start: {self.place / 'dockerd.log'}")
 
     def launch_engine(self) -> None:
         command = self.namespace_command(
@@ -127,6 +137,8 @@ class Node:
 
     def wait_for_engine(self) -> None:
         def answers() -> bool:
+            assert self._engine is not None
+            assert self._engine.poll() is None, f"the engine of {self.name} has ended"
             done = subprocess.run(["docker", "info"], env=self.env, capture_output=True, check=False)
             return done.returncode == 0
 

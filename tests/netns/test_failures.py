@@ -91,6 +91,30 @@ def test_unanswered_connection_is_sent_to_another_backend_after_its_flow_is_dele
     assert answers == [TWO]
 
 
+def test_connection_to_a_backend_without_a_host_waits_until_it_is_sent_to_another(
+    lab: Lab, client: Namespace, balancer: Balancer
+) -> None:
+    """The balancer's kernel knows after three seconds that nobody has the address. Reported to the client, that would
+    end the attempt, before three probes have failed."""
+    nobody = [f"198.18.1.{number}" for number in range(10, 20)]
+    Server(lab.add(TWO))
+    balancer.dispatch_over(TWO, *nobody)
+    answers: list[str] = []
+
+    def call() -> None:
+        answers.append(request(client, VIP, timeout=30))
+
+    callers = [threading.Thread(target=call) for _ in range(20)]
+    for caller in callers:
+        caller.start()
+    time.sleep(4.5)
+    balancer.dispatch_over(TWO)
+    balancer.delete_flows(nobody)
+    for caller in callers:
+        caller.join(30)
+    assert answers == [TWO] * len(callers)
+
+
 def test_unanswered_connection_stays_with_its_backend_while_its_flow_exists(
     lab: Lab, client: Namespace, balancer: Balancer
 ) -> None:

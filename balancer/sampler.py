@@ -1,7 +1,8 @@
 """Samples the flows: for reports, for the weights, to find frozen backends, and to end drains.
 
 At a million flows, a sample of the waiting flows or of one draining backend takes 0.4 s, because the kernel selects the
-flows. A sample of all flows takes four seconds. So each kind of sample may use only a limited share of the time.
+flows. A sample of all flows takes four seconds. So each kind of sample may use only a limited share of a processor's
+time.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from snapshot import Snapshot
 from stalls import Replies, StallDetector
 from state import State
 
-# The largest shares of the time: for samples of waiting flows, and for those of all flows and of draining backends.
+# The largest shares of a processor's time: for samples of waiting flows; for those of all flows and draining backends.
 WAITING_LOAD, COUNT_LOAD = 0.01, 0.04
 DRAINING_LOAD = 0.03  # of COUNT_LOAD, while there are draining backends
 
@@ -33,7 +34,7 @@ class Sampler:
         self._state, self._netfilter, self._manager = state, state.netfilter, manager
         self._detector = StallDetector()
         self._waiting_pace, self._draining_pace, self._count_pace = Pace(), Pace(), Pace()
-        self._draining_since: dict[str, float] = {}  # by address
+        self._draining_since: dict[str, float] = {}  # by id: an address may be used again
 
     def wait_and_sample(self) -> None:
         """Takes the samples that are due."""
@@ -44,13 +45,14 @@ class Sampler:
         self._sample(self._count_all, self._count_pace, count_load)
 
     def _sample(self, take: Callable[[Snapshot], None], pace: Pace, load: float) -> None:
-        began = time.monotonic()
-        if not pace.is_due(began):
+        if not pace.is_due(time.monotonic()):
             return
+        # Not the time on the clock: on a busy machine, or with a slow manager, that would delay the end of drains.
+        began = time.thread_time()
         try:
             take(self._state.snapshot)
         finally:  # a sample that fails took time, too
-            pace.done(began, time.monotonic(), load)
+            pace.done(time.monotonic(), time.thread_time() - began, load)
 
     def _sample_waiting(self, snapshot: Snapshot) -> None:
         """For the weights and the detector of frozen backends."""
@@ -90,13 +92,13 @@ class Sampler:
         for backend in snapshot.backends:
             if backend.state == "draining" and backend.ip not in state.rotation.ips:
                 draining[backend.ip] = backend.id
-        self._draining_since = {ip: self._draining_since.get(ip, now) for ip in draining}
+        self._draining_since = {id_: self._draining_since.get(id_, now) for id_ in draining.values()}
         if not draining:
             return
         counts, health = self._netfilter.flows_of(draining), state.health(snapshot)
         state.live = {**state.live, **{ip: counts.live[ip] for ip in draining}}
         for ip, id_ in draining.items():
-            seconds = now - self._draining_since[ip]
+            seconds = now - self._draining_since[id_]
             drain = Draining(seconds, counts.live[ip], counts.silent[ip], _is_failed(health[id_]))
             reason = drain.stop_reason(snapshot.drain_timeout)
             if reason:

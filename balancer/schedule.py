@@ -32,7 +32,7 @@ class ReportSchedule:
 
 
 class Pace:
-    """Limits costly samples: at most one in SAMPLE_PERIOD, and at most a given share of the time."""
+    """Limits costly samples: at most one in SAMPLE_PERIOD, and at most a given share of one processor's time."""
 
     def __init__(self) -> None:
         self._due = -math.inf
@@ -40,6 +40,7 @@ class Pace:
     def is_due(self, now: float) -> bool:
         return now >= self._due
 
-    def done(self, began: float, now: float, share: float) -> None:
+    def done(self, now: float, cost: float, share: float) -> None:
+        """`cost` is in seconds of processor time."""
         # After a sample of 0.4 s with a share of 0.01, the next one is due 40 s later.
-        self._due = now + max(SAMPLE_PERIOD, (now - began) / share)
+        self._due = now + max(SAMPLE_PERIOD, cost / share)

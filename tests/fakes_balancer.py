@@ -20,9 +20,13 @@ HEALTHY = Health(True)
 
 class Clock:
     now = 1000.0
+    waited = 0.0  # seconds in which this thread used no processor
 
     def monotonic(self) -> float:
         return self.now
+
+    def thread_time(self) -> float:
+        return self.now - self.waited
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds

@@ -39,6 +39,7 @@ class FakeEngine:
         self.networks: list[dict[str, Any]] = []
         self.swarm = {"LocalNodeState": "inactive", "ControlAvailable": False, "NodeID": "this-node"}
         self.secrets: dict[str, dict[str, Any]] = {}  # by name
+        self.secrets_in_use: set[str] = set()  # names
         self.services: list[dict[str, Any]] = []  # as they were created
         self.running_services: list[str] = []
         self.nodes = [{"ID": "this-node", "Version": {"Index": 1}, "Spec": {"Labels": {}}}]
@@ -100,7 +101,7 @@ class FakeEngine:
         file = command[-1].rpartition("/")[2]
         text = b""
         for secret in self.secrets.values():
-            if command[0] == "cat" and secret["file"] == file:
+            if command[0] == "cat" and secret["Spec"]["Labels"].get("lbscaler.role") == file:
                 text = base64.b64decode(secret["Spec"]["Data"])
         failed = file == self.unreadable_secret
         if method == "GET":
@@ -137,15 +138,16 @@ class FakeEngine:
 
     def _secrets(self, method: str, name: str, filters: Any, body: Any) -> Answer:
         if name == "create":
-            files = {"token": "token", "manager": "manager.pem", "certificate": "certificate.pem"}
-            file = files.get(body["Name"].rpartition("-")[2], "")
-            self.secrets[body["Name"]] = {"ID": body["Name"], "Spec": body, "file": file}
+            created = f"2026-11-30T00:00:{len(self.secrets):02}Z"
+            self.secrets[body["Name"]] = {"ID": body["Name"], "Spec": body, "CreatedAt": created}
             return 201, {"ID": body["Name"]}
         if not name:
             wanted = {tuple(label.split("=", 1)) for label in filters.get("label", [])}
             return 200, [one for one in self.secrets.values() if wanted <= one["Spec"]["Labels"].items()]
         if name not in self.secrets:
             return NOT_FOUND
+        if method == "DELETE" and name in self.secrets_in_use:
+            return 400, {"message": "secret is in use"}
         if method == "DELETE":
             del self.secrets[name]
             return DONE

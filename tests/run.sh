@@ -35,7 +35,7 @@ install_packages() {
 
 # tests/conftest.py says which tests stay together, and orders them, longest first, so xdist must not.
 run_parallel() {
-    "$VENV/bin/python" -m pytest -n "$WORKERS" --dist loadscope --no-loadscope-reorder "$@"
+    "$VENV/bin/python" -m pytest -n "$WORKERS" --dist loadscope --no-loadscope-reorder --durations 20 "$@"
 }
 
 if [ -n "$FAST" ]; then

@@ -70,7 +70,7 @@ def run_parser() -> argparse.ArgumentParser:
         "no_wait": "do not wait for the end of an update of the backends",
         "swarm_init": "make this host a Swarm if it is in none",
         "at_boot": "start the manager at every boot, by a systemd unit; stop.sh removes it",
-        "rotate_secrets": "replace the manager's token; no request fails. Not in a Swarm",
+        "rotate_secrets": "replace the manager's token, in a Swarm also its certificate, while the project serves",
         "no_install": "install nothing on this host; print what is missing",
         "status": "print the state of the running project; exit code 0 healthy, 1 it does not run, 3 degraded",
         "watch": "print the state continuously, until Ctrl-C",
@@ -132,8 +132,6 @@ def run_arguments(words: Sequence[str], environ: Mapping[str, str]) -> Arguments
         raise SettingError(f"the number of backends is {backends!r}; allowed: {allowed}")
     if parsed["at_boot"] and not unit.usable():
         raise SettingError("--at-boot needs root and systemd; without them, let cron (@reboot) call run.sh")
-    if parsed["rotate_secrets"] and settings.orchestrator == "swarm":
-        raise SettingError("--rotate-secrets is for --orchestrator docker; in a Swarm: ./stop.sh, then ./run.sh")
     return Arguments(settings, variables, **parsed)
 
 

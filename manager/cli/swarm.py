@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,14 @@ from cli.output import Failed, Undo
 from cli.project import Project, has_text, write
 
 TASK_TIMEOUT = 60.0  # seconds until Swarm has started a task on this node
+SERVICE_TIMEOUT = 30.0  # seconds until the manager has updated the balancers' service
 DRAIN_TIMEOUT = 120.0  # seconds for the balancers of all nodes; Swarm kills each after its grace period
 CLAIM_TIME = 86400  # seconds; a claim that lies this far in the future is newer than any manager's claim
 CLAIM_PAUSE = 5.0  # seconds in which managers on other nodes notice a newer claim
 POLL = 0.1  # seconds
 FILE = "file"  # role of the secrets that backends get
+TOKEN_FILE, KEY_FILE, CERTIFICATE_FILE = "token", "manager.pem", "certificate.pem"  # also the roles of their secrets
+TAKEN_OVER = (TOKEN_FILE, KEY_FILE)  # what a manager on another node needs
 KEYS = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 3650 -subj /CN=lbscaler-manager"
 ALT_NAME = "subjectAltName=DNS:lbscaler-manager"
 
@@ -63,25 +67,37 @@ def publish(project: Project, registry: str, name: str) -> str:
     return there
 
 
-def share_secrets(project: Project, image: str) -> dict[str, str]:
-    """Stores the token and the certificate as Swarm secrets. Returns the variables with their names for the manager.
+def share_secrets(project: Project, image: str, rotate: bool) -> dict[str, str]:
+    """Stores the token and the certificate as Swarm secrets, or new ones to `rotate`. Returns the variables with their
+    names for the manager, whose balancers are replaced when a name has changed.
 
     The certificate with its key is a third secret, which no balancer gets. A manager that takes over on another node
-    uses it, so that the balancers can keep the certificate they have.
+    uses it, so that the balancers can keep the certificate they have. Raises Failed.
     """
-    names = {"token": f"{project.name}-token", "manager.pem": f"{project.name}-manager"}
+    stored = {}
+    for file in TAKEN_OVER:
+        stored[file] = next(iter(_stored(project, file)), None)
     # If files are missing here and the Swarm has them, the manager ran on another node before.
-    complete = all(has_text(project.run_dir / file) for file in names)
-    if not complete and _secret(project, names["manager.pem"]) is not None:
+    complete = all(has_text(project.run_dir / file) for file in TAKEN_OVER)
+    if not complete and all(stored.values()):
         with project.output.step("Fetching the project's secrets from the Swarm"):
-            _fetch(project, names, image)
+            _fetch(project, stored, image)
     # Otherwise this is the first start, which makes them.
     project.make_token()
-    _make_certificate(project)
-    names["certificate.pem"] = f"{project.name}-certificate"
-    for file, name in names.items():
-        _share(project, name, file)
-    return {"LB_TOKEN_SECRET": names["token"], "LB_CERTIFICATE_SECRET": names["certificate.pem"]}
+    _make_certificate(project, rotate)
+    contents = {file: (project.run_dir / file).read_bytes() for file in (KEY_FILE, CERTIFICATE_FILE)}
+    contents[TOKEN_FILE] = project.token.encode()
+    if not rotate:
+        for file, secret in stored.items():
+            _check_same(project, file, contents[file], secret)
+    names = {file: _share(project, file, content) for file, content in contents.items()}
+    return {"LB_TOKEN_SECRET": names[TOKEN_FILE], "LB_CERTIFICATE_SECRET": names[CERTIFICATE_FILE]}
+
+
+def _stored(project: Project, file: str) -> list[Any]:
+    """The Swarm secrets of this file, the newest first. After a rotation, an older one exists until it is removed."""
+    found = project.docker.secrets.list(filters=project.filter(file))
+    return sorted(found, key=lambda secret: str(secret.attrs["CreatedAt"]), reverse=True)
 
 
 def _secret(project: Project, name: str) -> Any | None:
@@ -91,14 +107,11 @@ def _secret(project: Project, name: str) -> Any | None:
         return None
 
 
-def _fetch(project: Project, names: dict[str, str], image: str) -> None:
+def _fetch(project: Project, stored: Mapping[str, Any], image: str) -> None:
     """Reads the missing files from a short-lived task on this node, because Swarm gives secrets to tasks only."""
     for service in project.services("secrets"):  # of a start that was killed
         service.remove()
-    references = []
-    for file, name in names.items():
-        secret = project.docker.secrets.get(name)
-        references.append(SecretReference(secret.id, name, filename=file))
+    references = [SecretReference(secret.id, secret.name, filename=file) for file, secret in stored.items()]
     service = project.docker.services.create(
         image,
         command=["sleep", "120"],
@@ -110,7 +123,7 @@ def _fetch(project: Project, names: dict[str, str], image: str) -> None:
     )
     try:
         container = _task_of(project, f"{project.name}-secrets")
-        for file in names:
+        for file in stored:
             path = project.run_dir / file
             if not has_text(path):
                 code, text = container.exec_run(["cat", f"/run/secrets/{file}"])
@@ -133,31 +146,67 @@ def _task_of(project: Project, service: str) -> Any:
     raise Failed(f"Swarm did not start the service {service}")
 
 
-def _make_certificate(project: Project) -> None:
-    """Writes manager.pem, the certificate with its key, and certificate.pem, the certificate alone."""
+def _make_certificate(project: Project, anew: bool) -> None:
+    """Writes manager.pem, the certificate with its key, and certificate.pem, the certificate alone. A manager that runs
+    keeps the certificate that it has loaded."""
     project.output.need("openssl", "the manager's certificate", "openssl")
-    both = project.run_dir / "manager.pem"
-    if not has_text(both):
+    both = project.run_dir / KEY_FILE
+    if anew or not has_text(both):
         command = [*KEYS.split(), "-addext", ALT_NAME, "-keyout", "-", "-out", "-"]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=project.output.log, text=True, check=True)
         write(both, done.stdout)
     done = subprocess.run(["openssl", "x509", "-in", both], capture_output=True, text=True, check=True)
-    write(project.run_dir / "certificate.pem", done.stdout)
+    write(project.run_dir / CERTIFICATE_FILE, done.stdout)
 
 
-def _share(project: Project, name: str, file: str) -> None:
-    """Stores a file as a Swarm secret. Raises Failed if the Swarm has other data under that name."""
-    data = (project.run_dir / file).read_bytes()
-    digest = hashlib.sha256(data).hexdigest()[:16]
-    secret = _secret(project, name)
-    if secret is None:
-        labels = {"lbscaler.project": project.name, "lbscaler.digest": digest}
-        project.docker.secrets.create(name=name, data=data, labels=labels)
-    elif secret.attrs["Spec"]["Labels"].get("lbscaler.digest") != digest:
+def _check_same(project: Project, file: str, content: bytes, secret: Any | None) -> None:
+    """Raises Failed if the Swarm has other content for this file."""
+    if secret is not None and secret.attrs["Spec"]["Labels"].get("lbscaler.digest") != _digest(content):
         raise Failed(
             f"run/{project.name}/{file} is not the one that this Swarm's balancers have; copy it from the node that "
             "ran the manager, or ./stop.sh first"
         )
+
+
+def _share(project: Project, file: str, content: bytes) -> str:
+    """Stores a file as a Swarm secret, unless it is there. Returns its name, which changes with its content."""
+    name = f"{project.name}-{file.removesuffix('.pem')}-{_digest(content)[:8]}"
+    if _secret(project, name) is None:
+        labels = project.labels(file) | {"lbscaler.digest": _digest(content)}
+        project.docker.secrets.create(name=name, data=content, labels=labels)
+    return name
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def remove_rotated(project: Project) -> None:
+    """Removes the secrets that newer ones have replaced, as soon as the manager has given the balancers' service the
+    new ones."""
+    replaced = []
+    for file in (*TAKEN_OVER, CERTIFICATE_FILE):
+        replaced += _stored(project, file)[1:]
+    if not replaced:
+        return
+    with project.output.step("Removing the secrets before"):
+        deadline = time.monotonic() + SERVICE_TIMEOUT
+        while replaced and time.monotonic() < deadline:
+            time.sleep(POLL)
+            replaced = [secret for secret in replaced if not _removed(secret)]
+    if replaced:
+        names = ", ".join(secret.name for secret in replaced)
+        project.output.say(f"The balancers still have {names}; the next run.sh removes what they no longer have")
+
+
+def _removed(secret: Any) -> bool:
+    try:
+        secret.remove()
+    except docker.errors.NotFound:
+        return True
+    except docker.errors.APIError:  # a service has it
+        return False
+    return True
 
 
 def share_file(project: Project, name: str, path: str) -> None:

@@ -69,9 +69,10 @@ class Start:
         if not self.project.containers("balancer"):
             self._check_kernel(built.balancer)
         self._make_network()
-        if self.arguments.rotate_secrets:
+        rotate = self.arguments.rotate_secrets
+        if rotate:
             project.rotate_token()
-        names = swarm.share_secrets(project, built.balancer) if self.swarm else {}
+        names = swarm.share_secrets(project, built.balancer, rotate) if self.swarm else {}
         if not self._files:
             self._files = file_copies.keep(project, settings, project.docker.images.get(built.backend_id))
         secrets = {**names, **self._files}
@@ -81,6 +82,8 @@ class Start:
         # Part of the start: without this file, the next run would not know the project's settings.
         write(self.run_dir / "settings.json", self._snapshot(built, secrets))
         file_copies.remove_unused(project, self._files)
+        if self.swarm:
+            swarm.remove_rotated(project)
         if self.arguments.at_boot:
             with self.output.step(f"Enabling {unit.name(project.name)}, which starts the manager at boot"):
                 unit.install(project.name, "enable", self.output)

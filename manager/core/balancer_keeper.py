@@ -14,7 +14,7 @@ from core import event_log
 from core.engine import BalancerState
 from core.launch_backoff import STABLE, LaunchBackoff
 from core.load import Finding
-from core.path_check import REPAIRABLE, PathCheck
+from core.path_check import PathCheck, repairable
 from core.reasons import Cause, Reason
 from core.workers import BALANCER, Workers
 
@@ -84,7 +84,7 @@ class BalancerKeeper:
         if broken != was_broken:
             event_log.path(self.path)
         # A repair interrupts the service, so it is tried only if a new balancer fixes the problem.
-        if broken and any(finding.kind in REPAIRABLE for finding in findings):
+        if broken and repairable(findings):
             self._repair(now)
 
     def status(self) -> dict[str, str]:

@@ -41,6 +41,7 @@ class Container:
     spec: str = ""  # the image and options it was made from, as the engine writes them
     node: str = ""  # the machine it is on, if there are several
     leaving: bool = False  # the engine is about to stop it, or has begun to
+    disconnected: bool = False  # from the project's network
 
     @property
     def ended(self) -> bool:
@@ -118,7 +119,8 @@ def observe(
     """The fleet according to the engine's list, which began at `listed_at`.
 
     A running container that was not known is adopted: as active if its address is in `serving`, the addresses that the
-    manager before this one had in rotation; else as starting, until a balancer reports it healthy.
+    manager before this one had in rotation; else as starting, until a balancer reports it healthy. A backend whose
+    container was renamed gets the new name.
     """
     known_names = {backend.id: backend.name for backend in fleet.values() if backend.id}
     # By id first: a renamed container is still the same backend.
@@ -127,9 +129,11 @@ def observe(
     for name, backend in fleet.items():
         container = listed.pop(name, None)
         if container is not None:
-            result[name] = _compare(backend, container, now)
+            seen = _compare(backend, container, now)
+            name_now = container.name if container.id == backend.id else name
+            result[name_now] = replace(seen, name=name_now)
         elif not backend.id or backend.since > listed_at:
-            result[name] = backend  # its launch has not ended, or ended after this list began
+            result.setdefault(name, backend)  # its launch has not ended, or ended after this list began
     for name, container in listed.items():
         result[name] = _adopt(name, container, serving, now)
     return result
@@ -142,6 +146,8 @@ def _adopt(name: str, container: Container, serving: Collection[str], now: float
         state, cause = STOPPED, Cause.LEFT_OVER
     elif container.leaving:
         state, cause = DRAINING, Cause.ENGINE_STOP
+    elif container.disconnected:
+        state, cause = FAILED, Cause.NETWORK_LOST
     else:
         state, cause = ACTIVE if container.ip in serving else STARTING, Cause.ADOPTED
     adopted = Backend(name, state, now, container.id, container.ip, Reason(cause), running=not ended, launched=now)

@@ -202,7 +202,8 @@ class DockerEngine(BaseEngine):
         name = str(row["Names"][0]).lstrip("/")
         exit_code = self._exit_code(id_) if status in ("exited", "dead") else None
         spec = row["Labels"].get("lbscaler.spec") or row["ImageID"]
-        return Container(id_, name, self._ip(row), status, exit_code, spec=str(spec))
+        disconnected = self._settings.project not in row["NetworkSettings"]["Networks"]
+        return Container(id_, name, self._ip(row), status, exit_code, spec=str(spec), disconnected=disconnected)
 
     def _ip(self, row: Row) -> str:
         """The container's address on the backends' network; empty if it has none."""

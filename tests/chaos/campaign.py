@@ -52,6 +52,7 @@ def add_others(site: Site | Node, image: str) -> None:
 class Campaign:
     def __init__(self, options: argparse.Namespace, place: Path) -> None:
         self.options = options
+        self.machine: dict[str, str | int] = {}
         self._set_up(place)
         every = of_path(options.datapath)
         chosen = options.faults.split(";") if options.faults else [fault.name for fault in every]
@@ -66,6 +67,7 @@ class Campaign:
     def _open(self) -> None:
         say("Making a host with an engine of its own")
         self.site.open([self.options.balancer_image, self.options.server_image])
+        self.machine = describe(self.site)
         build_backend(self.site, self.options.server_image)
         add_others(self.site, IMAGE)
 
@@ -152,7 +154,7 @@ class Campaign:
             "datapath": options.datapath,
             "soak": options.soak,
             "faults": options.faults,
-            "machine": describe(),
+            "machine": self.machine,
             "planned": [] if options.soak else [list(one.faults) for one in self.plan],
             "injected": [[event.fault for event in one.events] for one in rounds],
             **asdict(verdict),
@@ -168,6 +170,7 @@ class Campaign:
             with suppress(OSError, SiteError):
                 self._store_logs()
         start = f"{self.options.datapath}-{self.options.seed}"
-        for file in [*self.site.place.glob("*.log"), *self.site.place.glob("requests*.jsonl")]:
+        files = [file for pattern in ("*.log", "*.jsonl") for file in self.site.place.glob(pattern)]
+        for file in files:
             with suppress(OSError):
                 shutil.copy(file, RESULTS / f"{start}-{file.name}")

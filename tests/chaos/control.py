@@ -29,12 +29,16 @@ def send(pids: list[int], how: signal.Signals) -> None:
             os.kill(pid, how)
 
 
-def lose_link(stage: Stage) -> Injected:
-    """Drops what the balancer sends to the manager."""
-    gateway = stage.site.docker("network", "inspect", "-f", "{{(index .IPAM.Config 0).Gateway}}", PROJECT)
-    words = ["INPUT", "-d", gateway, "-p", "tcp", "--dport", str(MANAGER_PORT), "-j", "DROP"]
-    stage.site.run("iptables", "-w", "5", "-I", *words)
-    return Injected([], lambda: stage.site.run("iptables", "-w", "5", "-D", *words))
+def lose_link(*match: str) -> Callable[[Stage], Injected]:
+    """Drops what the balancer sends to the manager, or the part of it that `match` selects."""
+
+    def inject(stage: Stage) -> Injected:
+        gateway = stage.site.docker("network", "inspect", "-f", "{{(index .IPAM.Config 0).Gateway}}", PROJECT)
+        words = ["INPUT", "-d", gateway, "-p", "tcp", "--dport", str(MANAGER_PORT), *match, "-j", "DROP"]
+        stage.site.run("iptables", "-w", "5", "-I", *words)
+        return Injected([], lambda: stage.site.run("iptables", "-w", "5", "-D", *words))
+
+    return inject
 
 
 def fill_disk(stage: Stage) -> Injected:
@@ -109,7 +113,11 @@ FAULTS = [
         lambda stage: signal_manager(stage, signal.SIGSTOP, signal.SIGCONT), nothing, "the rules stay", hold=6,
         budget=14,
     ),
-    Fault("link to the manager lost", "manager", lose_link, nothing, "the last rules stay", hold=6, budget=14),
+    Fault("link to the manager lost", "manager", lose_link(), nothing, "the last rules stay", hold=6, budget=14),
+    Fault(
+        "link to the manager slow", "manager", lose_link("-m", "statistic", "--mode", "random", "--probability", "0.5"),
+        nothing, "half of the packets are lost and sent again; the last rules stay", hold=8, bound=30, budget=16,
+    ),
     Fault("disk of the manager full", "manager", fill_disk, nothing, "state is in labels, not in files", hold=4),
     Fault(
         "kill the balancer", "balancer", kill_balancer, outage,

@@ -7,11 +7,13 @@ import platform
 import subprocess
 import time
 
-from chaos.site import call
+from chaos.site import Site, call
 from checkout import ROOT
+from swarm.cluster import Node
 
 
-def describe() -> dict[str, str | int]:
+def describe(site: Site | Node) -> dict[str, str | int]:
+    """`date` and `commit` are those of the call."""
     commit = subprocess.run(
         ["git", "-C", str(ROOT), "describe", "--always"], capture_output=True, text=True, check=False
     )
@@ -20,6 +22,6 @@ def describe() -> dict[str, str | int]:
         "commit": commit.stdout.strip(),
         "processors": os.cpu_count() or 0,
         "kernel": platform.release(),
-        "Docker": call("docker", "version", "-f", "{{.Server.Version}}"),
+        "Docker": site.docker("version", "-f", "{{.Server.Version}}"),
         "iptables": call("iptables", "--version"),
     }

@@ -74,7 +74,7 @@ class Observation:
 def observe(product: Product, others: bool = True) -> Observation:
     """`others`: also what belongs to others, and the processes' sizes."""
     rules, sets = rules_of(product.rules_namespace), sets_of(product.rules_namespace)
-    return Observation(
+    seen = Observation(
         at=time.monotonic(),
         status=product.status(),
         containers=containers(product.site),
@@ -86,6 +86,18 @@ def observe(product: Product, others: bool = True) -> Observation:
         foreign=foreign(product.site) if others else [],
         processes=measured(product) if others else [],
     )
+    record(product, seen)
+    return seen
+
+
+def record(product: Any, seen: Observation) -> None:
+    """A line for whoever looks into a violation: the time, the addresses in the rules, the containers and the manager's
+    rows of the backends. In a Swarm, of one node."""
+    rows = [[row["ip"], row["state"], row["healthy"]] for row in seen.status.get("backends", [])]
+    containers = [[one.name, one.ip, one.running] for one in seen.containers]
+    line = json.dumps([seen.at, sorted(seen.dispatched), containers, rows])
+    with (product.site.place / "observations.jsonl").open("a") as file:
+        file.write(line + "\n")
 
 
 def rules_of(namespace: Callable[[], list[str]]) -> str:

@@ -72,12 +72,8 @@ class Scene:
 def carry_out(scene: Scene, wanted: Round, faults: dict[str, Fault]) -> Done:
     before = scene.complete()
     running = _inject(scene, wanted, faults, before)
-    _hold(scene, running)
     violations = _recover(scene, running)[1] if any(one.injected.settles for one in running) else []
-    for one in reversed(running):
-        one.injected.undo()
-    for one in running:
-        one.undone = time.monotonic()
+    _hold_and_undo(scene, running)
     settled, late = _recover(scene, running)
     violations += late
     after = scene.complete()
@@ -104,11 +100,18 @@ def _inject(scene: Scene, wanted: Round, faults: dict[str, Fault], before: Obser
     return running
 
 
-def _hold(scene: Scene, running: list[Running]) -> None:
-    until = time.monotonic() + max(one.fault.hold for one in running)
-    while time.monotonic() < until:
+def _hold_and_undo(scene: Scene, running: list[Running]) -> None:
+    """Undoes each fault after its own time, the last one first."""
+    held = list(reversed(running))
+    while held:
         _note(running, scene.look())
-        time.sleep(min(POLL, max(0.0, until - time.monotonic())))
+        for one in [one for one in held if time.monotonic() >= one.done + one.fault.hold]:
+            one.injected.undo()
+            one.undone = time.monotonic()
+            held.remove(one)
+        if held:
+            next_end = min(one.done + one.fault.hold for one in held)
+            time.sleep(min(POLL, max(0.0, next_end - time.monotonic())))
 
 
 def _note(running: list[Running], seen: Observation) -> None:

@@ -120,7 +120,7 @@ FAULTS = [
     ),
     Fault(
         "IP forwarding off", "rules", forwarding, outage,
-        "two tests of the path fail, one every 5 s; then a new balancer container, without the open connections",
+        "until a test of the path has failed, one every 5 s; then a new balancer container, without open connections",
         hold=2, bound=30, budget=22,
     ),
     Fault(

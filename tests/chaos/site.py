@@ -115,6 +115,8 @@ class Site:
             call("ip", "-n", name, "link", "set", "eth0", "up")
         call("ip", "-n", self.outside, "route", "add", "198.18.0.0/15", "via", HOST)
         call("ip", "-n", self.host, "route", "add", FLOOD_SOURCES, "via", OUTSIDE)
+        # Otherwise the outside would send the answers back to the host, and each would go round until its TTL ends.
+        call("ip", "-n", self.outside, "route", "add", "blackhole", FLOOD_SOURCES)
 
     def _copy_tree(self) -> None:
         """The files that git knows, and .venv. run/ is a small file system of its own."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from chaos import swarm_observe
 from chaos.allowances import Request
 from chaos.campaign import IMAGE, Campaign, add_others, build_backend, say
+from chaos.machine import describe
 from chaos.rounds import Scene
 from chaos.site import wait_for
 from chaos.swarm_faults import SwarmStage
@@ -51,6 +52,7 @@ class SwarmCampaign(Campaign):
     def _open(self) -> None:
         say("Making a Swarm of three engines, each in a network namespace of its own")
         self.site.open([self.options.balancer_image, self.options.server_image])
+        self.machine = describe(self.site.nodes[0])
         self.product.install()
         build_backend(self.site.nodes[0], self.options.server_image)
         self.site.share_image(IMAGE)

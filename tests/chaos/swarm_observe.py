@@ -24,6 +24,7 @@ from chaos.observe import (
     foreign_of,
     measured,
     reachable,
+    record,
     rules_of,
     sets_of,
 )
@@ -83,6 +84,7 @@ def observe(product: SwarmProduct, others: bool = True) -> SwarmSeen:
             members=set(MEMBER.findall(sets)),
             **common,
         )
+        record(product, nodes[node.ip])
     foreign, processes = (foreign_everywhere(site), measured(product)) if others else ([], [])
     return SwarmSeen(at, nodes, running_tasks(site), site.members(), foreign, processes)
 

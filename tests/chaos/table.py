@@ -8,8 +8,9 @@ from chaos.fault import Fault
 FAULTS: list[Fault] = [*backends.FAULTS, *rules.FAULTS, *control.FAULTS, *callers.faults(), *swarm_faults.FAULTS]
 
 MISSING = {
-    "clock jump": "the clock is the machine's, and other programs need it",
-    "delayed link to the manager": "this kernel has no netem; a lost link is among the faults",
+    "clock jump": "the clock is the machine's, and other programs need it; "
+    "tests/unit/test_clock.py shows that the product reads the date only to print or compare dates",
+    "delayed link to the manager": "this kernel has no netem; one that loses half of the packets is among the faults",
     "a full connection table, and one with a million entries": "the limit is the machine's; "
     "tests/netns/test_connection_table.py and test_million_flows.py have these cases",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,9 @@ from swarm.conftest import image_of
 from waiting import wait_until
 
 Figure = Callable[[str], None]
+
+# Swarm's agents need processor time to notice a lost node and to find a new leader.
+pytestmark = pytest.mark.paired
 
 
 def addresses(rows: list[dict[str, str]], node_id: str) -> set[str]:
@@ -73,24 +77,58 @@ def test_removed_balancer_service_is_created_again(cluster: Cluster, system: Sys
     system.wait_for_active(3)
 
 
-def test_balancer_update_keeps_two_of_three_nodes_serving(cluster: Cluster, system: System, figure: Figure) -> None:
-    system.wait_for_active(3)
+def fewest_serving(cluster: Cluster, system: System, *flags: str) -> int:
+    """Runs run.sh, and counts the nodes that serve until every node has a new balancer."""
 
     def tasks() -> set[str]:
         listed = ("service", "ps", "-q", "--filter", "desired-state=running", f"{system.project}-balancer")
         return set(system.node.docker(*listed).split())
 
     before, fewest = tasks(), 3
-    system.up("--drain-timeout", "4")
+    system.up(*flags)
     deadline = time.monotonic() + 120
     while tasks() & before or not all(now := serving(cluster.nodes)):
         fewest = min(fewest, sum(serving(cluster.nodes)))
         assert time.monotonic() < deadline, "the update does not end"
+    assert len(now) == 3
+    return fewest
+
+
+def test_balancer_update_keeps_two_of_three_nodes_serving(cluster: Cluster, system: System, figure: Figure) -> None:
+    system.wait_for_active(3)
+    fewest = fewest_serving(cluster, system, "--drain-timeout", "4")
     figure(f"Swarm, balancers updated: at least {fewest} of 3 nodes served at any time")
     assert fewest >= 2
-    assert len(now) == 3
     system.up("--drain-timeout", "8")
     wait_until(lambda: all(serving(cluster.nodes)), "every node serves", 90)
+
+
+def status_of_a_call(node: Node, token: str, certificate: Path) -> str:
+    """The HTTP status of a balancer's call, 000 if the manager has another certificate."""
+    call = ["curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", "--cacert", str(certificate)]
+    call += ["--connect-to", f"lbscaler-manager:5000:{node.ip}:5000", "-H", f"Host: {node.ip}"]
+    call += ["-H", f"Authorization: Bearer {token}"]
+    call += ["-d", '{"ip": "198.18.255.254", "reason": "a test"}', "https://lbscaler-manager:5000/stop"]
+    return subprocess.run(node.namespace_command(*call), capture_output=True, text=True, check=False).stdout
+
+
+def test_rotated_token_and_certificate_reach_every_balancer_while_two_of_three_nodes_serve(
+    cluster: Cluster, system: System, tmp_path: Path, figure: Figure
+) -> None:
+    system.wait_for_active(3)
+    token, certificate = (system.run_dir / "token").read_text(), system.run_dir / "certificate.pem"
+    old_certificate = Path(shutil.copy(certificate, tmp_path))
+    assert status_of_a_call(system.node, token, certificate) == "404", "there is no such backend"
+    fewest = fewest_serving(cluster, system, "--rotate-secrets")
+    figure(f"Swarm, secrets rotated: at least {fewest} of 3 nodes served at any time")
+    assert fewest >= 2
+    system.wait_for_active(3)  # every balancer reports
+    new = (system.run_dir / "token").read_text()
+    assert status_of_a_call(system.node, token, certificate) == "401"
+    assert status_of_a_call(system.node, new, old_certificate) == "000"
+    assert status_of_a_call(system.node, new, certificate) == "404"
+    secrets = system.node.docker("secret", "ls", "-q", "--filter", f"label=lbscaler.project={system.project}")
+    assert len(secrets.split()) == 3, "the old ones are removed"
 
 
 @pytest.fixture
@@ -108,7 +146,6 @@ def elsewhere(cluster: Cluster, system: System, tmp_path_factory: pytest.TempPat
     made.end_manager()
 
 
-@pytest.mark.paired  # without processor time, Swarm's agents do not find its new leader
 def test_another_node_takes_over_when_the_manager_node_is_lost(
     cluster: Cluster, system: System, elsewhere: System, figure: Figure
 ) -> None:

@@ -51,6 +51,21 @@ def test_draining_backend_with_flows_is_stopped_at_the_drain_deadline(world: Wor
     assert world.manager.stops == [(A, "2 open connections at the drain deadline")]
 
 
+def test_drain_deadline_of_an_address_is_that_of_the_backend_that_has_it_now(world: World) -> None:
+    """On a busy machine, no sample may be taken between the end of one drain and the next one at that address."""
+    world.set_backends(f"a {A} draining", f"b {B}")
+    world.reconcile()
+    world.kernel.flows = [flow(A)]
+    world.sample(29)
+    world.set_backends(f"c {A} draining", f"b {B}")
+    world.reconcile()
+    world.kernel.flows = [flow(A)]
+    world.sample(29)
+    assert world.manager.stops == []
+    world.sample(2)
+    assert world.manager.stops == [(A, "1 open connections at the drain deadline")]
+
+
 def test_draining_backend_that_is_still_in_rotation_is_not_stopped(world: World) -> None:
     world.set_backends(f"a {A}", f"b {B}")
     world.reconcile()
@@ -81,6 +96,23 @@ def test_unhealthy_backend_that_is_not_draining_is_not_stopped(world: World, sta
         world.sample(60.0)
     assert world.manager.stops == []
     assert [row["healthy"] for row in world.report()["backends"]] == [False, True]
+
+
+def test_manager_that_answers_slowly_does_not_delay_the_next_sample(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+
+    def stop(ip: str, reason: str) -> None:
+        asked.append(world.clock.now)
+        world.clock.now += 3.0
+        world.clock.waited += 3.0
+
+    monkeypatch.setattr(world.manager, "stop", stop)
+    world.set_backends(f"a {A} draining", f"b {B}")
+    world.reconcile()
+    world.sample(8)
+    assert len(asked) == 3, asked
 
 
 def test_refused_stop_does_not_affect_other_stops(

@@ -47,6 +47,6 @@ def test_report_after_a_late_one_is_sent_at_the_next_deadline() -> None:
 def test_pause_after_a_sample_grows_with_its_cost(cost: float, pause: float) -> None:
     pace = Pace()
     assert pace.is_due(0.0)
-    pace.done(0.0, cost, 0.02)
-    assert not pace.is_due(cost + pause - 0.01)
-    assert pace.is_due(cost + pause + 0.01)
+    pace.done(7.0, cost, 0.02)
+    assert not pace.is_due(7.0 + pause - 0.01)
+    assert pace.is_due(7.0 + pause + 0.01)

@@ -64,10 +64,6 @@ def test_switches_and_the_number_of_backends() -> None:
         (["--max"], "argument --max: expected one argument; ./run.sh --help lists the flags"),
         (["3", "4"], "unrecognized arguments: 4; ./run.sh --help lists the flags"),
         (["--watch", "--json"], "--watch prints no JSON; use --status --json"),
-        (
-            ["--rotate-secrets", "--orchestrator", "swarm"],
-            "--rotate-secrets is for --orchestrator docker; in a Swarm: ./stop.sh, then ./run.sh",
-        ),
         (["--min=0"], "--min (LB_MIN) is '0'; allowed: 1 to 1000"),
     ],
 )

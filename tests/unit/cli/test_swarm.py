@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,25 +58,29 @@ def text(engine: FakeEngine, name: str) -> str:
 
 
 def test_balancers_get_the_certificate_and_never_the_key(engine: FakeEngine, first: Project) -> None:
-    names = swarm.share_secrets(first, "image")
-    assert names == {"LB_TOKEN_SECRET": "p-token", "LB_CERTIFICATE_SECRET": "p-certificate"}
-    assert text(engine, "p-token") == (first.run_dir / "token").read_text()
-    assert text(engine, "p-certificate") == (first.run_dir / "certificate.pem").read_text()
+    names = swarm.share_secrets(first, "image", rotate=False)
+    token, certificate = names["LB_TOKEN_SECRET"], names["LB_CERTIFICATE_SECRET"]
+    assert text(engine, token) == (first.run_dir / "token").read_text()
+    assert text(engine, certificate) == (first.run_dir / "certificate.pem").read_text()
     for name in names.values():
         assert "PRIVATE KEY" not in text(engine, name)
     both = (first.run_dir / "manager.pem").read_text()
     assert ("PRIVATE KEY" in both, "BEGIN CERTIFICATE" in both) == (True, True)
     assert (first.run_dir / "manager.pem").stat().st_mode & 0o777 == 0o600
-    assert swarm.share_secrets(first, "image") == names
-    assert engine.secrets.keys() == {*names.values(), "p-manager"}
+    assert swarm.share_secrets(first, "image", rotate=False) == names
+    assert [re.sub("[0-9a-f]{8}$", "DIGEST", name) for name in sorted(engine.secrets)] == [
+        "p-certificate-DIGEST",
+        "p-manager-DIGEST",
+        "p-token-DIGEST",
+    ]
     assert engine.services == [], "nothing had to be fetched"
 
 
 def test_manager_on_another_node_uses_the_same_token_key_and_certificate(
     engine: FakeEngine, first: Project, second: Project
 ) -> None:
-    names = swarm.share_secrets(first, "image")
-    assert swarm.share_secrets(second, "image") == names
+    names = swarm.share_secrets(first, "image", rotate=False)
+    assert swarm.share_secrets(second, "image", rotate=False) == names
     for name in ("token", "manager.pem", "certificate.pem"):
         assert (second.run_dir / name).read_text() == (first.run_dir / name).read_text()
     for name in ("token", "manager.pem"):
@@ -88,22 +93,60 @@ def test_manager_on_another_node_uses_the_same_token_key_and_certificate(
 def test_service_with_the_secrets_is_removed_where_they_cannot_be_read(
     engine: FakeEngine, first: Project, second: Project
 ) -> None:
-    swarm.share_secrets(first, "image")
+    swarm.share_secrets(first, "image", rotate=False)
     engine.unreadable_secret = "token"
     with pytest.raises(Failed, match="Fetching the project's secrets from the Swarm: failed"):
-        swarm.share_secrets(second, "image")
+        swarm.share_secrets(second, "image", rotate=False)
     assert engine.running_services == []
 
 
 def test_another_token_than_the_balancers_have_is_refused(engine: FakeEngine, first: Project, second: Project) -> None:
-    swarm.share_secrets(first, "image")
+    swarm.share_secrets(first, "image", rotate=False)
     (second.run_dir / "token").write_text("another")
     with pytest.raises(Failed, match="run/p/token is not the one that this Swarm's balancers have"):
-        swarm.share_secrets(second, "image")
+        swarm.share_secrets(second, "image", rotate=False)
+
+
+def rotate(project: Project) -> dict[str, str]:
+    project.rotate_token()
+    names = swarm.share_secrets(project, "image", rotate=True)
+    project.write_token()
+    return names
+
+
+def test_rotated_secrets_have_other_names_and_replace_those_before(
+    engine: FakeEngine, first: Project, second: Project
+) -> None:
+    before = swarm.share_secrets(first, "image", rotate=False)
+    old = {file: (first.run_dir / file).read_text() for file in ("token", "manager.pem")}
+    after = rotate(first)
+    assert not set(before.values()) & set(after.values())
+    assert len(engine.secrets) == 6
+    assert all((first.run_dir / file).read_text() != text for file, text in old.items())
+    swarm.remove_rotated(first)
+    assert len(engine.secrets) == 3
+    assert set(after.values()) < engine.secrets.keys()
+    assert swarm.share_secrets(first, "image", rotate=False) == after, "the next run.sh keeps them"
+    assert swarm.share_secrets(second, "image", rotate=False) == after, "and so does a manager on another node"
+
+
+def test_rotated_secret_that_a_service_still_has_is_removed_by_the_next_run(
+    engine: FakeEngine, first: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(swarm, "SERVICE_TIMEOUT", 0.3)
+    before = swarm.share_secrets(first, "image", rotate=False)
+    engine.secrets_in_use = {before["LB_TOKEN_SECRET"]}
+    rotate(first)
+    swarm.remove_rotated(first)
+    assert f"The balancers still have {before['LB_TOKEN_SECRET']}; the next run.sh removes" in capsys.readouterr().out
+    assert before["LB_TOKEN_SECRET"] in engine.secrets
+    engine.secrets_in_use = set()
+    swarm.remove_rotated(first)
+    assert len(engine.secrets) == 3
 
 
 def test_start_that_failed_leaves_neither_secrets_nor_a_claim(engine: FakeEngine, first: Project) -> None:
-    swarm.share_secrets(first, "image")
+    swarm.share_secrets(first, "image", rotate=False)
     engine.nodes[0]["Spec"] = {"Labels": {"lbscaler.manager.p": "1 a-manager", "zone": "a"}}
     swarm.forget(first)
     assert engine.secrets == {}

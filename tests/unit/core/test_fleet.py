@@ -44,8 +44,18 @@ OBSERVED: dict[str, tuple[Backend | None, Container | None, Backend | None]] = {
     "a running container of ours is adopted as starting": (None, container(), ADOPTED),
     "as active if the manager before had it in rotation": (None, container(ip=SERVING), ADOPTED_ACTIVE),
     "a paused one too": (None, container("paused"), ADOPTED),
+    "cut off before this manager started": (
+        None,
+        container(ip="", disconnected=True),
+        replace(ADOPTED, state=FAILED, ip="", reason=Reason(Cause.NETWORK_LOST)),
+    ),
+    "one that has no address yet is adopted": (None, container(ip=""), replace(ADOPTED, ip="")),
     "adopted with its spec": (None, container(spec="old"), replace(ADOPTED, spec="old")),
-    "renamed by somebody": (backend(), container(name="another-name", id="id-p-1"), backend()),
+    "renamed by somebody": (
+        backend(),
+        container(name="another-name", id="id-p-1"),
+        replace(backend(), name="another-name"),
+    ),
     "an ended stray is to be removed": (None, container("exited"), LEFT_OVER),
     "a stray never started is to be removed": (None, container("created"), LEFT_OVER),
     "own launch, not yet listed": (PLACEHOLDER, None, PLACEHOLDER),
@@ -80,7 +90,16 @@ def test_the_engines_list_is_the_truth_about_containers(
 ) -> None:
     before = {"p-1": known} if known else {}
     after = fleets.observe(before, [listed] if listed else [], LISTED, NOW, {SERVING})
-    assert after == ({"p-1": expected} if expected else {})
+    assert after == ({expected.name: expected} if expected else {})
+
+
+def test_backend_with_a_name_that_another_one_had_is_kept() -> None:
+    """One was removed after the list began, and before that list the other got its name."""
+    removed, renamed = backend(since=LISTED + 1), replace(backend(), name="p-2", id="id-p-2")
+    listed = [container(name="p-1", id="id-p-2")]
+    for known in ({"p-1": removed, "p-2": renamed}, {"p-2": renamed, "p-1": removed}):
+        after = fleets.observe(known, listed, LISTED, NOW)
+        assert after == {"p-1": replace(renamed, name="p-1")}
 
 
 @pytest.mark.parametrize(

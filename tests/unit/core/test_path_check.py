@@ -51,11 +51,18 @@ def test_problem_is_reported_after_two_failures_in_a_row() -> None:
     check.passed()
     check.failed("t", "timed out", [])
     assert (check.problem, check.working) == ("", True)
-    check.failed("t", "timed out", [Finding("ip_forward_off"), Finding("new_kind", "a detail")])
+    check.failed("t", "timed out", [Finding("foreign_rule", "a rule"), Finding("new_kind", "a detail")])
     assert check.working is False
     assert check.problem == (
         "connections through the balancer at t fail: timed out; "
-        "found: IP forwarding is off in the balancer's namespace; new_kind: a detail"
+        "found: a foreign rule blocks or redirects connections: a rule; new_kind: a detail"
     )
     check.passed()
     assert (check.problem, check.working) == ("", True)
+
+
+def test_problem_is_reported_after_one_failure_where_a_balancer_found_its_cause() -> None:
+    check = PathCheck()
+    check.failed("t", "timed out", [Finding("ip_forward_off")])
+    assert check.working is False
+    assert check.problem.endswith("found: IP forwarding is off in the balancer's namespace")

@@ -231,6 +231,13 @@ def test_ended_backend_is_listed_with_its_exit_code(engine: DockerEngine, client
     assert [container.exit_code for container in engine.list()] == [3]
 
 
+def test_backend_without_the_projects_network_is_listed_as_disconnected(engine: DockerEngine, client: Docker) -> None:
+    client.add("one", "backend")
+    client.add("another", "backend")
+    client.rows["another"]["NetworkSettings"]["Networks"] = {"db": {"IPAddress": "198.18.9.2"}}
+    assert [(found.ip, found.disconnected) for found in engine.list()] == [("198.18.0.9", False), ("", True)]
+
+
 def test_balancer_on_the_host_reports_under_its_own_name_and_is_tested_at_the_service_port(
     client: Docker, monkeypatch: pytest.MonkeyPatch
 ) -> None:

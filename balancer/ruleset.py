@@ -31,6 +31,7 @@ OWN_PORTS, MASQUERADE_PORTS = "60000:65535", "1024-59999"
 MAX_CHECKED = 8  # backends that self-check connections are spread over
 SYN = "--tcp-flags FIN,SYN,RST,ACK SYN"  # matches a connection's first packet
 DNAT = "-m conntrack --ctstate DNAT"  # matches connections that were dispatched
+HOST_UNREACHABLE = "-p icmp -m icmp --icmp-type 3/1"
 PUSH = "-p tcp -m tcp --tcp-flags PSH PSH"  # matches packets with data, at least the last one of each write
 
 
@@ -232,13 +233,16 @@ def filters(path: DataPath = OWN_NAMESPACE, check_source: str = "", retries: boo
     chains = _unanswered(path, check, refusal) if marks else {}
     # With marks, an answered connection's packets do not pass the rules for those before the first reply.
     first = (f"-m connmark --mark 0x0/{REPLY_MARK:#x} -j {path.chain('UNANSWERED')}",) if marks else refusal
+    unreachable = path.chain("UNREACHABLE")
+    chains[unreachable] = (_unreachable(path),) if retries else ()
+    no_answer = (f"{HOST_UNREACHABLE} -j {unreachable}",)
     # One rule counts the packets and bytes to all backends: the set keeps a counter for each member.
     count = f"-m set --match-set {path.traffic_set} dst"
     if not path.on_host:
         # Everything that this namespace forwards is traffic of the service.
         chains[forward] = (*first, *check, count)
         chains[inputs] = undispatched(path)
-        hooks: dict[str, Rules] = {"FORWARD": (f"-j {forward}",), "INPUT": (f"-j {inputs}",)}
+        hooks: dict[str, Rules] = {"FORWARD": (f"-j {forward}",), "INPUT": (f"-j {inputs}",), "OUTPUT": no_answer}
         return Table("filter", chains, hooks, path.prefix)
     replies, outputs, received = path.chain("REPLY"), path.chain("OUTPUT"), path.chain("RECEIVED")
     # Docker would drop packets to a port that it has not published.
@@ -252,7 +256,8 @@ def filters(path: DataPath = OWN_NAMESPACE, check_source: str = "", retries: boo
     answers = "-p tcp -m conntrack --ctstate INVALID,DNAT"
     hooks = {
         "FORWARD": (f"-o {path.bridge} {requests} -j {forward}", f"-i {path.bridge} {answers} -j {replies}"),
-        "OUTPUT": (f"{requests} -j {outputs}",),  # a packet's interface is still the one before translation here
+        # A packet's interface is still the one before translation here.
+        "OUTPUT": (f"{requests} -j {outputs}", *no_answer),
         "INPUT": (f"-j {inputs}",),
     }
     return Table("filter", chains, hooks, path.prefix)
@@ -317,6 +322,13 @@ def _refusal(path: DataPath) -> str:
     is dispatched again."""
     first_packet = "-m connbytes --connbytes 0:1 --connbytes-mode packets --connbytes-dir reply"
     return f"-p tcp -m tcp --tcp-flags RST RST -m set --match-set {path.traffic_set} src {first_packet} -j DROP"
+
+
+def _unreachable(path: DataPath) -> str:
+    """Drops this kernel's own message that nobody has a backend's address, which would end the client's attempt. So the
+    client sends its SYN again, and that one is dispatched again once the backend has left rotation."""
+    backends = f" --ctreplsrc {path.subnet}" if path.on_host else ""
+    return f"{DNAT}{backends} -j DROP"
 
 
 # -- raw: the balancer's own connections -----------------------------------------------------------------------------

@@ -19,6 +19,7 @@ class Request:
     end: float
     outcome: str  # ok, or what failed
     backend: str  # its container's name; empty if no answer named it
+    node: str = ""  # of a Swarm: the one that it was sent to
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Event:
     undone: float
     settled: float  # all invariants hold again
     victims: frozenset[str] = frozenset()  # as in Request.backend
+    nodes: frozenset[str] = frozenset()  # whose own clients the fault affects
 
 
 Allowance = Callable[[Request, Event], bool]
@@ -73,3 +75,21 @@ def new_until_repaired(request: Request, event: Event) -> bool:
 def outage(request: Request, event: Event) -> bool:
     """Everything that was open at some time between the fault and the first moment with all invariants."""
     return request.end >= event.begun and request.start <= event.settled + GRACE
+
+
+# -- in a Swarm -------------------------------------------------------------------------------------------------------
+
+
+def clients_of_node(request: Request, event: Event) -> bool:
+    """What was sent to a node that did not serve; the clients of the others notice nothing."""
+    return request.node in event.nodes and outage(request, event)
+
+
+def node_lost(request: Request, event: Event) -> bool:
+    """Clients of the node, and on other nodes what was open on its backends when it failed."""
+    return clients_of_node(request, event) or in_flight(request, event)
+
+
+def node_lost_slowly(request: Request, event: Event) -> bool:
+    """The same, but its backends answer until they are cut off, which is before they are out of the others' rules."""
+    return clients_of_node(request, event) or until_out(request, event)

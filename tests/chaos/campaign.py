@@ -1,28 +1,26 @@
-"""A seeded campaign of faults on a live system under load, on a host of its own. See run.sh for its flags."""
+"""A seeded campaign of faults on a live system under load, on a host of its own."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
-import signal
-import sys
-import tempfile
 import time
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from chaos import invariants, report, soak
+from chaos import invariants, soak
 from chaos.machine import describe
 from chaos.observe import foreign
 from chaos.plan import Round, plan
 from chaos.product import Load, Product
-from chaos.rounds import QUIET, Scene, carry_out, shares
-from chaos.site import ROOT, Site, SiteError, wait_for
+from chaos.rounds import Scene, carry_out
+from chaos.site import HOST, Site, SiteError, wait_for
 from chaos.table import of_path
 from chaos.verdict import Done, Verdict, judge, requests_of, title
+from checkout import ROOT
+from swarm.cluster import Node
 
 IMAGE = "lbchaos-backend"
 WARM_UP = 8.0  # seconds of load before the first fault: past the slow start
@@ -33,12 +31,12 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def build_backend(site: Site, base: str) -> None:
+def build_backend(site: Site | Node, base: str) -> None:
     folder = Path(__file__).with_name("image")
     site.docker("build", "-q", "-t", IMAGE, "--build-arg", f"BASE={base}", str(folder))
 
 
-def add_others(site: Site, image: str) -> None:
+def add_others(site: Site | Node, image: str) -> None:
     """A container, a network, rules and a set of others, which have to stay as they are."""
     site.docker("network", "create", "--subnet", "198.19.240.0/24", "others")
     site.docker(
@@ -53,31 +51,50 @@ def add_others(site: Site, image: str) -> None:
 
 class Campaign:
     def __init__(self, options: argparse.Namespace, place: Path) -> None:
-        self.options, self.site = options, Site(place)
+        self.options = options
         self.machine: dict[str, str | int] = {}
-        flags = soak.FOLLOWING if options.soak == soak.WAVE else ()
-        self.product = Product(self.site, options.datapath, IMAGE, *flags)
+        self._set_up(place)
         every = of_path(options.datapath)
         chosen = options.faults.split(";") if options.faults else [fault.name for fault in every]
         self.faults = {fault.name: fault for fault in every if fault.name in chosen}
         self.plan: list[Round] = plan(options.seed, options.minutes, list(self.faults.values()))
 
+    def _set_up(self, place: Path) -> None:
+        self.site = Site(place)
+        flags = soak.FOLLOWING if self.options.soak == soak.WAVE else ()
+        self.product = Product(self.site, self.options.datapath, IMAGE, *flags)
+
+    def _open(self) -> None:
+        say("Making a host with an engine of its own")
+        self.site.open([self.options.balancer_image, self.options.server_image])
+        self.machine = describe(self.site)
+        build_backend(self.site, self.options.server_image)
+        add_others(self.site, IMAGE)
+
+    def _start(self) -> None:
+        say(f"Starting the system, data path {self.options.datapath}")
+        self.product.up()
+
+    def _scene(self, before: list[str]) -> Scene:
+        return Scene(self.site, self.product, before)
+
+    def _foreign(self) -> list[str]:
+        return foreign(self.site)
+
+    def _load(self) -> Load:
+        wave = self.options.minutes * 60 / soak.WAVES if self.options.soak == soak.WAVE else 0
+        return Load(self.site.on_outside(), HOST, self.site.place / "requests.jsonl", "--wave", str(wave))
+
     def run(self) -> dict[str, Any]:
-        options = self.options
         try:
-            say("Making a host with an engine of its own")
-            self.site.open([options.balancer_image, options.server_image])
-            self.machine = describe(self.site)
-            build_backend(self.site, options.server_image)
-            add_others(self.site, IMAGE)
-            before = foreign(self.site)
-            say(f"Starting the system, data path {options.datapath}")
-            self.product.up()
+            self._open()
+            before = self._foreign()
+            self._start()
             verdict, rounds = self._under_load(before)
             self._store_logs()
             say("Stopping the system")
             self.product.down()
-            changed = invariants.changed_foreign(before, foreign(self.site))
+            changed = invariants.changed_foreign(before, self._foreign())
             verdict.violations += [f"after stop.sh: {sentence}" for sentence in changed]
             return self._result(verdict, rounds)
         finally:
@@ -86,12 +103,11 @@ class Campaign:
 
     def _under_load(self, before: list[str]) -> tuple[Verdict, list[Done]]:
         options = self.options
-        scene = Scene(self.site, self.product, before)
-        wave = options.minutes * 60 / soak.WAVES if options.soak == soak.WAVE else 0
-        load = Load(self.site, "--wave", str(wave))
+        scene = self._scene(before)
+        load = self._load()
         try:
             time.sleep(WARM_UP)
-            wait_for(lambda: self._complete(scene), "the system is complete", 60)
+            self._wait_until_complete(scene)
             watched = soak.watch(scene, options.minutes * 60) if options.soak else []
             rounds = [] if options.soak else [self._round(scene, wanted, load) for wanted in self.plan]
             requests = requests_of(load.stop())
@@ -105,17 +121,23 @@ class Campaign:
         verdict.violations += invariants.growth(samples)
         return verdict, rounds
 
-    @staticmethod
-    def _complete(scene: Scene) -> bool:
+    def _wait_until_complete(self, scene: Scene) -> None:
+        try:
+            wait_for(lambda: not self._missing(scene), "the system is complete", 60)
+        except SiteError as error:
+            raise SiteError(f"{error}: {'; '.join(self._missing(scene))}") from error
+
+    def _missing(self, scene: Scene) -> list[str]:
+        """What a system that has just started still lacks. A load in waves chooses the number of backends."""
         seen = scene.complete()
-        return not invariants.unsettled(seen, seen.status.get("desired", 0))
+        return invariants.unsettled(seen, seen.status.get("desired", 0)) if self.options.soak else scene.violated(seen)
 
     def _round(self, scene: Scene, wanted: Round, load: Load) -> Done:
         began = time.monotonic()
         done = carry_out(scene, wanted, self.faults)
         settled = scene.seen[-1]
-        time.sleep(QUIET)
-        unfair = shares(settled, scene.complete(), requests_of(load.records()))
+        time.sleep(scene.quiet)
+        unfair = scene.unfair(settled, scene.complete(), requests_of(load.records()))
         done = Done(done.events, (*done.violations, *(f"{title(done)}: {sentence}" for sentence in unfair)))
         recovered = done.settled - max(event.undone for event in done.events)
         took = time.monotonic() - began
@@ -139,52 +161,16 @@ class Campaign:
         }
 
     def _store_logs(self) -> None:
-        (self.site.place / "manager.log").write_text(self.product.log())
-        (self.site.place / "balancer.log").write_text(self.product.balancer_log())
+        for name, text in self.product.logs().items():
+            (self.site.place / name).write_text(text)
 
     def _keep_logs(self) -> None:
         """For whoever looks into a violation."""
-        if not (self.site.place / "manager.log").exists():  # the run has failed
+        if not list(self.site.place.glob("manager*.log")):  # the run has failed
             with suppress(OSError, SiteError):
                 self._store_logs()
         start = f"{self.options.datapath}-{self.options.seed}"
-        for name in ("manager.log", "balancer.log", "requests.jsonl", "observations.jsonl"):
+        files = [file for pattern in ("*.log", "*.jsonl") for file in self.site.place.glob(pattern)]
+        for file in files:
             with suppress(OSError):
-                shutil.copy(self.site.place / name, RESULTS / f"{start}-{name}")
-
-
-def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="tests/chaos/run.sh", description=__doc__)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--minutes", type=float, default=3.0)
-    parser.add_argument("--datapath", choices=("bridge", "host"), default="bridge")
-    parser.add_argument("--soak", choices=soak.LOADS, default="", help="a load without faults, steady or in waves")
-    parser.add_argument("--faults", default="", help="names, separated by semicolons; default: all")
-    parser.add_argument("--json", default="", help="file of the result")
-    parser.add_argument("--report", nargs="+", default=[], help="stored results: writes docs/resilience.md from them")
-    parser.add_argument("--balancer-image", default="")
-    parser.add_argument("--server-image", default="")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: list[str]) -> int:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the site is removed
-    options = parse(arguments)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    if options.report:
-        report.write([json.loads(Path(name).read_text()) for name in options.report])
-        return 0
-    with tempfile.TemporaryDirectory(prefix="lbchaos", ignore_cleanup_errors=True) as place:
-        try:
-            result = Campaign(options, Path(place)).run()
-        except SiteError as error:
-            print(f"tests/chaos/run.sh: {error}", file=sys.stderr)
-            return 1
-    file = Path(options.json) if options.json else RESULTS / f"{options.datapath}-{options.seed}.json"
-    file.write_text(json.dumps(result, indent=1))
-    say(report.summary(result))
-    return 1 if result["violations"] else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+                shutil.copy(file, RESULTS / f"{start}-{file.name}")

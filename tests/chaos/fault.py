@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from chaos.allowances import Allowance
 from chaos.product import PROJECT, Product
 from chaos.site import Site, call
 
 PATHS = ("bridge", "host")
+SWARM = "swarm"
 
 
 @dataclass
@@ -34,17 +36,23 @@ class Stage:
 
 @dataclass
 class Injected:
-    """`victims` are names of containers. `undo` ends the fault."""
+    """`victims` are names of containers. `undo` ends the fault.
+
+    Of a Swarm: the fault affects the clients of `nodes`, which are addresses. If `settles`, all other nodes have to be
+    complete before the undo, within the same bound.
+    """
 
     victims: list[str] = field(default_factory=list)
     undo: Callable[[], object] = lambda: None
+    nodes: list[str] = field(default_factory=list)
+    settles: bool = False
 
 
 @dataclass(frozen=True)
 class Fault:
     name: str
     group: str  # two faults of a pair are of different groups
-    inject: Callable[[Stage], Injected]
+    inject: Callable[[Any], Injected]  # of a Stage, or of a Swarm's
     allowance: Allowance
     why: str  # of the allowance
     bound: float = 20.0  # seconds from the undo until all invariants hold again

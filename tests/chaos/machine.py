@@ -7,10 +7,12 @@ import platform
 import subprocess
 import time
 
-from chaos.site import ROOT, Site, call
+from chaos.site import Site, call
+from checkout import ROOT
+from swarm.cluster import Node
 
 
-def describe(site: Site) -> dict[str, str | int]:
+def describe(site: Site | Node) -> dict[str, str | int]:
     """`date` and `commit` are those of the call."""
     commit = subprocess.run(
         ["git", "-C", str(ROOT), "describe", "--always"], capture_output=True, text=True, check=False

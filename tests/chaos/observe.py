@@ -10,6 +10,7 @@ import json
 import re
 import subprocess
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network
@@ -22,6 +23,7 @@ from chaos.site import Site, call
 LABEL = f"lbscaler.project={PROJECT}"
 DNAT = re.compile(r"^\[(\d+):\d+\] -A LB-(?:\w{6}-)?B-[\d.]+ .*--to-destination ([\d.]+):\d+", re.MULTILINE)
 JUMP = re.compile(r"^(?:\[\d+:\d+\] )?-A (LB-\S+) .*-[jg] (LB-\S+)$", re.MULTILINE)
+TASK = re.compile(r"\.\w{25}\b")  # in a container's name: the id of the Swarm's task
 MEMBER = re.compile(r"^add LB-(?:\w{6}-)?BACKENDS ([\d.]+)", re.MULTILINE)
 
 
@@ -32,6 +34,8 @@ class Container:
     role: str
     running: bool
     ip: str
+    task: str = ""  # of a Swarm
+    pid: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,9 +73,7 @@ class Observation:
 
 def observe(product: Product, others: bool = True) -> Observation:
     """`others`: also what belongs to others, and the processes' sizes."""
-    rules, sets = rules_of(product), ""
-    with suppress(Exception):
-        sets = call(*product.rules_namespace(), "ipset", "save")
+    rules, sets = rules_of(product.rules_namespace), sets_of(product.rules_namespace)
     seen = Observation(
         at=time.monotonic(),
         status=product.status(),
@@ -88,9 +90,9 @@ def observe(product: Product, others: bool = True) -> Observation:
     return seen
 
 
-def record(product: Product, seen: Observation) -> None:
+def record(product: Any, seen: Observation) -> None:
     """A line for whoever looks into a violation: the time, the addresses in the rules, the containers and the manager's
-    rows of the backends."""
+    rows of the backends. In a Swarm, of one node."""
     rows = [[row["ip"], row["state"], row["healthy"]] for row in seen.status.get("backends", [])]
     containers = [[one.name, one.ip, one.running] for one in seen.containers]
     line = json.dumps([seen.at, sorted(seen.dispatched), containers, rows])
@@ -98,10 +100,16 @@ def record(product: Product, seen: Observation) -> None:
         file.write(line + "\n")
 
 
-def rules_of(product: Product) -> str:
+def rules_of(namespace: Callable[[], list[str]]) -> str:
     """All rules where the product's stand, with their counters; empty where that place does not exist."""
     with suppress(Exception):
-        return saved(product.rules_namespace(), "-c")
+        return saved(namespace(), "-c")
+    return ""
+
+
+def sets_of(namespace: Callable[[], list[str]]) -> str:
+    with suppress(Exception):
+        return call(*namespace(), "ipset", "save")
     return ""
 
 
@@ -134,8 +142,13 @@ def reachable(rules: str) -> set[str]:
 
 
 def containers(site: Site) -> list[Container]:
-    ids = site.try_docker("ps", "-aq", "--no-trunc", "--filter", f"label={LABEL}").split()
-    text = site.try_docker("inspect", *ids) if ids else ""
+    return containers_of(site.try_docker, "-a")
+
+
+def containers_of(docker: Callable[..., str], *flags: str) -> list[Container]:
+    """`docker` runs a command of docker, and returns nothing where that fails."""
+    ids = docker("ps", "-q", *flags, "--no-trunc", "--filter", f"label={LABEL}").split()
+    text = docker("inspect", *ids) if ids else ""
     return [_container(one) for one in json.loads(text or "[]")]
 
 
@@ -147,20 +160,26 @@ def _container(found: dict[str, Any]) -> Container:
         role=found["Config"]["Labels"]["lbscaler.role"],
         running=found["State"]["Running"] and not found["State"]["Paused"],
         ip=network.get("IPAddress", ""),
+        task=found["Config"]["Labels"].get("com.docker.swarm.task.id", ""),
+        pid=found["State"]["Pid"],
     )
 
 
 def foreign(site: Site) -> list[str]:
-    """Rules, sets, containers and networks of others on the host. Without the order of rules and the
-    networks' ids, which Docker changes at its start."""
-    bridge = site.try_docker("network", "inspect", "-f", "{{.Id}} {{(index .IPAM.Config 0).Subnet}}", PROJECT).split()
-    lines = saved(site.on_host()).splitlines() + call(*site.on_host(), "ipset", "save").splitlines()
+    return foreign_of(site.on_host(), site.try_docker, PROJECT)
+
+
+def foreign_of(host: list[str], docker: Callable[..., str], network: str) -> list[str]:
+    """Rules, sets, containers and networks of others on a host. Without the order of rules and the networks' ids, which
+    Docker changes at its start; without a Swarm's tasks. `network` is the bridge of the project's containers."""
+    bridge = docker("network", "inspect", "-f", "{{.Id}} {{(index .IPAM.Config 0).Subnet}}", network).split()
+    lines = saved(host).splitlines() + call(*host, "ipset", "save").splitlines()
     lines = [re.sub(r" \[\d+:\d+\]", "", line) for line in lines if line[:1] not in "#*"]
     found = {line for line in lines if not of_project(line, *bridge)}
     for kind, format_ in (("container", "{{.ID}} {{.Names}} {{.State}}"), ("network", "{{.Name}}")):
         command = ["ps", "-a"] if kind == "container" else ["network", "ls"]
-        rows = site.try_docker(*command, "--format", format_).splitlines()
-        found |= {f"{kind} {row}" for row in rows if PROJECT not in row}
+        rows = docker(*command, "--format", format_).splitlines()
+        found |= {f"{kind} {row}" for row in rows if PROJECT not in row and not TASK.search(row)}
     return sorted(found)
 
 

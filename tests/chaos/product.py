@@ -72,29 +72,14 @@ class Product:
         return ["nsenter", f"--net=/proc/{self.site.pid_of(BALANCER)}/ns/net"]
 
     def manager_pids(self) -> list[int]:
-        return self._processes("manager/script.py")
+        return running("manager/script.py", self.site.tree)
 
     def supervisor_pids(self) -> list[int]:
-        return self._processes("manager/supervise.sh")
+        return running("manager/supervise.sh", self.site.tree)
 
     def client_pids(self) -> list[int]:
         """The balancer's clients; there should be one."""
-        found = []
-        container = self.site.try_docker("inspect", "-f", "{{.Id}}", BALANCER)
-        for pid, words in processes():
-            if container and "synchronization_client.py" in words and container in cgroup(pid):
-                found.append(pid)
-        return found
-
-    def _processes(self, program: str) -> list[int]:
-        found = []
-        for pid, words in processes():
-            with suppress(OSError):
-                cwd = Path(f"/proc/{pid}/cwd").readlink()
-                started_with = f"--project {PROJECT}" in words
-                if program in words and started_with and cwd == self.site.tree and not is_fork(pid, words):
-                    found.append(pid)
-        return found
+        return clients_in({self.site.try_docker("inspect", "-f", "{{.Id}}", BALANCER)} - {""})
 
     def balancer_log(self) -> str:
         """Of the container that runs now."""
@@ -102,6 +87,10 @@ class Product:
 
     def log(self) -> str:
         return (self.run_dir / "manager.log").read_text(errors="replace")
+
+    def logs(self) -> dict[str, str]:
+        """The text of each log."""
+        return {"manager.log": self.log(), "balancer.log": self.balancer_log()}
 
 
 def processes() -> list[tuple[int, str]]:
@@ -112,6 +101,23 @@ def processes() -> list[tuple[int, str]]:
             words = (place / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
             found.append((int(place.name), words))
     return found
+
+
+def running(program: str, tree: Path) -> list[int]:
+    """The processes of the project's manager or supervisor that run in this checkout."""
+    found = []
+    for pid, words in processes():
+        with suppress(OSError):
+            cwd = Path(f"/proc/{pid}/cwd").readlink()
+            if program in words and f"--project {PROJECT}" in words and cwd == tree and not is_fork(pid, words):
+                found.append(pid)
+    return found
+
+
+def clients_in(containers: set[str]) -> list[int]:
+    """The balancers' clients in these containers."""
+    programs = [pid for pid, words in processes() if "synchronization_client.py" in words]
+    return [pid for pid in programs if any(container in cgroup(pid) for container in containers)]
 
 
 def is_fork(pid: int, words: str) -> bool:
@@ -129,23 +135,26 @@ def cgroup(pid: int) -> str:
 
 
 class Load:
-    """The clients outside."""
+    """The clients outside: a process that sends to one address. `outside` begins a command that runs there."""
 
-    def __init__(self, site: Site, *flags: str) -> None:
-        self.file = site.place / "requests.jsonl"
+    def __init__(self, outside: list[str], address: str, file: Path, *flags: str) -> None:
+        self.file = file
         program = str(Path(__file__).with_name("load.py"))
-        command = site.on_outside("python3", program, HOST, str(PORT), str(self.file), *flags)
-        self.process = subprocess.Popen(command)
+        self.process = subprocess.Popen([*outside, "python3", program, address, str(PORT), str(file), *flags])
 
     def records(self) -> list[list[Any]]:
         """[kind, start, end, outcome, backend] of each request that has ended."""
         lines = self.file.read_text().splitlines() if self.file.exists() else []
         return [json.loads(line) for line in lines if line.endswith("]")]
 
-    def stop(self) -> list[list[Any]]:
-        """Ends the load after the requests in progress."""
+    def end(self) -> None:
+        """It starts no more requests."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
+
+    def stop(self) -> list[list[Any]]:
+        """Ends the load after the requests in progress."""
+        self.end()
         wait_for(lambda: self.process.poll() is not None, "the load ends", 60)
         return self.records()
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from chaos.site import ROOT
-from chaos.table import FAULTS, MISSING, OPEN
+from chaos.fault import SWARM, Fault
+from chaos.table import FAULTS, MISSING, OPEN, of_path
+from checkout import ROOT
 
 PAGE = ROOT / "docs" / "resilience.md"
 Result = dict[str, Any]
@@ -30,9 +31,9 @@ def summary(result: Result) -> str:
 
 
 def command(result: Result) -> str:
+    kind = "--swarm" if result["datapath"] == SWARM else f"--datapath {result['datapath']}"
     return (
-        f"sudo tests/chaos/run.sh --seed {result['seed']} --minutes {result['minutes']:g} "
-        f"--datapath {result['datapath']}"
+        f"sudo tests/chaos/run.sh --seed {result['seed']} --minutes {result['minutes']:g} {kind}"
         + (f" --soak {result['soak']}" if result["soak"] else "")
         + (f" --faults '{result['faults']}'" if result.get("faults") else "")
     )
@@ -55,7 +56,7 @@ def costs(result: Result) -> str:
 
 
 def heading(result: Result) -> str:
-    path = f"{result['datapath'].capitalize()} path"
+    path = "Swarm" if result["datapath"] == SWARM else f"{result['datapath'].capitalize()} path"
     return f"## {path}, {result['soak']} load without faults" if result["soak"] else f"## {path}, seed {result['seed']}"
 
 
@@ -80,8 +81,11 @@ def never_injected(results: Sequence[Result]) -> list[str]:
     return [fault.name for fault in FAULTS if fault.name not in injected]
 
 
+def bounds(faults: Sequence[Fault]) -> str:
+    return table(["fault", "bound", "reason"], [[fault.name, f"{fault.bound:g} s", fault.why] for fault in faults])
+
+
 def page(results: Sequence[Result]) -> str:
-    allowances = [[fault.name, f"{fault.bound:g} s", fault.why] for fault in FAULTS]
     missing = [f"- {name}: {why}." for name, why in MISSING.items()]
     never = [f"- {name}: a fault of the campaign, but not in these runs." for name in never_injected(results)]
     parts = [
@@ -90,7 +94,10 @@ def page(results: Sequence[Result]) -> str:
         "## What each fault may cost",
         "The bound is the time from the end of the fault until all invariants hold again. The reason says which\n"
         "failed requests it explains, or why there must be none.",
-        table(["fault", "bound", "reason"], allowances),
+        bounds([fault for fault in FAULTS if SWARM not in fault.datapaths]),
+        "In a Swarm. While a node is cut off, lost, without its engine or drained, all others have to be complete\n"
+        "within the same bound.",
+        bounds(of_path(SWARM)),
         "## Open",
         "\n".join(f"- {sentence}" for sentence in OPEN),
         "## What these runs do not show",
@@ -117,6 +124,10 @@ invariants are checked from outside, by code that shares nothing with the produc
 - A request may fail only for a reason that the fault's row below gives.
 - Containers, networks, rules and sets of others stay as they are, and after stop.sh nothing of the project is left.
 - Memory and file descriptors of the manager and the balancer's client do not grow.
+
+In a Swarm the hosts are three nodes, each with an engine and with clients of its own, which send half of that. Each
+invariant holds on every node, for its own balancer and its own clients. The containers are those of the services'
+tasks.
 """
 
 

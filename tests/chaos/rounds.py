@@ -17,7 +17,6 @@ from chaos.product import BACKENDS, Product
 from chaos.site import Site
 from chaos.verdict import Done
 
-QUIET = 4.0  # seconds after a round, in which every backend has to get its share
 POLL = 0.5  # seconds between observations
 
 
@@ -37,27 +36,49 @@ class Running:
 
 @dataclass
 class Scene:
-    """The system, its load and what others have on the host."""
+    """The system and what others have on the host: how a round looks at them."""
 
     site: Site
     product: Product
     foreign: Sequence[str]
-    last: Observation | None = None
     seen: list[Observation] = field(default_factory=list)  # the complete ones
+    quiet = 4.0  # seconds after a round, in which every backend has to get its share
+
+    def stage(self, chance: random.Random) -> Stage:
+        return Stage(self.site, self.product, chance)
+
+    def look(self, others: bool = False) -> Observation:
+        return observe(self.product, others)
 
     def complete(self) -> Observation:
-        self.seen.append(observe(self.product))
+        self.seen.append(self.look(others=True))
         return self.seen[-1]
+
+    def violated(self, seen: Observation) -> list[str]:
+        """What has to hold again after a fault, and does not."""
+        unanswered = [] if self._serves() else ["a client outside is not answered at once"]
+        return unsettled(seen, BACKENDS) + unanswered
+
+    def _serves(self) -> bool:
+        return all(self.product.serves() for _ in range(BACKENDS))
+
+    def fallen(self, before: Observation, after: Observation, resets: bool) -> list[str]:
+        return fallen_counters(before, after, resets)
+
+    def unfair(self, before: Observation, after: Observation, requests: Sequence[Request]) -> list[str]:
+        return shares(before, after, requests)
 
 
 def carry_out(scene: Scene, wanted: Round, faults: dict[str, Fault]) -> Done:
     before = scene.complete()
     running = _inject(scene, wanted, faults, before)
+    violations = _recover(scene, running)[1] if any(one.injected.settles for one in running) else []
     _hold_and_undo(scene, running)
-    settled, violations = _recover(scene, running)
+    settled, late = _recover(scene, running)
+    violations += late
     after = scene.complete()
     resets = any(one.fault.resets for one in running)
-    violations += fallen_counters(before, after, resets)
+    violations += scene.fallen(before, after, resets)
     violations += changed_foreign(scene.foreign, after.foreign)
     name = " + ".join(one.fault.name for one in running)
     events = tuple(_event(one, settled) for one in running)
@@ -65,7 +86,7 @@ def carry_out(scene: Scene, wanted: Round, faults: dict[str, Fault]) -> Done:
 
 
 def _inject(scene: Scene, wanted: Round, faults: dict[str, Fault], before: Observation) -> list[Running]:
-    stage = Stage(scene.site, scene.product, random.Random(wanted.seed))
+    stage = scene.stage(random.Random(wanted.seed))
     known = {one.name: one for one in before.backends}
     running: list[Running] = []
     for name in wanted.faults:
@@ -83,7 +104,7 @@ def _hold_and_undo(scene: Scene, running: list[Running]) -> None:
     """Undoes each fault after its own time, the last one first."""
     held = list(reversed(running))
     while held:
-        _note(running, observe(scene.product, others=False))
+        _note(running, scene.look())
         for one in [one for one in held if time.monotonic() >= one.done + one.fault.hold]:
             one.injected.undo()
             one.undone = time.monotonic()
@@ -105,12 +126,10 @@ def _recover(scene: Scene, running: list[Running]) -> tuple[float, list[str]]:
     bound = sum(one.fault.bound for one in running)
     deadline = time.monotonic() + bound
     while True:
-        seen = observe(scene.product, others=False)
+        seen = scene.look()
         _note(running, seen)
         left = {one.id for one in seen.backends} & {id_ for one in running for id_ in one.ids}
-        violated = [*unsettled(seen, BACKENDS), *(f"{id_[:12]} is not replaced" for id_ in left)]
-        if not all(scene.product.serves() for _ in range(BACKENDS)):
-            violated.append("a client outside is not answered at once")
+        violated = [*scene.violated(seen), *(f"{id_[:12]} is not replaced" for id_ in left)]
         if not violated:
             return seen.at, []
         if time.monotonic() > deadline:
@@ -120,7 +139,8 @@ def _recover(scene: Scene, running: list[Running]) -> tuple[float, list[str]]:
 
 def _event(one: Running, settled: float) -> Event:
     out = one.out or settled
-    return Event(one.fault.name, one.begun, one.done, out, one.undone, settled, frozenset(one.injected.victims))
+    victims, nodes = frozenset(one.injected.victims), frozenset(one.injected.nodes)
+    return Event(one.fault.name, one.begun, one.done, out, one.undone, settled, victims, nodes)
 
 
 def shares(before: Observation, after: Observation, requests: Sequence[Request]) -> list[str]:

@@ -66,7 +66,7 @@ def drop_after(stage: Stage) -> Injected:
 
 def policy(stage: Stage) -> Injected:
     program, place = flavour(stage), stage.product.rules_namespace()
-    before = "DROP" if ":FORWARD DROP" in rules_of(stage.product) else "ACCEPT"
+    before = "DROP" if ":FORWARD DROP" in rules_of(stage.product.rules_namespace) else "ACCEPT"
     call(*place, program, "-w", "5", "-P", "FORWARD", "DROP")
 
     def undo() -> None:

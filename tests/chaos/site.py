@@ -17,7 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from checkout import ROOT, copy_tree
+
 HOST, OUTSIDE = "198.18.0.1", "198.18.0.2"
 FLOOD_SOURCES = "198.18.8.0/24"  # of SYNs without a client; routed to the outside, where nobody has them
 DISK = "64m"  # of run/, so that it can be filled
@@ -46,6 +47,14 @@ def call(*command: str, text: str | None = None, env: dict[str, str] | None = No
         output = (done.stdout + done.stderr)[-LOGGED:]
         raise SiteError(f"{' '.join(command)[:300]}: status {done.returncode}: {output}")
     return done.stdout.strip()
+
+
+def copy_images(images: list[str], load: list[str], env: dict[str, str]) -> None:
+    """From the machine's engine to another one; `load` is its command."""
+    save = subprocess.Popen(["docker", "save", *images], stdout=subprocess.PIPE)
+    loaded = subprocess.run(load, stdin=save.stdout, env=env, capture_output=True, check=False)
+    if save.wait() or loaded.returncode:
+        raise SiteError(f"images were not copied: {loaded.stderr.decode()}")
 
 
 class Site:
@@ -92,7 +101,7 @@ class Site:
         """`images` are copied from the machine's engine."""
         self._connect()
         self.start_engine()
-        self._copy_images(images)
+        copy_images(images, self.on_host("docker", "load"), self.env)
         self._copy_tree()
 
     def _connect(self) -> None:
@@ -109,20 +118,9 @@ class Site:
         # Otherwise the outside would send the answers back to the host, and each would go round until its TTL ends.
         call("ip", "-n", self.outside, "route", "add", "blackhole", FLOOD_SOURCES)
 
-    def _copy_images(self, images: list[str]) -> None:
-        save = subprocess.Popen(["docker", "save", *images], stdout=subprocess.PIPE)
-        load = self.on_host("docker", "load")
-        loaded = subprocess.run(load, stdin=save.stdout, env=self.env, capture_output=True, check=False)
-        if save.wait() or loaded.returncode:
-            raise SiteError(f"images were not copied: {loaded.stderr.decode()}")
-
     def _copy_tree(self) -> None:
         """The files that git knows, and .venv. run/ is a small file system of its own."""
-        names = call("git", "-C", str(ROOT), "ls-files", "-co", "--exclude-standard").splitlines()
-        for name in names:
-            if (ROOT / name).is_file():
-                (self.tree / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(ROOT / name, self.tree / name)
+        copy_tree(self.tree)
         shutil.copytree(ROOT / ".venv", self.tree / ".venv", symlinks=True)
         (self.tree / "run").mkdir()
         call("mount", "-t", "tmpfs", "-o", f"size={DISK}", "lbchaos", str(self.tree / "run"))

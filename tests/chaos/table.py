@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from chaos import backends, callers, control, rules
+from chaos import backends, callers, control, rules, swarm_faults
 from chaos.fault import Fault
 
-FAULTS: list[Fault] = [*backends.FAULTS, *rules.FAULTS, *control.FAULTS, *callers.faults()]
+FAULTS: list[Fault] = [*backends.FAULTS, *rules.FAULTS, *control.FAULTS, *callers.faults(), *swarm_faults.FAULTS]
 
 MISSING = {
     "clock jump": "the clock is the machine's, and other programs need it; "
@@ -21,6 +21,10 @@ OPEN = (
     "Bridge path, seed 29, a SYN flood and a frozen backend: in one of five such rounds, nine new connections that "
     "began within half a second, when the frozen backend's substitute had started, ended as unreachable or timed out. "
     "The address that they were sent to is not known.",
+    "Swarm, seed 1, a lost node and a killed backend on another one: the node was the Swarm's leader, and the other "
+    "node's agent was reporting the backend's end to it. Docker's agent waits for that answer without a deadline. So "
+    "the Swarm started no substitute until the lost node returned, 134 s later. The balancers had ejected the backend, "
+    "and the manager reported that 5 of 6 serve.",
 )
 
 

@@ -49,7 +49,7 @@ class Verdict:
 
 
 def requests_of(records: Sequence[Sequence[Any]]) -> list[Request]:
-    return [Request(kind, start, end, outcome, backend) for kind, start, end, outcome, backend in records]
+    return [Request(*record) for record in records]
 
 
 def judge(requests: Sequence[Request], rounds: Sequence[Done], faults: Mapping[str, Fault]) -> Verdict:
@@ -103,5 +103,6 @@ def _around(request: Request, rounds: Sequence[Done]) -> Done | None:
 def _sentence(request: Request, place: Done | None, name: str) -> str:
     since = f", {request.start - place.begun:+.2f} s after it began" if place else ""
     backend = f" on {request.backend}" if request.backend else ""
+    node = f" to {request.node}" if request.node else ""
     took = request.end - request.start
-    return f"{name}: a request ({request.kind}){backend} failed: {request.outcome} after {took:.2f} s{since}"
+    return f"{name}: a request ({request.kind}){node}{backend} failed: {request.outcome} after {took:.2f} s{since}"

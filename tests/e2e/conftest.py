@@ -11,7 +11,7 @@ import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +19,9 @@ from typing import Any
 
 import loads
 import pytest
+
+from checkout import copy_tree
+from waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 FAST = ("--interval", "1", "--panic-window", "3", "--stable-window", "6", "--drain-timeout", "15")
@@ -40,17 +43,6 @@ def docker(*arguments: str) -> str:
     done = subprocess.run(["docker", *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"docker {' '.join(arguments)}: {done.stderr}"
     return done.stdout.strip()
-
-
-def wait_until(condition: Callable[[], Any], what: str, seconds: float = 60.0) -> Any:
-    """The first true value of `condition`; a generous bound, for a busy machine. A condition that takes long, such as
-    one with a program, is checked less often: it may use a third of the time."""
-    deadline = time.monotonic() + seconds
-    while (began := time.monotonic()) < deadline:
-        if value := condition():
-            return value
-        time.sleep(max(0.1, 2 * (time.monotonic() - began)))
-    raise AssertionError(f"not within {seconds:g} s: {what}")
 
 
 def free_port() -> int:
@@ -220,18 +212,6 @@ class Load:
             slowest = max([slowest, *(float(s) for s in re.findall(r"Slowest:\s+([\d.]+)", output))])
         assert answered, outputs[0]
         return answered, others, slowest
-
-
-def copy_tree(place: Path) -> Path:
-    """A copy of the files git knows."""
-    names = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    for name in names.stdout.splitlines():
-        if (ROOT / name).is_file():
-            (place / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, place / name)
-    return place
 
 
 @contextmanager

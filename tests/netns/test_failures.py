@@ -91,6 +91,42 @@ def test_unanswered_connection_is_sent_to_another_backend_after_its_flow_is_dele
     assert answers == [TWO]
 
 
+def answers_despite_lost_hosts(
+    balancer: Balancer, client: Namespace, address: tuple[str, int], healthy: list[str], nobody: list[str]
+) -> list[str]:
+    """Connects while rotation has addresses that nobody has, and for longer than the kernel takes to find that out."""
+    balancer.dispatch_over(*healthy, *nobody)
+    answers: list[str] = []
+
+    def call() -> None:
+        try:
+            answers.append(request(client, address, timeout=30))
+        except OSError as error:
+            answers.append(str(error))
+
+    callers = [threading.Thread(target=call) for _ in range(20)]
+    for caller in callers:
+        caller.start()
+    time.sleep(4.5)
+    balancer.dispatch_over(*healthy)
+    balancer.delete_flows(nobody)
+    for caller in callers:
+        caller.join(30)
+    return answers
+
+
+def test_connection_to_a_backend_without_a_host_waits_until_it_is_sent_to_another(
+    lab: Lab, client: Namespace, balancer: Balancer
+) -> None:
+    """Reported to the client, a lost host would end the attempt before three probes have failed."""
+    backends = lab.add(ONE, TWO)
+    for address in (ONE, TWO):
+        Server(backends, address)
+    nobody = [f"198.18.1.{number}" for number in range(10, 20)]
+    answers = answers_despite_lost_hosts(balancer, client, VIP, [ONE, TWO], nobody)
+    assert (len(answers), set(answers) - {ONE, TWO}) == (20, set())
+
+
 def test_unanswered_connection_stays_with_its_backend_while_its_flow_exists(
     lab: Lab, client: Namespace, balancer: Balancer
 ) -> None:

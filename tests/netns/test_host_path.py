@@ -16,7 +16,7 @@ from datapath import DataPath
 from host_network import PortHolder, route_loopback
 from netns.conftest import Balancer
 from netns.lab import Lab, Namespace, Server, connect, request, requests
-from netns.test_failures import eventually
+from netns.test_failures import answers_despite_lost_hosts, eventually
 
 HOST, OUTSIDE = "198.18.0.1", "198.18.0.254"
 GATEWAY, ONE, TWO, THREE = "198.19.0.1", "198.19.1.1", "198.19.1.2", "198.19.1.3"
@@ -390,3 +390,15 @@ def test_new_clients_follow_the_weights(lab: Lab, sticky: tuple[Balancer, Callab
 
 def _equal(seen: object, expected: object) -> None:
     assert seen == expected
+
+
+@pytest.mark.parametrize("on_host", [False, True], ids=["outside", "on the host"])
+def test_connection_to_a_backend_that_is_gone_waits_until_it_is_sent_to_another(
+    host: Host, outside: Namespace, on_host: bool
+) -> None:
+    for ip in (ONE, TWO):
+        Server(host.launch(ip))
+    nobody = [f"198.19.1.{number}" for number in range(10, 20)]
+    client = host.namespace if on_host else outside
+    answers = answers_despite_lost_hosts(host, client, SERVICE, [ONE, TWO], nobody)
+    assert (len(answers), set(answers) - {ONE, TWO}) == (20, set())

@@ -7,6 +7,7 @@ A bridge in one more namespace connects them. Addresses are of 198.18.0.0/15, wh
 from __future__ import annotations
 
 import ctypes
+import http.client
 import json
 import os
 import re
@@ -23,7 +24,7 @@ from typing import Any, TypeVar
 
 import loads
 
-from e2e.conftest import wait_until
+from waiting import wait_until
 
 T = TypeVar("T")
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -92,7 +93,7 @@ class Node:
             try:
                 with urllib.request.urlopen(url, timeout=5) as answer:
                     return str(answer.read().decode())
-            except OSError:
+            except (OSError, http.client.HTTPException):  # nobody answers, or it ended within its answer
                 return ""
 
         return in_namespace(self.name, ask)
@@ -107,12 +108,22 @@ class Node:
 
     def try_docker(self, *arguments: str) -> str:
         """The same, empty where a Swarm that has just lost a node does not answer."""
-        done = subprocess.run(["docker", *arguments], env=self.env, capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else ""
+        with suppress(subprocess.TimeoutExpired):
+            done = subprocess.run(
+                ["docker", *arguments], env=self.env, capture_output=True, text=True, timeout=20, check=False
+            )
+            return done.stdout.strip() if done.returncode == 0 else ""
+        return ""
 
     def start_engine(self) -> None:
-        self.launch_engine()
-        self.wait_for_engine()
+        """Tries again, because an engine that was killed may still hold what the next one needs."""
+        for pause in (1, 2, 4):
+            self.launch_engine()
+            with suppress(AssertionError):
+                return self.wait_for_engine()
+            self.end_engine(signal.SIGKILL)
+            time.sleep(pause)
+        raise AssertionError(f"the engine of {self.name} does not start: {self.place / 'dockerd.log'}")
 
     def launch_engine(self) -> None:
         command = self.namespace_command(
@@ -126,6 +137,8 @@ class Node:
 
     def wait_for_engine(self) -> None:
         def answers() -> bool:
+            assert self._engine is not None
+            assert self._engine.poll() is None, f"the engine of {self.name} has ended"
             done = subprocess.run(["docker", "info"], env=self.env, capture_output=True, check=False)
             return done.returncode == 0
 
@@ -136,12 +149,17 @@ class Node:
         self.cut()
         self.end(signal.SIGKILL)
 
+    def end_engine(self, how: int) -> None:
+        """Ends the engine alone. Its containers go on if it is killed."""
+        if self._engine is not None:
+            self._engine.send_signal(how)
+            self._engine.wait(60)
+            self._engine = None
+
     def end(self, how: int = signal.SIGTERM) -> None:
         if self._engine is None:
             return
-        self._engine.send_signal(how)
-        self._engine.wait(60)
-        self._engine = None
+        self.end_engine(how)
         for pid in self.processes():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

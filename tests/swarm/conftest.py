@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from e2e.conftest import copy_tree, free_port, machine_lock, wait_until
+from checkout import copy_tree
+from e2e.conftest import free_port, machine_lock
 from swarm.cluster import REGISTRY, Cluster, System
+from waiting import wait_until
 
 TOOLS = ("dockerd", "docker", "docker-registry", "nsenter", "ip", "hey", "curl", "openssl")
 

@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from e2e.conftest import wait_until
 from swarm.cluster import REGISTRY, Cluster, Load, Node, System, answering_backend, in_namespace, node_id
 from swarm.conftest import image_of
+from waiting import wait_until
 
 Figure = Callable[[str], None]
 

@@ -20,13 +20,13 @@ import pytest
 from core.controller import Controller
 from core.engine import EngineError
 from core.load import Report, Sample
-from e2e.conftest import wait_until
 from engines.docker_engine import DockerEngine
 from engines.options import BalancerOptions
 from engines.swarm_engine import SwarmEngine
 from fakes import settings
 from swarm.cluster import Cluster, Node
 from swarm.conftest import image_of
+from waiting import wait_until
 from web.metrics import Tally
 
 NODES = 1

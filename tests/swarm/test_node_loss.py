@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from e2e.conftest import copy_tree, wait_until
+from checkout import copy_tree
 from swarm.cluster import REGISTRY, Cluster, Load, Node, System, answering_backend, lost_in_flight, node_id
 from swarm.conftest import image_of
+from waiting import wait_until
 
 Figure = Callable[[str], None]
 

@@ -17,7 +17,8 @@ import socket
 import time
 from pathlib import Path
 
-LINGER, FINISH = 1.0, 20.0  # seconds
+LINGER = float(os.environ.get("LINGER", "1"))  # seconds; set in a Swarm, as for the sample server
+FINISH = 20.0  # seconds
 IDLE = 30.0  # seconds between two requests of a connection
 SLOW = 0.4  # seconds
 CHUNK, PAUSE = b"." * 4096, 0.1  # ten a second

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from chaos.fault import PATHS
+from chaos.fault import PATHS, SWARM
 from chaos.plan import LARGEST, PAIRS, plan
 from chaos.table import FAULTS, MISSING, of_path
 
@@ -18,7 +18,7 @@ def test_same_seed_gives_the_same_plan_and_another_seed_another_one() -> None:
     assert plan(7, 5, FAULTS) != plan(8, 5, FAULTS)
 
 
-@pytest.mark.parametrize("datapath", PATHS)
+@pytest.mark.parametrize("datapath", [*PATHS, SWARM])
 def test_every_fault_comes_once_before_any_comes_again(datapath: str) -> None:
     usable = of_path(datapath)
     for seed in SEEDS:

@@ -16,12 +16,15 @@ BY_NAME = {fault.name: fault for fault in FAULTS}
 VICTIM, OTHER = "backend-1", "backend-2"
 
 
+LOST_NODE, OTHER_NODE = "198.18.0.2", "198.18.0.3"
+
+
 def event(fault: str = "kill a backend") -> Event:
-    return Event(fault, 100.0, 101.0, 102.0, 103.0, 106.0, frozenset({VICTIM}))
+    return Event(fault, 100.0, 101.0, 102.0, 103.0, 106.0, frozenset({VICTIM}), frozenset({LOST_NODE}))
 
 
-def failed(start: float, end: float, backend: str = "", outcome: str = "reset") -> Request:
-    return Request("new", start, end, outcome, backend)
+def failed(start: float, end: float, backend: str = "", outcome: str = "reset", node: str = "") -> Request:
+    return Request("new", start, end, outcome, backend, node)
 
 
 @pytest.mark.parametrize(
@@ -42,6 +45,14 @@ def failed(start: float, end: float, backend: str = "", outcome: str = "reset") 
         (allowances.new_until_repaired, failed(105, 120), False),
         (allowances.outage, failed(105, 120, OTHER), True),
         (allowances.outage, failed(107, 120), False),
+        (allowances.clients_of_node, failed(105, 120, node=LOST_NODE), True),
+        (allowances.clients_of_node, failed(105, 120, node=OTHER_NODE), False),
+        (allowances.clients_of_node, failed(107, 120, node=LOST_NODE), False),
+        (allowances.node_lost, failed(105, 120, node=LOST_NODE), True),
+        (allowances.node_lost, failed(99, 100.5, VICTIM, node=OTHER_NODE), True),
+        (allowances.node_lost, failed(101.8, 117, node=OTHER_NODE), False),
+        (allowances.node_lost_slowly, failed(101.8, 117, node=OTHER_NODE), True),
+        (allowances.node_lost_slowly, failed(102.8, 117, node=OTHER_NODE), False),
     ],
 )
 def test_failed_request_is_explained_only_by_what_the_fault_may_cost(
@@ -94,6 +105,21 @@ def test_summary_says_how_to_repeat_a_run_that_violated_something() -> None:
     text = report.summary(result())
     assert text.startswith("1 faults in 1 rounds, 2 requests, 2 failed, 1 of them explained\nVIOLATED kill a backend")
     assert text.endswith("again: sudo tests/chaos/run.sh --seed 5 --minutes 3 --datapath host")
+
+
+def test_swarms_run_has_its_own_flag_heading_and_table_of_bounds() -> None:
+    run = {**result(), "datapath": "swarm"}
+    assert report.summary(run).endswith("again: sudo tests/chaos/run.sh --seed 5 --minutes 3 --swarm")
+    page = report.page([run])
+    assert "## Swarm, seed 5" in page
+    own_table = page.partition("In a Swarm. While")[2]
+    assert "| drain a node, then activate it | 60 s | " in own_table
+    assert "| kill a backend | " not in own_table
+
+
+def test_failed_request_to_a_node_names_it() -> None:
+    verdict = judge([failed(50, 51, node=OTHER_NODE)], [Done((event(),))], BY_NAME)
+    assert verdict.violations[0].startswith("no fault: a request (new) to 198.18.0.3 failed: reset")
 
 
 def test_page_has_each_run_with_its_violations_and_each_fault_with_its_bound() -> None:

@@ -18,8 +18,8 @@ from chaos.rounds import Scene
 STEADY, WAVE = "steady", "wave"
 LOADS = (STEADY, WAVE)
 WAVES = 3  # in the whole time
-# About four backends at the mean of the load, two and six at its ends.
-FOLLOWING = ("--metric", "connections", "--target", "12", "--min", "2")
+# About four backends at the mean of the load, two and six at its ends. The windows are the product's defaults.
+FOLLOWING = ("--metric", "connections", "--target", "12", "--min", "2", "--stable-window", "60", "--panic-window", "6")
 EVERY = 10.0  # seconds between observations
 LONGEST_CHANGE = 60.0  # seconds in a row without all invariants: a drain, and a launch
 DEVIATIONS = 5.0  # standard deviations of a share that count as chance

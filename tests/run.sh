@@ -3,7 +3,7 @@
 # answers, runs the linters and all tests, says what was skipped and why, and stops what it started.
 #   tests/run.sh            linters, then all tests: several at a time; those that failed once more, alone; then those
 #                           marked paired, two at a time; then those marked serial, alone
-#   tests/run.sh --fast     linters and the unit tests, which need neither root nor an engine
+#   tests/run.sh --fast     linters and the unit tests that are not marked slow; they need neither root nor an engine
 #   tests/run.sh WORD…      linters, then one pytest process with these words; paths, such as tests/swarm, select tests
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -66,7 +66,7 @@ git ls-files -co --exclude-standard -z '*.sh' .ci/run | xargs -0 shellcheck -x
 all=(tests/unit tests/netns tests/browser tests/e2e tests/swarm)
 if [ -n "$FAST" ]; then
     say "unit"
-    run_parallel tests/unit "$@"
+    run_parallel -m "not slow" tests/unit "$@"
 elif [ $# -gt 0 ]; then
     case " $* " in *" tests/"*) all=() ;; esac
     "$VENV/bin/python" -m pytest "${all[@]}" "$@"

@@ -21,6 +21,9 @@ from fakes_host import ROOT, System, until
 FIRST_ANSWER = "Waiting for the first answer"
 
 
+pytestmark = pytest.mark.slow  # each test runs run.sh
+
+
 @pytest.fixture
 def system(tmp_path: Path) -> Iterator[System]:
     made = System(tmp_path)

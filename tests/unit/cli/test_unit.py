@@ -19,6 +19,9 @@ NAME = "lbscaler-p.service"
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: systemd runs the manager for root only")
 
 
+pytestmark = pytest.mark.slow  # most tests run run.sh
+
+
 @pytest.fixture
 def system(tmp_path: Path) -> Iterator[System]:
     made = System(tmp_path, systemd=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -52,6 +53,7 @@ def test_every_decision_of_the_last_half_hour_is_listed(steps: list[tuple[float,
     assert {point.time for point in points if point.time > points[-1].time - FINE_MINUTES * MINUTE} <= set(listed)
 
 
+@pytest.mark.slow
 def test_two_days_at_the_shortest_interval_take_no_more_than_a_day() -> None:
     history = History()
     for number in range(2 * 24 * 3600 * 8 // 3):

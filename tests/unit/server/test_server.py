@@ -324,6 +324,7 @@ def test_sync_reports_draining_after_sigterm() -> None:
         assert sync.get("/sync").status_code == 503
 
 
+@pytest.mark.slow
 def test_backend_with_five_thousand_idle_connections_is_ready_and_answers() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard < 6000:
@@ -410,6 +411,7 @@ def test_connections_far_above_the_limit_are_closed_and_open_files_do_not_run_ou
         assert len(closed) in (10, 11)  # the connection that `accepts` made may still be counted
 
 
+@pytest.mark.slow
 def test_busy_backend_answers_readiness_checks_in_time() -> None:
     request = b"GET /?limit=1000000 HTTP/1.1\r\nHost: backend\r\n\r\n"
     with backend() as program, sync_server(program.port) as sync, many(200, program, request) as clients:

@@ -169,6 +169,7 @@ def memory() -> int:
     return pages * resource.getpagesize() >> 20
 
 
+@pytest.mark.slow
 def test_reports_and_status_are_fast_during_a_thousand_long_polls_and_idle_connections(
     begin: Callable[..., Site], many_files: None, figure: Callable[[str], None]
 ) -> None:

@@ -134,6 +134,7 @@ def test_without_marks_no_connection_waits_and_packets_are_counted(
     assert [name for name in balancer.listing("filter").chains if name.startswith("LB-")] == [
         "LB-FORWARD",
         "LB-INPUT",
+        "LB-UNREACHABLE",
     ]
     Server(backends, ONE, talk=echo, greet=False)
     with connect(client, VIP) as connection:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address
@@ -130,23 +130,33 @@ def listing_request(ports: Collection[int], backend: str = "", waiting_only: boo
     return message(GET, DUMP, 0, attributes + attribute(NESTED | FILTER, flags))
 
 
-def deletions(
-    block: bytes, ports: Collection[int], backends: Collection[str], unanswered_only: bool = False
-) -> Iterator[bytes]:
-    """For each flow from the service's ports to `backends` in `block`, the attributes of the message that deletes it:
-    its first tuple and its id. With the id, a newer connection with the same ports is kept. `unanswered_only`: only
-    flows whose SYN the backend did not answer. Raises ValueError for a malformed block."""
-    wanted = {IPv4Address(ip).packed for ip in backends}
+def deletions(block: bytes, ports: Collection[int], chosen: Callable[[Flow], bool]) -> Iterator[bytes]:
+    """For each chosen flow to the service's ports in `block`, the attributes of the message that deletes it: its first
+    tuple and its id. With the id, a newer connection with the same ports is kept. Raises ValueError for a malformed
+    block."""
     with _malformed():
         for entry in _entries(block):
             flow = _flow(block, entry, ports)
-            if flow is None or flow.backend not in wanted:
-                continue
-            if unanswered_only and flow.state != SYN_SENT:
-                continue
-            tuple_at, id_at = entry[ORIGINAL], entry[ID]
-            first_tuple = attribute(NESTED | ORIGINAL, block[tuple_at : tuple_at + _TUPLE.size])
-            yield first_tuple + attribute(ID, block[id_at : id_at + 4])
+            if flow is not None and chosen(flow):
+                tuple_at, id_at = entry[ORIGINAL], entry[ID]
+                first_tuple = attribute(NESTED | ORIGINAL, block[tuple_at : tuple_at + _TUPLE.size])
+                yield first_tuple + attribute(ID, block[id_at : id_at + 4])
+
+
+def of_backends(ips: Collection[str], unanswered_only: bool) -> Callable[[Flow], bool]:
+    """Chooses these backends' flows; `unanswered_only`: those whose SYN the backend did not answer."""
+    wanted = _packed(ips)
+    return lambda flow: flow.backend in wanted and (flow.state == SYN_SENT or not unanswered_only)
+
+
+def misdirected(ips: Collection[str]) -> Callable[[Flow], bool]:
+    """Chooses the flows that go to none of these backends, and whose SYN nobody answered."""
+    backends = _packed(ips)
+    return lambda flow: flow.backend not in backends and flow.state == SYN_SENT
+
+
+def _packed(ips: Collection[str]) -> frozenset[bytes]:
+    return frozenset(IPv4Address(ip).packed for ip in ips)
 
 
 # -- answers ---------------------------------------------------------------------------------------------------------

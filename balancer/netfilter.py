@@ -10,7 +10,7 @@ import contextlib
 import json
 import subprocess
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import ctnetlink
@@ -140,8 +140,12 @@ class Netfilter:
     def delete_flows(self, ips: Collection[str], unanswered_only: bool = False) -> None:
         """Deletes the flows of any number of backends; `unanswered_only`: those whose SYN got no answer."""
         if ips:
-            with _connection_table():
-                ctnetlink.delete(self._deletions(ips, unanswered_only))
+            self._delete(self._requests_for(ips), flows.of_backends(ips, unanswered_only))
+
+    def delete_misdirected_flows(self, ips: Collection[str]) -> None:
+        """Deletes the flows to the service that another program's rule sent elsewhere than to these backends, and that
+        nobody answers."""
+        self._delete([flows.listing_request(self.path.service_ports)], flows.misdirected(ips))
 
     def _requests_for(self, ips: Collection[str]) -> list[bytes]:
         """For a few backends one filtered scan each; for many, one scan of all flows."""
@@ -154,10 +158,14 @@ class Netfilter:
             for block in ctnetlink.listing(request):
                 yield from flows.flows(block, self.path.service_ports)
 
-    def _deletions(self, ips: Collection[str], unanswered_only: bool) -> Iterator[bytes]:
-        for request in self._requests_for(ips):
+    def _delete(self, requests: Iterable[bytes], chosen: Callable[[flows.Flow], bool]) -> None:
+        with _connection_table():
+            ctnetlink.delete(self._deletions(requests, chosen))
+
+    def _deletions(self, requests: Iterable[bytes], chosen: Callable[[flows.Flow], bool]) -> Iterator[bytes]:
+        for request in requests:
             for block in ctnetlink.listing(request):
-                yield from flows.deletions(block, self.path.service_ports, ips, unanswered_only)
+                yield from flows.deletions(block, self.path.service_ports, chosen)
 
     def delete_neighbours(self, ips: Collection[str]) -> None:
         if ips:

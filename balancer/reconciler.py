@@ -86,6 +86,10 @@ class Reconciler:
         # Write the rules. If the wanted nat table is that of the last pass, another program had changed the kernel's.
         tables = self._tables(chosen, snapshot)
         repaired = self._write(tables, nat) and self._nat == tables[0]
+        if repaired and not self._path.on_host:
+            # Another program's rule may have sent flows elsewhere. They keep that translation, and so would new flows
+            # from the same ports of a client, for the two minutes after the last SYN.
+            self._netfilter.delete_misdirected_flows(ids)
         # Remove the old backends: no rule leads to them now.
         unhealthy = {backend.ip for backend in snapshot.backends if health[backend.id].healthy is False}
         ejected = (before.ips & unhealthy) - chosen.ips

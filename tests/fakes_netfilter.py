@@ -220,6 +220,9 @@ class FakeNetfilter(Netfilter):
             deleted = [flow for flow in deleted if flow.state == flows.SYN_SENT]
         self.flows = [flow for flow in self.flows if flow not in deleted]
 
+    def delete_misdirected_flows(self, ips: Collection[str]) -> None:
+        self.flows = [flow for flow in self.flows if not flows.misdirected(ips)(flow)]
+
     def delete_neighbours(self, ips: Iterable[str]) -> None:
         if ips := sorted(ips):
             self._change(f"neighbours {' '.join(ips)}")

@@ -62,12 +62,19 @@ def test_unanswered_only_keeps_answered_flows(open_flows: dict[str, int], balanc
     assert balancer.live() == {ONE: 3, TWO: 3}
 
 
+def test_misdirected_flows_are_those_without_an_answer_that_go_to_no_backend(
+    open_flows: dict[str, int], balancer: Balancer
+) -> None:
+    balancer.delete_misdirected_flows([ONE])
+    assert balancer.live() == {ONE: 3, TWO: 3}, "the unanswered one of another address is deleted"
+
+
 def test_deleting_a_flow_that_has_ended_is_no_error(open_flows: dict[str, int], balancer: Balancer) -> None:
     with balancer.namespace:
         ports = balancer.path.service_ports
         found = []
         for block in ctnetlink.listing(flows.listing_request(ports)):
-            found += flows.deletions(block, ports, [ONE, TWO])
+            found += flows.deletions(block, ports, flows.of_backends([ONE, TWO], False))
         assert len(found) == 6
         ctnetlink.delete(found)
         ctnetlink.delete(found)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import select
 import socket
+import time
 
 import pytest
 
@@ -44,6 +46,27 @@ def test_foreign_rule_before_ours_gets_no_traffic_after_the_next_pass(
     chains = balancer.listing("nat").chains
     assert chains["PREROUTING"][0].endswith("-j LB-DISPATCH")
     assert chains["PREROUTING"][1:] == (foreign,)
+
+
+@pytest.mark.parametrize("deleted", [True, False])
+def test_connection_that_a_foreign_rule_sent_nowhere_is_dispatched_once_its_flow_is_deleted(
+    served: Namespace, client: Namespace, balancer: Balancer, deleted: bool
+) -> None:
+    foreign = "-p tcp -m tcp --dport 8000 -j DNAT --to-destination 198.18.1.77:9"  # nobody has that address
+    balancer.apply(f"*nat\n-I PREROUTING 1 {foreign}\nCOMMIT\n")
+    with client:
+        connection = socket.socket()
+    with connection:
+        connection.setblocking(False)
+        connection.connect_ex(VIP)
+        time.sleep(0.3)
+        balancer.dispatch_over(ONE)
+        if deleted:
+            balancer.delete_misdirected_flows([ONE])
+        time.sleep(1.5)  # the client sends its SYN again after one second
+        error = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        connected = not error and bool(select.select([], [connection], [], 0)[1])
+    assert connected == deleted
 
 
 def test_moved_and_duplicate_hooks_are_repaired_in_every_table(served: Namespace, balancer: Balancer) -> None:

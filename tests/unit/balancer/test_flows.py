@@ -9,7 +9,7 @@ import pytest
 
 import flows
 from fakes_netfilter import STATES, TIMEOUTS, flow, waiting
-from flows import FlowCounts, attribute, count, deletions
+from flows import FlowCounts, attribute, count, deletions, misdirected, of_backends
 from ruleset import REPLY_MARK, REQUEST_MARK
 
 A, B = "198.18.0.2", "198.18.0.3"
@@ -123,11 +123,13 @@ def test_self_check_connections_are_not_counted() -> None:
 
 def test_flow_is_deleted_by_its_first_tuple_and_its_id() -> None:
     block = entry(A) + entry(B) + entry(A, state=flows.SYN_SENT)
-    one, two = deletions(block, PORTS, [A])
+    one, two = deletions(block, PORTS, of_backends([A], False))
     assert one == two == block[20:72] + attribute(12, struct.pack("!I", 77))
-    assert len(list(deletions(block, PORTS, [A, B]))) == 3
-    assert len(list(deletions(block, PORTS, [A, B], unanswered_only=True))) == 1
-    assert list(deletions(block, PORTS, ["198.18.0.9"])) == []
+    assert len(list(deletions(block, PORTS, of_backends([A, B], False)))) == 3
+    assert len(list(deletions(block, PORTS, of_backends([A, B], unanswered_only=True)))) == 1
+    assert list(deletions(block, PORTS, of_backends(["198.18.0.9"], False))) == []
+    assert len(list(deletions(block, PORTS, misdirected([B])))) == 1
+    assert list(deletions(block, PORTS, misdirected([A, B]))) == []
 
 
 def test_request_has_the_service_and_the_filters_of_the_kernel() -> None:

@@ -134,8 +134,9 @@ def test_missing_features_are_found_by_trying_their_rules(
         lambda n: n.waiting_flows(),
         lambda n: n.flows_of(["198.18.0.2"]),
         lambda n: n.delete_flows(["198.18.0.2"]),
+        lambda n: n.delete_misdirected_flows(["198.18.0.2"]),
     ],
-    ids=["all", "waiting", "of one", "delete"],
+    ids=["all", "waiting", "of one", "delete", "delete misdirected"],
 )
 def test_errors_of_the_connection_table_are_errors_of_netfilter(
     monkeypatch: pytest.MonkeyPatch, call: Callable[[Netfilter], object], error: Exception

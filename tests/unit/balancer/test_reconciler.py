@@ -264,6 +264,23 @@ def test_changes_by_other_programs_are_repaired(
     )
 
 
+@pytest.mark.parametrize("name", ["world", "host"])
+def test_repair_deletes_the_flows_that_another_program_sent_elsewhere(
+    request: pytest.FixtureRequest, name: str
+) -> None:
+    """On the host, they may be those of another program's own service at that port."""
+    world: World = request.getfixturevalue(name)
+    world.set_backends(f"a {A}", f"b {B}")
+    world.reconcile()
+    elsewhere, own = flow("198.18.0.77", "SYN_SENT"), [flow(A), flow(B, "SYN_SENT"), flow("198.18.0.77")]
+    world.kernel.flows = [elsewhere, *own]
+    world.reconcile()
+    assert world.kernel.flows == [elsewhere, *own], "nothing was repaired"
+    world.kernel.tables["nat"][world.kernel.path.chain("DISPATCH")].clear()
+    world.reconcile()
+    assert world.kernel.flows == ([elsewhere, *own] if name == "host" else own)
+
+
 def test_first_pass_keeps_the_flows_of_the_first_rules(world: World) -> None:
     first = ruleset.nat([ruleset.Endpoint(A), ruleset.Endpoint(B)])  # what script.sh installs
     world.kernel.apply(restore.restore(first, world.kernel.listing("nat")))

@@ -143,7 +143,9 @@ def test_blocks_of_the_connection_table(block: bytes) -> None:
         counts = flows.count(seen, TIMEOUTS, A)
         assert counts.live.total() <= len(seen)
     with suppress(ValueError):
-        assert all(isinstance(attributes, bytes) for attributes in flows.deletions(block, PORTS, [A]))
+        assert all(
+            isinstance(attributes, bytes) for attributes in flows.deletions(block, PORTS, flows.of_backends([A], False))
+        )
 
 
 @given(st.lists(st.binary(max_size=40), max_size=3))

@@ -40,7 +40,9 @@ Allowance = Callable[[Request, Event], bool]
 
 
 def _on_victim(request: Request, event: Event) -> bool:
-    return request.backend in event.victims and event.begun - GRACE <= request.end
+    """Names are used again: once the system is complete, the name is that of another backend."""
+    meanwhile = event.begun - GRACE <= request.end and request.start <= event.settled
+    return request.backend in event.victims and meanwhile
 
 
 def _unknown(request: Request, event: Event, until: float) -> bool:

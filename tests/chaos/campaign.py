@@ -157,6 +157,7 @@ class Campaign:
             "machine": self.machine,
             "planned": [] if options.soak else [list(one.faults) for one in self.plan],
             "injected": [[event.fault for event in one.events] for one in rounds],
+            "events": [asdict(event) for one in rounds for event in one.events],
             **asdict(verdict),
         }
 

@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
             print(f"tests/chaos/run.sh: {error}", file=sys.stderr)
             return 1
     file = Path(options.json) if options.json else RESULTS / f"{options.datapath}-{options.seed}.json"
-    file.write_text(json.dumps(result, indent=1))
+    file.write_text(json.dumps(result, indent=1, default=sorted))  # sets as lists
     say(report.summary(result))
     return 1 if result["violations"] else 0
 

@@ -88,7 +88,8 @@ def _add_round(cost: Cost, one: Done, requests: Sequence[Request]) -> None:
 
 
 def _explaining(request: Request, rounds: Sequence[Done], faults: Mapping[str, Fault]) -> Done | None:
-    for one in rounds:
+    """The last round that explains it."""
+    for one in reversed(rounds):
         if any(faults[event.fault].allowance(request, event) for event in one.events):
             return one
     return None

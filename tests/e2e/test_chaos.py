@@ -19,7 +19,7 @@ def begin(datapath: str, result: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-@pytest.mark.serial  # recovery is timed; the two of them use a part of the machine
+@pytest.mark.paired  # recovery is timed
 def test_short_campaigns_inject_all_their_faults_and_violate_no_invariant(
     tmp_path: Path, figure: Callable[[str], None]
 ) -> None:

@@ -17,9 +17,6 @@ from waiting import wait_until
 
 Figure = Callable[[str], None]
 
-# Swarm's agents need processor time to notice a lost node and to find a new leader.
-pytestmark = pytest.mark.paired
-
 
 def addresses(rows: list[dict[str, str]], node_id: str) -> set[str]:
     return {row["ip"] for row in rows if row["node"] == node_id}
@@ -146,6 +143,7 @@ def elsewhere(cluster: Cluster, system: System, tmp_path_factory: pytest.TempPat
     made.end_manager()
 
 
+@pytest.mark.paired  # without processor time, Swarm's agents do not find its new leader
 def test_another_node_takes_over_when_the_manager_node_is_lost(
     cluster: Cluster, system: System, elsewhere: System, figure: Figure
 ) -> None:

@@ -31,7 +31,7 @@ OWN_PORTS, MASQUERADE_PORTS = "60000:65535", "1024-59999"
 MAX_CHECKED = 8  # backends that self-check connections are spread over
 SYN = "--tcp-flags FIN,SYN,RST,ACK SYN"  # matches a connection's first packet
 DNAT = "-m conntrack --ctstate DNAT"  # matches connections that were dispatched
-HOST_UNREACHABLE = "-p icmp -m icmp --icmp-type 3/1"
+HOST_UNREACHABLE = "-p icmp -m icmp --icmp-type 3/1"  # matches the message that nobody has an address
 PUSH = "-p tcp -m tcp --tcp-flags PSH PSH"  # matches packets with data, at least the last one of each write
 
 

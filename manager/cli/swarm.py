@@ -68,8 +68,8 @@ def publish(project: Project, registry: str, name: str) -> str:
 
 
 def share_secrets(project: Project, image: str, rotate: bool) -> dict[str, str]:
-    """Stores the token and the certificate as Swarm secrets, or new ones to `rotate`. Returns the variables with their
-    names for the manager, whose balancers are replaced when a name has changed.
+    """Stores the token and the certificate as Swarm secrets; with `rotate`, they are made anew. Returns the variables
+    with their names for the manager, whose balancers are replaced when a name has changed.
 
     The certificate with its key is a third secret, which no balancer gets. A manager that takes over on another node
     uses it, so that the balancers can keep the certificate they have. Raises Failed.
@@ -189,7 +189,7 @@ def remove_rotated(project: Project) -> None:
         replaced += _stored(project, file)[1:]
     if not replaced:
         return
-    with project.output.step("Removing the secrets before"):
+    with project.output.step("Removing the replaced secrets"):
         deadline = time.monotonic() + SERVICE_TIMEOUT
         while replaced and time.monotonic() < deadline:
             time.sleep(POLL)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from fakes_chaos import complete
 
 from chaos import invariants
 from chaos.observe import Container, Observation, Process, dnat_counters, of_project, reachable
@@ -28,20 +29,7 @@ COMMIT
 
 def healthy() -> Observation:
     backends = [Container(f"id{n}", f"backend-{n}", "backend", True, ip) for n, ip in enumerate(ADDRESSES)]
-    rows: list[dict[str, Any]] = []
-    for one in backends:
-        rows.append({"name": one.name, "state": "active", "healthy": True, "connections": 10.0})
-    return Observation(
-        at=100.0,
-        status={"desired": 2, "backends": rows, "problems": []},
-        containers=[*backends, Container("b", "balancer", "balancer", True, "198.18.0.9")],
-        managers=1,
-        supervisors=1,
-        connections=dict.fromkeys(ADDRESSES, 10),
-        dispatched=set(ADDRESSES),
-        members=set(ADDRESSES),
-        foreign=[],
-    )
+    return complete([*backends, Container("b", "balancer", "balancer", True, "198.18.0.9")], ADDRESSES)
 
 
 def with_row(seen: Observation, **values: Any) -> Observation:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+from fakes_chaos import complete
 
 from chaos import swarm_observe
 from chaos.allowances import Request
@@ -15,23 +16,12 @@ from chaos.swarm_observe import SwarmSeen, by_container
 FIRST, SECOND = "198.18.0.1", "198.18.0.2"  # the nodes
 ADDRESSES = ("198.19.0.2", "198.19.0.3")  # of the backends
 BACKENDS = [Container(f"backend{n}", f"backend{n}", "backend", True, ip, f"t{n}") for n, ip in enumerate(ADDRESSES)]
-ROWS = [{"name": one.name, "state": "active", "healthy": True, "connections": 10.0} for one in BACKENDS]
 NAMES = {FIRST: "n1", SECOND: "n2"}
 
 
 def on_node(number: int) -> Observation:
-    balancers = [{"id": f"balancer{n}"} for n in (1, 2)]
-    return Observation(
-        at=100.0,
-        status={"desired": 2, "backends": ROWS, "problems": [], "balancers": balancers},
-        containers=[*BACKENDS, Container(f"balancer{number}", f"balancer{number}", "balancer", True, "", f"b{number}")],
-        managers=1,
-        supervisors=1,
-        connections=dict.fromkeys(ADDRESSES, 10),
-        dispatched=set(ADDRESSES),
-        members=set(ADDRESSES),
-        foreign=[],
-    )
+    own = Container(f"balancer{number}", f"balancer{number}", "balancer", True, "", f"b{number}")
+    return complete([*BACKENDS, own], ADDRESSES, balancers=[{"id": f"balancer{n}"} for n in (1, 2)])
 
 
 def healthy() -> SwarmSeen:
@@ -83,7 +73,9 @@ def test_counter_that_falls_on_one_node_is_found() -> None:
 
 
 def test_managers_sum_may_fall_only_when_a_balancer_has_started_again() -> None:
-    status = {**on_node(1).status, "backends": [{**ROWS[0], "connections": 3.0}, ROWS[1]]}
+    status = on_node(1).status
+    first, second = status["backends"]
+    status = {**status, "backends": [{**first, "connections": 3.0}, second]}
     nodes = {node: replace(one, status=status) for node, one in healthy().nodes.items()}
     assert len(swarm_observe.fallen(healthy(), replace(healthy(), nodes=nodes), False)) == len(nodes)
     restarted = [*BACKENDS, Container("new", "new", "balancer", True, "", "b9")]

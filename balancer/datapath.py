@@ -7,7 +7,6 @@ project's own prefix, and the rules match only packets to the service's address 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -77,9 +76,12 @@ def from_environment(environ: Mapping[str, str]) -> DataPath:
     """The data path in the variables that the manager sets. Raises ValueError for a malformed one.
 
     LB_PORTS is a list such as 80:8080,443:8443; without LB_BRIDGE, the rules stand in the balancer's own namespace."""
-    pairs = re.findall(r"(\d+):(\d+)", environ.get("LB_PORTS", "8000:8000"))
+    ports = []
+    for pair in environ.get("LB_PORTS", "8000:8000").split(","):
+        port, backend_port = pair.split(":")
+        ports.append((int(port), int(backend_port)))
     return DataPath(
-        ports=tuple((int(port), int(backend_port)) for port, backend_port in pairs),
+        ports=tuple(ports),
         prefix=environ.get("LB_PREFIX", "LB-"),
         bridge=environ.get("LB_BRIDGE", ""),
         subnet=environ.get("LB_SUBNET", ""),

@@ -42,6 +42,8 @@ def run(argv: Sequence[str], text: str = "") -> str:
             done = subprocess.run(argv, input=text, capture_output=True, errors="replace", timeout=TIMEOUT, check=False)
         except subprocess.TimeoutExpired:
             raise NetfilterError(f"{' '.join(argv)}: not finished after {TIMEOUT} s") from None
+        except OSError as error:
+            raise NetfilterError(f"{argv[0]} cannot be run: {error}") from error
         if done.returncode == 0:
             return done.stdout
         if done.returncode != LOCKED:
@@ -207,4 +209,7 @@ def _connection_table() -> Iterator[None]:
 
 
 def _setting(path: str) -> int:
-    return int((PROC / path).read_text())
+    try:
+        return int((PROC / path).read_text())
+    except (OSError, ValueError) as error:
+        raise NetfilterError(f"{PROC / path} cannot be read: {error}") from error

@@ -42,7 +42,7 @@ class Reconciler:
         self._path = state.netfilter.path
         # Address → id of each backend that the kernel may have flows of. None before the first pass.
         self._known: Mapping[str, str] | None = None
-        self._nat: Table | None = None  # as the last pass wrote it
+        self._nat: Table | None = None  # as the last pass wrote it; None if that pass failed
         self._failed: Mapping[str, int] = {}  # connections that the rules had dropped at the last pass, by reason
 
     def wait_and_reconcile(self) -> None:
@@ -85,7 +85,8 @@ class Reconciler:
             self._known = {**known, **ids}
         # Write the rules. If the wanted nat table is that of the last pass, another program had changed the kernel's.
         tables = self._tables(chosen, snapshot)
-        repaired = self._write(tables, nat) and self._nat == tables[0]
+        last_written, self._nat = self._nat, None  # unknown, if this pass fails
+        repaired = self._write(tables, nat) and last_written == tables[0]
         if repaired and not self._path.on_host:
             # Another program's rule may have sent flows elsewhere. They keep that translation, and so would new flows
             # from the same ports of a client, for the two minutes after the last SYN.

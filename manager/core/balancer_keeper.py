@@ -14,7 +14,7 @@ from core import event_log
 from core.engine import BalancerState
 from core.launch_backoff import STABLE, LaunchBackoff
 from core.load import Finding
-from core.path_check import PathCheck, repairable
+from core.path_check import PathCheck
 from core.reasons import Cause, Reason
 from core.workers import BALANCER, Workers
 
@@ -26,9 +26,9 @@ log = logging.getLogger("manager")
 class BalancerKeeper:
     """All calls are made with the controller's lock held. `chance` returns a number from 0 to 1."""
 
-    def __init__(self, workers: Workers, chance: Callable[[], float]) -> None:
+    def __init__(self, workers: Workers, chance: Callable[[], float], *, on_host: bool = False) -> None:
         self.state = BalancerState.RUNNING
-        self.path = PathCheck()
+        self.path = PathCheck(on_host)
         self._workers, self._chance = workers, chance
         self._backoff = LaunchBackoff()
         self._repaired_at = NEVER
@@ -73,18 +73,11 @@ class BalancerKeeper:
     def path_tested(self, errors: Mapping[str, str], findings: Sequence[Finding], now: float) -> None:
         """Takes the result of a test of the data path. `errors`: the error of each target, empty if it worked."""
         was_broken = bool(self.path.problem)
-        failed = [(target, error) for target, error in errors.items() if error]
-        if failed:
-            target, error = failed[0]
-            self.path.failed(target, error, findings)
-        # No target, no result: then the path stays as it was.
-        elif errors:
-            self.path.passed()
-        broken = bool(self.path.problem)
-        if broken != was_broken:
+        self.path.tested(errors, findings)
+        if bool(self.path.problem) != was_broken:
             event_log.path(self.path)
         # A repair interrupts the service, so it is tried only if a new balancer fixes the problem.
-        if broken and repairable(findings):
+        if self.path.repairable(findings):
             self._repair(now)
 
     def status(self) -> dict[str, str]:

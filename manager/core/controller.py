@@ -101,7 +101,7 @@ class Controller:
         self._workers = Workers(engine, done=self._wake.set)
         self._namer = plan.Namer(f"{settings.project}-backend-")
         self._publisher = Publisher(settings, self._files, self._lock, check_source)
-        self._balancer = BalancerKeeper(self._workers, chance)
+        self._balancer = BalancerKeeper(self._workers, chance, on_host=settings.datapath == "host")
         self.path = self._balancer.path
 
     # -- the loop -----------------------------------------------------------------------------------------------------
@@ -142,6 +142,8 @@ class Controller:
         for body in (self._watch_events, self._test_path_regularly):
             threading.Thread(target=body, daemon=True).start()
         while not self._publisher.closing:
+            # An event that comes from here on causes another list.
+            after_event, self._hinted = self._hinted, False
             try:
                 self.step()
             # An error of one pass must not end the manager: the next pass starts from a new list.
@@ -150,8 +152,7 @@ class Controller:
                 self.close()
             except Exception:
                 log.exception("this pass failed; trying again")
-            pause = RELIST_AFTER_EVENT if self._hinted else RELIST
-            self._hinted = False
+            pause = RELIST_AFTER_EVENT if after_event else RELIST
             began = self._clock()
             self._wake.wait(pause)
             self._wake.clear()

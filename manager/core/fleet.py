@@ -165,8 +165,12 @@ def _compare(backend: Backend, container: Container, now: float) -> Backend:
         return ended(seen, container.exit_code, now)
     if backend.state in SERVING_OR_WILL and container.leaving:
         return seen.to(DRAINING, now, Reason(Cause.ENGINE_STOP))
-    if backend.state in SERVING_OR_WILL and backend.ip and (container.status == "paused" or not container.ip):
-        return seen.to(FAILED, now, Reason(Cause.PAUSED if container.ip else Cause.NETWORK_LOST))
+    # What another program does to a container is no failure of the backend.
+    by_others = replace(seen, external=True)
+    if backend.state in SERVING_OR_WILL and backend.ip and not container.ip:
+        return by_others.to(FAILED, now, Reason(Cause.NETWORK_LOST))
+    if backend.state in SERVING_OR_WILL and backend.ip and container.status == "paused":
+        return by_others.to(FAILED, now, Reason(Cause.PAUSED))
     return seen
 
 

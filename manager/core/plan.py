@@ -137,8 +137,9 @@ def _grow(fleet: Fleet, goal: Goal, namer: Namer, missing: int) -> list[Step]:
     new_spares = max(0, goal.spares - len(idle))
     for number, name in enumerate(namer.free(fleet, launches + new_spares)):
         steps.append(Launch(name, spare=number >= launches))
-    surplus = [*outdated, *idle[goal.spares :]]
-    return [*steps, *(Drain(backend.name, Reason(Cause.SURPLUS_SPARE)) for backend in surplus)]
+    steps += [Drain(backend.name, Reason(Cause.UPDATE)) for backend in outdated]
+    steps += [Drain(backend.name, Reason(Cause.SURPLUS_SPARE)) for backend in idle[goal.spares :]]
+    return steps
 
 
 def _to_replace(capacity: list[Backend], desired: int, now: float) -> list[Backend]:

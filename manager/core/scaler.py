@@ -65,7 +65,9 @@ class ClampKind(StrEnum):
     MIN = "min"  # value: the policy's
     MAX = "max"  # value: the policy's
     LOAD_UNKNOWN = "load_unknown"  # detail: the balancers without a report
-    NO_HISTORY = "no_history"  # value: seconds since the manager started
+    NO_HISTORY = (
+        "no_history"  # value: seconds since the history began: when the manager started, or after a gap without reports
+    )
     PANIC = "panic"
     STABLE_WINDOW = "stable_window"  # value: the largest number wanted within it; detail: its length
 
@@ -88,7 +90,7 @@ class Clamp:
             case ClampKind.LOAD_UNKNOWN:
                 return f"load unknown: no report from {self.detail}"
             case ClampKind.NO_HISTORY:
-                return f"no history yet: started {self.value:.0f} s ago"
+                return f"no history yet: it began {self.value:.0f} s ago"
             case ClampKind.PANIC:
                 return "panic: the load passed twice the capacity within the stable window"
             case ClampKind.STABLE_WINDOW:

@@ -229,11 +229,12 @@ class SwarmEngine(BaseEngine):
         self.balancers = frozenset(map(swarm_balancer.report_name, running))
 
         serving_nodes = {task.node for task in running if not task.leaving}
-        self._check_targets = []
+        targets = []
         for node in nodes:
             ip = str(node["Status"].get("Addr", ""))
             if node["ID"] in serving_nodes and ip not in swarm_balancer.NO_ADDRESS:
-                self._check_targets.append((ip, self._settings.port))
+                targets.append((ip, self._settings.port))
+        self._check_targets = targets  # another thread reads it
 
     @cached_property
     def _balancer_spec(self) -> Spec:

@@ -25,3 +25,9 @@ from datapath import OWN_NAMESPACE, DataPath, from_environment
 def test_variables_describe_the_data_path(environ: dict[str, str], path: DataPath) -> None:
     assert from_environment(environ) == path
     assert path.on_host == ("LB_BRIDGE" in environ)
+
+
+@pytest.mark.parametrize("ports", ["", "8000", "80-8080", "80:8080,", "80:http", "80:8080:1"])
+def test_malformed_list_of_ports_is_an_error(ports: str) -> None:
+    with pytest.raises(ValueError, match=r"unpack|int\(\)"):
+        from_environment({"LB_PORTS": ports})

@@ -39,6 +39,23 @@ def test_output_that_is_no_utf_8_is_text_all_the_same() -> None:
     assert netfilter.run(["printf", r"-A FORWARD -m comment --comment \374 -j ACCEPT"]).split(" ")[5] == "\ufffd"
 
 
+def test_tool_that_does_not_exist_is_named() -> None:
+    with pytest.raises(NetfilterError, match="no-such-tool cannot be run: .*No such file"):
+        netfilter.run(["no-such-tool", "-L"])
+
+
+@pytest.mark.parametrize("content", [None, "many\n"], ids=["missing", "no number"])
+def test_setting_that_cannot_be_read_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str | None
+) -> None:
+    monkeypatch.setattr(netfilter, "PROC", tmp_path)
+    if content is not None:
+        (tmp_path / "ipv4").mkdir()
+        (tmp_path / "ipv4" / "ip_forward").write_text(content)
+    with pytest.raises(NetfilterError, match="ipv4/ip_forward cannot be read: "):
+        Netfilter("nft").ip_forward()
+
+
 @pytest.mark.parametrize(
     ("codes", "runs", "succeeds"),
     [

@@ -264,6 +264,22 @@ def test_changes_by_other_programs_are_repaired(
     )
 
 
+def test_rules_that_a_failed_pass_wrote_are_not_taken_for_another_programs(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.set_backends(f"a {A}", f"b {B}")
+    world.reconcile()
+    world.set_backends(f"a {A}")
+    world.kernel.break_at = len(world.kernel.calls) + 2
+    with pytest.raises(NetfilterError):
+        world.reconcile()
+    assert world.dispatched() == {A}, "it failed after it had written the nat table"
+    world.set_backends(f"a {A}", f"b {B}")
+    world.reconcile()
+    assert world.dispatched() == {A, B}
+    assert not [message for message in caplog.messages if "another program" in message]
+
+
 @pytest.mark.parametrize("name", ["world", "host"])
 def test_repair_deletes_the_flows_that_another_program_sent_elsewhere(
     request: pytest.FixtureRequest, name: str

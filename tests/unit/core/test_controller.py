@@ -933,6 +933,25 @@ def test_loop_notices_that_the_process_was_stopped(
     assert eventually(lambda: "this process was stopped for 8 s" in caplog.text)
 
 
+def test_event_during_a_list_causes_two_lists_soon_after_it(
+    looping: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Docker's first list after an event may still show the old state."""
+    monkeypatch.setattr(module, "RELIST", 60)
+    r = looping(2)
+    time.sleep(2 * module.RELIST_AFTER_EVENT)
+    lists, list_containers = r.engine.lists, r.engine.list
+
+    def list_with_event() -> Sequence[Container]:
+        if r.engine.lists == lists:
+            r.controller._take_event(Event("start", "", 0))
+        return list_containers()
+
+    monkeypatch.setattr(r.engine, "list", list_with_event)
+    r.controller._wake.set()
+    assert eventually(lambda: r.engine.lists == lists + 3)
+
+
 # -- panic ------------------------------------------------------------------------------------------------------------
 
 

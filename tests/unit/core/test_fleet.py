@@ -36,8 +36,8 @@ def ended(state: str, reason: Reason, since: float = NOW) -> Backend:
     return backend(state, since=since, reason=reason, running=False)
 
 
-def failed(cause: Cause) -> Backend:
-    return backend(FAILED, since=NOW, reason=Reason(cause))
+def failed_by_others(cause: Cause) -> Backend:
+    return backend(FAILED, since=NOW, reason=Reason(cause), external=True)
 
 
 OBSERVED: dict[str, tuple[Backend | None, Container | None, Backend | None]] = {
@@ -70,9 +70,9 @@ OBSERVED: dict[str, tuple[Backend | None, Container | None, Backend | None]] = {
     "a list that tells no spec": (backend(spec="old"), container(), backend(spec="old")),
     "a spare is listed like any other": (backend(SPARE), container(), backend(SPARE)),
     "a spare died": (backend(SPARE), container("exited", ip="", exit_code=3), ended(FAILED, CRASHED)),
-    "a spare paused": (backend(SPARE), container("paused"), failed(Cause.PAUSED)),
-    "paused by somebody": (backend(), container("paused"), failed(Cause.PAUSED)),
-    "cut off before it was ready": (backend(STARTING), container(ip=""), failed(Cause.NETWORK_LOST)),
+    "a spare paused": (backend(SPARE), container("paused"), failed_by_others(Cause.PAUSED)),
+    "paused by somebody": (backend(), container("paused"), failed_by_others(Cause.PAUSED)),
+    "cut off before it was ready": (backend(STARTING), container(ip=""), failed_by_others(Cause.NETWORK_LOST)),
     "cut off while it drained: the address is kept": (backend(DRAINING), container(ip=""), backend(DRAINING)),
     "paused while it was stopped": (backend(STOPPED), container("paused"), backend(STOPPED)),
     "no address yet": (PLACEHOLDER, container(ip=""), backend(STARTING, ip="")),

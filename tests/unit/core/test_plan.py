@@ -165,7 +165,7 @@ WITH_SPARES: dict[str, tuple[dict[str, Backend], int, int, list[Step]]] = {
     "none wanted any more": (crew(ACTIVE, SPARE, "spare:ready"), 1, 0, unwanted(3, 2)),
     "a stale one drains and is replaced, not admitted": (
         *(crew(ACTIVE, "spare:old,ready"), 2, 1),
-        [Launch("p-3"), Launch("p-4", spare=True), *unwanted(2)],
+        [Launch("p-3"), Launch("p-4", spare=True), *replaced(2)],
     ),
     "scale-in does not touch them": (crew(ACTIVE, ACTIVE, "spare:ready"), 1, 1, drains(2, to=1)),
 }

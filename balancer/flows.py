@@ -36,6 +36,7 @@ HEADERS = 20  # bytes before a message's attributes
 # enum tcp_conntrack. A flow in one of the last three states has ended; in the others it may still carry data.
 SYN_SENT, SYN_RECV, ESTABLISHED, FIN_WAIT, CLOSE_WAIT, LAST_ACK, TIME_WAIT, CLOSE = range(1, 9)
 OVER = (LAST_ACK, TIME_WAIT, CLOSE)
+HALF_OPEN = (SYN_SENT, SYN_RECV)  # the handshake is not complete
 # The backend's kernel has accepted the connection. A client that timed out has sent its FIN without getting a reply.
 ACCEPTED = (ESTABLISHED, FIN_WAIT, CLOSE_WAIT)
 STATE_NAMES = ("syn_sent", "syn_recv", "established", "fin_wait", "close_wait", "last_ack", "time_wait", "close")
@@ -182,6 +183,8 @@ def count(seen: Iterable[Flow], timeouts: Timeouts, check_source: str = "") -> F
             continue
         waits = flow.mark & (REQUEST_MARK | REPLY_MARK) == REQUEST_MARK
         silent = timeouts.idle(flow) >= SILENT_SECONDS
+        if silent and flow.state in HALF_OPEN:  # of a SYN flood, or of a client that has given up
+            continue
         kinds[flow.backend, flow.state, waits, silent] += 1
     # Then add the combinations up by backend.
     counts = FlowCounts()
@@ -231,10 +234,12 @@ def _flow(block: bytes, entry: dict[int, int], ports: Collection[int]) -> Flow |
     """The flow of one message; None if it is not a TCP connection to one of these ports."""
     if PROTOINFO not in entry or TIMEOUT not in entry:
         return None
-    source, _, protocol, source_port, port = _TUPLE.unpack_from(block, entry[ORIGINAL])
+    source, target, protocol, source_port, port = _TUPLE.unpack_from(block, entry[ORIGINAL])
     if protocol != TCP or port not in ports:
         return None
-    backend = _TUPLE.unpack_from(block, entry[REPLY])[0]
+    backend, _, _, backend_port, _ = _TUPLE.unpack_from(block, entry[REPLY])
+    if (backend, backend_port) == (target, port):  # not dispatched: a probe, or another program's own connection
+        return None
     state = block[entry[PROTOINFO] + _STATE_OFFSET]
     (remaining,) = _NUMBER.unpack_from(block, entry[TIMEOUT])
     mark = _NUMBER.unpack_from(block, entry[MARK])[0] if MARK in entry else 0

@@ -42,7 +42,8 @@ class Reconciler:
         self._path = state.netfilter.path
         # Address → id of each backend that the kernel may have flows of. None before the first pass.
         self._known: Mapping[str, str] | None = None
-        self._nat: Table | None = None  # as the last pass wrote it; None if that pass failed
+        self._nat: Table | None = None  # as it was written last
+        self._misdirected = False  # another program had changed the nat table, and its flows are not deleted yet
         self._failed: Mapping[str, int] = {}  # connections that the rules had dropped at the last pass, by reason
 
     def wait_and_reconcile(self) -> None:
@@ -83,14 +84,16 @@ class Reconciler:
         if self._known is not None:
             # The new backends may get flows from now on. If this pass fails below, the next must not delete them.
             self._known = {**known, **ids}
-        # Write the rules. If the wanted nat table is that of the last pass, another program had changed the kernel's.
+        # Write the rules. If the kernel no longer has the nat table that was written last, another program changed it.
         tables = self._tables(chosen, snapshot)
-        last_written, self._nat = self._nat, None  # unknown, if this pass fails
-        repaired = self._write(tables, nat) and last_written == tables[0]
-        if repaired and not self._path.on_host:
+        repaired = self._nat is not None and bool(restore.restore(self._nat, nat))
+        self._misdirected |= repaired and not self._path.on_host
+        self._write(tables, nat)
+        if self._misdirected:
             # Another program's rule may have sent flows elsewhere. They keep that translation, and so would new flows
             # from the same ports of a client, for the two minutes after the last SYN.
             self._netfilter.delete_misdirected_flows(ids)
+            self._misdirected = False
         # Remove the old backends: no rule leads to them now.
         unhealthy = {backend.ip for backend in snapshot.backends if health[backend.id].healthy is False}
         ejected = (before.ips & unhealthy) - chosen.ips
@@ -99,7 +102,7 @@ class Reconciler:
             self._netfilter.change_sets(restore.set_changes(ids, {*present, *ids}, name))
         self._netfilter.remove_client_sets(ids)
 
-        self._known, self._nat = ids, tables[0]
+        self._known = ids
         state.rotation, state.converged_at = chosen, time.monotonic()
         _log_changes(before, chosen, repaired)
 
@@ -138,11 +141,12 @@ class Reconciler:
         others = [Endpoint(backend.ip) for backend in snapshot.backends if backend.ip not in chosen.ips]
         return ruleset.tables(chosen.endpoints, others, self._path, snapshot.check_source, self._state.missing)
 
-    def _write(self, tables: list[Table], nat: Listing) -> bool:
-        """Writes the tables that differ from the kernel's, and returns whether the nat table did."""
+    def _write(self, tables: list[Table], nat: Listing) -> None:
+        """Writes the tables that differ from the kernel's."""
         # The nat table first: it alone decides where connections go.
         listings = {"nat": nat}
-        changed = self._apply(tables[0], nat)
+        self._apply(tables[0], nat)
+        self._nat = tables[0]
         self._state.rules_in_place = True
         for table in tables[1:]:
             listings[table.name] = self._netfilter.listing(table.name)
@@ -151,7 +155,6 @@ class Reconciler:
         # On the host, other programs' rules are none of our business.
         inspected = {} if self._path.on_host else listings
         self._state.findings = tuple(findings.find(self._netfilter.ip_forward(), inspected))
-        return changed
 
     def _count_failed(self, failed: Mapping[str, int]) -> None:
         for reason, count in failed.items():
@@ -160,12 +163,11 @@ class Reconciler:
             FAILED_CONNECTIONS.labels(reason).inc(count - before if count >= before else count)
         self._failed = failed
 
-    def _apply(self, table: Table, actual: Listing) -> bool:
+    def _apply(self, table: Table, actual: Listing) -> None:
         text = restore.restore(table, actual)
         if text:
             with APPLY_SECONDS.time():
                 self._netfilter.apply(text)
-        return bool(text)
 
 
 def _log_changes(before: Rotation, after: Rotation, repaired: bool) -> None:
@@ -175,6 +177,6 @@ def _log_changes(before: Rotation, after: Rotation, repaired: bool) -> None:
         log.info("panic over: %s of %s backends healthy", after.healthy, after.candidates)
     if after.ips != before.ips:
         log.info("rotation %s", " ".join(sorted(after.ips)) or "empty")
-    elif repaired:
+    if repaired:
         log.warning("repaired the nat table: another program had changed it")
         REPAIRS.inc()

@@ -6,16 +6,17 @@ import itertools
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from core.controller import Controller
 from core.engine import BalancerState, Engine, EngineError, Event, NameTaken
-from core.fleet import Container
+from core.fleet import ACTIVE, Container
 from core.load import Report, Sample
 from core.settings import Settings, read, variable
+from core.state_files import SavedFleet, StateFiles
 from web.metrics import Tally
 
 TOKEN = "0123456789abcdef"
@@ -157,11 +158,16 @@ class Chance:
         return self.value
 
 
+def save_active(place: Path, ids: Iterable[str]) -> None:
+    """Writes the state files of a manager that had these containers in rotation."""
+    StateFiles(place / "ip.txt").write_fleet(SavedFleet(states=dict.fromkeys(ids, ACTIVE)))
+
+
 def controller(engine: FakeEngine, place: Path, clock: Clock, **changes: object) -> Controller:
-    """A controller whose predecessor had all that runs in rotation, unless the place holds another ip.txt."""
+    """A controller whose predecessor had all that runs in rotation, unless the place holds what another one saved."""
     ip_file = place / "ip.txt"
     if not ip_file.exists() and isinstance(engine, FakeEngine):
-        ip_file.write_text("".join(f"{container.ip}\n" for container in engine.containers.values()))
+        save_active(place, [container.id for container in engine.containers.values()])
     chance = Chance().random
     return Controller(engine, settings(**changes), ip_file, Tally(), clock, chance=chance)
 

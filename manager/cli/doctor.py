@@ -311,13 +311,16 @@ def neighbours(host: Host) -> Found:
 
 def memory(host: Host) -> Found:
     free = int(re.findall(r"^MemAvailable: +(\d+) kB", host.read("/proc/meminfo"), re.MULTILINE)[0]) / 2**20
-    limit, count = host.settings.memory, host.settings.max + host.settings.spares
+    # The memory of those that run is not available any more.
+    label = f"label=lbscaler.project={host.settings.project}"
+    running = host.run(f"docker ps --quiet --filter {label} --filter label=lbscaler.role=backend").stdout.split()
+    limit, count = host.settings.memory, max(0, host.settings.max + host.settings.spares - len(running))
     each = int(limit[:-1]) / {"k": 2**20, "m": 2**10, "g": 1}[limit[-1]]  # in GiB, as everything here
     needed = count * each + BALANCER_MEMORY
-    found = f"{free:.1f} GiB available; {count} backends of {limit} and the balancer may use {needed:.1f} GiB"
+    found = f"{free:.1f} GiB available; {count} more backends of {limit} and the balancer may use {needed:.1f} GiB"
     fit = max(0, free - BALANCER_MEMORY) // each
     short = host.settings.orchestrator == "docker" and needed > free
-    return judged(found, short, f"{fit:g} fit: lower --max or --memory, unless they use less")
+    return judged(found, short, f"{fit:g} more fit: lower --max or --memory, unless they use less")
 
 
 CHECKS: Mapping[str, Callable[[Host], Found]] = {

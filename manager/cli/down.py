@@ -65,7 +65,7 @@ def _remove_from_engine(project: Project, drain: float) -> bool:
     if swarm.is_worker(project):
         raise Failed("this node is a worker of a Swarm; run stop.sh on a manager of it")
     if project.services():
-        swarm.remove_services(project, drain > 0)
+        swarm.remove_services(project, drain)
     elif drain:
         _drain(project, drain)
     # A start that failed may have left these without any service.

@@ -83,16 +83,24 @@ class Project:
 
     @cached_property
     def token(self) -> str:
-        """The token in the file, which is made if there is none; or a new one until `write_token`."""
+        """The token in the file, which is made if there is none; or a new one until `write_secrets`."""
         self.make_token()
         return (self.run_dir / "token").read_text().strip()
+
+    @cached_property
+    def rotated_files(self) -> dict[str, str]:
+        """New contents of files in `run_dir`, by name, until `write_secrets`."""
+        return {}
 
     def rotate_token(self) -> None:
         self.token = secrets.token_hex(24)
 
-    def write_token(self) -> None:
-        """Writes the token for the manager and, as a copy, for the balancer. Its container's root has no right to read
-        files of others with mode 0600, so everybody may read the copy, in a folder that only this user may enter."""
+    def write_secrets(self) -> None:
+        """Writes the rotated files, and the token for the manager and, as a copy, for the balancer. Its container's
+        root has no right to read files of others with mode 0600, so everybody may read the copy, in a folder that only
+        this user may enter."""
+        for name, text in self.rotated_files.items():
+            write(self.run_dir / name, text)
         write(self.run_dir / "token", self.token)
         self.secrets_dir.mkdir(mode=0o700, exist_ok=True)
         folder = self.secrets_dir / "balancer"

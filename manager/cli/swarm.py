@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,15 @@ from cli.project import Project, has_text, write
 
 TASK_TIMEOUT = 60.0  # seconds until Swarm has started a task on this node
 SERVICE_TIMEOUT = 30.0  # seconds until the manager has updated the balancers' service
-DRAIN_TIMEOUT = 120.0  # seconds for the balancers of all nodes; Swarm kills each after its grace period
+DRAIN_MARGIN = 30.0  # seconds after the drain timeout for Swarm to stop the balancers of all nodes
 CLAIM_TIME = 86400  # seconds; a claim that lies this far in the future is newer than any manager's claim
 CLAIM_PAUSE = 5.0  # seconds in which managers on other nodes notice a newer claim
 POLL = 0.1  # seconds
 FILE = "file"  # role of the secrets that backends get
 TOKEN_FILE, KEY_FILE, CERTIFICATE_FILE = "token", "manager.pem", "certificate.pem"  # also the roles of their secrets
 TAKEN_OVER = (TOKEN_FILE, KEY_FILE)  # what a manager on another node needs
-KEYS = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 3650 -subj /CN=lbscaler-manager"
-ALT_NAME = "subjectAltName=DNS:lbscaler-manager"
+NEW_CERTIFICATE = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 3650"
+NAMES = "-subj /CN=lbscaler-manager -addext subjectAltName=DNS:lbscaler-manager"  # by which the balancers know it
 
 
 # -- run.sh -----------------------------------------------------------------------------------------------------------
@@ -67,30 +68,40 @@ def publish(project: Project, registry: str, name: str) -> str:
     return there
 
 
-def share_secrets(project: Project, image: str, rotate: bool) -> dict[str, str]:
-    """Stores the token and the certificate as Swarm secrets; with `rotate`, they are made anew. Returns the variables
-    with their names for the manager, whose balancers are replaced when a name has changed.
+def share_secrets(project: Project, image: str, rotate: bool, undo: Undo) -> dict[str, str]:
+    """Stores the token and the certificate as Swarm secrets. Returns their names by file; `variables` has those that
+    the manager gets. Its balancers are replaced when a name has changed. Raises Failed.
 
     The certificate with its key is a third secret, which no balancer gets. A manager that takes over on another node
-    uses it, so that the balancers can keep the certificate they have. Raises Failed.
+    uses it, so that the balancers can keep the certificate they have. With `rotate`, the certificate is made again. Its
+    files here stay as they are until `Project.write_secrets`, because the running manager has them.
     """
-    stored = {}
-    for file in TAKEN_OVER:
-        stored[file] = next(iter(_stored(project, file)), None)
+    stored = {file: _stored(project, file) for file in TAKEN_OVER}
     # If files are missing here and the Swarm has them, the manager ran on another node before.
     complete = all(has_text(project.run_dir / file) for file in TAKEN_OVER)
     if not complete and all(stored.values()):
         with project.output.step("Fetching the project's secrets from the Swarm"):
-            _fetch(project, stored, image)
+            _fetch(project, {file: found[0] for file, found in stored.items()}, image)
     # Otherwise this is the first start, which makes them.
     project.make_token()
-    _make_certificate(project, rotate)
-    contents = {file: (project.run_dir / file).read_bytes() for file in (KEY_FILE, CERTIFICATE_FILE)}
-    contents[TOKEN_FILE] = project.token.encode()
-    if not rotate:
-        for file, secret in stored.items():
-            _check_same(project, file, contents[file], secret)
-    names = {file: _share(project, file, content) for file, content in contents.items()}
+    contents = {TOKEN_FILE: project.token, **_certificate(project, rotate)}
+    if rotate:
+        project.rotated_files = {KEY_FILE: contents[KEY_FILE], CERTIFICATE_FILE: contents[CERTIFICATE_FILE]}
+    else:
+        write(project.run_dir / CERTIFICATE_FILE, contents[CERTIFICATE_FILE])
+        for file, found in stored.items():
+            _check_same(project, file, contents[file].encode(), found)
+    names = {}
+    for file, content in contents.items():
+        names[file] = _secret_name(project, file, content.encode())
+        if _secret(project, names[file]) is None:
+            undo.add(f"remove the secret {names[file]}", partial(_remove_secret, project, names[file]))
+            _share(project, names[file], file, content.encode())
+    return names
+
+
+def variables(names: Mapping[str, str]) -> dict[str, str]:
+    """The manager's variables with the names of the secrets for the balancers."""
     return {"LB_TOKEN_SECRET": names[TOKEN_FILE], "LB_CERTIFICATE_SECRET": names[CERTIFICATE_FILE]}
 
 
@@ -146,62 +157,72 @@ def _task_of(project: Project, service: str) -> Any:
     raise Failed(f"Swarm did not start the service {service}")
 
 
-def _make_certificate(project: Project, anew: bool) -> None:
-    """Writes manager.pem, the certificate with its key, and certificate.pem, the certificate alone. A manager that runs
-    keeps the certificate that it has loaded."""
+def _certificate(project: Project, new: bool) -> dict[str, str]:
+    """The certificate with its key, and the certificate alone, by their files. They are made if `new`, or if there are
+    none yet. Raises Failed."""
     project.output.need("openssl", "the manager's certificate", "openssl")
-    both = project.run_dir / KEY_FILE
-    if anew or not has_text(both):
-        command = [*KEYS.split(), "-addext", ALT_NAME, "-keyout", "-", "-out", "-"]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=project.output.log, text=True, check=True)
-        write(both, done.stdout)
-    done = subprocess.run(["openssl", "x509", "-in", both], capture_output=True, text=True, check=True)
-    write(project.run_dir / CERTIFICATE_FILE, done.stdout)
+    path = project.run_dir / KEY_FILE
+    pem = path.read_text() if has_text(path) and not new else ""
+    if not pem:
+        pem = _openssl(*NEW_CERTIFICATE.split(), *NAMES.split(), "-keyout", "-", "-out", "-")
+    if not has_text(path):
+        write(path, pem)
+    return {KEY_FILE: pem, CERTIFICATE_FILE: _openssl("x509", text=pem)}
 
 
-def _check_same(project: Project, file: str, content: bytes, secret: Any | None) -> None:
-    """Raises Failed if the Swarm has other content for this file."""
-    if secret is not None and secret.attrs["Spec"]["Labels"].get("lbscaler.digest") != _digest(content):
+def _openssl(*arguments: str, text: str = "") -> str:
+    done = subprocess.run(["openssl", *arguments], input=text, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise Failed(f"the certificate {KEY_FILE} cannot be made or read: {done.stderr.strip()}")
+    return done.stdout
+
+
+def _check_same(project: Project, file: str, content: bytes, stored: Iterable[Any]) -> None:
+    """Raises Failed if the Swarm has this file, and only with other content. (A rotation that was interrupted leaves a
+    newer one, too.)"""
+    digests = {secret.attrs["Spec"]["Labels"].get("lbscaler.digest") for secret in stored}
+    if digests and _digest(content) not in digests:
         raise Failed(
             f"run/{project.name}/{file} is not the one that this Swarm's balancers have; copy it from the node that "
             "ran the manager, or ./stop.sh first"
         )
 
 
-def _share(project: Project, file: str, content: bytes) -> str:
-    """Stores a file as a Swarm secret, unless it is there. Returns its name, which changes with its content."""
-    name = f"{project.name}-{file.removesuffix('.pem')}-{_digest(content)[:8]}"
-    if _secret(project, name) is None:
-        labels = project.labels(file) | {"lbscaler.digest": _digest(content)}
-        project.docker.secrets.create(name=name, data=content, labels=labels)
-    return name
+def _secret_name(project: Project, file: str, content: bytes) -> str:
+    """The name of a file's Swarm secret, which changes with its content."""
+    return f"{project.name}-{file.removesuffix('.pem')}-{_digest(content)[:8]}"
+
+
+def _share(project: Project, name: str, file: str, content: bytes) -> None:
+    labels = project.labels(file) | {"lbscaler.digest": _digest(content)}
+    project.docker.secrets.create(name=name, data=content, labels=labels)
 
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def remove_rotated(project: Project) -> None:
-    """Removes the secrets that newer ones have replaced, as soon as the manager has given the balancers' service the
-    new ones."""
+def remove_rotated(project: Project, names: Mapping[str, str]) -> None:
+    """Removes the secrets of these files with other names, as soon as the balancers' service no longer has them."""
     replaced = []
-    for file in (*TAKEN_OVER, CERTIFICATE_FILE):
-        replaced += _stored(project, file)[1:]
+    for file, name in names.items():
+        replaced += [secret for secret in _stored(project, file) if secret.name != name]
     if not replaced:
         return
     with project.output.step("Removing the replaced secrets"):
         deadline = time.monotonic() + SERVICE_TIMEOUT
         while replaced and time.monotonic() < deadline:
             time.sleep(POLL)
-            replaced = [secret for secret in replaced if not _removed(secret)]
+            replaced = [secret for secret in replaced if not _remove_secret(project, secret.name)]
     if replaced:
-        names = ", ".join(secret.name for secret in replaced)
-        project.output.say(f"The balancers still have {names}; the next run.sh removes what they no longer have")
+        left = ", ".join(secret.name for secret in replaced)
+        project.output.say(f"The balancers still have {left}; the next run.sh removes what they no longer have")
 
 
-def _removed(secret: Any) -> bool:
+def _remove_secret(project: Project, name: str) -> bool:
+    """Removes the secret unless a service has it. Returns whether it is gone."""
     try:
-        secret.remove()
+        project.docker.secrets.get(name).remove()
     except docker.errors.NotFound:
         return True
     except docker.errors.APIError:  # a service has it
@@ -234,9 +255,12 @@ def is_worker(project: Project) -> bool:
     return any("com.docker.swarm.service.name" in container.labels for container in project.containers())
 
 
-def remove_services(project: Project, drain: bool) -> None:
-    """Removes the project's services. First it claims the project, as a newer manager would; otherwise a manager on
-    another node would create the services again."""
+def remove_services(project: Project, drain: float) -> None:
+    """Removes the project's services; the balancers first wait for their open connections, for `drain` seconds at most.
+
+    Before that it claims the project, as a newer manager would; otherwise a manager on another node would create the
+    services again.
+    """
     node = project.docker.nodes.get(project.swarm_node()["NodeID"])
     node.attrs["Spec"].setdefault("Labels", {})[_claim_label(project)] = f"{int(time.time()) + CLAIM_TIME} stop.sh"
     node.update(node.attrs["Spec"])
@@ -245,13 +269,14 @@ def remove_services(project: Project, drain: bool) -> None:
         for service in project.services(role):
             if role == "balancer" and drain:
                 with project.output.step("Waiting for the open connections on every node"):
-                    _drain_everywhere(project, service)
+                    _drain_everywhere(project, service, drain)
             with project.output.step(f"Removing the service {service.name}"):
                 service.remove()
 
 
-def _drain_everywhere(project: Project, service: Any) -> None:
+def _drain_everywhere(project: Project, service: Any, seconds: float) -> None:
     """Makes Swarm stop the balancers of all nodes. Each accepts no new connection, waits for the open ones and ends."""
+    down = {node.id for node in project.docker.nodes.list() if node.attrs["Status"]["State"] == "down"}
     # Swarm stops the tasks of a global service on nodes that no longer match its constraints.
     spec = service.attrs["Spec"]
     spec["TaskTemplate"].setdefault("Placement", {})["Constraints"] = ["node.role==nowhere"]
@@ -260,9 +285,11 @@ def _drain_everywhere(project: Project, service: Any) -> None:
     project.docker.api.update_service(
         service.id, service.version, task_template=spec["TaskTemplate"], labels=labels, fetch_current_spec=True
     )
-    deadline = time.monotonic() + DRAIN_TIMEOUT
+    deadline = time.monotonic() + seconds + DRAIN_MARGIN
     while time.monotonic() < deadline:
-        if not any(task["Status"]["State"] == "running" for task in service.tasks()):
+        running = [task for task in service.tasks() if task["Status"]["State"] == "running"]
+        # Swarm lists the tasks of a node that is down as running for ever.
+        if all(task["NodeID"] in down for task in running):
             return
         time.sleep(POLL)
 

@@ -52,6 +52,7 @@ class Start:
         self.arguments, self.settings = arguments, arguments.settings
         self.output, self.undo, self._image = out, undo, image
         self._files = files or {}
+        self._existed = False  # the project, before this run
         self.project = Project(self.settings.project, out)
         self.run_dir = self.project.run_dir
         self.swarm = self.settings.orchestrator == "swarm"
@@ -72,10 +73,10 @@ class Start:
         rotate = self.arguments.rotate_secrets
         if rotate:
             project.rotate_token()
-        names = swarm.share_secrets(project, built.balancer, rotate) if self.swarm else {}
+        names = swarm.share_secrets(project, built.balancer, rotate, self.undo) if self.swarm else {}
         if not self._files:
             self._files = file_copies.keep(project, settings, project.docker.images.get(built.backend_id))
-        secrets = {**names, **self._files}
+        secrets = {**(swarm.variables(names) if self.swarm else {}), **self._files}
         # The manager launches the backends and the balancer.
         self._start_manager(address or network.gateway(project.network()), built, secrets)
         self._wait()
@@ -83,7 +84,7 @@ class Start:
         write(self.run_dir / "settings.json", self._snapshot(built, secrets))
         file_copies.remove_unused(project, self._files)
         if self.swarm:
-            swarm.remove_rotated(project)
+            swarm.remove_rotated(project, names)
         if self.arguments.at_boot:
             with self.output.step(f"Enabling {unit.name(project.name)}, which starts the manager at boot"):
                 unit.install(project.name, "enable", self.output)
@@ -121,7 +122,9 @@ class Start:
     def _make_network(self) -> None:
         project = self.project
         # If parts of the project exist, a failure does not remove them: they may be serving.
-        if not (project.containers() or project.services() or project.manager_runs()):
+        if project.containers() or project.services() or project.manager_runs() or project.supervisor_runs():
+            self._existed = True
+        else:
             self.undo.add("remove the project", lambda: down.remove(project, drain=0))
         network.make(project, self.settings.subnet, overlay=self.swarm, datapath=self.settings.datapath)
         network.add_host_rules(project)
@@ -143,16 +146,19 @@ class Start:
         if complete and unchanged and not self.arguments.backends:
             out.say("The manager is up and its settings are unchanged")
             return
+        restores = bool(self._image)
+        if self._existed and path.exists() and not restores:
+            self.undo.add("go back to the settings before", self._go_back)
         if project.manager_runs() or project.supervisor_runs():
-            if path.exists() and not self._image:
-                self.undo.add("go back to the settings before", self._go_back)
             with out.step("Stopping the manager, to start it with changed settings"):
                 project.end_manager()
         # The files that the manager and the balancer read.
-        project.write_token()
+        project.write_secrets()
         self._write_run_time_files(f"{address}:{self.settings.manager_port}\n")
+        if not unchanged and not self.arguments.rotate_secrets:
+            (self.run_dir / "balancer" / "refused_update.json").unlink(missing_ok=True)  # it may be tried again
         same_settings = self.arguments.variables.items() <= stored(project.name).items()
-        if not unchanged and not (self.arguments.rotate_secrets and same_settings):
+        if not same_settings:
             self._forget_orders()
         with out.step("Starting the manager"):
             self._launch(self._environment(built, secrets))
@@ -167,12 +173,10 @@ class Start:
             link.symlink_to(Path("..", "run", self.project.name, "balancer", name))
 
     def _forget_orders(self) -> None:
-        """Changed settings replace the limits and the pause that the operator has set, and a refused update may be
-        tried again."""
-        place = self.run_dir / "balancer"
-        (place / "refused_update.json").unlink(missing_ok=True)
+        """Changed settings replace the limits and the pause that the operator has set."""
+        orders = self.run_dir / "balancer" / "orders.json"
         with suppress(FileNotFoundError):
-            (place / "orders.json").replace(place / "orders.before")
+            orders.replace(orders.with_name("orders.before"))
 
     def _environment(self, built: Images, secrets: Mapping[str, str]) -> dict[str, str]:
         """The environment variables that the manager is started with."""

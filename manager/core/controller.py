@@ -29,7 +29,7 @@ from core.publisher import Publisher
 from core.reasons import Cause, Reason
 from core.scaler import Decision, Memory, Policy
 from core.settings import Settings
-from core.state_files import StateFiles, digest
+from core.state_files import SavedFleet, StateFiles, digest
 from core.what_if import Recorded, Recording, WhatIf, replay
 from core.workers import BALANCER, PAUSE, Result, Workers
 
@@ -76,6 +76,7 @@ class Controller:
         self.engine_trouble = ""
         limits = (settings.min, settings.max, settings.target, settings.metric)
         self._files = StateFiles(ip_file)
+        self._saved = SavedFleet()
         policy = Policy(*limits, settings.stable_window, settings.panic_window)
         self.policy, self.paused = self._files.read_operator_settings(policy)
         self.desired = self.policy.min
@@ -107,11 +108,12 @@ class Controller:
     # -- the loop -----------------------------------------------------------------------------------------------------
 
     def adopt(self, wanted: int | None) -> None:
-        """Adopts the running backends. The desired number becomes `wanted`, or without it the number that run.
+        """Adopts the running backends. The desired number becomes `wanted`, or without it that of the manager before
+        this one, or the number that run.
 
         Raises EngineError.
         """
-        serving = self._files.read_addresses()
+        saved = self._files.read_fleet()
         spec = self._engine.spec()
         refusal = self._files.read_refusal(spec)
         # An engine that keeps a number carries updates out, so it has to know which one not to try again.
@@ -120,13 +122,15 @@ class Controller:
         containers = self._engine.list()
         with self._lock:
             now = self._clock()
-            self._set_fleet(fleet.observe({}, containers, now, now, serving))
-            self._balancer.state = self._engine.balancer
-            found = fleet.capacity_of(self._fleet)
-            self._backoff = self._adopted_backoff(spec, refusal, found)
-            running = len(found) if self._engine.replicas is None else self._engine.replicas
-            self.desired = wanted or running - self.settings.spares
+            adopted = fleet.observe({}, containers, now, now, saved.states)
+            found = fleet.capacity_of(adopted)
+            # Without a saved number, running spares are not known as such.
+            known = self._engine.replicas or saved.desired or len(found) - self.settings.spares
+            self.desired = wanted or known
             self._apply_limits()
+            self._backoff = self._adopted_backoff(spec, refusal, found)
+            self._balancer.state = self._engine.balancer
+            self._set_fleet(adopted)
 
     def _adopted_backoff(self, spec: str, refusal: Reason, found: list[Backend]) -> LaunchBackoff:
         """Launches use `spec`. If that fails, they return to the spec of the running backends (an engine that keeps a
@@ -452,10 +456,12 @@ class Controller:
 
     def _advance(self, now: float) -> None:
         """Begins every step of the plan."""
+        self._save_fleet()
         # While the engine is unreachable, the states here are outdated and no step can be carried out.
         if self.engine_trouble:
             return
-        goal = plan.Goal(self.desired, self.settings.spares, self._backoff.spec, self._engine.replicas)
+        kept = self._engine.replicas, self._engine.made_from
+        goal = plan.Goal(self.desired, self.settings.spares, self._backoff.spec, *kept)
         for backend in self._fleet.values():
             if backend.serves:
                 self._backoff.mark_stable(backend.spec, backend.since, now)
@@ -554,3 +560,12 @@ class Controller:
                 served = old.state == ACTIVE and now - old.since >= STABLE
                 self._launch_failed(new, new.reason, now, served)
         self._publisher.publish(after)
+        self._save_fleet()
+
+    def _save_fleet(self) -> None:
+        """Saves the fleet for the next manager, if it differs from what was saved last."""
+        states = {backend.id: backend.state for backend in self._fleet.values() if backend.id}
+        fleet_now = SavedFleet(self.desired, states)
+        if fleet_now != self._saved:
+            self._saved = fleet_now
+            self._files.write_fleet(fleet_now)

@@ -46,13 +46,14 @@ class Engine(Protocol):
 
     There are two kinds. One launches and stops single backends when the manager calls it: `replicas` is None. The other
     keeps a number of backends, chooses which ones it stops, and replaces those that fail: `replicas` is that number in
-    the last list, and only `resize` is called.
+    the last list, `made_from` the spec that it creates backends from, and only `resize` is called.
 
     `balancer` is the balancer's state in the last list, and `balancers` are the names by which the running balancers
     report (None: the engine does not know them).
     """
 
     replicas: int | None = None
+    made_from: str = ""
     balancer: BalancerState = BalancerState.RUNNING
     balancers: frozenset[str] | None = None
     refused: str = ""  # digest of the spec whose update the engine has rolled back

@@ -2,14 +2,14 @@
 
     spare ─▶ starting ─▶ active ─▶ draining ─▶ stopped        and from any state ─▶ failed
 
-Which containers exist is known from the engine's list alone. Drains and reasons are kept in memory only: a new manager
-adopts every running container of the project and plans from there (see `plan`).
+Which containers exist is known from the engine's list alone. A new manager adopts every running container of the
+project, in the state that the manager before it has saved, and plans from there (see `plan`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from core.reasons import NO_REASON, Cause, Reason
@@ -114,13 +114,13 @@ def with_address(fleet: Fleet, ip: str) -> Backend | None:
 
 
 def observe(
-    fleet: Fleet, containers: Iterable[Container], listed_at: float, now: float, serving: Collection[str] = ()
+    fleet: Fleet, containers: Iterable[Container], listed_at: float, now: float, saved: Mapping[str, str] | None = None
 ) -> Fleet:
     """The fleet according to the engine's list, which began at `listed_at`.
 
-    A running container that was not known is adopted: as active if its address is in `serving`, the addresses that the
-    manager before this one had in rotation; else as starting, until a balancer reports it healthy. A backend whose
-    container was renamed gets the new name.
+    A running container that was not known is adopted: in its state in `saved`, the states by the id that the manager
+    before this one has saved; else as starting, until a balancer reports it healthy. A backend whose container was
+    renamed gets the new name.
     """
     known_names = {backend.id: backend.name for backend in fleet.values() if backend.id}
     # By id first: a renamed container is still the same backend.
@@ -135,11 +135,11 @@ def observe(
         elif not backend.id or backend.since > listed_at:
             result.setdefault(name, backend)  # its launch has not ended, or ended after this list began
     for name, container in listed.items():
-        result[name] = _adopt(name, container, serving, now)
+        result[name] = _adopt(name, container, saved or {}, now)
     return result
 
 
-def _adopt(name: str, container: Container, serving: Collection[str], now: float) -> Backend:
+def _adopt(name: str, container: Container, saved: Mapping[str, str], now: float) -> Backend:
     # A container that was created and not started is of no use: the manager that launched it has ended.
     ended = container.ended or container.status == "created"
     if ended:
@@ -149,7 +149,7 @@ def _adopt(name: str, container: Container, serving: Collection[str], now: float
     elif container.disconnected:
         state, cause = FAILED, Cause.NETWORK_LOST
     else:
-        state, cause = ACTIVE if container.ip in serving else STARTING, Cause.ADOPTED
+        state, cause = saved.get(container.id, STARTING), Cause.ADOPTED
     adopted = Backend(name, state, now, container.id, container.ip, Reason(cause), running=not ended, launched=now)
     return replace(adopted, spec=container.spec, node=container.node)
 

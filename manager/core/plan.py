@@ -87,6 +87,7 @@ class Goal:
     spares: int = 0
     spec: str = ""
     replicas: int | None = None  # the number that the engine keeps now; None: it launches and stops one by one
+    made_from: str = ""  # the spec that such an engine creates backends from now
 
 
 def is_complete(fleet: Fleet, goal: Goal) -> bool:
@@ -101,8 +102,8 @@ def plan(fleet: Fleet, goal: Goal, namer: Namer, drain_timeout: float, now: floa
     """The steps from the fleet to the goal; none when it is reached."""
     # An engine that keeps a number launches and stops backends on its own.
     if goal.replicas is not None:
-        up_to_date = all(backend.spec == goal.spec for backend in fleet.values())
-        return [] if up_to_date and goal.replicas == goal.desired else [Resize(goal.desired)]
+        kept = goal.replicas == goal.desired and goal.made_from == goal.spec
+        return [] if kept else [Resize(goal.desired)]
 
     capacity = capacity_of(fleet)
     updating = any(backend.spec != goal.spec for backend in capacity)

@@ -12,11 +12,12 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from core.fleet import STATES
 from core.reasons import NO_REASON, Cause, Reason
 from core.scaler import Policy
 
@@ -26,21 +27,38 @@ UNUSABLE = (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionEr
 log = logging.getLogger("manager")
 
 
+@dataclass(frozen=True)
+class SavedFleet:
+    """What the engine's list does not show: the desired number (0: unknown) and each backend's state, by the id of its
+    container. An id is never used again, so an outdated file does no harm."""
+
+    desired: int = 0
+    states: Mapping[str, str] = field(default_factory=dict)
+
+
 class StateFiles:
     def __init__(self, ip_file: Path) -> None:
         self._ip_file = ip_file
+        self._fleet_file = ip_file.with_name("fleet.json")
         self._operator_file = ip_file.with_name("orders.json")
         self._refused_file = ip_file.with_name("refused_update.json")
         self._trace_file = ip_file.with_name("trace.csv")
 
-    def read_addresses(self) -> set[str]:
-        """The addresses that the manager before this one had in rotation."""
-        with suppress(OSError):
-            return set(self._ip_file.read_text().split())
-        return set()
-
     def write_addresses(self, addresses: Iterable[str]) -> None:
+        """The addresses in rotation."""
         save(self._ip_file, "".join(f"{address}\n" for address in addresses))
+
+    def read_fleet(self) -> SavedFleet:
+        """The fleet of the manager before this one."""
+        with suppress(*UNUSABLE):
+            saved = json.loads(self._fleet_file.read_text())
+            states, desired = dict(saved["states"]), int(saved["desired"])
+            if desired >= 0 and set(states.values()) <= set(STATES):
+                return SavedFleet(desired, states)
+        return SavedFleet()
+
+    def write_fleet(self, fleet: SavedFleet) -> None:
+        save(self._fleet_file, json.dumps(asdict(fleet)))
 
     def read_operator_settings(self, policy: Policy) -> tuple[Policy, bool]:
         """`policy` with the operator's limits, and whether the operator has paused the manager."""

@@ -11,6 +11,7 @@ import docker.utils
 
 from core import backend_files
 from core.settings import Settings
+from core.state_files import digest
 from engines import options
 from engines.swarm_services import SECOND, Spec
 
@@ -20,6 +21,7 @@ SAMPLE_SERVER_LINGER = 3
 # Swarm starts a new task before it stops an old one, and rolls back when new tasks fail within Monitor.
 UPDATE = {"Parallelism": 1, "Order": "start-first", "FailureAction": "rollback", "Monitor": 5 * SECOND}
 ROLLBACK = {"Parallelism": 1, "Order": "start-first"}
+TASK_LABEL = "lbscaler.spec"
 ROLLBACK_STATES = ("rollback_started", "rollback_paused", "rollback_completed")
 
 
@@ -94,8 +96,14 @@ def new_service(project: str, count: int, task_spec: str) -> Spec:
 
 def with_tasks(service_spec: Spec, task_spec: str, previous: str = "") -> Spec:
     """The service with tasks created from `task_spec`. Its labels keep that text and the `previous` one, which a
-    rollback may need."""
+    rollback may need. A label of each task says which text it was created from."""
     labels = {**service_spec["Labels"], "lbscaler.spec": task_spec}
     if previous:
         labels["lbscaler.before"] = previous
-    return {**service_spec, "Labels": labels, "TaskTemplate": json.loads(task_spec)}
+    template = json.loads(task_spec)
+    template["ContainerSpec"]["Labels"][TASK_LABEL] = task_label(task_spec)
+    return {**service_spec, "Labels": labels, "TaskTemplate": template}
+
+
+def task_label(task_spec: str) -> str:
+    return digest(task_spec)[:16]

@@ -106,7 +106,9 @@ class SwarmEngine(BaseEngine):
             service = self._services.find("backend")
             listed = self._tasks(service)
             self.replicas = service["Spec"]["Mode"]["Replicated"]["Replicas"] if service else 0
-            spec = self._spec_for_plan(service) if service else ""
+            if service:
+                self._note_rollback(service)
+            self.made_from = self._spec_for_plan(service) if service else ""
         # Swarm cannot stop tasks on a node that is down and never reports their end. Without this, they would drain for
         # ever.
         tasks = [task for task in listed if not (task.leaving and task.node in down)]
@@ -115,20 +117,24 @@ class SwarmEngine(BaseEngine):
         running = [task for task in tasks if task.running and task.ip]
         just_ended = [task for task in tasks if task.ended and task.id in self._running]
         self._running = {task.id for task in running}
-        return [self._container(task, spec) for task in (*running, *just_ended)]
+        current = swarm_backends.task_label(service["Spec"]["Labels"]["lbscaler.spec"]) if service else ""
+        return [self._container(task, current) for task in (*running, *just_ended)]
 
     def _tasks(self, service: ApiObject | None) -> Sequence[Task]:
         listed = self._client.api.tasks(filters={"service": service["ID"]}) if service else ()
         return tuple(parse_task(task, self._settings.project) for task in listed)
 
-    def _container(self, task: Task, spec: str) -> Container:
+    def _container(self, task: Task, current: str) -> Container:
+        """`current`: the label of the tasks that the service creates now."""
+        # During an update, tasks of both specs run. Those of an earlier version of this program have no label.
+        is_current = task.label in ("", current)
         return Container(
             id=task.id,
             name=self._task_name(task),
             ip=task.ip,
             status="exited" if task.ended else "running",
             exit_code=task.exit_code,
-            spec=spec,
+            spec=self.made_from if is_current else task.label,
             node=task.node,
             leaving=task.leaving,
         )
@@ -197,7 +203,6 @@ class SwarmEngine(BaseEngine):
 
         After a refused update this is the wanted spec, so that the plan does not try the update again.
         """
-        self._note_rollback(service)
         if self._is_refused(self._wanted_spec):
             return self._wanted_spec
         return str(service["Spec"]["Labels"]["lbscaler.spec"])

@@ -17,6 +17,7 @@ class Task:
     node: str  # id; empty until Swarm has placed it
     state: str
     desired_state: str
+    label: str  # of the spec that it was created from; empty if it has none
     ip: str  # on the project's network; may be empty
     container: str  # id; empty for a task that never ran
     exit_code: int | None
@@ -46,6 +47,7 @@ def parse_task(listed: Mapping[str, Any], network: str) -> Task:
         node=listed.get("NodeID", ""),
         state=status["State"],
         desired_state=listed["DesiredState"],
+        label=(listed["Spec"]["ContainerSpec"].get("Labels") or {}).get("lbscaler.spec", ""),
         ip=_address(listed, network),
         container=container.get("ContainerID", ""),
         exit_code=container.get("ExitCode"),

@@ -23,6 +23,7 @@ def entry(
     mark: int | None = 0,
     remaining: int = 86000,
     protocol: int = 6,
+    target: str = "198.18.0.254",
     before: bytes = b"",
 ) -> bytes:
     """One message of a listing, as the kernel writes it; `before`: attributes ahead of those that are read."""
@@ -32,7 +33,7 @@ def entry(
         numbers = b"".join(attribute(kind, struct.pack("!H", port)) for kind, port in enumerate(ports, 2))
         return attribute(0x8001, ip) + attribute(0x8002, attribute(1, bytes([protocol])) + numbers)
 
-    attributes = before + attribute(0x8001, tuple_("203.0.113.9", "198.18.0.254", (40000, port)))
+    attributes = before + attribute(0x8001, tuple_("203.0.113.9", target, (40000, port)))
     attributes += attribute(0x8002, tuple_(backend, "198.18.0.254", (8000, 1024)))
     attributes += attribute(3, struct.pack("!I", 0xE)) + attribute(7, struct.pack("!I", remaining))
     attributes += attribute(0x8004, attribute(0x8001, attribute(1, bytes([state])) + attribute(2, b"\7")))
@@ -57,6 +58,11 @@ def test_only_tcp_connections_to_the_service_are_counted() -> None:
     udp = entry(A, protocol=17)
     assert counted(entry(A, port=53), udp, entry(B)).live == {B: 1}
     assert list(flows.flows(b"", PORTS)) == []
+
+
+def test_connection_that_was_not_dispatched_is_not_the_services() -> None:
+    """On the host, probes and other programs connect to a backend at the same port."""
+    assert counted(entry(A, target=A, port=8000), entry(B, target=A, port=8000)).live == {B: 1}
 
 
 @pytest.mark.parametrize(
@@ -109,9 +115,16 @@ def test_time_since_the_last_packet_follows_from_the_remaining_timeout(state: st
 
 
 def test_flow_that_waits_and_is_silent_is_stalled() -> None:
-    seen = [waiting(A, idle=10), waiting(A, idle=9), flow(A, idle=10), flow(B, "SYN_SENT", mark=REQUEST_MARK, idle=10)]
+    seen = [waiting(A, idle=10), waiting(A, idle=9), flow(A, idle=10), flow(B, "SYN_SENT", mark=REQUEST_MARK, idle=9)]
     counts = count(seen, TIMEOUTS)
-    assert counts == FlowCounts(live={A: 3, B: 1}, silent={A: 2, B: 1}, waiting={A: 2, B: 1}, stalled={A: 1})
+    assert counts == FlowCounts(live={A: 3, B: 1}, silent={A: 2}, waiting={A: 2, B: 1}, stalled={A: 1})
+
+
+@pytest.mark.parametrize("state", ["SYN_SENT", "SYN_RECV"])
+def test_silent_half_open_flow_is_not_counted(state: str) -> None:
+    """A SYN flood leaves such flows, for a minute each. A drain would wait for them."""
+    seen = [flow(A, state, idle=9), flow(A, state, idle=10), flow(A, state, idle=10, mark=REQUEST_MARK)]
+    assert count(seen, TIMEOUTS) == FlowCounts(live={A: 1})
 
 
 def test_self_check_connections_are_not_counted() -> None:

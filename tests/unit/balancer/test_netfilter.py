@@ -40,7 +40,7 @@ def test_output_that_is_no_utf_8_is_text_all_the_same() -> None:
 
 
 def test_tool_that_does_not_exist_is_named() -> None:
-    with pytest.raises(NetfilterError, match="no-such-tool cannot be run: .*No such file"):
+    with pytest.raises(NetfilterError, match=r"no-such-tool cannot be run: .*No such file"):
         netfilter.run(["no-such-tool", "-L"])
 
 

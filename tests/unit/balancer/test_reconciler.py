@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -295,6 +296,33 @@ def test_repair_deletes_the_flows_that_another_program_sent_elsewhere(
     world.kernel.tables["nat"][world.kernel.path.chain("DISPATCH")].clear()
     world.reconcile()
     assert world.kernel.flows == ([elsewhere, *own] if name == "host" else own)
+
+
+def test_repair_is_noticed_although_the_rotation_changes_in_the_same_pass(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.set_backends(f"a {A}", f"b {B}")
+    world.reconcile()
+    world.kernel.flows = [flow("198.18.0.77", "SYN_SENT")]
+    world.kernel.tables["nat"]["LB-DISPATCH"].clear()
+    world.set_backends(f"a {A}", f"b {B}", f"c {C}")
+    world.reconcile()
+    assert world.kernel.flows == []
+    assert "repaired the nat table: another program had changed it" in caplog.messages
+
+
+def test_deletion_of_misdirected_flows_that_failed_is_done_by_the_next_pass(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.set_backends(f"a {A}", f"b {B}")
+    world.reconcile()
+    world.kernel.flows = [flow("198.18.0.77", "SYN_SENT")]
+    world.kernel.tables["nat"]["LB-DISPATCH"].clear()
+    with monkeypatch.context() as broken, pytest.raises(NetfilterError):
+        broken.setattr(world.kernel, "delete_misdirected_flows", Mock(side_effect=NetfilterError("timed out")))
+        world.reconcile()
+    world.reconcile()
+    assert world.kernel.flows == []
 
 
 def test_first_pass_keeps_the_flows_of_the_first_rules(world: World) -> None:

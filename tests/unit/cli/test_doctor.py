@@ -335,8 +335,10 @@ def test_memory_is_counted_for_the_most_backends_and_says_how_many_fit() -> None
         host.files["/proc/meminfo"] = MEMINFO
         found = doctor.memory(host)
         assert found.verdict == verdict
-    assert found.found == "4.0 GiB available; 10 backends of 1g and the balancer may use 10.5 GiB"
-    assert found.fix.startswith("3 fit:")
+    assert found.found == "4.0 GiB available; 10 more backends of 1g and the balancer may use 10.5 GiB"
+    assert found.fix.startswith("3 more fit:")
+    host.answers("docker ps", "a1\nb2\n")
+    assert doctor.memory(host).found.startswith("4.0 GiB available; 8 more backends"), "two run"
     assert "may use 1.5 GiB" in doctor.memory(with_memory(memory="104858k")).found
     assert doctor.memory(with_memory(orchestrator="swarm", memory="1g")).verdict == OK, "other hosts have them"
 

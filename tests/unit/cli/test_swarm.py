@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -53,21 +54,26 @@ def second(engine: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     made.output.log.close()
 
 
+def share(project: Project, rotate: bool = False) -> dict[str, str]:
+    return swarm.share_secrets(project, "image", rotate, Undo(project.output))
+
+
 def text(engine: FakeEngine, name: str) -> str:
     return base64.b64decode(engine.secrets[name]["Spec"]["Data"]).decode()
 
 
 def test_balancers_get_the_certificate_and_never_the_key(engine: FakeEngine, first: Project) -> None:
-    names = swarm.share_secrets(first, "image", rotate=False)
-    token, certificate = names["LB_TOKEN_SECRET"], names["LB_CERTIFICATE_SECRET"]
+    names = share(first)
+    token, certificate = names["token"], names["certificate.pem"]
     assert text(engine, token) == (first.run_dir / "token").read_text()
     assert text(engine, certificate) == (first.run_dir / "certificate.pem").read_text()
-    for name in names.values():
+    assert swarm.variables(names) == {"LB_TOKEN_SECRET": token, "LB_CERTIFICATE_SECRET": certificate}
+    for name in (token, certificate):
         assert "PRIVATE KEY" not in text(engine, name)
     both = (first.run_dir / "manager.pem").read_text()
     assert ("PRIVATE KEY" in both, "BEGIN CERTIFICATE" in both) == (True, True)
     assert (first.run_dir / "manager.pem").stat().st_mode & 0o777 == 0o600
-    assert swarm.share_secrets(first, "image", rotate=False) == names
+    assert share(first) == names
     assert [re.sub("[0-9a-f]{8}$", "DIGEST", name) for name in sorted(engine.secrets)] == [
         "p-certificate-DIGEST",
         "p-manager-DIGEST",
@@ -79,8 +85,8 @@ def test_balancers_get_the_certificate_and_never_the_key(engine: FakeEngine, fir
 def test_manager_on_another_node_uses_the_same_token_key_and_certificate(
     engine: FakeEngine, first: Project, second: Project
 ) -> None:
-    names = swarm.share_secrets(first, "image", rotate=False)
-    assert swarm.share_secrets(second, "image", rotate=False) == names
+    names = share(first)
+    assert share(second) == names
     for name in ("token", "manager.pem", "certificate.pem"):
         assert (second.run_dir / name).read_text() == (first.run_dir / name).read_text()
     for name in ("token", "manager.pem"):
@@ -93,60 +99,105 @@ def test_manager_on_another_node_uses_the_same_token_key_and_certificate(
 def test_service_with_the_secrets_is_removed_where_they_cannot_be_read(
     engine: FakeEngine, first: Project, second: Project
 ) -> None:
-    swarm.share_secrets(first, "image", rotate=False)
+    share(first)
     engine.unreadable_secret = "token"
     with pytest.raises(Failed, match="Fetching the project's secrets from the Swarm: failed"):
-        swarm.share_secrets(second, "image", rotate=False)
+        share(second)
     assert engine.running_services == []
 
 
 def test_another_token_than_the_balancers_have_is_refused(engine: FakeEngine, first: Project, second: Project) -> None:
-    swarm.share_secrets(first, "image", rotate=False)
+    share(first)
     (second.run_dir / "token").write_text("another")
     with pytest.raises(Failed, match="run/p/token is not the one that this Swarm's balancers have"):
-        swarm.share_secrets(second, "image", rotate=False)
+        share(second)
 
 
 def rotate(project: Project) -> dict[str, str]:
     project.rotate_token()
-    names = swarm.share_secrets(project, "image", rotate=True)
-    project.write_token()
+    names = share(project, rotate=True)
+    project.write_secrets()
     return names
 
 
 def test_rotated_secrets_have_other_names_and_replace_those_before(
     engine: FakeEngine, first: Project, second: Project
 ) -> None:
-    before = swarm.share_secrets(first, "image", rotate=False)
+    before = share(first)
     old = {file: (first.run_dir / file).read_text() for file in ("token", "manager.pem")}
     after = rotate(first)
     assert not set(before.values()) & set(after.values())
     assert len(engine.secrets) == 6
     assert all((first.run_dir / file).read_text() != text for file, text in old.items())
-    swarm.remove_rotated(first)
+    swarm.remove_rotated(first, after)
     assert len(engine.secrets) == 3
-    assert set(after.values()) < engine.secrets.keys()
-    assert swarm.share_secrets(first, "image", rotate=False) == after, "the next run.sh keeps them"
-    assert swarm.share_secrets(second, "image", rotate=False) == after, "and so does a manager on another node"
+    assert set(after.values()) == engine.secrets.keys()
+    assert share(first) == after, "the next run.sh keeps them"
+    assert share(second) == after, "and so does a manager on another node"
+
+
+def test_rotation_that_is_interrupted_before_the_files_are_written_is_forgotten_by_the_next_run(
+    engine: FakeEngine, first: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = share(first)
+    files = {file: (first.run_dir / file).read_text() for file in ("token", "manager.pem", "certificate.pem")}
+    first.rotate_token()
+    share(first, rotate=True)
+    assert {file: (first.run_dir / file).read_text() for file in files} == files, "a running manager has these"
+    again = node(tmp_path / "first", monkeypatch)
+    assert share(again) == before
+    swarm.remove_rotated(again, before)
+    assert engine.secrets.keys() == set(before.values())
+    again.docker.close()
+    again.output.log.close()
+
+
+def test_rotation_that_fails_removes_its_secrets(engine: FakeEngine, first: Project) -> None:
+    before = share(first)
+    first.rotate_token()
+    with pytest.raises(Failed), Undo(first.output) as undo:
+        swarm.share_secrets(first, "image", True, undo)
+        raise Failed("later")
+    assert engine.secrets.keys() == set(before.values())
+
+
+def test_certificate_that_is_damaged_is_named(engine: FakeEngine, first: Project) -> None:
+    share(first)
+    (first.run_dir / "manager.pem").write_text("damaged")
+    with pytest.raises(Failed, match=r"the certificate manager\.pem cannot be made or read: .*certificate"):
+        share(first)
+
+
+@pytest.mark.parametrize("state", ["ready", "down"])
+def test_drain_in_a_swarm_waits_for_the_balancers_of_nodes_that_are_up(
+    engine: FakeEngine, first: Project, monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    monkeypatch.setattr(swarm, "DRAIN_MARGIN", 0.1)
+    engine.nodes[0]["Status"] = {"State": state}
+    service = Mock(attrs={"Spec": {"TaskTemplate": {}, "Labels": {}}}, id="b", version=1)
+    monkeypatch.setattr(first.docker.api, "update_service", Mock())
+    service.tasks.return_value = [{"Status": {"State": "running"}, "NodeID": "this-node"}]
+    swarm._drain_everywhere(first, service, 0.4)
+    assert (service.tasks.call_count > 2) == (state == "ready")
 
 
 def test_rotated_secret_that_a_service_still_has_is_removed_by_the_next_run(
     engine: FakeEngine, first: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(swarm, "SERVICE_TIMEOUT", 0.3)
-    before = swarm.share_secrets(first, "image", rotate=False)
-    engine.secrets_in_use = {before["LB_TOKEN_SECRET"]}
-    rotate(first)
-    swarm.remove_rotated(first)
-    assert f"The balancers still have {before['LB_TOKEN_SECRET']}; the next run.sh removes" in capsys.readouterr().out
-    assert before["LB_TOKEN_SECRET"] in engine.secrets
+    before = share(first)
+    engine.secrets_in_use = {before["token"]}
+    after = rotate(first)
+    swarm.remove_rotated(first, after)
+    assert f"The balancers still have {before['token']}; the next run.sh removes" in capsys.readouterr().out
+    assert before["token"] in engine.secrets
     engine.secrets_in_use = set()
-    swarm.remove_rotated(first)
+    swarm.remove_rotated(first, after)
     assert len(engine.secrets) == 3
 
 
 def test_start_that_failed_leaves_neither_secrets_nor_a_claim(engine: FakeEngine, first: Project) -> None:
-    swarm.share_secrets(first, "image", rotate=False)
+    share(first)
     engine.nodes[0]["Spec"] = {"Labels": {"lbscaler.manager.p": "1 a-manager", "zone": "a"}}
     swarm.forget(first)
     assert engine.secrets == {}

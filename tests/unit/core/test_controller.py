@@ -8,7 +8,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from core import controller as module
 from core import workers
 from core.controller import Controller, UnknownBackend
 from core.engine import BalancerState, EngineError, Event
+from core.fleet import Container
 from core.launch_backoff import FORGET_AFTER, MAX_UPDATE_FAILURES, STABLE
 from core.load import Finding, Sample
 from core.plan import DRAIN_GRACE
@@ -668,11 +669,61 @@ def test_a_spare_admitted_before_it_is_ready_is_starting(rig: Callable[..., Rig]
     assert r.states() == {1: "active", 2: "active", 3: "active", 4: "spare"}
 
 
-def test_a_restarted_manager_counts_the_spares_it_is_to_have_out(rig: Callable[..., Rig], tmp_path: Path) -> None:
+def test_restarted_manager_keeps_the_ready_spares(rig: Callable[..., Rig], tmp_path: Path) -> None:
+    r = rig(2, spares=2)
+    r.step_until(lambda: len(r.snapshot()) == 4)
+    r.report_all_healthy()
+    calls = list(r.engine.calls)
+    again = controller(r.engine, tmp_path, r.clock, spares=2)
+    again.adopt(None)
+    again.step()
+    assert [backend["state"] for backend in again.status()["backends"]] == ["active"] * 2 + ["spare"] * 2
+    assert (again.desired, r.engine.calls) == (2, calls)
+
+
+def test_manager_without_a_saved_fleet_does_not_count_the_wanted_spares_as_backends(rig: Callable[..., Rig]) -> None:
     r = rig(5, spares=2)
     assert r.controller.desired == 3
     r.controller.step()
     assert list(r.states().values())[:5] == ["active"] * 3 + ["draining"] * 2
+
+
+# -- a manager's restart ----------------------------------------------------------------------------------------------
+
+
+def test_restarted_manager_takes_no_drain_back_and_counts_its_end_as_no_failure(
+    rig: Callable[..., Rig], tmp_path: Path
+) -> None:
+    r = rig(3)
+    r.controller.scale(None, 2, None)
+    assert r.states() == {1: "active", 2: "active", 3: "draining"}
+    again = controller(r.engine, tmp_path, r.clock, max=2)
+    again.adopt(None)
+    again.step()
+    assert (again.status()["revision"], again.desired) == (r.revision(), 2)
+    r.engine.die("p-backend-3", 0)
+    again.step()
+    assert [backend["state"] for backend in again.status()["backends"]] == ["active", "active", "stopped"]
+    assert (again.status()["launches"]["failed"], r.calls("launch")) == (0, [])
+
+
+def test_restarted_manager_keeps_the_desired_number_during_an_update(rig: Callable[..., Rig], tmp_path: Path) -> None:
+    r = rig(3, image="image-2", min=1)
+    r.step_until(lambda: len(r.snapshot()) == 4)
+    r.report_all_healthy()
+    again = controller(r.engine, tmp_path, r.clock, image="image-2", min=1)
+    again.adopt(None)
+    assert again.desired == 3
+
+
+def test_restarted_manager_keeps_the_desired_number_although_backends_have_ended(
+    rig: Callable[..., Rig], tmp_path: Path
+) -> None:
+    r = rig(3, min=1)
+    r.engine.containers.clear()
+    again = controller(r.engine, tmp_path, r.clock, min=1)
+    again.adopt(None)
+    assert again.desired == 3
 
 
 # -- updates ----------------------------------------------------------------------------------------------------------
@@ -1262,7 +1313,7 @@ def test_ip_txt_holds_the_addresses_in_rotation_one_a_line_and_is_replaced_in_on
         r.controller.drain("198.18.0.3")
         assert held.read() == "198.18.0.2\n198.18.0.3\n198.18.0.4\n"
     assert r.ip_file.read_text() == "198.18.0.2\n198.18.0.4\n"
-    assert [path.name for path in r.ip_file.parent.iterdir()] == ["ip.txt"]
+    assert sorted(path.name for path in r.ip_file.parent.iterdir()) == ["fleet.json", "ip.txt"]
 
 
 def test_snapshot_is_published_although_ip_txt_cannot_be_written(

@@ -19,7 +19,7 @@ from core.fleet import ACTIVE, DRAINING, FAILED, STARTING, Backend, Container
 from core.plan import Goal, Namer, Resize, plan
 from core.publisher import Closing
 from core.reasons import Cause
-from fakes import Clock, controller, eventually, report, sample
+from fakes import Clock, controller, eventually, report, sample, save_active
 
 
 class Swarm(Engine):
@@ -81,7 +81,7 @@ class Swarm(Engine):
 class Rig:
     def __init__(self, place: Path, count: int = 3, **changes: object) -> None:
         self.clock, self.engine = Clock(), Swarm(count)
-        (place / "ip.txt").write_text("".join(f"{task.ip}\n" for task in self.engine.tasks.values()))
+        save_active(place, [task.id for task in self.engine.tasks.values()])
         changes = {"min": 1, "max": 9, "orchestrator": "swarm", **changes}
         self.controller: Controller = controller(self.engine, place, self.clock, **changes)  # type: ignore[arg-type]
         self.controller.adopt(None)
@@ -223,17 +223,19 @@ def test_a_resize_that_fails_is_tried_again(rig: Rig, monkeypatch: pytest.Monkey
     assert rig.engine.resizes == [(4, "image-1")]
 
 
-GOAL = Goal(3, 0, "new", 3)
+GOAL = Goal(3, 0, "new", 3, "new")
 
 
 @pytest.mark.parametrize(
     ("goal", "specs", "steps"),
     [
         (GOAL, ["new"], []),
-        (GOAL, ["new", "old"], [Resize(3)]),
+        (GOAL, ["new", "old"], []),
+        (replace(GOAL, made_from="old"), ["old"], [Resize(3)]),
         (replace(GOAL, replicas=2), [], [Resize(3)]),
         (replace(GOAL, replicas=0, desired=1), [], [Resize(1)]),
         (GOAL, [], []),
+        (replace(GOAL, replicas=0, made_from=""), [], [Resize(3)]),
     ],
 )
 def test_plan_is_a_resize_or_empty(goal: Goal, specs: list[str], steps: list[Resize]) -> None:

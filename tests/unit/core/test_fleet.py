@@ -23,9 +23,8 @@ from fakes_fleet import backend, container
 
 LISTED, NOW = 90.0, 100.0
 READY_TIMEOUT = 60.0
-SERVING = "198.18.0.77"  # in rotation when the manager before this one ended
+SAVED = {"id-a": ACTIVE, "id-d": DRAINING, "id-s": SPARE, "id-x": STOPPED}  # by the manager before this one
 ADOPTED = backend(STARTING, since=NOW, reason=Reason(Cause.ADOPTED), launched=NOW)
-ADOPTED_ACTIVE = replace(ADOPTED, state=ACTIVE, ip=SERVING)
 LEFT_OVER = backend(STOPPED, since=NOW, reason=Reason(Cause.LEFT_OVER), running=False, launched=NOW)
 PLACEHOLDER = backend(STARTING, id="", ip="")
 CRASHED = Reason(Cause.ENDED, 3)
@@ -42,7 +41,11 @@ def failed_by_others(cause: Cause) -> Backend:
 
 OBSERVED: dict[str, tuple[Backend | None, Container | None, Backend | None]] = {
     "a running container of ours is adopted as starting": (None, container(), ADOPTED),
-    "as active if the manager before had it in rotation": (None, container(ip=SERVING), ADOPTED_ACTIVE),
+    "as active if it was": (None, container(id="id-a"), replace(ADOPTED, id="id-a", state=ACTIVE)),
+    "as a spare if it was": (None, container(id="id-s"), replace(ADOPTED, id="id-s", state=SPARE)),
+    "a drain is not taken back": (None, container(id="id-d"), replace(ADOPTED, id="id-d", state=DRAINING)),
+    "nor a stop": (None, container(id="id-x"), replace(ADOPTED, id="id-x", state=STOPPED)),
+    "one that has ended since is removed": (None, container("exited", id="id-a"), replace(LEFT_OVER, id="id-a")),
     "a paused one too": (None, container("paused"), ADOPTED),
     "cut off before this manager started": (
         None,
@@ -89,7 +92,7 @@ def test_the_engines_list_is_the_truth_about_containers(
     known: Backend | None, listed: Container | None, expected: Backend | None
 ) -> None:
     before = {"p-1": known} if known else {}
-    after = fleets.observe(before, [listed] if listed else [], LISTED, NOW, {SERVING})
+    after = fleets.observe(before, [listed] if listed else [], LISTED, NOW, SAVED)
     assert after == ({expected.name: expected} if expected else {})
 
 

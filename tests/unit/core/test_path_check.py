@@ -12,7 +12,6 @@ from core.path_check import PathCheck
 from engines import path_probe
 from engines.path_probe import SOURCE_PORTS, connect
 
-
 PASSED, FAILED = {"t": ""}, {"t": "timed out"}
 FORWARDING_OFF = Finding("ip_forward_off")
 

@@ -230,18 +230,18 @@ class World:
 
     What runs is made from `old`, what is launched from the manager's spec; what is made from "bad" is never ready.
     After every act the world checks what has to hold always: between the old number of backends and the new one are
-    serving, none more runs than that, the spares, and in an update one above and one on its way out (and as many again
-    for each crash, by which spares and drainings are taken for backends), and none in rotation is stopped.
+    serving, none more runs than that, the spares, and in an update one above and one on its way out, and none in
+    rotation is stopped. Each crash adds one: a spare that was being launched is taken for a backend, and the stop of a
+    backend that has drained is delayed.
     """
 
     def __init__(self, running: int, desired: int, spares: int = 0, old: str = "", new: str = "") -> None:
         names = [f"p-{n}" for n in range(1, running + 1)]
         self.containers = {name: container(name=name, ip=f"198.18.0.{n}", spec=old) for n, name in enumerate(names, 2)}
         self.desired, self.spares, self.old, self.new = desired, spares, old, new
-        self.extra = spares + (old != new)
-        self.bounds = [min(running, desired), max(running, desired) + self.extra + (old != new)]
+        self.bounds = [min(running, desired), max(running, desired) + spares + 2 * (old != new)]
         self.fleet: fleets.Fleet = {}
-        self.in_ip_file = {one.ip for one in self.containers.values()}
+        self.saved = {one.id: ACTIVE for one in self.containers.values()}
         self.backoff = LaunchBackoff(new, previous=old if old != new else "")
         self.now, self.acts, self.launched, self.warm_up = NOW, 0, running, 0
 
@@ -263,14 +263,14 @@ class World:
 
     def crash(self) -> None:
         others = [c.spec for c in self.containers.values() if c.spec != self.new]
-        self.bounds[1] += self.extra
+        self.bounds[1] += bool(self.spares) + (self.old != self.new)
         self.fleet, self.backoff = {}, LaunchBackoff(self.new, previous=others[0] if others else "")
 
     def manage(self) -> Iterator[None]:
         """One pass of the manager, with a pause after each of its acts."""
-        seen = fleets.observe(self.fleet, self.containers.values(), self.now, self.now, self.in_ip_file)
+        seen = fleets.observe(self.fleet, self.containers.values(), self.now, self.now, self.saved)
         self.fleet = fleets.apply_health(seen, self.verdict, 0, READY_TIMEOUT, self.now)
-        self.in_ip_file = {b.ip for b in self.fleet.values() if b.state == ACTIVE}
+        self.save()
         for one in self.fleet.values():
             if one.state == FAILED and seen[one.name].state != FAILED:
                 self.backoff.failed(one.spec, one.reason, self.now, 0.5)
@@ -324,6 +324,10 @@ class World:
 
     def put(self, one: Backend) -> None:
         self.fleet = {**self.fleet, one.name: one}
+        self.save()
+
+    def save(self) -> None:
+        self.saved = {one.id: one.state for one in self.fleet.values() if one.id}
 
     def serving(self) -> set[str]:
         """Those that run, can answer and are not known to be out of rotation."""

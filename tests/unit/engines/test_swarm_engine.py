@@ -12,7 +12,7 @@ import pytest
 from core.engine import BalancerState, EngineError, TakenOver
 from engines import base, swarm_claim
 from engines.options import BalancerOptions
-from engines.swarm_backends import task_template
+from engines.swarm_backends import task_label, task_template
 from engines.swarm_engine import SwarmEngine
 from fakes import settings
 
@@ -157,8 +157,23 @@ def attachment(network: str, address: str) -> dict[str, Any]:
     return {"Network": {"Spec": {"Name": network}}, "Addresses": [address]}
 
 
-def task(id_: str, state: str = "running", desired: str = "running", node: str = "n1", slot: int = 1) -> dict[str, Any]:
+def labelled(spec: str) -> dict[str, Any]:
+    """The service's template of tasks created from this spec."""
+    template: dict[str, Any] = json.loads(spec)
+    template["ContainerSpec"]["Labels"]["lbscaler.spec"] = task_label(spec)
+    return template
+
+
+def task(
+    id_: str,
+    state: str = "running",
+    desired: str = "running",
+    node: str = "n1",
+    slot: int = 1,
+    spec: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     return {
+        "Spec": spec or {"ContainerSpec": {}},
         "ID": id_,
         "Slot": slot,
         "NodeID": node,
@@ -213,7 +228,7 @@ def test_secret_of_a_backend_belongs_to_its_user(engine: SwarmEngine, monkeypatc
     ]
 
 
-SPEC, OTHER = json.dumps({"ContainerSpec": {"Image": "a"}}), json.dumps({"ContainerSpec": {"Image": "b"}})
+SPEC, OTHER = (json.dumps({"ContainerSpec": {"Image": image, "Labels": {}}}) for image in "ab")
 
 
 def test_resize_creates_the_service_and_later_changes_its_number_of_tasks(engine: SwarmEngine) -> None:
@@ -285,6 +300,19 @@ def set_wanted_spec(engine: SwarmEngine, spec: str) -> None:
     engine._wanted_spec = spec
 
 
+def test_backends_of_the_old_spec_are_listed_as_such_until_swarm_has_replaced_them(engine: SwarmEngine) -> None:
+    set_wanted_spec(engine, SPEC)
+    engine.resize(2, SPEC)
+    api(engine).listed = [task("t1", spec=labelled(SPEC)), task("t2", spec=labelled(SPEC)), task("unlabelled")]
+    assert [c.spec == SPEC for c in engine.list()] == [True, True, True]
+    set_wanted_spec(engine, OTHER)
+    engine.resize(2, OTHER)
+    assert [c.spec == OTHER for c in engine.list()] == [False, False, True]
+    assert engine.made_from == OTHER, "so the plan does not resize again"
+    api(engine).listed[0] = task("t3", spec=labelled(OTHER))
+    assert [c.spec == OTHER for c in engine.list()] == [True, False, True]
+
+
 def test_update_that_swarm_rolled_back_is_not_tried_again(engine: SwarmEngine) -> None:
     set_wanted_spec(engine, SPEC)
     engine.resize(2, SPEC)
@@ -294,14 +322,15 @@ def test_update_that_swarm_rolled_back_is_not_tried_again(engine: SwarmEngine) -
     engine.resize(2, OTHER)
     service = api(engine).service
     assert service is not None
-    assert service["Spec"]["TaskTemplate"] == json.loads(OTHER)
+    assert service["Spec"]["TaskTemplate"] == labelled(OTHER)
     assert [c.spec for c in engine.list()] == [OTHER]
+    assert engine.made_from == OTHER
     service["Spec"]["Labels"]["lbscaler.spec"] = SPEC  # Swarm rolls back
-    service["Spec"]["TaskTemplate"] = json.loads(SPEC)
+    service["Spec"]["TaskTemplate"] = labelled(SPEC)
     service["UpdateStatus"] = {"State": "rollback_completed"}
     assert [c.spec for c in engine.list()] == [OTHER]  # for the plan, the update is done
     engine.resize(4, OTHER)
-    assert service["Spec"]["TaskTemplate"] == json.loads(SPEC)
+    assert service["Spec"]["TaskTemplate"] == labelled(SPEC)
     assert service["Spec"]["Mode"] == {"Replicated": {"Replicas": 4}}
 
     restarted = new_engine(api=api(engine))
@@ -309,7 +338,7 @@ def test_update_that_swarm_rolled_back_is_not_tried_again(engine: SwarmEngine) -
     set_wanted_spec(restarted, OTHER)
     assert [c.spec for c in restarted.list()] == [OTHER]
     restarted.resize(3, OTHER)
-    assert service["Spec"]["TaskTemplate"] == json.loads(SPEC)
+    assert service["Spec"]["TaskTemplate"] == labelled(SPEC)
 
 
 # -- the balancers ----------------------------------------------------------------------------------------------------
@@ -317,7 +346,8 @@ def test_update_that_swarm_rolled_back_is_not_tried_again(engine: SwarmEngine) -
 
 def balancer_task(container: str, node: str = "n1", state: str = "running", desired: str = "running") -> dict[str, Any]:
     status = {"State": state, "ContainerStatus": {"ContainerID": container * 64}}
-    return {"ID": container, "NodeID": node, "DesiredState": desired, "Status": status}
+    spec = {"ContainerSpec": {}}
+    return {"ID": container, "NodeID": node, "DesiredState": desired, "Status": status, "Spec": spec}
 
 
 def test_missing_service_of_balancers_is_created(engine: SwarmEngine) -> None:
@@ -421,7 +451,7 @@ def test_rollback_to_the_failed_spec_is_corrected_to_the_spec_before_it(
     assert service is not None
     service["UpdateStatus"] = {"State": "rollback_completed"}
     engine.list()
-    assert service["Spec"]["TaskTemplate"] == json.loads(SPEC)
+    assert service["Spec"]["TaskTemplate"] == labelled(SPEC)
     assert service["Spec"]["Mode"] == {"Replicated": {"Replicas": 3}}
     assert "update given up, Swarm rolls back" in caplog.text
 
@@ -434,7 +464,7 @@ def test_manager_that_starts_after_a_rollback_does_not_change_the_spec(engine: S
     service["UpdateStatus"] = {"State": "rollback_completed"}
     api(engine).listed = [task("a")]
     assert [c.spec for c in engine.list()] == [SPEC]
-    assert service["Spec"]["TaskTemplate"] == json.loads(SPEC)
+    assert service["Spec"]["TaskTemplate"] == labelled(SPEC)
 
 
 def test_error_of_a_task_is_logged_once_with_the_flag_that_may_help(

@@ -24,6 +24,7 @@ import flows
 from cli.arguments import Arguments, run_arguments
 from core import backend_files
 from core.engine import EngineError, Event
+from core.fleet import STATES
 from core.load import Report
 from core.reasons import Reason
 from core.scaler import Policy
@@ -345,6 +346,22 @@ def test_operator_settings(tmp_path: Path, content: bytes) -> None:
     assert all(isinstance(number, int) for number in (policy.min, policy.max))
 
 
+SAVED = {"desired": 3, "states": {"c1": "active", "c2": "draining"}}
+
+
+@in_files
+@given(st.binary() | (VALUES | nearly(SAVED)).map(lambda value: json.dumps(value).encode()))
+@example(b'{"desired": -1, "states": {}}')
+@example(b'{"desired": 2, "states": {"c1": "gone"}}')
+@example(b'{"desired": 2, "states": ["c1"]}')
+def test_saved_fleet(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "fleet.json").write_bytes(content)
+    saved = StateFiles(tmp_path / "ip.txt").read_fleet()
+    assert isinstance(saved.desired, int)
+    assert saved.desired >= 0
+    assert set(saved.states.values()) <= set(STATES)
+
+
 REASON = {"cause": "ended", "value": 3.0, "detail": "d", "last_log_line": "l"}
 
 
@@ -389,6 +406,7 @@ def test_events(monkeypatch: pytest.MonkeyPatch, stream: list[Any]) -> None:
 
 TASK = {
     **{"ID": "t", "Slot": 1, "NodeID": "n", "DesiredState": "running"},
+    "Spec": {"ContainerSpec": {"Labels": {"lbscaler.spec": "s"}}},
     "Status": {"State": "running", "ContainerStatus": {"ContainerID": "c", "ExitCode": 0}, "Err": ""},
     "NetworksAttachments": [{"Network": {"Spec": {"Name": "p"}}, "Addresses": [f"{A}/24"]}],
 }

@@ -61,8 +61,7 @@ class Reconciler:
         """Makes one pass; changes nothing when everything is in place."""
         state, snapshot, before = self._state, self._state.snapshot, self._state.rotation
         health = state.health(snapshot)
-        chosen = rotation(snapshot, health, self._node, state.answering)
-        chosen = self._weighted(chosen, snapshot, health)
+        chosen = self._choose(snapshot, health)
         ids = snapshot.ids
 
         # After a start, the kernel has the first rules of script.sh, or what an earlier client left.
@@ -70,15 +69,11 @@ class Reconciler:
         state.rules_in_place = ruleset.is_hooked(nat, self._path)
         self._netfilter.make_sets()
         members = {name: self._netfilter.members(name) for name in self._path.sets}
-        known = self._known
-        if known is None:
-            left = connections(nat, self._path.backend_chain(""))
-            known = dict.fromkeys((*left, *members[self._path.traffic_set]), "")
+        known = self._known_addresses(nat, members)
 
         # Add the new backends: first to the sets, which rules need.
         self._prepare(ids, known)
-        for name, present in members.items():
-            self._netfilter.change_sets(restore.set_changes({*present, *ids}, present, name))
+        self._change_members(members, ids, add=True)
         self._netfilter.make_client_sets(ids)
         if self._known is not None:
             # The new backends may get flows from now on. If this pass fails below, the next must not delete them.
@@ -94,17 +89,17 @@ class Reconciler:
         unhealthy = {backend.ip for backend in snapshot.backends if health[backend.id].healthy is False}
         ejected = (before.ips & unhealthy) - chosen.ips
         self._remove(known.keys() - ids.keys(), ejected)
-        for name, present in members.items():
-            self._netfilter.change_sets(restore.set_changes(ids, {*present, *ids}, name))
+        self._change_members(members, ids, add=False)
         self._netfilter.remove_client_sets(ids)
 
         self._known, self._nat = ids, tables[0]
         state.rotation, state.converged_at = chosen, time.monotonic()
         _log_changes(before, chosen, repaired)
 
-    def _weighted(self, chosen: Rotation, snapshot: Snapshot, health: Mapping[str, Health]) -> Rotation:
-        """`chosen` with weights by the backends' speed. In its slow start, a backend gets only a part of its share. A
-        spare has none when it enters rotation, because it became healthy long before."""
+    def _choose(self, snapshot: Snapshot, health: Mapping[str, Health]) -> Rotation:
+        """The backends in rotation, weighted by their speed. A backend in its slow start gets a part of its share. Slow
+        start counts from when a backend became healthy, so a spare's is usually over when it enters rotation."""
+        chosen = rotation(snapshot, health, self._node, self._state.answering)
         learner, now, adaptive = self._state.learner, time.monotonic(), snapshot.weights == "adaptive"
         ids = snapshot.ids
         healthy = {id_ for id_, one in health.items() if one.healthy}
@@ -114,6 +109,20 @@ class Reconciler:
             weight = endpoint.weight * learner.weight(ids[endpoint.ip], now, adaptive)
             endpoints.append(replace(endpoint, weight=weight))
         return replace(chosen, endpoints=tuple(endpoints))
+
+    def _known_addresses(self, nat: Listing, members: Mapping[str, Collection[str]]) -> Mapping[str, str]:
+        """Address → id of each backend that the kernel may have flows of. After a start, the ids are unknown (empty)."""
+        if self._known is not None:
+            return self._known
+        left = connections(nat, self._path.backend_chain(""))
+        return dict.fromkeys((*left, *members[self._path.traffic_set]), "")
+
+    def _change_members(self, members: Mapping[str, Collection[str]], ids: Mapping[str, str], *, add: bool) -> None:
+        """Adds the backends' addresses to the sets, or removes all others. `members`: the sets' before the pass."""
+        for name, present in members.items():
+            both = {*present, *ids}
+            wanted, actual = (both, present) if add else (ids, both)
+            self._netfilter.change_sets(restore.set_changes(wanted, actual, name))
 
     def _prepare(self, ids: Mapping[str, str], known: Mapping[str, str]) -> None:
         """Deletes the old flows and neighbour entries of new backends' addresses. Only an address that another backend

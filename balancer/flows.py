@@ -132,9 +132,9 @@ def listing_request(ports: Collection[int], backend: str = "", waiting_only: boo
 
 
 def deletions(block: bytes, ports: Collection[int], chosen: Callable[[Flow], bool]) -> Iterator[bytes]:
-    """For each chosen flow to the service's ports in `block`, the attributes of the message that deletes it: its original
-    tuple and its id. With the id, a newer connection with the same ports is kept. Raises ValueError for a malformed
-    block."""
+    """For each chosen flow to the service's ports in `block`, the attributes of the message that deletes it: its
+    original tuple and its id. With the id, a newer connection with the same ports is kept. Raises ValueError for a
+    malformed block."""
     with _malformed():
         for entry in _entries(block):
             flow = _flow(block, entry, ports)

@@ -66,7 +66,7 @@ class DataPath:
         return self.prefix + "CLIENTS"
 
     @property
-    def sets(self) -> tuple[str, str]:
+    def backend_sets(self) -> tuple[str, str]:
         return self.traffic_set, self.replies_set
 
 

@@ -28,8 +28,10 @@ from rotation import Rotation, rotation
 from ruleset import Endpoint
 from snapshot import Snapshot
 from state import State
+from weights import RAMP, RAMP_STEPS
 
-SLOW_START_STEP = 1.0  # seconds between passes while a backend is in its slow start
+# Seconds between passes while a backend is in its slow start: one rewrite for each step.
+SLOW_START_STEP = RAMP / RAMP_STEPS
 
 log = logging.getLogger("balancer")
 
@@ -68,7 +70,7 @@ class Reconciler:
         nat = self._netfilter.listing("nat")
         state.rules_in_place = ruleset.is_hooked(nat, self._path)
         self._netfilter.make_sets()
-        members = {name: self._netfilter.members(name) for name in self._path.sets}
+        members = {name: self._netfilter.members(name) for name in self._path.backend_sets}
         known = self._known_addresses(nat, members)
 
         # Add the new backends: first to the sets, which rules need.
@@ -83,7 +85,8 @@ class Reconciler:
         repaired = self._write(tables, nat) and self._nat == tables[0]
         if repaired and not self._path.on_host:
             # Another program's rule may have sent flows elsewhere. They keep that translation, and so would new flows
-            # from the same ports of a client, for the two minutes after the last SYN.
+            # from the same ports of a client, for the two minutes after the last SYN. On the host, a flow to the same
+            # port may belong to another service, so nothing is deleted there.
             self._netfilter.delete_misdirected_flows(ids)
         # Remove the old backends: no rule leads to them now.
         unhealthy = {backend.ip for backend in snapshot.backends if health[backend.id].healthy is False}
@@ -111,7 +114,7 @@ class Reconciler:
         return replace(chosen, endpoints=tuple(endpoints))
 
     def _known_addresses(self, nat: Listing, members: Mapping[str, Collection[str]]) -> Mapping[str, str]:
-        """Address → id of each backend that the kernel may have flows of. After a start, the ids are unknown (empty)."""
+        """Address → id of each backend that the kernel may have flows of. After a start, the ids are empty."""
         if self._known is not None:
             return self._known
         left = connections(nat, self._path.backend_chain(""))
@@ -147,7 +150,7 @@ class Reconciler:
         return ruleset.tables(chosen.endpoints, others, self._path, snapshot.check_source, self._state.missing)
 
     def _write(self, tables: list[Table], nat: Listing) -> bool:
-        """Writes the tables that differ from the kernel's, and returns whether the nat table did."""
+        """Writes each table that differs from the kernel's. Returns whether the nat table was written."""
         # The nat table first: it alone decides where connections go.
         listings = {"nat": nat}
         changed = self._apply(tables[0], nat)
@@ -156,14 +159,14 @@ class Reconciler:
             listings[table.name] = self._netfilter.listing(table.name)
             self._apply(table, listings[table.name])
         self._count_failed(ruleset.failed_connections(listings["filter"], self._path))
-        # On the host, other programs' rules are none of our business.
+        # On the host, foreign rules are not reported: most of them match other traffic.
         inspected = {} if self._path.on_host else listings
         self._state.findings = tuple(findings.find(self._netfilter.ip_forward(), inspected))
         return changed
 
     def _count_failed(self, failed: Mapping[str, int]) -> None:
         for reason, count in failed.items():
-            # The first pass counts nothing: these are of an earlier client. Rules that were written anew begin at zero.
+            # The first pass counts nothing: these are of an earlier client. Rewritten rules begin at zero.
             before = self._failed.get(reason, count)
             FAILED_CONNECTIONS.labels(reason).inc(count - before if count >= before else count)
         self._failed = failed

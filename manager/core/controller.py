@@ -275,21 +275,25 @@ class Controller:
         """A balancer reports that this draining backend has no open connections left. Raises UnknownBackend.
 
         The backend is stopped when all balancers have reported this, or when a caller gives no name. A backend that is
-        not draining yet is drained first, because other balancers may still send connections to it. Idempotent.
+        not draining yet is drained first, because other balancers may still send connections to it; but a Swarm chooses
+        what to stop itself. Idempotent.
         """
         with self._lock:
             backend = fleet.with_address(self._fleet, ip)
             if backend is None:
                 raise UnknownBackend(ip)
+            if backend.state in (STOPPED, FAILED):
+                return
             reported = Reason(Cause.BALANCER_REPORT, detail=reason)
-            if backend.state == DRAINING:
-                drained_by = backend.drained_by | {balancer}
-                if balancer and not drained_by >= self._load.balancers.keys():
-                    self._set(replace(backend, drained_by=drained_by))
-                else:
-                    self._set(backend.to(STOPPED, self._clock(), reported))
-            elif backend.state not in (STOPPED, FAILED) and not self._engine_keeps_number:
-                self._set(backend.to(DRAINING, self._clock(), reported))
+            drained_by = backend.drained_by | {balancer}
+            others_drain = bool(balancer) and not drained_by >= self._load.balancers.keys()
+            if backend.state != DRAINING:
+                if not self._engine_keeps_number:
+                    self._set(backend.to(DRAINING, self._clock(), reported))
+            elif others_drain:
+                self._set(replace(backend, drained_by=drained_by))
+            else:
+                self._set(backend.to(STOPPED, self._clock(), reported))
         self._wake.set()
 
     def drain(self, ip: str) -> None:

@@ -297,11 +297,14 @@ class Controller:
         self._wake.set()
 
     def drain(self, ip: str) -> None:
-        """Drains and replaces a backend. Raises UnknownBackend, or ValueError if the engine chooses which to stop."""
+        """Drains and replaces a starting or active backend. Raises UnknownBackend, or ValueError if the backend is in
+        another state or the engine chooses which to stop."""
         with self._lock:
             backend = fleet.with_address(self._fleet, ip)
-            if backend is None or backend.state not in (STARTING, ACTIVE):
+            if backend is None:
                 raise UnknownBackend(ip)
+            if backend.state not in (STARTING, ACTIVE):
+                raise ValueError(f"{ip} is {backend.state}; only starting and active backends can be drained")
             if self._engine_keeps_number:
                 raise ValueError("this engine chooses the backends to stop; drain one of its nodes instead")
             self._set(backend.to(DRAINING, self._clock(), Reason(Cause.OPERATOR)))

@@ -589,9 +589,18 @@ def test_a_backend_drained_by_hand_is_replaced(rig: Callable[..., Rig]) -> None:
     r.controller.drain("198.18.0.2")
     r.step_until(lambda: "198.18.0.4" in r.snapshot())
     assert r.states() == {1: "draining", 2: "active", 3: "starting"}
-    for unknown in ("198.18.0.2", "198.18.0.99"):
-        with pytest.raises(UnknownBackend):
-            r.controller.drain(unknown)
+    with pytest.raises(ValueError, match=r"198\.18\.0\.2 is draining; only starting and active backends"):
+        r.controller.drain("198.18.0.2")
+    with pytest.raises(UnknownBackend):
+        r.controller.drain("198.18.0.99")
+
+
+def test_a_spare_cannot_be_drained(rig: Callable[..., Rig]) -> None:
+    r = rig(2, spares=1)
+    r.step_until(lambda: r.snapshot().get("198.18.0.4") == "spare")
+    with pytest.raises(ValueError, match="is spare; only starting and active backends"):
+        r.controller.drain("198.18.0.4")
+    assert r.states()[3] == "spare"
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations("abc")), ids="".join)

@@ -36,8 +36,8 @@ from core.workers import BALANCER, PAUSE, Result, Workers
 RELIST = 2.0  # seconds between two lists of the engine's containers without an event
 # Docker's list shows a container as running for about 0.1 s after the event of its end, so an event causes two lists.
 RELIST_AFTER_EVENT = 0.25
-SUSPENDED = 2.0  # seconds: when a wait of the loop ends later than this, the process was stopped meanwhile
-LEAST_PAUSE = 0.75  # shortest time between two decisions, in intervals
+MAX_LATENESS = 2.0  # seconds by which a wait may end late; more means that the process was stopped
+MIN_DECISION_GAP = 0.75  # intervals
 
 log = logging.getLogger("manager")
 
@@ -74,9 +74,15 @@ class Controller:
         self.settings, self.recorder = settings, recorder
         self.decisions: deque[Decision] = deque(maxlen=1000)
         self.engine_trouble = ""
-        limits = (settings.min, settings.max, settings.target, settings.metric)
         self._files = StateFiles(ip_file)
-        policy = Policy(*limits, settings.stable_window, settings.panic_window)
+        policy = Policy(
+            min=settings.min,
+            max=settings.max,
+            target=settings.target,
+            metric=settings.metric,
+            stable_window=settings.stable_window,
+            panic_window=settings.panic_window,
+        )
         self.policy, self.paused = self._files.read_operator_settings(policy)
         self.desired = self.policy.min
 
@@ -156,14 +162,14 @@ class Controller:
             self._wake.wait(pause)
             self._wake.clear()
             late = self._clock() - began - pause
-            if late > SUSPENDED:
-                self.resume(late)
+            if late > MAX_LATENESS:
+                self.extend_deadlines(late)
 
-    def resume(self, seconds: float) -> None:
+    def extend_deadlines(self, seconds: float) -> None:
         """Moves the deadlines of all backends by the time for which this process was stopped."""
         log.warning("this process was stopped for %.0f s; deadlines of backends are extended by that", seconds)
         with self._lock:
-            self._fleet = fleet.skip(self._fleet, seconds)
+            self._fleet = fleet.extend_deadlines(self._fleet, seconds)
 
     def close(self) -> None:
         """Ends the loop and every long poll. The backends continue to run."""
@@ -254,8 +260,8 @@ class Controller:
         self._publisher.subscribe(callback)
 
     def report(self, report: Report) -> Decision | None:
-        """Takes a balancer's report and decides how many backends to have. Returns the last decision (None: there is
-        none yet) if it is too soon for a new one."""
+        """Takes a balancer's report and decides how many backends to have. Returns the new decision; or the last one
+        (None if there is none) if it is too soon or no rate can be measured."""
         with self._lock:
             now = self._clock()
             # Reports repeat a warning for as long as its cause lasts; it is logged once.
@@ -267,7 +273,7 @@ class Controller:
 
             # One decision in each interval, however many balancers report, because each decision may grow by one step.
             last = self.decisions[-1] if self.decisions else None
-            too_soon = last is not None and now - last.at < LEAST_PAUSE * self.settings.interval
+            too_soon = last is not None and now - last.at < MIN_DECISION_GAP * self.settings.interval
             load = self._load.load(self.settings.metric, now) if measured and not too_soon else None
             return self._decide(load, now) if load is not None else last
 

@@ -250,7 +250,7 @@ def _has_no_address(backend: Backend, ready_timeout: float, now: float) -> bool:
     return not backend.ip and now - backend.since > ready_timeout
 
 
-def skip(fleet: Fleet, seconds: float) -> Fleet:
+def extend_deadlines(fleet: Fleet, seconds: float) -> Fleet:
     """The fleet with every deadline `seconds` later, because this process was stopped for that time."""
     result = {}
     for name, backend in fleet.items():

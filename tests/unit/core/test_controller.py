@@ -925,7 +925,7 @@ def test_time_in_which_the_process_was_stopped_fails_no_backend(rig: Callable[..
     r.step_until(lambda: len(r.snapshot()) == 3)
     r.report_rows(_2=sample(healthy=False), _3=sample(), _4=sample(healthy=False))
     r.clock.pass_by(100)
-    r.controller.resume(100)
+    r.controller.extend_deadlines(100)
     r.report_rows(_2=sample(healthy=False), _3=sample(), _4=sample(healthy=False))
     r.controller.step()
     assert r.states() == {1: "active", 2: "active", 3: "starting"}, "neither replaced nor given up"

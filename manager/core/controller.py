@@ -49,7 +49,7 @@ class Recorder(Protocol):
     def reported(self, report: Report, fleet: Fleet) -> None: ...
     def keep(self, balancers: Collection[str]) -> None: ...
     def decided(self, decision: Decision) -> None: ...
-    def launch_failed(self) -> None: ...
+    def failed(self) -> None: ...
 
 
 class UnknownBackend(LookupError):
@@ -91,8 +91,8 @@ class Controller:
         self._fleet: Fleet = {}
         self._names_at: dict[str, list[str]] = {}  # address → names of the backends that have or had it
         self._load = LoadTracker()
-        self._panic = False  # a balancer keeps unhealthy backends in rotation
-        self._judged_since: float | None = None  # since when a balancer has reported without a gap
+        self._rotation_panic = False  # a balancer keeps unhealthy backends in rotation
+        self._reports_since: float | None = None  # since when a balancer has reported without a gap
         self._memory = Memory(started=clock())
         self._history = History()
         self._recording = Recording(self._memory)
@@ -193,7 +193,7 @@ class Controller:
             if self._engine.balancers is not None:
                 self._load.keep(self._engine.balancers, listed_at)
                 self.recorder.keep(self._engine.balancers)
-            self._set_fleet(self._judged(fleet.observe(self._fleet, containers, listed_at, now), now))
+            self._set_fleet(self._with_health(fleet.observe(self._fleet, containers, listed_at, now), now))
             # The engine has rolled an update back. This is stored, so that the next manager does not try it again.
             if self._engine.refused and not self._backoff.refusal:
                 self._backoff.refusal = Reason(Cause.ENGINE_ROLLBACK)
@@ -268,7 +268,7 @@ class Controller:
             for warning in set(report.warnings) - set(self._load.warnings(report.balancer)):
                 log.warning("balancer %s: %s", report.balancer, warning)
             measured = self._load.add(report, now)
-            self._note_panic()
+            self._note_rotation_panic()
             self._note_health(report, now)
 
             # One decision in each interval, however many balancers report, because each decision may grow by one step.
@@ -402,15 +402,15 @@ class Controller:
     def _apply_limits(self) -> None:
         self.desired = max(self.policy.min, min(self.policy.max, self.desired))
 
-    def _judged(self, some: Fleet, now: float) -> Fleet:
-        """These backends after the balancers' reports are applied. A backend that the engine itself launches has no
+    def _with_health(self, backends: Fleet, now: float) -> Fleet:
+        """These backends with the health in the balancers' reports. A backend that the engine itself launches has no
         deadline to become ready, because the manager could not replace it."""
         if not self._load.reports(now):
-            self._judged_since = None
-        elif self._judged_since is None:
-            self._judged_since = now
-        since = None if self._engine_keeps_number else self._judged_since
-        return fleet.apply_health(some, self._load.verdict, since, self.settings.ready_timeout, now)
+            self._reports_since = None
+        elif self._reports_since is None:
+            self._reports_since = now
+        since = None if self._engine_keeps_number else self._reports_since
+        return fleet.apply_health(backends, self._load.verdict, since, self.settings.ready_timeout, now)
 
     def _note_health(self, report: Report, now: float) -> None:
         """Applies a report's health to the backends that it may change. `step` applies the health of all backends.
@@ -426,15 +426,15 @@ class Controller:
             healthy = report.backends[backend.ip].healthy
             if healthy is not backend.healthy:
                 changed[name] = backend
-        judged = self._judged(changed, now)
-        if judged != changed:
-            self._set_fleet({**self._fleet, **judged})
+        after = self._with_health(changed, now)
+        if after != changed:
+            self._set_fleet({**self._fleet, **after})
 
-    def _note_panic(self) -> None:
+    def _note_rotation_panic(self) -> None:
         panic = bool(self._load.panic)
-        if panic != self._panic:
-            event_log.panic(panic)
-        self._panic = panic
+        if panic != self._rotation_panic:
+            event_log.rotation_panic(panic)
+        self._rotation_panic = panic
 
     def _decide(self, load: scaler.Load, now: float) -> Decision:
         before = self.decisions[-1] if self.decisions else None
@@ -481,7 +481,7 @@ class Controller:
                 backend = self._fleet[name]
                 self._set(backend.to(DRAINING, now, reason))
                 if reason.cause is Cause.UNHEALTHY:
-                    self._launch_failed(backend, reason, now, served=now - backend.since >= STABLE)
+                    self._count_failure(backend, reason, now, served=now - backend.since >= STABLE)
             case plan.Admit(name):
                 spare = self._fleet[name]
                 self._set(spare.to(ACTIVE if spare.ready else STARTING, now))
@@ -526,15 +526,16 @@ class Controller:
         del after[result.name]
         never_created = not backend.id
         if never_created:
-            self._launch_failed(backend, Reason(Cause.LAUNCH_ERROR, detail=result.why), now)
+            self._count_failure(backend, Reason(Cause.LAUNCH_ERROR, detail=result.why), now)
 
-    def _launch_failed(self, backend: Backend, reason: Reason, now: float, served: bool = False) -> None:
-        self.recorder.launch_failed()
+    def _count_failure(self, backend: Backend, reason: Reason, now: float, served: bool = False) -> None:
+        """Counts the failure of a launch or of a backend, which may delay the next launch or end an update."""
+        self.recorder.failed()
         refused_before = self._backoff.refused
         self._backoff.failed(backend.spec, reason, now, self._chance(), served)
         self._failed_name = backend.name
         given_up = self._backoff.refused != refused_before
-        event_log.launch_failed(self._backoff, given_up, now)
+        event_log.failed(self._backoff, given_up, now)
         if given_up:
             self._files.write_refusal(digest(self._backoff.refused), self._backoff.refusal)
 
@@ -561,8 +562,11 @@ class Controller:
             old, new = before.get(name), after.get(name)
             event_log.backend_changed(old, new, now)
             self.recorder.changed(old, new, now)
+            if old is None or new is None:
+                continue
+            has_failed = new.state == FAILED and old.state != FAILED
             # What another program does to a container is no failure of the backend.
-            if old and new and new.state == FAILED != old.state and not new.external:
+            if has_failed and not new.external:
                 served = old.state == ACTIVE and now - old.since >= STABLE
-                self._launch_failed(new, new.reason, now, served)
+                self._count_failure(new, new.reason, now, served)
         self._publisher.publish(after)

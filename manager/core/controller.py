@@ -512,7 +512,7 @@ class Controller:
     def _take_result(self, result: Result, after: dict[str, Backend], now: float) -> None:
         """Applies the result of a launch or a stop to the fleet `after`."""
         if result.name_taken:
-            self._namer.take(result.name)
+            self._namer.mark_taken(result.name)
         if result.last_log_line and result.name == self._failed_name:
             self._explain_failure(result.last_log_line)
         backend = after.get(result.name)

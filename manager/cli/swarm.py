@@ -256,7 +256,7 @@ def _drain_everywhere(project: Project, service: Any) -> None:
     spec = service.attrs["Spec"]
     spec["TaskTemplate"].setdefault("Placement", {})["Constraints"] = ["node.role==nowhere"]
     # With another digest, a manager that is started in the meantime restores the service.
-    labels = {**spec["Labels"], "lbscaler.config": "leaving"}
+    labels = {**spec["Labels"], "lbscaler.config": "drained by stop.sh"}
     project.docker.api.update_service(
         service.id, service.version, task_template=spec["TaskTemplate"], labels=labels, fetch_current_spec=True
     )

@@ -43,7 +43,7 @@ class Container:
     exit_code: int | None = None
     spec: str = ""  # the image and options it was made from, as the engine writes them
     node: str = ""  # the machine it is on, if there are several
-    leaving: bool = False  # the engine is about to stop it, or has begun to
+    stopping: bool = False  # the engine is about to stop it, or has begun to
     disconnected: bool = False  # from the project's network
 
     @property
@@ -147,7 +147,7 @@ def _adopt(name: str, container: Container, serving: Collection[str], now: float
     ended = container.ended or container.status == "created"
     if ended:
         state, cause = STOPPED, Cause.LEFT_OVER
-    elif container.leaving:
+    elif container.stopping:
         state, cause = DRAINING, Cause.ENGINE_STOP
     elif container.disconnected:
         state, cause = FAILED, Cause.NETWORK_LOST
@@ -166,7 +166,7 @@ def _compare(backend: Backend, container: Container, now: float) -> Backend:
     seen = replace(backend, id=container.id, node=container.node, ip=ip, spec=spec)
     if container.ended:
         return ended(seen, container.exit_code, now)
-    if backend.state in NOT_DRAINING and container.leaving:
+    if backend.state in NOT_DRAINING and container.stopping:
         return seen.to(DRAINING, now, Reason(Cause.ENGINE_STOP))
     if backend.state in NOT_DRAINING and backend.ip and (container.status == "paused" or not container.ip):
         return seen.to(FAILED, now, Reason(Cause.PAUSED if container.ip else Cause.NETWORK_LOST))

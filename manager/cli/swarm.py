@@ -26,7 +26,9 @@ POLL = 0.1  # seconds
 FILE = "file"  # role of the secrets that backends get
 TOKEN_FILE, KEY_FILE, CERTIFICATE_FILE = "token", "manager.pem", "certificate.pem"  # also the roles of their secrets
 TAKEN_OVER = (TOKEN_FILE, KEY_FILE)  # what a manager on another node needs
-KEYS = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 3650 -subj /CN=lbscaler-manager"
+NEW_CERTIFICATE = (
+    "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 3650 -subj /CN=lbscaler-manager"
+)
 ALT_NAME = "subjectAltName=DNS:lbscaler-manager"
 
 
@@ -68,8 +70,8 @@ def publish(project: Project, registry: str, name: str) -> str:
 
 
 def share_secrets(project: Project, image: str, rotate: bool) -> dict[str, str]:
-    """Stores the token and the certificate as Swarm secrets; with `rotate`, they are made anew. Returns the variables
-    with their names for the manager, whose balancers are replaced when a name has changed.
+    """Stores the token and the certificate as Swarm secrets; with `rotate`, new ones. Returns the variables with
+    their names for the manager, whose balancers are replaced when a name has changed.
 
     The certificate with its key is a third secret, which no balancer gets. A manager that takes over on another node
     uses it, so that the balancers can keep the certificate they have. Raises Failed.
@@ -146,16 +148,16 @@ def _task_of(project: Project, service: str) -> Any:
     raise Failed(f"Swarm did not start the service {service}")
 
 
-def _make_certificate(project: Project, anew: bool) -> None:
+def _make_certificate(project: Project, replace: bool) -> None:
     """Writes manager.pem, the certificate with its key, and certificate.pem, the certificate alone. A manager that runs
     keeps the certificate that it has loaded."""
     project.output.need("openssl", "the manager's certificate", "openssl")
-    both = project.run_dir / KEY_FILE
-    if anew or not has_text(both):
-        command = [*KEYS.split(), "-addext", ALT_NAME, "-keyout", "-", "-out", "-"]
+    pem = project.run_dir / KEY_FILE
+    if replace or not has_text(pem):
+        command = [*NEW_CERTIFICATE.split(), "-addext", ALT_NAME, "-keyout", "-", "-out", "-"]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=project.output.log, text=True, check=True)
-        write(both, done.stdout)
-    done = subprocess.run(["openssl", "x509", "-in", both], capture_output=True, text=True, check=True)
+        write(pem, done.stdout)
+    done = subprocess.run(["openssl", "x509", "-in", pem], capture_output=True, text=True, check=True)
     write(project.run_dir / CERTIFICATE_FILE, done.stdout)
 
 
@@ -193,18 +195,19 @@ def remove_rotated(project: Project) -> None:
         deadline = time.monotonic() + SERVICE_TIMEOUT
         while replaced and time.monotonic() < deadline:
             time.sleep(POLL)
-            replaced = [secret for secret in replaced if not _removed(secret)]
+            replaced = [secret for secret in replaced if not _try_to_remove(secret)]
     if replaced:
         names = ", ".join(secret.name for secret in replaced)
         project.output.say(f"The balancers still have {names}; the next run.sh removes what they no longer have")
 
 
-def _removed(secret: Any) -> bool:
+def _try_to_remove(secret: Any) -> bool:
+    """Whether the secret is gone: Swarm keeps one that a service has."""
     try:
         secret.remove()
     except docker.errors.NotFound:
         return True
-    except docker.errors.APIError:  # a service has it
+    except docker.errors.APIError:
         return False
     return True
 

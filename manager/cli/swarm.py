@@ -102,13 +102,6 @@ def _stored(project: Project, file: str) -> list[Any]:
     return sorted(found, key=lambda secret: str(secret.attrs["CreatedAt"]), reverse=True)
 
 
-def _secret(project: Project, name: str) -> Any | None:
-    try:
-        return project.docker.secrets.get(name)
-    except docker.errors.NotFound:
-        return None
-
-
 def _fetch(project: Project, stored: Mapping[str, Any], image: str) -> None:
     """Reads the missing files from a short-lived task on this node, because Swarm gives secrets to tasks only."""
     for service in project.services("secrets"):  # of a start that was killed
@@ -173,10 +166,16 @@ def _check_same(project: Project, file: str, content: bytes, secret: Any | None)
 def _share(project: Project, file: str, content: bytes) -> str:
     """Stores a file as a Swarm secret, unless it is there. Returns its name, which changes with its content."""
     name = f"{project.name}-{file.removesuffix('.pem')}-{_digest(content)[:8]}"
-    if _secret(project, name) is None:
-        labels = project.labels(file) | {"lbscaler.digest": _digest(content)}
-        project.docker.secrets.create(name=name, data=content, labels=labels)
+    _create_secret(project, name, content, project.labels(file) | {"lbscaler.digest": _digest(content)})
     return name
+
+
+def _create_secret(project: Project, name: str, content: bytes, labels: Mapping[str, str]) -> None:
+    """Does nothing if the Swarm has a secret with this name: names change with the content."""
+    try:
+        project.docker.secrets.get(name)
+    except docker.errors.NotFound:
+        project.docker.secrets.create(name=name, data=content, labels=labels)
 
 
 def _digest(content: bytes) -> str:
@@ -214,9 +213,7 @@ def _try_to_remove(secret: Any) -> bool:
 
 def share_file(project: Project, name: str, path: str) -> None:
     """Stores a file of --secret as a Swarm secret. Its name changes with its content."""
-    if _secret(project, name) is None:
-        labels = project.labels(FILE)
-        project.docker.secrets.create(name=name, data=Path(path).read_bytes(), labels=labels)
+    _create_secret(project, name, Path(path).read_bytes(), project.labels(FILE))
 
 
 def remove_files(project: Project, in_use: str) -> None:

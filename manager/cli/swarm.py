@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -216,8 +217,19 @@ def share_file(project: Project, name: str, path: str) -> None:
     _create_secret(project, name, Path(path).read_bytes(), project.labels(FILE))
 
 
-def remove_files(project: Project, in_use: str) -> None:
-    """Removes the Swarm secrets of `share_file` whose digests are not in this text."""
+def files_of(project: Project, service: Any) -> set[str]:
+    """The names of the copies in the specs of a service of backends: its own, and those that a rollback may use."""
+    names = set()
+    for spec in (service.attrs["Spec"], service.attrs.get("PreviousSpec", {})):
+        for label in ("lbscaler.spec", "lbscaler.before"):
+            tasks = json.loads(spec.get("Labels", {}).get(label, "{}"))
+            secrets = tasks.get("ContainerSpec", {}).get("Secrets", ())
+            names |= {secret["SecretName"].removeprefix(f"{project.name}-") for secret in secrets}
+    return names
+
+
+def remove_files(project: Project, in_use: Collection[str]) -> None:
+    """Removes the Swarm secrets of `share_file`, except those of these copies."""
     for secret in project.docker.secrets.list(filters=project.filter(FILE)):
         if secret.name.removeprefix(f"{project.name}-") not in in_use:
             secret.remove()

@@ -29,7 +29,7 @@ log = logging.getLogger("manager")
 class StateFiles:
     def __init__(self, ip_file: Path) -> None:
         self._ip_file = ip_file
-        self._operator_file = ip_file.with_name("orders.json")
+        self._operator_file = ip_file.with_name("operator_settings.json")
         self._refused_file = ip_file.with_name("refused_update.json")
         self._trace_file = ip_file.with_name("trace.csv")
 

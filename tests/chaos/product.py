@@ -17,7 +17,7 @@ PROJECT, PORT, MANAGER_PORT = "lbchaos", 8000, 5000
 BALANCER = f"{PROJECT}-balancer"
 BACKENDS, MOST = 4, 8
 FAST = ("--interval", "1", "--panic-window", "3", "--stable-window", "10", "--drain-timeout", "8")
-# No load reaches this target, so only faults and orders change the number of backends.
+# No load reaches this target, so only faults and the operator's settings change the number of backends.
 FIXED = ("--metric", "connections", "--target", "100000")
 
 

@@ -1133,7 +1133,7 @@ def test_operators_limits_are_carried_out_before_the_next_list(rig: Callable[...
     assert r.engine.lists == looks
 
 
-def test_the_operators_orders_outlive_the_manager(rig: Callable[..., Rig], tmp_path: Path) -> None:
+def test_the_operators_settings_outlive_the_manager(rig: Callable[..., Rig], tmp_path: Path) -> None:
     r = rig(3)
     r.controller.scale(4, 6, 7.5)
     r.controller.pause(True)
@@ -1146,8 +1146,8 @@ def test_the_operators_orders_outlive_the_manager(rig: Callable[..., Rig], tmp_p
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"min": 4, "max": 6}'])
-def test_orders_that_cannot_be_read_leave_the_settings_standing(tmp_path: Path, text: str) -> None:
-    (tmp_path / "orders.json").write_text(text)
+def test_operator_settings_that_cannot_be_read_leave_the_flags_in_force(tmp_path: Path, text: str) -> None:
+    (tmp_path / "operator_settings.json").write_text(text)
     made = controller(FakeEngine(), tmp_path, Clock())
     assert (made.policy.min, made.policy.max, made.policy.target, made.paused) == (2, 10, 100, False)
 

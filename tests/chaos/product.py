@@ -66,7 +66,7 @@ class Product:
         return not subprocess.run(command, check=False).returncode
 
     def rules_namespace(self) -> list[str]:
-        """The start of a command that runs where the rules stand."""
+        """The start of a command that runs where the rules are."""
         if self.datapath == "host":
             return self.site.on_host()
         return ["nsenter", f"--net=/proc/{self.site.pid_of(BALANCER)}/ns/net"]

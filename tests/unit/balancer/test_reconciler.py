@@ -431,7 +431,7 @@ HOST = DataPath(prefix="LB-0a1b2c-", bridge="br0", subnet="198.18.0.0/20", stick
 
 @pytest.fixture
 def host(world: World) -> World:
-    """A balancer whose rules stand in the host's namespace. (`world` replaces its prober and its clock.)"""
+    """A balancer whose rules are in the host's namespace. (`world` replaces its prober and its clock.)"""
     return World(world.clock, HOST)
 
 

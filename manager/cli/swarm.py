@@ -27,10 +27,8 @@ POLL = 0.1  # seconds
 FILE = "file"  # role of the secrets that backends get
 TOKEN_FILE, KEY_FILE, CERTIFICATE_FILE = "token", "manager.pem", "certificate.pem"  # also the roles of their secrets
 TAKEN_OVER = (TOKEN_FILE, KEY_FILE)  # what a manager on another node needs
-NEW_CERTIFICATE = (
-    "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 3650 -subj /CN=lbscaler-manager"
-)
-ALT_NAME = "subjectAltName=DNS:lbscaler-manager"
+NEW_CERTIFICATE = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 3650"
+SUBJECT = "-subj /CN=lbscaler-manager -addext subjectAltName=DNS:lbscaler-manager"
 
 
 # -- run.sh -----------------------------------------------------------------------------------------------------------
@@ -148,7 +146,7 @@ def _make_certificate(project: Project, replace: bool) -> None:
     project.output.need("openssl", "the manager's certificate", "openssl")
     pem = project.run_dir / KEY_FILE
     if replace or not has_text(pem):
-        command = [*NEW_CERTIFICATE.split(), "-addext", ALT_NAME, "-keyout", "-", "-out", "-"]
+        command = [*NEW_CERTIFICATE.split(), *SUBJECT.split(), "-keyout", "-", "-out", "-"]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=project.output.log, text=True, check=True)
         write(pem, done.stdout)
     done = subprocess.run(["openssl", "x509", "-in", pem], capture_output=True, text=True, check=True)

@@ -1,7 +1,7 @@
-"""Where the balancer's rules stand, and which connections are the service's. Pure.
+"""Where the balancer's rules are, and which connections are the service's. Pure.
 
-There are two data paths. By default the rules stand in a network namespace of the balancer's own. With a `bridge` they
-stand in the host's namespace, beside the rules of Docker, of other projects and of other programs: the chains have the
+There are two data paths. By default the rules are in a network namespace of the balancer's own. With a `bridge` they
+are in the host's namespace, beside the rules of Docker, of other projects and of other programs: the chains have the
 project's own prefix, and the rules match only packets to the service's address and of the backends' bridge.
 """
 
@@ -65,7 +65,7 @@ class DataPath:
         return self.prefix + "CLIENTS"
 
     @property
-    def sets(self) -> tuple[str, str]:
+    def backend_sets(self) -> tuple[str, str]:
         return self.traffic_set, self.replies_set
 
 
@@ -75,7 +75,7 @@ OWN_NAMESPACE = DataPath()
 def from_environment(environ: Mapping[str, str]) -> DataPath:
     """The data path in the variables that the manager sets. Raises ValueError for a malformed one.
 
-    LB_PORTS is a list such as 80:8080,443:8443; without LB_BRIDGE, the rules stand in the balancer's own namespace."""
+    LB_PORTS is a list such as 80:8080,443:8443; without LB_BRIDGE, the rules are in the balancer's own namespace."""
     ports = []
     for pair in environ.get("LB_PORTS", "8000:8000").split(","):
         port, backend_port = pair.split(":")

@@ -1,4 +1,4 @@
-"""What the balancer needs of the host's network when its rules stand there: the service's ports are reserved, and the
+"""What the balancer needs of the host's network when its rules are there: the service's ports are reserved, and the
 bridge routes packets of loopback addresses."""
 
 from __future__ import annotations

@@ -89,8 +89,8 @@ class Netfilter:
             run([self._restore, "--noflush", "-w", "5"], text)
 
     def make_sets(self) -> None:
-        """Creates the sets of the backends that do not exist yet."""
-        for name in self.path.sets:
+        """Creates the two sets of backends, unless they exist."""
+        for name in self.path.backend_sets:
             run(["ipset", "create", name, "hash:ip", "family", "inet", "counters", "-exist"])
 
     def set_names(self) -> list[str]:

@@ -28,8 +28,10 @@ from rotation import Rotation, rotation
 from ruleset import Endpoint
 from snapshot import Snapshot
 from state import State
+from weights import RAMP, RAMP_STEPS
 
-SLOW_START_STEP = 1.0  # seconds between passes while a backend is in its slow start
+# Seconds between passes while a backend is in its slow start: one rewrite for each step.
+SLOW_START_STEP = RAMP / RAMP_STEPS
 
 log = logging.getLogger("balancer")
 
@@ -62,24 +64,19 @@ class Reconciler:
         """Makes one pass; changes nothing when everything is in place."""
         state, snapshot, before = self._state, self._state.snapshot, self._state.rotation
         health = state.health(snapshot)
-        chosen = rotation(snapshot, health, self._node, state.answering)
-        chosen = self._weighted(chosen, snapshot, health)
+        chosen = self._choose(snapshot, health)
         ids = snapshot.ids
 
         # After a start, the kernel has the first rules of script.sh, or what an earlier client left.
         nat = self._netfilter.listing("nat")
         state.rules_in_place = ruleset.is_hooked(nat, self._path)
         self._netfilter.make_sets()
-        members = {name: self._netfilter.members(name) for name in self._path.sets}
-        known = self._known
-        if known is None:
-            left = connections(nat, self._path.backend_chain(""))
-            known = dict.fromkeys((*left, *members[self._path.traffic_set]), "")
+        members = {name: self._netfilter.members(name) for name in self._path.backend_sets}
+        known = self._known_addresses(nat, members)
 
         # Add the new backends: first to the sets, which rules need.
         self._prepare(ids, known)
-        for name, present in members.items():
-            self._netfilter.change_sets(restore.set_changes({*present, *ids}, present, name))
+        self._change_members(members, ids, add=True)
         self._netfilter.make_client_sets(ids)
         if self._known is not None:
             # The new backends may get flows from now on. If this pass fails below, the next must not delete them.
@@ -91,24 +88,25 @@ class Reconciler:
         self._write(tables, nat)
         if self._misdirected:
             # Another program's rule may have sent flows elsewhere. They keep that translation, and so would new flows
-            # from the same ports of a client, for the two minutes after the last SYN.
+            # from the same ports of a client, for the two minutes after the last SYN. On the host, a flow to the same
+            # port may belong to another service, so nothing is deleted there.
             self._netfilter.delete_misdirected_flows(ids)
             self._misdirected = False
         # Remove the old backends: no rule leads to them now.
         unhealthy = {backend.ip for backend in snapshot.backends if health[backend.id].healthy is False}
         ejected = (before.ips & unhealthy) - chosen.ips
         self._remove(known.keys() - ids.keys(), ejected)
-        for name, present in members.items():
-            self._netfilter.change_sets(restore.set_changes(ids, {*present, *ids}, name))
+        self._change_members(members, ids, add=False)
         self._netfilter.remove_client_sets(ids)
 
         self._known = ids
         state.rotation, state.converged_at = chosen, time.monotonic()
         _log_changes(before, chosen, repaired)
 
-    def _weighted(self, chosen: Rotation, snapshot: Snapshot, health: Mapping[str, Health]) -> Rotation:
-        """`chosen` with weights by the backends' speed. In its slow start, a backend gets only a part of its share. A
-        spare has none when it enters rotation, because it became healthy long before."""
+    def _choose(self, snapshot: Snapshot, health: Mapping[str, Health]) -> Rotation:
+        """The backends in rotation, weighted by their speed. A backend in its slow start gets a part of its share. Slow
+        start counts from when a backend became healthy, so a spare's is usually over when it enters rotation."""
+        chosen = rotation(snapshot, health, self._node, self._state.answering)
         learner, now, adaptive = self._state.learner, time.monotonic(), snapshot.weights == "adaptive"
         ids = snapshot.ids
         healthy = {id_ for id_, one in health.items() if one.healthy}
@@ -118,6 +116,20 @@ class Reconciler:
             weight = endpoint.weight * learner.weight(ids[endpoint.ip], now, adaptive)
             endpoints.append(replace(endpoint, weight=weight))
         return replace(chosen, endpoints=tuple(endpoints))
+
+    def _known_addresses(self, nat: Listing, members: Mapping[str, Collection[str]]) -> Mapping[str, str]:
+        """Address → id of each backend that the kernel may have flows of. After a start, the ids are empty."""
+        if self._known is not None:
+            return self._known
+        left = connections(nat, self._path.backend_chain(""))
+        return dict.fromkeys((*left, *members[self._path.traffic_set]), "")
+
+    def _change_members(self, members: Mapping[str, Collection[str]], ids: Mapping[str, str], *, add: bool) -> None:
+        """Adds the backends' addresses to the sets, or removes all others. `members`: the sets' before the pass."""
+        for name, present in members.items():
+            both = {*present, *ids}
+            wanted, actual = (both, present) if add else (ids, both)
+            self._netfilter.change_sets(restore.set_changes(wanted, actual, name))
 
     def _prepare(self, ids: Mapping[str, str], known: Mapping[str, str]) -> None:
         """Deletes the old flows and neighbour entries of new backends' addresses. Only an address that another backend
@@ -142,7 +154,7 @@ class Reconciler:
         return ruleset.tables(chosen.endpoints, others, self._path, snapshot.check_source, self._state.missing)
 
     def _write(self, tables: list[Table], nat: Listing) -> None:
-        """Writes the tables that differ from the kernel's."""
+        """Writes each table that differs from the kernel's."""
         # The nat table first: it alone decides where connections go.
         listings = {"nat": nat}
         self._apply(tables[0], nat)
@@ -152,13 +164,13 @@ class Reconciler:
             listings[table.name] = self._netfilter.listing(table.name)
             self._apply(table, listings[table.name])
         self._count_failed(ruleset.failed_connections(listings["filter"], self._path))
-        # On the host, other programs' rules are none of our business.
+        # On the host, foreign rules are not reported: most of them match other traffic.
         inspected = {} if self._path.on_host else listings
         self._state.findings = tuple(findings.find(self._netfilter.ip_forward(), inspected))
 
     def _count_failed(self, failed: Mapping[str, int]) -> None:
         for reason, count in failed.items():
-            # The first pass counts nothing: these are of an earlier client. Rules that were written anew begin at zero.
+            # The first pass counts nothing: these are of an earlier client. Rewritten rules begin at zero.
             before = self._failed.get(reason, count)
             FAILED_CONNECTIONS.labels(reason).inc(count - before if count >= before else count)
         self._failed = failed

@@ -59,7 +59,7 @@ def _hook_changes(chain: str, wanted: Rules, actual: Rules, prefix: str) -> list
     """The deletions and insertions that put `wanted` in its place in a built-in chain; empty when it is there.
 
     Its place is the first one, or the first one after Docker's hook for its users' own rules. Rules that match none of
-    our packets may stand before it.
+    our packets may be before it.
     """
     ours = tuple(rule for rule in actual if is_ours(rule, prefix))
     behind_docker = actual[_after_docker_user(actual) :]

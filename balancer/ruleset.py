@@ -224,7 +224,7 @@ def filters(path: DataPath = OWN_NAMESPACE, check_source: str = "", retries: boo
     sends it again a second later. `retries`: whether rotation has another backend to try. `marks`: whether connections
     can be marked.
 
-    The counters stand here instead of in a mangle table, because each table costs every packet some time, and because
+    The counters are here instead of in a mangle table, because each table costs every packet some time, and because
     iptables cannot remove an empty mangle table from the host.
     """
     forward, inputs = path.chain("FORWARD"), path.chain("INPUT")

@@ -47,7 +47,8 @@ class Sampler:
     def _sample(self, take: Callable[[Snapshot], None], pace: Pace, load: float) -> None:
         if not pace.is_due(time.monotonic()):
             return
-        # Not the time on the clock: on a busy machine, or with a slow manager, that would delay the end of drains.
+        # Processor time, not elapsed time: elapsed time includes waiting for the processor and the manager, and would
+        # delay the next sample of the drains.
         began = time.thread_time()
         try:
             take(self._state.snapshot)

@@ -163,7 +163,8 @@ class FakeEngine:
             return 200, None
         if name:
             return 200, {"ID": name, "Spec": self.services[-1]}
-        return 200, [{"ID": one} for one in self.running_services]
+        running = [spec for spec in self.services if spec["Name"] in self.running_services]
+        return 200, [{"ID": spec["Name"], "Spec": spec} for spec in running]
 
 
 def _server(path: Path, engine: FakeEngine) -> UnixStreamServer:

@@ -34,7 +34,7 @@ DOCKERS = {
 }
 
 TARGETS = ("DNAT", "SNAT", "MASQUERADE", "DROP", "RETURN", "ACCEPT", "CONNMARK", "CT", "SET")
-TRAFFIC, REPLIES = OWN_NAMESPACE.sets
+TRAFFIC, REPLIES = OWN_NAMESPACE.backend_sets
 
 Rule = tuple[int, str]  # packets counted, the rule's text
 
@@ -166,7 +166,7 @@ class FakeNetfilter(Netfilter):
         return any(rule.endswith(f"-j {chain}") for rules in chains.values() for _, rule in rules)
 
     def make_sets(self) -> None:
-        for name in self.path.sets:
+        for name in self.path.backend_sets:
             self.all_sets.setdefault(name, {})
 
     def make_client_sets(self, ips: Iterable[str]) -> None:
@@ -175,7 +175,7 @@ class FakeNetfilter(Netfilter):
 
     def remove_client_sets(self, kept: Iterable[str]) -> None:
         wanted = {self.path.clients_set, *map(self.path.sticky_set, kept)}
-        for name in set(self.all_sets) - {*self.path.sets, *wanted}:
+        for name in set(self.all_sets) - {*self.path.backend_sets, *wanted}:
             del self.all_sets[name]
 
     def set_names(self) -> list[str]:

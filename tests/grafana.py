@@ -46,7 +46,7 @@ class Viewer:
 
     def __init__(self, prometheus: Prometheus, manager: str, balancer: str, seconds: int) -> None:
         self._prometheus, self._seconds, self._began = prometheus, seconds, time.time()
-        # A variable with several values stands in a regular expression, in a quoted string: dots are escaped twice.
+        # A variable with several values is in a regular expression, in a quoted string: dots are escaped twice.
         self._chosen = {"manager": manager, "balancer": balancer.replace(".", "\\\\.")}
 
     def faults(self) -> dict[str, str]:

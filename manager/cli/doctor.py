@@ -1,8 +1,8 @@
 """Checks this host for what would stop run.sh or disturb a running project, and says how to fix it.
 
-`./run.sh --doctor` runs and prints all of CHECKS; a start runs those in REQUIRED. They change nothing. A check that
-cannot be performed reports "not tried". This module uses the standard library only, because it runs before the virtual
-environment exists.
+`./run.sh --doctor` runs and prints all of CHECKS; a start runs those in REQUIRED. They change nothing, except
+that the container of the kernel check may load modules. A check that cannot be performed reports "not tried". This
+module uses the standard library only, because it runs before the virtual environment exists.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Host:
         return dict(found[0]) if found else {}
 
 
-def judged(found: str, bad: bool, fix: str, verdict: str = WARN) -> Found:
+def result_of(found: str, bad: bool, fix: str, verdict: str = WARN) -> Found:
     return Found(verdict, found, fix) if bad else Found(OK, found)
 
 
@@ -130,10 +130,10 @@ def engine(host: Host) -> Found:
     found = f"{info['ServerVersion']}, storage {info.get('Driver')}, {info.get('CgroupDriver')} cgroups"
     if any("rootless" in option for option in info.get("SecurityOptions") or ()):
         return Found(FAULT, f"{found}, rootless", "a rootless engine has no bridge on this host; use a rootful one")
-    # Docker drops in nftables chains of its own what no iptables rule can accept again.
-    backend = (info.get("FirewallBackend") or {}).get("Driver", "iptables")
-    unusable = host.settings.datapath == "host" and "iptables" not in backend
-    return judged(found, unusable, f"its firewall backend is {backend}: leave out --datapath host", FAULT)
+    # With its nftables backend, Docker drops packets in its own chains, and an iptables rule cannot accept them again.
+    firewall = (info.get("FirewallBackend") or {}).get("Driver", "iptables")
+    unusable = host.settings.datapath == "host" and "iptables" not in firewall
+    return result_of(found, unusable, f"its firewall backend is {firewall}: leave out --datapath host", FAULT)
 
 
 def no_engine(host: Host) -> Found:
@@ -162,7 +162,7 @@ def kernel(host: Host) -> Found:
     if host.run(f"docker image inspect {image}").returncode == 0:
         done = host.run(shlex.join(check_rules(image, host.settings.project)), timeout=60)
         result = "; ".join((done.stdout or done.stderr).splitlines())
-        return judged(f"tried: {result}", done.returncode != 0, "load or build what is missing", FAULT)
+        return result_of(f"tried: {result}", done.returncode != 0, "load or build what is missing", FAULT)
     # Without the image: every module has to be part of the kernel or to have a file.
     tree = Path("/lib/modules", platform.release())
     listing = f"{host.read(tree / 'modules.builtin')}\n{host.read(tree / 'modules.dep')}"
@@ -171,7 +171,7 @@ def kernel(host: Host) -> Found:
         return Found(WARN, "not tried: no balancer image, no list of modules", "run.sh tries before it starts")
     missing = [module for module in MODULES if module not in built]
     found = f"without {', '.join(missing)}" if missing else "built with what the rules need; no rule tried yet"
-    return judged(f"{found} ({tree})", bool(missing), "use a kernel that has them", FAULT)
+    return result_of(f"{found} ({tree})", bool(missing), "use a kernel that has them", FAULT)
 
 
 def service_port(host: Host) -> Found:
@@ -192,10 +192,12 @@ def port(host: Host, address: str, number: int, flag: str) -> Found:
     if not host_checks.is_taken(address, number):
         return Found(OK, f"port {number} is free")
     owner, project = host_checks.owner(address, number), host.settings.project
-    published = host.run(f"docker ps --filter label=lbscaler.project={project} --format '{{{{.Ports}}}}'").stdout
+    # A line for each of the project's running containers; it is empty for one without published ports.
+    ports = host.run(f"docker ps --filter label=lbscaler.project={project} --format '{{{{.Ports}}}}'").stdout
+    project_runs, published = bool(ports), f":{number}->" in ports
     # On the host path, the balancer has bound the port without listening.
-    reserved = "host" in datapath_of(host) and published and not host_checks.is_listening(address, number)
-    if reserved or f":{number}->" in published or owner.pid in processes.find(project, processes.MANAGER):
+    reserved = project_runs and datapath_of(host) == "host" and not host_checks.is_listening(address, number)
+    if reserved or published or owner.pid in processes.find(project, processes.MANAGER):
         return Found(OK, f"port {number} is used by this project")
     fix = f"end that, or choose another with {flag} PORT"
     return Found(FAULT, f"port {number} is taken by {owner}", fix)
@@ -213,7 +215,7 @@ def network(host: Host) -> Found:
         return Found(FAULT, f"the network {name} is {subnet}", f"./stop.sh, then --subnet {wanted} applies")
     changed = datapath_of(host) != host.settings.datapath
     fix = f"./stop.sh, then --datapath {host.settings.datapath} applies"
-    return judged(f"the network {name} is {subnet}, data path {datapath_of(host)}", changed, fix, FAULT)
+    return result_of(f"the network {name} is {subnet}, data path {datapath_of(host)}", changed, fix, FAULT)
 
 
 def datapath_of(host: Host) -> str:
@@ -270,13 +272,13 @@ def routes(host: Host) -> Found:
     narrower = any(route.prefixlen >= subnet.prefixlen for route in over)
     found = f"{subnet} overlaps {' and '.join(map(str, over)) or 'no other route'} of this host"
     fix = "./stop.sh where it runs, then another --subnet"
-    return judged(found, bool(over), fix, FAULT if narrower else WARN)
+    return result_of(found, bool(over), fix, FAULT if narrower else WARN)
 
 
 def clock(host: Host) -> Found:
     error = host.clock_error()
     fix = "install systemd-timesyncd or chrony: log lines carry the clock's time"
-    return judged(f"within {error:.2g} s", error >= MAX_CLOCK_ERROR, fix)
+    return result_of(f"within {error:.2g} s", error >= MAX_CLOCK_ERROR, fix)
 
 
 def disk(host: Host) -> Found:
@@ -285,7 +287,7 @@ def disk(host: Host) -> Found:
     for place in (host.engine.get("DockerRootDir", str(ROOT)), str(ROOT)):
         free[place] = shutil.disk_usage(place).free / 2**30
     found = ", ".join(f"{count:.1f} GiB free for {place}" for place, count in free.items())
-    return judged(found, min(free.values()) < MIN_FREE_DISK, "free 1 GiB, for images and logs")
+    return result_of(found, min(free.values()) < MIN_FREE_DISK, "free 1 GiB, for images and logs")
 
 
 def conntrack(host: Host) -> Found:
@@ -294,7 +296,7 @@ def conntrack(host: Host) -> Found:
     if not size:
         return Found(OK, "not tried: connection tracking is not in use yet")
     fix = f"sysctl net.netfilter.nf_conntrack_max={4 * size}"
-    return judged(f"{used} of {size} entries", used > CONNTRACK_LIMIT * size, fix)
+    return result_of(f"{used} of {size} entries", used > CONNTRACK_LIMIT * size, fix)
 
 
 def neighbours(host: Host) -> Found:
@@ -306,7 +308,7 @@ def neighbours(host: Host) -> Found:
     # Some entries more for the host's own neighbours. Above gc_thresh3 the kernel refuses new entries.
     needed = 2 * (host.settings.max + host.settings.spares) + 24
     sizes = " ".join(f"net.ipv4.neigh.default.gc_thresh{n}={needed * n}" for n in (1, 2, 3))
-    return judged(f"room for {size}, --max {host.settings.max} needs {needed}", needed > size, f"sysctl {sizes}")
+    return result_of(f"room for {size}, --max {host.settings.max} needs {needed}", needed > size, f"sysctl {sizes}")
 
 
 def memory(host: Host) -> Found:
@@ -320,7 +322,7 @@ def memory(host: Host) -> Found:
     found = f"{free:.1f} GiB available; {count} more backends of {limit} and the balancer may use {needed:.1f} GiB"
     fit = max(0, free - BALANCER_MEMORY) // each
     short = host.settings.orchestrator == "docker" and needed > free
-    return judged(found, short, f"{fit:g} more fit: lower --max or --memory, unless they use less")
+    return result_of(found, short, f"{fit:g} more fit: lower --max or --memory, unless they use less")
 
 
 CHECKS: Mapping[str, Callable[[Host], Found]] = {

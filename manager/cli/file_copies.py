@@ -8,6 +8,7 @@ can test whether a guessed password has the digest that `/status` contains.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shlex
 from collections.abc import Mapping
@@ -65,9 +66,14 @@ def remove_unused(project: Project, current: Mapping[str, str]) -> None:
     """Removes the copies that are neither in these variables nor in the spec of a backend, which a rollback may use."""
     if not project.secrets_dir.exists():
         return
-    services = [service.attrs for service in project.services("backend")]
-    containers = project.docker.api.containers(all=True, filters=project.filter("backend"))
-    in_use = f"{current} {services} {containers}"  # the labels have the specs, and these the paths
+    in_use = {Path(path).name for path in shlex.split(" ".join(current.values()))}
+    for container in project.docker.api.containers(all=True, filters=project.filter("backend")):
+        spec = json.loads(container["Labels"].get("lbscaler.spec", "{}"))
+        mounted = [volume.split(":")[0] for volume in spec.get("volumes", ())]
+        in_use |= {Path(path).name for path in (*spec.get("env_file", ()), *mounted)}
+    services = project.services("backend")
+    for service in services:
+        in_use |= swarm.files_of(project, service)
     for copy in project.secrets_dir.iterdir():
         if copy.is_file() and copy.name not in in_use:
             copy.unlink()

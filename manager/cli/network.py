@@ -70,7 +70,7 @@ def _create(project: Project, subnet: IPv4Network, overlay: bool, datapath: str)
 
 
 def is_on_host(network: Any) -> bool:
-    """Whether the project's rules stand in the host's namespace."""
+    """Whether the project's rules are in the host's namespace."""
     return bool(network.attrs["Labels"].get(DATAPATH) == "host")
 
 

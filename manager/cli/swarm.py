@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import subprocess
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -94,9 +95,9 @@ def share_secrets(project: Project, image: str, rotate: bool, undo: Undo) -> dic
     names = {}
     for file, content in contents.items():
         names[file] = _secret_name(project, file, content.encode())
-        if _secret(project, names[file]) is None:
+        labels = project.labels(file) | {"lbscaler.digest": _digest(content.encode())}
+        if _create_secret(project, names[file], content.encode(), labels):
             undo.add(f"remove the secret {names[file]}", partial(_remove_secret, project, names[file]))
-            _share(project, names[file], file, content.encode())
     return names
 
 
@@ -109,13 +110,6 @@ def _stored(project: Project, file: str) -> list[Any]:
     """The Swarm secrets of this file, the newest first. After a rotation, an older one exists until it is removed."""
     found = project.docker.secrets.list(filters=project.filter(file))
     return sorted(found, key=lambda secret: str(secret.attrs["CreatedAt"]), reverse=True)
-
-
-def _secret(project: Project, name: str) -> Any | None:
-    try:
-        return project.docker.secrets.get(name)
-    except docker.errors.NotFound:
-        return None
 
 
 def _fetch(project: Project, stored: Mapping[str, Any], image: str) -> None:
@@ -193,9 +187,15 @@ def _secret_name(project: Project, file: str, content: bytes) -> str:
     return f"{project.name}-{file.removesuffix('.pem')}-{_digest(content)[:8]}"
 
 
-def _share(project: Project, name: str, file: str, content: bytes) -> None:
-    labels = project.labels(file) | {"lbscaler.digest": _digest(content)}
-    project.docker.secrets.create(name=name, data=content, labels=labels)
+def _create_secret(project: Project, name: str, content: bytes, labels: Mapping[str, str]) -> bool:
+    """Creates the secret, unless the Swarm has one with this name: names change with the content. Returns whether it
+    did."""
+    try:
+        project.docker.secrets.get(name)
+    except docker.errors.NotFound:
+        project.docker.secrets.create(name=name, data=content, labels=labels)
+        return True
+    return False
 
 
 def _digest(content: bytes) -> str:
@@ -232,16 +232,25 @@ def _remove_secret(project: Project, name: str) -> bool:
 
 def share_file(project: Project, name: str, path: str) -> None:
     """Stores a file of --secret as a Swarm secret. Its name changes with its content."""
-    if _secret(project, name) is None:
-        labels = project.labels(FILE)
-        project.docker.secrets.create(name=name, data=Path(path).read_bytes(), labels=labels)
+    _create_secret(project, name, Path(path).read_bytes(), project.labels(FILE))
 
 
-def remove_files(project: Project, in_use: str) -> None:
-    """Removes the Swarm secrets of `share_file` whose digests are not in this text."""
+def files_of(project: Project, service: Any) -> set[str]:
+    """The names of the copies in the specs of a service of backends: its own, and those that a rollback may use."""
+    names = set()
+    for spec in (service.attrs["Spec"], service.attrs.get("PreviousSpec", {})):
+        for label in ("lbscaler.spec", "lbscaler.before"):
+            tasks = json.loads(spec.get("Labels", {}).get(label, "{}"))
+            secrets = tasks.get("ContainerSpec", {}).get("Secrets", ())
+            names |= {secret["SecretName"].removeprefix(f"{project.name}-") for secret in secrets}
+    return names
+
+
+def remove_files(project: Project, in_use: Collection[str]) -> None:
+    """Removes the Swarm secrets of `share_file`, except those of these copies."""
     for secret in project.docker.secrets.list(filters=project.filter(FILE)):
         if secret.name.removeprefix(f"{project.name}-") not in in_use:
-            secret.remove()
+            _remove_secret(project, secret.name)
 
 
 # -- stop.sh ----------------------------------------------------------------------------------------------------------
@@ -281,7 +290,7 @@ def _drain_everywhere(project: Project, service: Any, seconds: float) -> None:
     spec = service.attrs["Spec"]
     spec["TaskTemplate"].setdefault("Placement", {})["Constraints"] = ["node.role==nowhere"]
     # With another digest, a manager that is started in the meantime restores the service.
-    labels = {**spec["Labels"], "lbscaler.config": "leaving"}
+    labels = {**spec["Labels"], "lbscaler.config": "drained by stop.sh"}
     project.docker.api.update_service(
         service.id, service.version, task_template=spec["TaskTemplate"], labels=labels, fetch_current_spec=True
     )

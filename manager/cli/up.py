@@ -81,7 +81,7 @@ class Start:
         self._start_manager(address or network.gateway(project.network()), built, secrets)
         self._wait()
         # Part of the start: without this file, the next run would not know the project's settings.
-        write(self.run_dir / "settings.json", self._snapshot(built, secrets))
+        write(self.run_dir / "settings.json", self._settings_text(built, secrets))
         file_copies.remove_unused(project, self._files)
         if self.swarm:
             swarm.remove_rotated(project, names)
@@ -129,11 +129,12 @@ class Start:
         network.make(project, self.settings.subnet, overlay=self.swarm, datapath=self.settings.datapath)
         network.add_host_rules(project)
 
-    def _snapshot(self, built: Images, secrets: Mapping[str, str]) -> str:
+    def _settings_text(self, built: Images, secrets: Mapping[str, str]) -> str:
         """The text of settings.json: the settings and everything else that a manager is started with. If this has
         changed, a new manager has to be started."""
-        code = " ".join([images.digest("manager", self.settings.base_image), *secrets.values()])
-        made_from = {"backend_image": built.backend_id, "balancer_image": built.balancer, "manager": code}
+        made_from = {"backend_image": built.backend_id, "balancer_image": built.balancer}
+        made_from["manager"] = images.digest("manager", self.settings.base_image)
+        made_from["secrets"] = " ".join(secrets.values())
         made_from["files"] = dumps(self._files)
         made_from["token"] = digest(self.project.token)
         return dumps({**self.arguments.variables, **made_from}, indent=1)
@@ -141,7 +142,7 @@ class Start:
     def _start_manager(self, address: str, built: Images, secrets: Mapping[str, str]) -> None:
         project, out = self.project, self.output
         path = self.run_dir / "settings.json"
-        unchanged = path.exists() and path.read_text() == self._snapshot(built, secrets)
+        unchanged = path.exists() and path.read_text() == self._settings_text(built, secrets)
         complete = project.manager_runs() and project.supervisor_runs()
         if complete and unchanged and not self.arguments.backends:
             out.say("The manager is up and its settings are unchanged")
@@ -159,7 +160,7 @@ class Start:
             (self.run_dir / "balancer" / "refused_update.json").unlink(missing_ok=True)  # it may be tried again
         same_settings = self.arguments.variables.items() <= stored(project.name).items()
         if not same_settings:
-            self._forget_orders()
+            self._forget_operator_settings()
         with out.step("Starting the manager"):
             self._launch(self._environment(built, secrets))
 
@@ -167,16 +168,18 @@ class Start:
         """Writes hostip.txt, the manager's address for the balancer, and links both run-time files into balancer/."""
         (self.run_dir / "balancer").mkdir(exist_ok=True)
         (self.run_dir / "balancer" / "hostip.txt").write_text(address)
+        # The links are for people who look for the files beside the balancer's code, where the original project has
+        # them.
         for name in images.RUN_TIME_FILES:
             link = ROOT / "balancer" / name
             link.unlink(missing_ok=True)
             link.symlink_to(Path("..", "run", self.project.name, "balancer", name))
 
-    def _forget_orders(self) -> None:
+    def _forget_operator_settings(self) -> None:
         """Changed settings replace the limits and the pause that the operator has set."""
-        orders = self.run_dir / "balancer" / "orders.json"
+        place = self.run_dir / "balancer"
         with suppress(FileNotFoundError):
-            orders.replace(orders.with_name("orders.before"))
+            (place / "operator_settings.json").replace(place / "operator_settings.before")
 
     def _environment(self, built: Images, secrets: Mapping[str, str]) -> dict[str, str]:
         """The environment variables that the manager is started with."""
@@ -226,8 +229,8 @@ class Start:
         does not wait until all backends have been replaced."""
         self.project.end_manager()
         with suppress(FileNotFoundError):
-            orders = self.run_dir / "balancer" / "orders.before"
-            orders.replace(orders.with_name("orders.json"))
+            kept = self.run_dir / "balancer" / "operator_settings.before"
+            kept.replace(kept.with_name("operator_settings.json"))
         variables = with_stored({variable("project"): self.project.name})
         arguments = Arguments(read(variables), variables, no_wait=True)
         before = stored(self.project.name)
@@ -261,7 +264,7 @@ def run(arguments: Arguments, out: Output) -> None:
             undo.add("stop the Docker Engine", lambda: out.run("bash", "-c", ". manager/host.sh; stop_engine"))
         start = Start(arguments, out, undo)
         start.run()
-    (start.run_dir / "balancer" / "orders.before").unlink(missing_ok=True)
+    (start.run_dir / "balancer" / "operator_settings.before").unlink(missing_ok=True)
     start.print_summary()
 
 

@@ -36,8 +36,8 @@ from core.workers import BALANCER, PAUSE, Result, Workers
 RELIST = 2.0  # seconds between two lists of the engine's containers without an event
 # Docker's list shows a container as running for about 0.1 s after the event of its end, so an event causes two lists.
 RELIST_AFTER_EVENT = 0.25
-SUSPENDED = 2.0  # seconds: when a wait of the loop ends later than this, the process was stopped meanwhile
-LEAST_PAUSE = 0.75  # shortest time between two decisions, in intervals
+MAX_LATENESS = 2.0  # seconds by which a wait may end late; more means that the process was stopped
+MIN_DECISION_GAP = 0.75  # intervals
 
 log = logging.getLogger("manager")
 
@@ -49,11 +49,22 @@ class Recorder(Protocol):
     def reported(self, report: Report, fleet: Fleet) -> None: ...
     def keep(self, balancers: Collection[str]) -> None: ...
     def decided(self, decision: Decision) -> None: ...
-    def launch_failed(self) -> None: ...
+    def failed(self) -> None: ...
 
 
 class UnknownBackend(LookupError):
     """No backend of the project has this address."""
+
+
+def _policy(settings: Settings) -> Policy:
+    return Policy(
+        min=settings.min,
+        max=settings.max,
+        target=settings.target,
+        metric=settings.metric,
+        stable_window=settings.stable_window,
+        panic_window=settings.panic_window,
+    )
 
 
 class Controller:
@@ -74,10 +85,9 @@ class Controller:
         self.settings, self.recorder = settings, recorder
         self.decisions: deque[Decision] = deque(maxlen=1000)
         self.engine_trouble = ""
-        limits = (settings.min, settings.max, settings.target, settings.metric)
         self._files = StateFiles(ip_file)
         self._saved = SavedFleet()
-        policy = Policy(*limits, settings.stable_window, settings.panic_window)
+        policy = _policy(settings)
         self.policy, self.paused = self._files.read_operator_settings(policy)
         self.desired = self.policy.min
 
@@ -86,8 +96,8 @@ class Controller:
         self._fleet: Fleet = {}
         self._names_at: dict[str, list[str]] = {}  # address → names of the backends that have or had it
         self._load = LoadTracker()
-        self._panic = False  # a balancer keeps unhealthy backends in rotation
-        self._judged_since: float | None = None  # since when a balancer has reported without a gap
+        self._rotation_panic = False  # a balancer keeps unhealthy backends in rotation
+        self._reports_since: float | None = None  # since when a balancer has reported without a gap
         self._memory = Memory(started=clock())
         self._history = History()
         self._recording = Recording(self._memory)
@@ -161,14 +171,14 @@ class Controller:
             self._wake.wait(pause)
             self._wake.clear()
             late = self._clock() - began - pause
-            if late > SUSPENDED:
-                self.resume(late)
+            if late > MAX_LATENESS:
+                self.extend_deadlines(late)
 
-    def resume(self, seconds: float) -> None:
+    def extend_deadlines(self, seconds: float) -> None:
         """Moves the deadlines of all backends by the time for which this process was stopped."""
         log.warning("this process was stopped for %.0f s; deadlines of backends are extended by that", seconds)
         with self._lock:
-            self._fleet = fleet.skip(self._fleet, seconds)
+            self._fleet = fleet.extend_deadlines(self._fleet, seconds)
 
     def close(self) -> None:
         """Ends the loop and every long poll. The backends continue to run."""
@@ -192,7 +202,7 @@ class Controller:
             if self._engine.balancers is not None:
                 self._load.keep(self._engine.balancers, listed_at)
                 self.recorder.keep(self._engine.balancers)
-            self._set_fleet(self._judged(fleet.observe(self._fleet, containers, listed_at, now), now))
+            self._set_fleet(self._with_health(fleet.observe(self._fleet, containers, listed_at, now), now))
             # The engine has rolled an update back. This is stored, so that the next manager does not try it again.
             if self._engine.refused and not self._backoff.refusal:
                 self._backoff.refusal = Reason(Cause.ENGINE_ROLLBACK)
@@ -259,20 +269,20 @@ class Controller:
         self._publisher.subscribe(callback)
 
     def report(self, report: Report) -> Decision | None:
-        """Takes a balancer's report and decides how many backends to have. Returns the last decision (None: there is
-        none yet) if it is too soon for a new one."""
+        """Takes a balancer's report and decides how many backends to have. Returns the new decision; or the last one
+        (None if there is none) if it is too soon or no rate can be measured."""
         with self._lock:
             now = self._clock()
             # Reports repeat a warning for as long as its cause lasts; it is logged once.
             for warning in set(report.warnings) - set(self._load.warnings(report.balancer)):
                 log.warning("balancer %s: %s", report.balancer, warning)
             measured = self._load.add(report, now)
-            self._note_panic()
+            self._note_rotation_panic()
             self._note_health(report, now)
 
             # One decision in each interval, however many balancers report, because each decision may grow by one step.
             last = self.decisions[-1] if self.decisions else None
-            too_soon = last is not None and now - last.at < LEAST_PAUSE * self.settings.interval
+            too_soon = last is not None and now - last.at < MIN_DECISION_GAP * self.settings.interval
             load = self._load.load(self.settings.metric, now) if measured and not too_soon else None
             return self._decide(load, now) if load is not None else last
 
@@ -280,29 +290,36 @@ class Controller:
         """A balancer reports that this draining backend has no open connections left. Raises UnknownBackend.
 
         The backend is stopped when all balancers have reported this, or when a caller gives no name. A backend that is
-        not draining yet is drained first, because other balancers may still send connections to it. Idempotent.
+        not draining yet is drained first, because other balancers may still send connections to it; but a Swarm chooses
+        what to stop itself. Idempotent.
         """
         with self._lock:
             backend = fleet.with_address(self._fleet, ip)
             if backend is None:
                 raise UnknownBackend(ip)
+            if backend.state in (STOPPED, FAILED):
+                return
             reported = Reason(Cause.BALANCER_REPORT, detail=reason)
-            if backend.state == DRAINING:
-                drained_by = backend.drained_by | {balancer}
-                if balancer and not drained_by >= self._load.balancers.keys():
-                    self._set(replace(backend, drained_by=drained_by))
-                else:
-                    self._set(backend.to(STOPPED, self._clock(), reported))
-            elif backend.state not in (STOPPED, FAILED) and not self._engine_keeps_number:
-                self._set(backend.to(DRAINING, self._clock(), reported))
+            drained_by = backend.drained_by | {balancer}
+            others_drain = bool(balancer) and not drained_by >= self._load.balancers.keys()
+            if backend.state != DRAINING:
+                if not self._engine_keeps_number:
+                    self._set(backend.to(DRAINING, self._clock(), reported))
+            elif others_drain:
+                self._set(replace(backend, drained_by=drained_by))
+            else:
+                self._set(backend.to(STOPPED, self._clock(), reported))
         self._wake.set()
 
     def drain(self, ip: str) -> None:
-        """Drains and replaces a backend. Raises UnknownBackend, or ValueError if the engine chooses which to stop."""
+        """Drains and replaces a starting or active backend. Raises UnknownBackend, or ValueError if the backend is in
+        another state or the engine chooses which to stop."""
         with self._lock:
             backend = fleet.with_address(self._fleet, ip)
-            if backend is None or backend.state not in (STARTING, ACTIVE):
+            if backend is None:
                 raise UnknownBackend(ip)
+            if backend.state not in (STARTING, ACTIVE):
+                raise ValueError(f"{ip} is {backend.state}; only starting and active backends can be drained")
             if self._engine_keeps_number:
                 raise ValueError("this engine chooses the backends to stop; drain one of its nodes instead")
             self._set(backend.to(DRAINING, self._clock(), Reason(Cause.OPERATOR)))
@@ -394,15 +411,15 @@ class Controller:
     def _apply_limits(self) -> None:
         self.desired = max(self.policy.min, min(self.policy.max, self.desired))
 
-    def _judged(self, some: Fleet, now: float) -> Fleet:
-        """These backends after the balancers' reports are applied. A backend that the engine itself launches has no
+    def _with_health(self, backends: Fleet, now: float) -> Fleet:
+        """These backends with the health in the balancers' reports. A backend that the engine itself launches has no
         deadline to become ready, because the manager could not replace it."""
         if not self._load.reports(now):
-            self._judged_since = None
-        elif self._judged_since is None:
-            self._judged_since = now
-        since = None if self._engine_keeps_number else self._judged_since
-        return fleet.apply_health(some, self._load.verdict, since, self.settings.ready_timeout, now)
+            self._reports_since = None
+        elif self._reports_since is None:
+            self._reports_since = now
+        since = None if self._engine_keeps_number else self._reports_since
+        return fleet.apply_health(backends, self._load.verdict, since, self.settings.ready_timeout, now)
 
     def _note_health(self, report: Report, now: float) -> None:
         """Applies a report's health to the backends that it may change. `step` applies the health of all backends.
@@ -418,15 +435,15 @@ class Controller:
             healthy = report.backends[backend.ip].healthy
             if healthy is not backend.healthy:
                 changed[name] = backend
-        judged = self._judged(changed, now)
-        if judged != changed:
-            self._set_fleet({**self._fleet, **judged})
+        after = self._with_health(changed, now)
+        if after != changed:
+            self._set_fleet({**self._fleet, **after})
 
-    def _note_panic(self) -> None:
+    def _note_rotation_panic(self) -> None:
         panic = bool(self._load.panic)
-        if panic != self._panic:
-            event_log.panic(panic)
-        self._panic = panic
+        if panic != self._rotation_panic:
+            event_log.rotation_panic(panic)
+        self._rotation_panic = panic
 
     def _decide(self, load: scaler.Load, now: float) -> Decision:
         before = self.decisions[-1] if self.decisions else None
@@ -475,7 +492,7 @@ class Controller:
                 backend = self._fleet[name]
                 self._set(backend.to(DRAINING, now, reason))
                 if reason.cause is Cause.UNHEALTHY:
-                    self._launch_failed(backend, reason, now, served=now - backend.since >= STABLE)
+                    self._count_failure(backend, reason, now, served=now - backend.since >= STABLE)
             case plan.Admit(name):
                 spare = self._fleet[name]
                 self._set(spare.to(ACTIVE if spare.ready else STARTING, now))
@@ -506,7 +523,7 @@ class Controller:
     def _take_result(self, result: Result, after: dict[str, Backend], now: float) -> None:
         """Applies the result of a launch or a stop to the fleet `after`."""
         if result.name_taken:
-            self._namer.take(result.name)
+            self._namer.mark_taken(result.name)
         if result.last_log_line and result.name == self._failed_name:
             self._explain_failure(result.last_log_line)
         backend = after.get(result.name)
@@ -520,15 +537,16 @@ class Controller:
         del after[result.name]
         never_created = not backend.id
         if never_created:
-            self._launch_failed(backend, Reason(Cause.LAUNCH_ERROR, detail=result.why), now)
+            self._count_failure(backend, Reason(Cause.LAUNCH_ERROR, detail=result.why), now)
 
-    def _launch_failed(self, backend: Backend, reason: Reason, now: float, served: bool = False) -> None:
-        self.recorder.launch_failed()
+    def _count_failure(self, backend: Backend, reason: Reason, now: float, served: bool = False) -> None:
+        """Counts the failure of a launch or of a backend, which may delay the next launch or end an update."""
+        self.recorder.failed()
         refused_before = self._backoff.refused
         self._backoff.failed(backend.spec, reason, now, self._chance(), served)
         self._failed_name = backend.name
         given_up = self._backoff.refused != refused_before
-        event_log.launch_failed(self._backoff, given_up, now)
+        event_log.failed(self._backoff, given_up, now)
         if given_up:
             self._files.write_refusal(digest(self._backoff.refused), self._backoff.refusal)
 
@@ -555,10 +573,13 @@ class Controller:
             old, new = before.get(name), after.get(name)
             event_log.backend_changed(old, new, now)
             self.recorder.changed(old, new, now)
+            if old is None or new is None:
+                continue
+            has_failed = new.state == FAILED and old.state != FAILED
             # What another program does to a container is no failure of the backend.
-            if old and new and new.state == FAILED != old.state and not new.external:
+            if has_failed and not new.external:
                 served = old.state == ACTIVE and now - old.since >= STABLE
-                self._launch_failed(new, new.reason, now, served)
+                self._count_failure(new, new.reason, now, served)
         self._publisher.publish(after)
         self._save_fleet()
 

@@ -43,8 +43,8 @@ def _kinds(decision: Decision) -> tuple[str, ...]:
     return (decision.verdict, *(clamp.kind for clamp in decision.clamps))
 
 
-def launch_failed(backoff: LaunchBackoff, given_up: bool, now: float) -> None:
-    """Logs that an update was given up, or a launch backoff. A single failure is in the backend's own line."""
+def failed(backoff: LaunchBackoff, given_up: bool, now: float) -> None:
+    """Logs what a failure leads to: an update is given up, or a launch waits. The backend has a line of its own."""
     if given_up:
         log.error("update given up, going back: its backends failed: %s", backoff.given_up)
     elif backoff.failures > 1:
@@ -52,7 +52,7 @@ def launch_failed(backoff: LaunchBackoff, given_up: bool, now: float) -> None:
         log.warning("%d backends failed in a row, next launch in %.1f s: %s", backoff.failures, wait, backoff.why)
 
 
-def panic(began: bool) -> None:
+def rotation_panic(began: bool) -> None:
     if began:
         log.warning("fewer than half of the backends are healthy: all stay in rotation (panic)")
     else:

@@ -1,6 +1,9 @@
 """The states of the backends, according to the engine's list, its events, and the balancers' reports. Pure.
 
-    spare ─▶ starting ─▶ active ─▶ draining ─▶ stopped        and from any state ─▶ failed
+    spare ─▶ starting ─▶ active ─▶ draining ─▶ stopped
+
+A spare that is ready when it is admitted becomes active at once. Spare, starting and active backends may become failed.
+A draining one whose container ends becomes stopped.
 
 Which containers exist is known from the engine's list alone. A new manager adopts every running container of the
 project, in the state that the manager before it has saved, and plans from there (see `plan`).
@@ -16,7 +19,7 @@ from core.reasons import NO_REASON, Cause, Reason
 
 SPARE, STARTING, ACTIVE, DRAINING, STOPPED, FAILED = "spare", "starting", "active", "draining", "stopped", "failed"
 STATES = (SPARE, STARTING, ACTIVE, DRAINING, STOPPED, FAILED)
-SERVING_OR_WILL = (SPARE, STARTING, ACTIVE)
+NOT_DRAINING = (SPARE, STARTING, ACTIVE)
 SIGKILL, SIGTERM = 9, 15
 
 
@@ -40,7 +43,7 @@ class Container:
     exit_code: int | None = None
     spec: str = ""  # the image and options it was made from, as the engine writes them
     node: str = ""  # the machine it is on, if there are several
-    leaving: bool = False  # the engine is about to stop it, or has begun to
+    stopping: bool = False  # the engine is about to stop it, or has begun to
     disconnected: bool = False  # from the project's network
 
     @property
@@ -144,7 +147,7 @@ def _adopt(name: str, container: Container, saved: Mapping[str, str], now: float
     ended = container.ended or container.status == "created"
     if ended:
         state, cause = STOPPED, Cause.LEFT_OVER
-    elif container.leaving:
+    elif container.stopping:
         state, cause = DRAINING, Cause.ENGINE_STOP
     elif container.disconnected:
         state, cause = FAILED, Cause.NETWORK_LOST
@@ -163,13 +166,13 @@ def _compare(backend: Backend, container: Container, now: float) -> Backend:
     seen = replace(backend, id=container.id, node=container.node, ip=ip, spec=spec)
     if container.ended:
         return ended(seen, container.exit_code, now)
-    if backend.state in SERVING_OR_WILL and container.leaving:
+    if backend.state in NOT_DRAINING and container.stopping:
         return seen.to(DRAINING, now, Reason(Cause.ENGINE_STOP))
     # What another program does to a container is no failure of the backend.
     by_others = replace(seen, external=True)
-    if backend.state in SERVING_OR_WILL and backend.ip and not container.ip:
+    if backend.state in NOT_DRAINING and backend.ip and not container.ip:
         return by_others.to(FAILED, now, Reason(Cause.NETWORK_LOST))
-    if backend.state in SERVING_OR_WILL and backend.ip and container.status == "paused":
+    if backend.state in NOT_DRAINING and backend.ip and container.status == "paused":
         return by_others.to(FAILED, now, Reason(Cause.PAUSED))
     return seen
 
@@ -190,7 +193,7 @@ def after_event(backend: Backend, action: str, code: int, now: float) -> Backend
         return ended(backend, code, now)
     if action == "kill" and code == SIGKILL:
         return replace(backend, external=True)  # `docker kill`; the kernel's out-of-memory kill sends no event
-    if backend.state not in SERVING_OR_WILL:
+    if backend.state not in NOT_DRAINING:
         return backend
     if action == "pause":
         return replace(backend, external=True).to(FAILED, now, Reason(Cause.PAUSED))
@@ -204,11 +207,11 @@ def after_event(backend: Backend, action: str, code: int, now: float) -> Backend
 
 
 def apply_health(
-    fleet: Fleet, verdict: Callable[[Backend], Verdict], judged_since: float | None, ready_timeout: float, now: float
+    fleet: Fleet, verdict: Callable[[Backend], Verdict], reports_since: float | None, ready_timeout: float, now: float
 ) -> Fleet:
     """The fleet according to the balancers' reports: which backends are ready, and which are unhealthy and since when.
 
-    A backend that is not ready within `ready_timeout` seconds has failed. The time counts from `judged_since` at the
+    A backend that is not ready within `ready_timeout` seconds has failed. The time counts from `reports_since` at the
     earliest, the time from which on at least one balancer has reported without a gap. If it is None, no balancer
     reports now, and no backend fails because it is not ready.
     """
@@ -221,7 +224,7 @@ def apply_health(
             # It is not admitted, and it fails if it does not recover within the ready timeout.
             result[name] = replace(backend, ready=False, since=now)
         elif backend.state in (SPARE, STARTING) and backend.id and not backend.ready:
-            result[name] = _not_ready_yet(backend, found, judged_since, ready_timeout, now)
+            result[name] = _not_ready_yet(backend, found, reports_since, ready_timeout, now)
     return result
 
 
@@ -236,15 +239,16 @@ def _active(backend: Backend, found: Verdict, ready_timeout: float, now: float) 
 
 
 def _not_ready_yet(
-    backend: Backend, found: Verdict, judged_since: float | None, ready_timeout: float, now: float
+    backend: Backend, found: Verdict, reports_since: float | None, ready_timeout: float, now: float
 ) -> Backend:
     if _has_no_address(backend, ready_timeout, now):
         return backend.to(FAILED, now, Reason(Cause.NO_ADDRESS))
     if found.healthy and backend.ip:
         ready = replace(backend, ready=True)
         return ready.to(ACTIVE, now) if backend.state == STARTING else ready
-    judged = judged_since is not None and bool(backend.ip)
-    if judged and now - max(backend.since, judged_since or 0) > ready_timeout:
+    if reports_since is None or not backend.ip:
+        return backend
+    if now - max(backend.since, reports_since) > ready_timeout:
         return backend.to(FAILED, now, Reason(Cause.NOT_READY, ready_timeout, found.why))
     return backend
 
@@ -254,7 +258,7 @@ def _has_no_address(backend: Backend, ready_timeout: float, now: float) -> bool:
     return not backend.ip and now - backend.since > ready_timeout
 
 
-def skip(fleet: Fleet, seconds: float) -> Fleet:
+def extend_deadlines(fleet: Fleet, seconds: float) -> Fleet:
     """The fleet with every deadline `seconds` later, because this process was stopped for that time."""
     result = {}
     for name, backend in fleet.items():

@@ -62,14 +62,14 @@ class Namer:
     prefix: str
     taken: set[str] = field(default_factory=set)
 
-    def take(self, name: str) -> None:
+    def mark_taken(self, name: str) -> None:
         """Remembers that a foreign container has this name."""
         # Start again at the limit: those containers may no longer exist, and a name that is taken is found again.
         if len(self.taken) >= MAX_TAKEN_NAMES:
             self.taken.clear()
         self.taken.add(name)
 
-    def free(self, fleet: Fleet, count: int) -> list[str]:
+    def free_names(self, fleet: Fleet, count: int) -> list[str]:
         names: list[str] = []
         numbers = itertools.count(1)
         while len(names) < count:
@@ -108,19 +108,19 @@ def plan(fleet: Fleet, goal: Goal, namer: Namer, drain_timeout: float, now: floa
     capacity = capacity_of(fleet)
     updating = any(backend.spec != goal.spec for backend in capacity)
     # An update replaces all backends, the unhealthy ones first, so they need no replacement of their own.
-    replacing = [] if updating else _to_replace(capacity, goal.desired, now)
+    replacing = [] if updating else _overdue_unhealthy(capacity, goal.desired, now)
     # For a while more backends than desired, so that a new one is ready before an old or unhealthy one drains.
-    extra = 1 if updating else len(replacing)
-    missing = max(0, goal.desired + extra - len(capacity))
+    surge = 1 if updating else len(replacing)
+    missing = max(0, goal.desired + surge - len(capacity))
     steps = _grow(fleet, goal, namer, missing)
 
-    drains = _replace(capacity, replacing, goal.desired, now)
-    replaced = {drain.name for drain in drains}
-    rest = [backend for backend in capacity if backend.name not in replaced]
+    drains = _drain_unhealthy(capacity, replacing, goal.desired, now)
+    drained = {drain.name for drain in drains}
+    remaining = [backend for backend in capacity if backend.name not in drained]
     return [
         *steps,
         *drains,
-        *_scale_in(rest, goal, extra - len(drains), updating),
+        *_scale_in(remaining, goal, surge - len(drains), updating),
         *_stops(fleet, drain_timeout, now),
     ]
 
@@ -136,21 +136,21 @@ def _grow(fleet: Fleet, goal: Goal, namer: Namer, missing: int) -> list[Step]:
     steps: list[Step] = [Admit(backend.name) for backend in admitted]
     launches = missing - len(admitted)
     new_spares = max(0, goal.spares - len(idle))
-    for number, name in enumerate(namer.free(fleet, launches + new_spares)):
+    for number, name in enumerate(namer.free_names(fleet, launches + new_spares)):
         steps.append(Launch(name, spare=number >= launches))
     steps += [Drain(backend.name, Reason(Cause.UPDATE)) for backend in outdated]
     steps += [Drain(backend.name, Reason(Cause.SURPLUS_SPARE)) for backend in idle[goal.spares :]]
     return steps
 
 
-def _to_replace(capacity: list[Backend], desired: int, now: float) -> list[Backend]:
+def _overdue_unhealthy(capacity: list[Backend], desired: int, now: float) -> list[Backend]:
     """The backends that have been unhealthy for too long, as many as may be replaced at a time, the longest first."""
     unhealthy = [backend for backend in capacity if backend.unhealthy_for(now) > REPLACE_AFTER]
     unhealthy.sort(key=lambda backend: (-backend.unhealthy_for(now), by_number(backend.name)))
     return unhealthy[: max(1, int(desired * REPLACED_AT_A_TIME))]
 
 
-def _replace(capacity: list[Backend], replacing: list[Backend], desired: int, now: float) -> list[Drain]:
+def _drain_unhealthy(capacity: list[Backend], replacing: list[Backend], desired: int, now: float) -> list[Drain]:
     """Drains unhealthy backends that have a substitute: every active backend above the desired number is one."""
     substitutes = max(0, sum(backend.state == ACTIVE for backend in capacity) - desired)
     drains = []
@@ -160,7 +160,7 @@ def _replace(capacity: list[Backend], replacing: list[Backend], desired: int, no
     return drains
 
 
-def _scale_in(capacity: list[Backend], goal: Goal, extra: int, updating: bool) -> list[Drain]:
+def _scale_in(capacity: list[Backend], goal: Goal, surge: int, updating: bool) -> list[Drain]:
     """Drains the surplus: first backends of an old spec, then unhealthy ones, then those that are not active yet, then
     those with the highest numbers, which are usually the newest. At least the desired number still serves."""
 
@@ -176,7 +176,7 @@ def _scale_in(capacity: list[Backend], goal: Goal, extra: int, updating: bool) -
 
     # So many serving backends may drain without leaving fewer than desired.
     dispensable = max(0, sum(map(serves, capacity)) - goal.desired)
-    surplus = max(0, len(capacity) - goal.desired - extra)
+    surplus = max(0, len(capacity) - goal.desired - surge)
     if updating:
         surplus = max(surplus, dispensable)
     drains: list[Drain] = []

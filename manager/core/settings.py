@@ -159,7 +159,7 @@ class Settings:
                                     "a port of the service and the backends' port; replaces --port and --backend-port",
                                     True)
     datapath: str = _row(_SERVICE, "bridge", _matching("bridge|host"), "bridge or host",
-                         "where the rules stand: in the balancer's network namespace, or in this host's")
+                         "where the rules are: in the balancer's network namespace, or in this host's")
     sticky: int = _row(_SERVICE, "0", _number(0, 86400, whole=True), "0 to 86400 (seconds)",
                        "time for which a client keeps its backend; 0: each connection may go to another")
 

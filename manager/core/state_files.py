@@ -40,7 +40,7 @@ class StateFiles:
     def __init__(self, ip_file: Path) -> None:
         self._ip_file = ip_file
         self._fleet_file = ip_file.with_name("fleet.json")
-        self._operator_file = ip_file.with_name("orders.json")
+        self._operator_file = ip_file.with_name("operator_settings.json")
         self._refused_file = ip_file.with_name("refused_update.json")
         self._trace_file = ip_file.with_name("trace.csv")
 

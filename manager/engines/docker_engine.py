@@ -64,12 +64,12 @@ class DockerEngine(BaseEngine):
             self._note_balancers(balancers)
         return backends
 
-    def _rows(self) -> Iterable[Row]:
+    def _rows(self) -> Sequence[Row]:
         label = f"lbscaler.project={self._settings.project}"
-        rows: Iterable[Row] = self._client.api.containers(all=True, filters={"label": label})
+        rows: Sequence[Row] = self._client.api.containers(all=True, filters={"label": label})
         return rows
 
-    def _note_balancers(self, rows: Iterable[Row]) -> None:
+    def _note_balancers(self, rows: Sequence[Row]) -> None:
         """Updates the balancer's state from the list. `rows`: its containers, running or not."""
         running = [row for row in rows if row["State"] == "running" and (self._ip(row) or self._on_host)]
         current = [row for row in running if self._is_current(row)]
@@ -78,7 +78,7 @@ class DockerEngine(BaseEngine):
         elif running:
             self.balancer = BalancerState.OUTDATED
         else:
-            self.balancer = BalancerState.STOPPED if list(rows) else BalancerState.MISSING
+            self.balancer = BalancerState.STOPPED if rows else BalancerState.MISSING
         self.balancers = frozenset(_host_name(row) for row in running)
         self._check_targets = [self._check_target(row) for row in current]
 
@@ -120,7 +120,7 @@ class DockerEngine(BaseEngine):
         }
 
     def _bridge_spec(self, files: Sequence[str]) -> dict[str, Any]:
-        """The options of a balancer whose rules stand in its own network namespace."""
+        """The options of a balancer whose rules are in its own network namespace."""
         settings = self._settings
         ports = {f"{own}/tcp": (settings.bind, port) for port, own in options.published_ports(settings)}
         return {
@@ -133,18 +133,20 @@ class DockerEngine(BaseEngine):
         }
 
     def _host_spec(self, files: Sequence[str]) -> dict[str, Any]:
-        """The options of a balancer whose rules stand in the host's namespace."""
+        """The options of a balancer whose rules are in the host's namespace."""
         settings, network = self._settings, self._network
         path = options.host_path(settings, f"br-{network.id[:12]}", network.attrs["IPAM"]["Config"][0]["Subnet"])
-        # Only to reserve the service's ports and to bind HTTP_ADDRESS.
-        privileged_ports = min(settings.manager_port, *dict(settings.ports)) < 1024
+        capabilities = [*options.BALANCER_CAPABILITIES]
+        if min(settings.manager_port, *dict(settings.ports)) < 1024:
+            # To reserve the service's ports, and to bind the manager's port at HTTP_ADDRESS.
+            capabilities.append("NET_BIND_SERVICE")
         # The lock that programs of the legacy flavour take; a bind mount would create a directory if it did not exist.
         locks = [f"{XTABLES_LOCK}:{XTABLES_LOCK}"] if XTABLES_LOCK.is_file() else []
         return {
             "network_mode": "host",
             "volumes": [*files, *locks],
             "environment": path,
-            "cap_add": options.BALANCER_CAPABILITIES + ["NET_BIND_SERVICE"] * privileged_ports,
+            "cap_add": capabilities,
         }
 
     def repair_balancer(self) -> None:

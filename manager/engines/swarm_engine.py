@@ -1,7 +1,7 @@
 """The engine for many hosts: the backends are the tasks of one replicated service of a Docker Swarm.
 
 Swarm places, restarts and moves the tasks, and chooses which ones to stop. The manager sets their number and their spec
-(`resize`) and reads the list of tasks. A task that Swarm is going to stop is listed as `leaving` before its process
+(`resize`) and reads the list of tasks. A task that Swarm is going to stop is listed as `stopping` before its process
 gets a signal, so that the balancers send it no new connections while it still serves.
 
 Every call may take long and may raise EngineError. None changes a service without this project's labels. `list`,
@@ -111,7 +111,7 @@ class SwarmEngine(BaseEngine):
             self.made_from = self._spec_for_plan(service) if service else ""
         # Swarm cannot stop tasks on a node that is down and never reports their end. Without this, they would drain for
         # ever.
-        tasks = [task for task in listed if not (task.leaving and task.node in down)]
+        tasks = [task for task in listed if not (task.stopping and task.node in down)]
         self._log_ends(tasks)
 
         running = [task for task in tasks if task.running and task.ip]
@@ -136,7 +136,7 @@ class SwarmEngine(BaseEngine):
             exit_code=task.exit_code,
             spec=self.made_from if is_current else task.label,
             node=task.node,
-            leaving=task.leaving,
+            stopping=task.stopping,
         )
 
     def _task_name(self, task: Task) -> str:
@@ -233,7 +233,7 @@ class SwarmEngine(BaseEngine):
         running = [task for task in self._tasks(service) if task.running and task.node not in down]
         self.balancers = frozenset(map(swarm_balancer.report_name, running))
 
-        serving_nodes = {task.node for task in running if not task.leaving}
+        serving_nodes = {task.node for task in running if not task.stopping}
         targets = []
         for node in nodes:
             ip = str(node["Status"].get("Addr", ""))

@@ -32,7 +32,7 @@ class Task:
         return self.state in ENDED
 
     @property
-    def leaving(self) -> bool:
+    def stopping(self) -> bool:
         """Whether Swarm is going to stop the task, or has done so."""
         return self.desired_state != "running"
 

@@ -95,7 +95,7 @@ class Tally:
     def decided(self, decision: Decision) -> None:
         self._decisions[decision.verdict, limit(decision)] += 1
 
-    def launch_failed(self) -> None:
+    def failed(self) -> None:
         self._launch_failures += 1
 
 

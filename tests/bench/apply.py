@@ -84,7 +84,7 @@ class Balancer:
     def dispatch_over(self, endpoints: Sequence[Endpoint]) -> None:
         with self.namespace:
             self.kernel.make_sets()
-            for name in self.kernel.path.sets:
+            for name in self.kernel.path.backend_sets:
                 present = self.kernel.members(name)
                 self.kernel.change_sets(set_changes([endpoint.ip for endpoint in endpoints], present, name))
         for table in ruleset.tables(endpoints):

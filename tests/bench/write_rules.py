@@ -29,7 +29,7 @@ def _run(*command: str) -> subprocess.CompletedProcess[str]:
 def write(kernel: Netfilter, ips: list[str], known: int) -> None:
     endpoints = [ruleset.Endpoint(ip) for ip in ips]
     kernel.make_sets()
-    for name in kernel.path.sets:
+    for name in kernel.path.backend_sets:
         kernel.change_sets(restore.set_changes(ips, kernel.members(name), name))
     kernel.make_client_sets(ips)
     if known:

@@ -80,8 +80,8 @@ FAULTS = [
         budget=12,
     ),
     Fault(
-        "errors at once", "backend", lambda stage: switch(stage, "broken"), answered_by_victims,
-        "its health path is good: only its own share may fail", hold=4, budget=12,
+        "a backend answers every request with 500", "backend", lambda stage: switch(stage, "broken"),
+        answered_by_victims, "its health path is good: only its own share may fail", hold=4, budget=12,
     ),
     Fault(
         "health that flaps", "backend", lambda stage: switch(stage, "flap"), nothing,

@@ -145,7 +145,10 @@ FAULTS = [
         "restart the engine", "engine", restart_engine(signal.SIGTERM), outage,
         "without live-restore the engine ends all containers", alone=True, bound=60, budget=24,
     ),
-    Fault("rolling update by run.sh", "update", update, nothing, "new before old", alone=True, bound=30, budget=30),
+    Fault(
+        "rolling update by run.sh", "update", update, nothing, "each new backend is ready before an old one drains",
+        alone=True, bound=30, budget=30,
+    ),
     Fault("run.sh again", "update", run_again, nothing, "nothing has changed", bound=20),
     Fault("run.sh interrupted", "update", interrupted_start, nothing, "it is undone", alone=True, bound=60, budget=24),
     Fault("scale out and in", "update", scale, nothing, "grow first, drain last", hold=6, bound=40, budget=24),

@@ -30,7 +30,7 @@ class Stage:
         return self.random.sample(names, min(count, len(names)))
 
     def in_rules(self, *command: str) -> str:
-        """Runs a program where the product's rules stand."""
+        """Runs a program where the product's rules are."""
         return call(*self.product.rules_namespace(), *command)
 
 

@@ -101,7 +101,7 @@ def record(product: Any, seen: Observation) -> None:
 
 
 def rules_of(namespace: Callable[[], list[str]]) -> str:
-    """All rules where the product's stand, with their counters; empty where that place does not exist."""
+    """All rules where the product's are, with their counters; empty where that place does not exist."""
     with suppress(Exception):
         return saved(namespace(), "-c")
     return ""

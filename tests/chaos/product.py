@@ -17,7 +17,7 @@ PROJECT, PORT, MANAGER_PORT = "lbchaos", 8000, 5000
 BALANCER = f"{PROJECT}-balancer"
 BACKENDS, MOST = 4, 8
 FAST = ("--interval", "1", "--panic-window", "3", "--stable-window", "10", "--drain-timeout", "8")
-# No load reaches this target, so only faults and orders change the number of backends.
+# No load reaches this target, so only faults and the operator's settings change the number of backends.
 FIXED = ("--metric", "connections", "--target", "100000")
 
 
@@ -66,7 +66,7 @@ class Product:
         return not subprocess.run(command, check=False).returncode
 
     def rules_namespace(self) -> list[str]:
-        """The start of a command that runs where the rules stand."""
+        """The start of a command that runs where the rules are."""
         if self.datapath == "host":
             return self.site.on_host()
         return ["nsenter", f"--net=/proc/{self.site.pid_of(BALANCER)}/ns/net"]

@@ -112,22 +112,23 @@ INTRODUCTION = """
 What a campaign of faults found on a live system under load. `tests/chaos/run.sh --report` writes this page from stored
 results.
 
-The campaign makes a host of its own, a network namespace with its own engine, and clients in another one. They send 40
-new connections a second, 2 connections with eight requests each and one download of three seconds, at a fixed rate,
+The campaign makes a host of its own: a network namespace with its own engine. The clients are in another namespace.
+Every second they open 40 connections with one request, 2 with eight requests, and one with a download of three seconds,
 whatever the answers (open loop). Faults come in random order from a seed, alone and in pairs. After each one, these
 invariants are checked from outside, by code that shares nothing with the product:
 
-- The number of backends is the desired one; no container is left over or there twice; one manager, one supervisor.
-- Rules, sets and what dispatch can reach are exactly the fleet.
+- The number of backends is the desired one. No container is left over or exists twice. One manager and one supervisor
+  run.
+- The rules, the sets and what dispatch can reach contain the fleet's backends and no others.
 - Counters of connections do not fall, except after a restart of the balancer or of its rules.
 - Every healthy backend gets a share of the new connections.
 - A request may fail only for a reason that the fault's row below gives.
 - Containers, networks, rules and sets of others stay as they are, and after stop.sh nothing of the project is left.
 - Memory and file descriptors of the manager and the balancer's client do not grow.
 
-In a Swarm the hosts are three nodes, each with an engine and with clients of its own, which send half of that. Each
-invariant holds on every node, for its own balancer and its own clients. The containers are those of the services'
-tasks.
+In a Swarm there are three such hosts, the nodes. Each has an engine and clients of its own, which open half as many
+connections. Each invariant is checked on every node, for its own balancer and its own clients. The containers are those
+of the services' tasks.
 """
 
 

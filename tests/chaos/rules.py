@@ -1,4 +1,4 @@
-"""Faults of the firewall, the kernel's settings and the host's networks, where the product's rules stand."""
+"""Faults of the firewall, the kernel's settings and the host's networks, where the product's rules are."""
 
 from __future__ import annotations
 

@@ -144,6 +144,9 @@ def scale(stage: SwarmStage) -> Injected:
     return Injected([], lambda: stage.product.scale(BACKENDS), settles=True)
 
 
+NODE_LOST = "requests of this node's clients fail, and requests in progress on its backends"
+
+
 def in_swarm(*values: object, **more: object) -> Fault:
     return Fault(*values, datapaths=(SWARM,), **more)
 
@@ -151,32 +154,32 @@ def in_swarm(*values: object, **more: object) -> Fault:
 FAULTS = [
     in_swarm(
         "cut a node off", "node", cut, node_lost,
-        "its own clients, and what was open on its backends; when it returns, its Swarm agent takes up to 40 s",
+        f"{NODE_LOST}; when it returns, its Swarm agent takes up to 40 s",
         bound=90, budget=75,
     ),
     in_swarm(
         "lose a node: no link, no engine, no containers", "node", fail, node_lost,
-        "its own clients, and what was open on its backends", bound=90, budget=90,
+        NODE_LOST, bound=90, budget=90,
     ),
     in_swarm(
         "kill a node's engine", "node", lambda stage: kill_engine(stage, stage.other_with_backends(), True),
         node_lost_slowly,
-        "its containers serve on, but the overlay network forgets them; the engine ends them at its start", bound=90,
-        budget=90,
+        "its containers continue to serve, but the overlay network forgets them; the engine ends them at its start",
+        bound=90, budget=90,
     ),
     in_swarm(
         "kill the engine of the Swarm's leader", "node",
         lambda stage: kill_engine(stage, stage.site.wait_for_leader(), False), node_lost_slowly,
-        "the same, for a few seconds", hold=4, bound=90, alone=True, budget=60,
+        "the same happens, for a few seconds", hold=4, bound=90, alone=True, budget=60,
     ),
     in_swarm(
         "cut the manager's node off", "node", cut_manager_node, node_lost,
-        "its own clients, and what was open on its backends; the others' last rules stay", hold=20, bound=90,
+        f"{NODE_LOST}; the others keep the last rules", hold=20, bound=90,
         alone=True, budget=70,
     ),
     in_swarm(
         "cut the manager's node off, and start the manager on another", "node", move_off_lost_node, node_lost,
-        "its own clients, and what was open on its backends", bound=90, alone=True, budget=100,
+        NODE_LOST, bound=90, alone=True, budget=100,
     ),
     in_swarm(
         "drain a node, then activate it", "node", drain, clients_of_node,
@@ -199,16 +202,16 @@ FAULTS = [
         replaced=True, budget=25,
     ),
     in_swarm(
-        "kill a node's balancer", "balancer", kill_balancer, clients_of_node, "the clients of its node", bound=30,
-        budget=30,
+        "kill a node's balancer", "balancer", kill_balancer, clients_of_node, "requests of this node's clients fail",
+        bound=30, budget=30,
     ),
     in_swarm(
         "remove the balancers' service", "balancer", remove_balancers, outage, "no node has a balancer", bound=60,
         alone=True, budget=40,
     ),
     in_swarm(
-        "rolling update by run.sh (Swarm)", "update", update, nothing, "new before old", bound=60, alone=True,
-        budget=90,
+        "rolling update by run.sh (Swarm)", "update", update, nothing,
+        "each new backend is ready before an old one drains", bound=60, alone=True, budget=90,
     ),
     in_swarm("run.sh again (Swarm)", "update", run_again, nothing, "nothing has changed", bound=30, budget=25),
     in_swarm(

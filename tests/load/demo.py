@@ -108,7 +108,7 @@ class Watch:
 
     def _run(self) -> None:
         while True:
-            with suppress(OSError, ValueError, KeyError, TypeError):  # a manager that starts anew is back soon
+            with suppress(OSError, ValueError, KeyError, TypeError):  # a manager that is started again is back soon
                 self.samples.append(sample(ask(self._manager, "status"), time.time() - self._began))
             if self._over.wait(1):
                 return

@@ -60,7 +60,7 @@ class Balancer:
         endpoints = [Endpoint(ip, (weights or {}).get(ip, 1.0)) for ip in ips]
         others = [Endpoint(ip) for ip in draining]
         self.make_sets()
-        for name in self.path.sets:
+        for name in self.path.backend_sets:
             present = self.members(name)
             self.change_sets(restore.set_changes({*present, *ips}, present, name))
         self.make_client_sets(ips)

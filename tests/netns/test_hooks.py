@@ -1,4 +1,4 @@
-"""Our rules stand first, the balancer's own connections are not tracked, and self-checks are not counted."""
+"""Our rules are first, the balancer's own connections are not tracked, and self-checks are not counted."""
 
 from __future__ import annotations
 

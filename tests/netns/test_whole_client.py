@@ -177,7 +177,7 @@ def test_frozen_backend_is_ejected_and_a_drained_one_is_stopped(
             assert connection.recv(10) == b"+OK\r\n"
     assert balancer.connections()[FROZEN] == before
     tracked = balancer.namespace.run("conntrack", "-L", "-p", "tcp")
-    # Of each connection the first tuple: a masqueraded client may have 5000 in the second one by chance.
+    # Of each connection the original tuple: a masqueraded client may have 5000 in the reply's by chance.
     own = re.findall(r"^tcp +\d+ +\d+ \S+ src=\S+ dst=\S+ sport=\d+ dport=5000 .*", tracked, re.MULTILINE)
     assert own == [], "probes, reports and long polls are not tracked"
 

@@ -134,7 +134,7 @@ def test_self_check_connections_are_not_counted() -> None:
     assert count(seen, TIMEOUTS).live == {A: 4}
 
 
-def test_flow_is_deleted_by_its_first_tuple_and_its_id() -> None:
+def test_flow_is_deleted_by_its_original_tuple_and_its_id() -> None:
     block = entry(A) + entry(B) + entry(A, state=flows.SYN_SENT)
     one, two = deletions(block, PORTS, of_backends([A], False))
     assert one == two == block[20:72] + attribute(12, struct.pack("!I", 77))

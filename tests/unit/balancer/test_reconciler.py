@@ -475,7 +475,7 @@ HOST = DataPath(prefix="LB-0a1b2c-", bridge="br0", subnet="198.18.0.0/20", stick
 
 @pytest.fixture
 def host(world: World) -> World:
-    """A balancer whose rules stand in the host's namespace. (`world` replaces its prober and its clock.)"""
+    """A balancer whose rules are in the host's namespace. (`world` replaces its prober and its clock.)"""
     return World(world.clock, HOST)
 
 
@@ -503,16 +503,16 @@ def test_each_backend_has_a_set_of_its_clients_until_it_is_removed(host: World) 
     host.set_backends(f"a {A}", f"b {B}")
     host.reconcile()
     client_sets = {HOST.clients_set, HOST.sticky_set(A), HOST.sticky_set(B)}
-    assert set(host.kernel.all_sets) - set(HOST.sets) == client_sets
+    assert set(host.kernel.all_sets) - set(HOST.backend_sets) == client_sets
     host.set_backends(f"a {A}", f"b {B} draining")
     host.reconcile()
-    assert set(host.kernel.all_sets) - set(HOST.sets) == client_sets
+    assert set(host.kernel.all_sets) - set(HOST.backend_sets) == client_sets
     assert host.kernel.rules("nat", "LB-0a1b2c-STICKY")[1:-1] == [
         f"-m set --match-set LB-0a1b2c-S-{A} src -j LB-0a1b2c-B-{A}"
     ], "a draining backend gets no connection, not even from its own clients"
     host.set_backends(f"a {A}")
     host.reconcile()
-    assert set(host.kernel.all_sets) - set(HOST.sets) == client_sets - {HOST.sticky_set(B)}
+    assert set(host.kernel.all_sets) - set(HOST.backend_sets) == client_sets - {HOST.sticky_set(B)}
 
 
 def test_client_of_the_balancer_that_starts_again_on_the_host_keeps_the_rules(host: World) -> None:

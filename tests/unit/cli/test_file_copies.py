@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 from collections.abc import Iterator
@@ -107,11 +108,15 @@ def test_copy_that_no_backend_uses_is_removed(
     (tmp_path / "a.env").write_text("A=hunter3\n")
     (tmp_path / "a key").write_text("new")
     new = file_copies.keep(project, settings(**files), image())
-    spec = {"lbscaler.spec": f'"env_file": ["{old["LB_ENV_FILE"]}"]'}
-    rows = [{"Id": "a", "Labels": spec}]
+    env_file, secret = copies(old)
+    specs = [{"env_file": [str(env_file)]}, {"volumes": [f"{secret}:/run/secrets/key:ro"]}, {}]
+    rows = [{"Id": "a", "Labels": {"lbscaler.spec": json.dumps(spec)}} for spec in specs]
     monkeypatch.setattr(type(project.docker.api), "containers", lambda *_, **__: rows)
     file_copies.remove_unused(project, new)
-    assert set(project.secrets_dir.iterdir()) == {*copies(new), copies(old)[0]}
+    assert set(project.secrets_dir.iterdir()) == {*copies(new), *copies(old)}
+    del rows[1:]
+    file_copies.remove_unused(project, new)
+    assert set(project.secrets_dir.iterdir()) == {*copies(new), env_file}
     rows.clear()
     file_copies.remove_unused(project, new)
     assert set(project.secrets_dir.iterdir()) == set(copies(new))
@@ -127,6 +132,11 @@ def test_swarm_has_a_secret_for_each_content_until_no_service_needs_it(
     new = file_copies.keep(project, settings(orchestrator="swarm", **files), image("1000"))
     file_copies.keep(project, settings(orchestrator="swarm", **files), image("1000"))
     assert engine.secrets.keys() == {f"p-{old}", f"p-{copies(new)[1].name}"}
-    project.docker.services.create("image", name="p-backend", labels=project.labels("backend"))
+    tasks = {"ContainerSpec": {"Secrets": [{"SecretName": f"p-{old}"}]}}
+    labels = project.labels("backend") | {"lbscaler.spec": "{}", "lbscaler.before": json.dumps(tasks)}
+    project.docker.services.create("image", name="p-backend", labels=labels)
+    file_copies.remove_unused(project, new)
+    assert engine.secrets.keys() == {f"p-{old}", f"p-{copies(new)[1].name}"}, "a rollback may use it"
+    del engine.services[0]["Labels"]["lbscaler.before"]
     file_copies.remove_unused(project, new)
     assert engine.secrets.keys() == {f"p-{copies(new)[1].name}"}

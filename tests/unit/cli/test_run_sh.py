@@ -203,13 +203,13 @@ def test_running_project_whose_files_were_deleted_gets_another_manager(system: S
 
 def test_update_that_is_given_up_fails_and_the_old_settings_apply_again(system: System) -> None:
     system.up("--image", "good")
-    (system.run_dir / "balancer" / "orders.json").write_text("the operator's")
+    (system.run_dir / "balancer" / "operator_settings.json").write_text("the operator's")
     (system.run_dir / "balancer" / "refused_update.json").write_text("an earlier one")
     output = system.up("--image", "bad", status=1)
     assert "what ran before is used again: its container ended with exit code 3" in output
     assert settings(system)["LB_IMAGE"] == "good"
     assert status(system)["environment"]["LB_IMAGE"] == "sha256:good"
-    assert (system.run_dir / "balancer" / "orders.json").read_text() == "the operator's"
+    assert (system.run_dir / "balancer" / "operator_settings.json").read_text() == "the operator's"
     assert not (system.run_dir / "balancer" / "refused_update.json").exists(), (
         "a new run tries the refused update again"
     )
@@ -268,16 +268,16 @@ def tokens(system: System) -> set[str]:
 def test_rotated_token_is_that_of_the_next_manager_and_the_operators_limits_stay(system: System) -> None:
     system.up("--image", "good")
     pid, first = status(system)["pid"], tokens(system)
-    orders = system.run_dir / "balancer" / "orders.json"
-    orders.write_text("{}")
+    kept = system.run_dir / "balancer" / "operator_settings.json"
+    kept.write_text("{}")
     system.up("--rotate-secrets")
     second = tokens(system)
     assert (len(first), len(second), first & second) == (1, 1, set())
     assert status(system)["pid"] != pid
-    assert orders.exists()
+    assert kept.exists()
     assert "settings are unchanged" in system.up()
     system.up("--rotate-secrets", "--max", "9")
-    assert not orders.exists(), "changed settings replace them"
+    assert not kept.exists(), "changed settings replace them"
     modes = [(system.run_dir / name).stat().st_mode & 0o777 for name in ("token", "secrets", "secrets/balancer/token")]
     assert modes == [0o600, 0o700, 0o644]
 

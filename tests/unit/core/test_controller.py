@@ -590,9 +590,18 @@ def test_a_backend_drained_by_hand_is_replaced(rig: Callable[..., Rig]) -> None:
     r.controller.drain("198.18.0.2")
     r.step_until(lambda: "198.18.0.4" in r.snapshot())
     assert r.states() == {1: "draining", 2: "active", 3: "starting"}
-    for unknown in ("198.18.0.2", "198.18.0.99"):
-        with pytest.raises(UnknownBackend):
-            r.controller.drain(unknown)
+    with pytest.raises(ValueError, match=r"198\.18\.0\.2 is draining; only starting and active backends"):
+        r.controller.drain("198.18.0.2")
+    with pytest.raises(UnknownBackend):
+        r.controller.drain("198.18.0.99")
+
+
+def test_a_spare_cannot_be_drained(rig: Callable[..., Rig]) -> None:
+    r = rig(2, spares=1)
+    r.step_until(lambda: r.snapshot().get("198.18.0.4") == "spare")
+    with pytest.raises(ValueError, match="is spare; only starting and active backends"):
+        r.controller.drain("198.18.0.4")
+    assert r.states()[3] == "spare"
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations("abc")), ids="".join)
@@ -967,7 +976,7 @@ def test_time_in_which_the_process_was_stopped_fails_no_backend(rig: Callable[..
     r.step_until(lambda: len(r.snapshot()) == 3)
     r.report_rows(_2=sample(healthy=False), _3=sample(), _4=sample(healthy=False))
     r.clock.pass_by(100)
-    r.controller.resume(100)
+    r.controller.extend_deadlines(100)
     r.report_rows(_2=sample(healthy=False), _3=sample(), _4=sample(healthy=False))
     r.controller.step()
     assert r.states() == {1: "active", 2: "active", 3: "starting"}, "neither replaced nor given up"
@@ -1194,7 +1203,7 @@ def test_operators_limits_are_carried_out_before_the_next_list(rig: Callable[...
     assert r.engine.lists == looks
 
 
-def test_the_operators_orders_outlive_the_manager(rig: Callable[..., Rig], tmp_path: Path) -> None:
+def test_the_operators_settings_outlive_the_manager(rig: Callable[..., Rig], tmp_path: Path) -> None:
     r = rig(3)
     r.controller.scale(4, 6, 7.5)
     r.controller.pause(True)
@@ -1207,8 +1216,8 @@ def test_the_operators_orders_outlive_the_manager(rig: Callable[..., Rig], tmp_p
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"min": 4, "max": 6}'])
-def test_orders_that_cannot_be_read_leave_the_settings_standing(tmp_path: Path, text: str) -> None:
-    (tmp_path / "orders.json").write_text(text)
+def test_operator_settings_that_cannot_be_read_leave_the_flags_in_force(tmp_path: Path, text: str) -> None:
+    (tmp_path / "operator_settings.json").write_text(text)
     made = controller(FakeEngine(), tmp_path, Clock())
     assert (made.policy.min, made.policy.max, made.policy.target, made.paused) == (2, 10, 100, False)
 

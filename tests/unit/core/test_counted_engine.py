@@ -36,13 +36,13 @@ class Swarm(Engine):
         self._keep()
 
     def _keep(self) -> None:
-        serving = [task for task in self.tasks.values() if not task.leaving and not task.ended]
+        serving = [task for task in self.tasks.values() if not task.stopping and not task.ended]
         for _ in range((self.replicas or 0) - len(serving)):
             slot = next(self._slots)
             name = f"p-backend-{slot}.abcde"
             self.tasks[name] = Container(f"task{slot}", name, f"198.18.0.{slot + 1}", "running", node="n1")
         for task in serving[self.replicas or 0 :]:
-            self.tasks[task.name] = replace(task, leaving=True)
+            self.tasks[task.name] = replace(task, stopping=True)
 
     def list(self) -> list[Container]:
         if self.down:
@@ -58,7 +58,7 @@ class Swarm(Engine):
         self._keep()
 
     def finish(self) -> None:
-        self.tasks = {name: task for name, task in self.tasks.items() if not task.leaving and not task.ended}
+        self.tasks = {name: task for name, task in self.tasks.items() if not task.stopping and not task.ended}
 
     def fail(self, name: str) -> None:
         """It ends by itself, and another is there in its place."""

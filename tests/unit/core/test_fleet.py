@@ -141,8 +141,8 @@ FIT = backend(SPARE, ready=True)
 
 
 def judge(fleet: fleets.Fleet, healthy: bool | None, now: float, judged: bool = True, since: float = 0) -> fleets.Fleet:
-    judged_since = since if judged else None
-    return fleets.apply_health(fleet, lambda _: Verdict(healthy, "a why"), judged_since, READY_TIMEOUT, now)
+    reports_since = since if judged else None
+    return fleets.apply_health(fleet, lambda _: Verdict(healthy, "a why"), reports_since, READY_TIMEOUT, now)
 
 
 JUDGED = {

@@ -121,8 +121,8 @@ def test_name_of_a_foreign_container_is_skipped() -> None:
 def test_only_so_many_names_of_foreign_containers_are_remembered() -> None:
     namer = Namer("p-")
     for number in range(1, 3 * MAX_TAKEN_NAMES):
-        namer.take(f"p-{number}")
-        assert namer.free({}, 1) == [f"p-{number + 1}"] or len(namer.taken) < number
+        namer.mark_taken(f"p-{number}")
+        assert namer.free_names({}, 1) == [f"p-{number + 1}"] or len(namer.taken) < number
     assert len(namer.taken) <= MAX_TAKEN_NAMES
 
 

@@ -141,7 +141,7 @@ def known() -> set[str]:
         ours |= set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', program.read_text()))
     for text in (ROOT / "tests" / "unit" / "balancer" / "golden").glob("*.rules"):
         ours |= flags(text.read_text())
-    # Words of iptables and conntrack that only stand in code.
+    # Words of iptables and conntrack that are only in code.
     return ours | flags((ROOT / "balancer" / "netfilter.py").read_text()) | {"--comment", "--notrack"} | TOOLS
 
 

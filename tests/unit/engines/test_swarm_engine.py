@@ -417,7 +417,7 @@ def test_task_is_listed_while_it_runs_and_once_more_when_it_has_ended(engine: Sw
     engine.resize(2, SPEC)
     api(engine).listed = [task("aaaaaaa", "preparing"), task("bbbbbbb", slot=2), task("ccccccc", "failed", slot=3)]
     (only,) = engine.list()
-    assert (only.name, only.ip, only.status, only.node, only.leaving) == (
+    assert (only.name, only.ip, only.status, only.node, only.stopping) == (
         "p-backend-2.bbbbb",
         "198.18.0.3",
         "running",
@@ -425,13 +425,13 @@ def test_task_is_listed_while_it_runs_and_once_more_when_it_has_ended(engine: Sw
         False,
     )
     api(engine).listed = [task("bbbbbbb", desired="shutdown", slot=2)]
-    assert [c.leaving for c in engine.list()] == [True]
+    assert [c.stopping for c in engine.list()] == [True]
     api(engine).listed = [task("bbbbbbb", "failed", "shutdown", slot=2)]
     assert [(c.ended, c.exit_code) for c in engine.list()] == [(True, 3)]
     assert engine.list() == []
 
 
-def test_leaving_task_on_a_node_that_is_down_is_not_listed(engine: SwarmEngine) -> None:
+def test_stopping_task_on_a_node_that_is_down_is_not_listed(engine: SwarmEngine) -> None:
     engine.resize(2, SPEC)
     api(engine).listed = [task("a", node="n2"), task("b", desired="shutdown", node="n2"), task("c", desired="shutdown")]
     api(engine).down = {"n2"}

@@ -338,7 +338,7 @@ OPERATOR = {"min": 2, "max": 9, "target": 5.0, "paused": False}
 @example(b'{"min": 2, "max": Infinity, "target": NaN, "paused": false}')
 @example(b"[" * 100_000)
 def test_operator_settings(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "orders.json").write_bytes(content)
+    (tmp_path / "operator_settings.json").write_bytes(content)
     policy, paused = StateFiles(tmp_path / "ip.txt").read_operator_settings(Policy(2, 10, 100))
     assert isinstance(paused, bool)
     assert 1 <= policy.min <= policy.max

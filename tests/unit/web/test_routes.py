@@ -261,6 +261,12 @@ def test_an_unknown_address_is_refused_with_404(manager: Manager) -> None:
     refused(manager.unix("POST", "/drain", {"ip": "198.18.0.99"}), 404, line)
 
 
+def test_a_second_drain_of_a_backend_is_refused_with_409(manager: Manager) -> None:
+    manager.unix("POST", "/drain", {"ip": "198.18.0.2"})
+    line = "198.18.0.2 is draining; only starting and active backends can be drained"
+    refused(manager.unix("POST", "/drain", {"ip": "198.18.0.2"}), 409, line)
+
+
 @pytest.mark.parametrize(
     ("method", "path", "size", "status", "line"),
     [

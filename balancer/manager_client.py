@@ -73,8 +73,8 @@ class ManagerClient:
     def report(self, message: Mapping[str, Any]) -> None:
         self._post("/pkts_info", message).raise_for_status()
 
-    def stop(self, ip: str, reason: str) -> None:
-        answer = self._post("/stop", {"ip": ip, "reason": reason, "balancer": self._balancer})
+    def stop(self, ip: str, id_: str, reason: str) -> None:
+        answer = self._post("/stop", {"ip": ip, "id": id_, "reason": reason, "balancer": self._balancer})
         # With 404 the manager does not know the backend, so it was removed already.
         if answer.status_code != 404:
             answer.raise_for_status()

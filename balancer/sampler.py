@@ -40,8 +40,9 @@ class Sampler:
         """Takes the samples that are due."""
         time.sleep(SAMPLE_PERIOD)
         count_load = COUNT_LOAD - DRAINING_LOAD if self._draining_since else COUNT_LOAD
-        self._sample(self._sample_waiting, self._waiting_pace, WAITING_LOAD)
+        # First the drains: a sample that fails ends this pass.
         self._sample(self._sample_draining, self._draining_pace, DRAINING_LOAD)
+        self._sample(self._sample_waiting, self._waiting_pace, WAITING_LOAD)
         self._sample(self._count_all, self._count_pace, count_load)
 
     def _sample(self, take: Callable[[Snapshot], None], pace: Pace, load: float) -> None:
@@ -103,13 +104,13 @@ class Sampler:
             drain = Draining(seconds, counts.live[ip], counts.silent[ip], _is_failed(health[id_]))
             reason = drain.stop_reason(snapshot.drain_timeout)
             if reason:
-                self._request_stop(ip, reason)
+                self._request_stop(ip, id_, reason)
 
-    def _request_stop(self, ip: str, reason: str) -> None:
+    def _request_stop(self, ip: str, id_: str, reason: str) -> None:
         """A request that the manager refuses does not affect the others. A manager that does not answer ends this
         sample: otherwise each further request would wait for its timeout."""
         try:
-            self._manager.stop(ip, reason)
+            self._manager.stop(ip, id_, reason)
         except requests.HTTPError as error:
             log.warning("manager: %s", error)
 

@@ -61,7 +61,7 @@ class FakeManager(ManagerClient):
     def report(self, message: Mapping[str, Any]) -> None:
         self.reports.append(message)
 
-    def stop(self, ip: str, reason: str) -> None:
+    def stop(self, ip: str, id_: str, reason: str) -> None:
         self.stops.append((ip, reason))
 
 

@@ -18,7 +18,7 @@ from cli.output import Failed, Output, Step
 from core.settings import ROOT, SETTINGS
 
 DEFAULT_BASE = SETTINGS["base_image"].default
-OWN_BASE = "lbscaler-base:debootstrap-trixie"  # made on this host if DEFAULT_BASE cannot be pulled
+OWN_BASE = "lbscaler-base:trixie-slim"  # made on this host if DEFAULT_BASE cannot be pulled
 RUN_TIME_FILES = ("ip.txt", "hostip.txt")  # run.sh and the manager write them into balancer/
 LABEL = "lbscaler.image"  # marks every image that was made on this host
 
@@ -92,9 +92,8 @@ def _base_image(client: Any, output: Output, wanted: str) -> str:
 
 def _make_base_image(output: Output) -> None:
     output.need("debootstrap", "making a base image without a registry", "debootstrap")
-    make = 'debootstrap --variant=minbase trixie "$1" && tar -C "$1" -c . | docker import --change "$2" - "$3"'
     with output.step("Making the base image with debootstrap instead"), tempfile.TemporaryDirectory() as tree:
-        output.run("bash", "-o", "pipefail", "-c", make, "bash", tree, f"LABEL {LABEL}=base", OWN_BASE)
+        output.run(str(ROOT / "manager" / "base_image.sh"), tree, f"{LABEL}=base", OWN_BASE)
 
 
 def main(folders: Iterable[str]) -> None:

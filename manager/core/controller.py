@@ -286,8 +286,9 @@ class Controller:
             load = self._load.load(self.settings.metric, now) if measured and not too_soon else None
             return self._decide(load, now) if load is not None else last
 
-    def stop(self, ip: str, reason: str, balancer: str = "") -> None:
-        """A balancer reports that this draining backend has no open connections left. Raises UnknownBackend.
+    def stop(self, ip: str, reason: str, balancer: str = "", short_id: str = "") -> None:
+        """A balancer reports that this draining backend has no open connections left. Raises UnknownBackend, also if
+        another backend with another id has the address now.
 
         The backend is stopped when all balancers have reported this, or when a caller gives no name. A backend that is
         not draining yet is drained first, because other balancers may still send connections to it; but a Swarm chooses
@@ -295,7 +296,7 @@ class Controller:
         """
         with self._lock:
             backend = fleet.with_address(self._fleet, ip)
-            if backend is None:
+            if backend is None or short_id not in ("", backend.short_id):
                 raise UnknownBackend(ip)
             if backend.state in (STOPPED, FAILED):
                 return
@@ -533,6 +534,9 @@ class Controller:
         if result.container is not None:
             found = result.container
             after[result.name] = replace(backend, id=found.id, ip=found.ip, since=now, launched=now)
+            return
+        launch_failed = bool(result.why)
+        if launch_failed and backend.id:  # another backend was renamed to this name meanwhile
             return
         del after[result.name]
         never_created = not backend.id

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from functools import cached_property
 from pathlib import Path
-from secrets import token_hex
 from typing import Any
 
 import docker
@@ -163,8 +162,9 @@ class DockerEngine(BaseEngine):
             labels["lbscaler.config"] = self._balancer_digest
             specific = self._balancer_spec()
             if self._on_host:
-                # Otherwise its name would be the host's, the same for every balancer.
-                specific["hostname"] = labels[HOST_NAME] = f"{name}-{token_hex(4)}"
+                # Otherwise its name would be the host's. Its successor has the same name, because the rules and their
+                # counters stay.
+                specific["hostname"] = labels[HOST_NAME] = name
             self._run(name=name, labels=labels, **specific)
 
     def _remove_balancer(self, row: Row) -> None:

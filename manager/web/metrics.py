@@ -19,6 +19,7 @@ from prometheus_client.registry import Collector
 
 from core.fleet import ACTIVE, SPARE, STARTING, STATES, Backend, Fleet
 from core.load import Report, Sample, increase
+from core.reasons import Cause
 from core.scaler import CREATE, OK, STOP, ClampKind, Decision
 from core.settings import ROOT
 from core.snapshot import ProblemKind
@@ -80,7 +81,9 @@ class Tally:
             if sample is None or sample.id not in ("", backend.short_id):
                 continue
             newest = self._newest.setdefault(backend.name, {})
-            last = newest.get(report.balancer)
+            # What was counted before this manager started is not counted again.
+            is_adopted = backend.reason.cause is Cause.ADOPTED
+            last = newest.get(report.balancer, sample if is_adopted else None)
             counted = self._traffic.setdefault(backend.name, dict.fromkeys(TRAFFIC, 0))
             for name in TRAFFIC:
                 counted[name] += increase(getattr(sample, name), getattr(last, name, 0))

@@ -96,6 +96,7 @@ class StopRequest(Struct):
     ip: Text
     reason: Text
     balancer: Text | None = None
+    id: Text | None = None  # of its container, because the address may be another backend's by now
 
 
 class DrainRequest(Struct):

@@ -105,7 +105,9 @@ def test_rolling_update_by_swarm_fails_no_request(cluster: Cluster, system: Syst
     before = {row["name"] for row in system.wait_for_active(3)}
     loads = [Load(cluster, node, seconds=240, per_second=20) for node in cluster.nodes[:2]]
     system.up("--env", "COLOUR=blue")
-    wait_until(lambda: not before & {row["name"] for row in system.status()["backends"]}, "all replaced", 90)
+    rows = system.status()["backends"]
+    serving = {row["name"] for row in rows if row["state"] == "active"}
+    assert (len(serving), serving & before) == (3, set()), "run.sh waits until all are replaced"
     system.wait_for_active(3)
     results = [load.stop() for load in loads]
     others = [line for _, lines in results for line in lines]

@@ -58,9 +58,9 @@ def real_manager() -> Iterator[tuple[ManagerClient, type[Answers]]]:
         (lambda m: m.sync("r1"), 503, b"", requests.RequestException),
         (lambda m: m.report({"x": 1}), 200, b'{"decision": "OK"}', None),
         (lambda m: m.report({"x": 1}), 503, b"", requests.RequestException),
-        (lambda m: m.stop(A, "drained"), 204, b"", None),
-        (lambda m: m.stop(A, "drained"), 404, b"unknown", None),
-        (lambda m: m.stop(A, "drained"), 500, b"", requests.RequestException),
+        (lambda m: m.stop(A, "a", "drained"), 204, b"", None),
+        (lambda m: m.stop(A, "a", "drained"), 404, b"unknown", None),
+        (lambda m: m.stop(A, "a", "drained"), 500, b"", requests.RequestException),
     ],
 )
 def test_every_answer_of_the_manager_is_a_value_or_a_request_exception(
@@ -85,11 +85,11 @@ def test_every_call_carries_the_token_and_a_stop_names_its_balancer(
     manager, answers = real_manager
     manager.sync("r1")
     manager.report({"x": 1})
-    manager.stop(A, "drained")
+    manager.stop(A, "a", "drained")
     assert [(line, token, json.loads(body or b"null")) for line, token, body in answers.seen] == [
         ("GET /sync?have=r1&wait=25.0", "Bearer secret", None),
         ("POST /pkts_info", "Bearer secret", {"x": 1}),
-        ("POST /stop", "Bearer secret", {"ip": A, "reason": "drained", "balancer": "b1"}),
+        ("POST /stop", "Bearer secret", {"ip": A, "id": "a", "reason": "drained", "balancer": "b1"}),
     ]
 
 

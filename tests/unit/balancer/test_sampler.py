@@ -103,7 +103,7 @@ def test_manager_that_answers_slowly_does_not_delay_the_next_sample(
 ) -> None:
     asked: list[float] = []
 
-    def stop(ip: str, reason: str) -> None:
+    def stop(ip: str, id_: str, reason: str) -> None:
         asked.append(world.clock.now)
         world.clock.now += 3.0
         world.clock.waited += 3.0
@@ -120,7 +120,7 @@ def test_refused_stop_does_not_affect_other_stops(
 ) -> None:
     accepted: list[str] = []
 
-    def stop(ip: str, reason: str) -> None:
+    def stop(ip: str, id_: str, reason: str) -> None:
         if ip == A:
             raise requests.HTTPError("500 Server Error")
         accepted.append(ip)

@@ -19,7 +19,7 @@ from bench.replay import read_trace
 from core import controller as module
 from core import workers
 from core.controller import Controller, UnknownBackend
-from core.engine import BalancerState, EngineError, Event
+from core.engine import BalancerState, EngineError, Event, NameTaken
 from core.fleet import Container
 from core.launch_backoff import FORGET_AFTER, MAX_UPDATE_FAILURES, STABLE
 from core.load import Finding, Sample
@@ -695,6 +695,31 @@ def test_manager_without_a_saved_fleet_does_not_count_the_wanted_spares_as_backe
     assert r.controller.desired == 3
     r.controller.step()
     assert list(r.states().values())[:5] == ["active"] * 3 + ["draining"] * 2
+
+
+def test_late_report_of_an_earlier_backend_does_not_stop_the_one_that_has_its_address(rig: Callable[..., Rig]) -> None:
+    r = rig(2)
+    with pytest.raises(UnknownBackend):
+        r.controller.stop("198.18.0.2", "drained", "b1", "another-id")
+    assert r.states() == {1: "active", 2: "active"}
+    r.controller.stop("198.18.0.2", "drained", "b1", r.id(1)[:12])
+    assert r.states()[1] == "draining"
+
+
+def test_failed_launch_does_not_remove_a_backend_that_was_renamed_to_its_name(rig: Callable[..., Rig]) -> None:
+    r = rig(2)
+    r.engine.gate.clear()
+    r.controller.scale(3, None, None)
+    renamed = replace(r.engine.containers.pop("p-backend-1"), name="p-backend-3")
+    r.engine.containers["p-backend-3"] = renamed
+    r.controller.step()
+    r.engine.refusals = [NameTaken("in use")]
+    published: list[set[str]] = []
+    r.controller.subscribe(lambda: published.append(set(r.snapshot())))
+    r.engine.gate.set()
+    r.step_until(lambda: len(r.snapshot()) == 3)
+    assert published
+    assert all(renamed.ip in addresses for addresses in published), "without it, its connections would be cut"
 
 
 # -- a manager's restart ----------------------------------------------------------------------------------------------

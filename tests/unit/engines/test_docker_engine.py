@@ -253,10 +253,10 @@ def test_balancer_on_the_host_reports_under_its_own_name_and_is_tested_at_the_se
     assert options["environment"]["LB_BRIDGE"] == "br-0123456789ab"
     assert options["cap_add"] == ["NET_ADMIN", "NET_RAW", "NET_BIND_SERVICE"]
     assert engine._check_targets == [("198.18.0.1", 80)]
-    # A new container has another name, so that the reports of the old one are not taken for its own.
+    # The rules and their counters stay, so its successor continues its reports.
     client.rows.clear()
     engine.repair_balancer()
-    assert client.created[-1].options["hostname"] != name
+    assert client.created[-1].options["hostname"] == name
 
 
 @pytest.mark.parametrize(("ports", "needed"), [({}, False), ({"port": "80"}, True), ({"manager_port": "500"}, True)])

@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from core.engine import EngineError
 from core.fleet import Backend
 from core.load import Sample
+from core.reasons import NO_REASON, Cause, Reason
 from core.scaler import Decision, Load, Memory, Policy, decide
 from core.snapshot import ProblemKind
 from exposition import exposition
@@ -154,17 +155,17 @@ def test_counters_only_grow_when_balancers_restart_or_are_removed(scraped: Scrap
 
     assert packets() == 0, "there from the start"
     for name, count, total in (
-        ("b1", 100, 100),
-        ("b2", 1000, 1100),
-        ("b1", 130, 1130),
-        ("b1", 20, 1150),  # b1 has restarted
+        ("b1", 100, 0),  # of the time before this manager
+        ("b2", 1000, 0),
+        ("b1", 130, 30),
+        ("b1", 20, 50),  # b1 has restarted
     ):
         scraped.report(name, _2=sample(count))
         assert packets() == total
     scraped.engine.balancers = frozenset({"b1"})  # b2 has been removed
     scraped.report("b1", _2=sample(20))
     scraped.controller.step()
-    assert (scraped.samples()["balancers",], packets()) == (1, 1150)
+    assert (scraped.samples()["balancers",], packets()) == (1, 50)
     kept = [set(samples) for samples in scraped.controller.recorder._newest.values()]
     assert kept == [{"b1"}], "the samples of a removed balancer are forgotten"
 
@@ -185,7 +186,8 @@ def test_a_backends_counters_end_with_it_and_a_new_one_of_the_same_name_starts_a
 
 
 def test_a_sample_of_an_earlier_backend_with_the_same_address_is_not_counted(scraped: Scraped) -> None:
-    scraped.report(_2=sample(100, id="another"), _3=sample(50))
+    for packets in (100, 150):
+        scraped.report(_2=sample(packets, id="another"), _3=sample(packets))
     samples = scraped.samples()
     assert (samples["backend_packets_total", "p-backend-1"], samples["backend_packets_total", "p-backend-2"]) == (0, 50)
 
@@ -268,6 +270,19 @@ def test_a_report_cannot_add_a_label_value() -> None:
     fleet = {"p-backend-1": Backend("p-backend-1", "active", 0.0, ip="198.18.0.2")}
     tally.reported(report("b1", _2=sample(1), _9=sample(1)), fleet)
     assert tally.counts()["traffic"].keys() == {"p-backend-1"}
+
+
+@pytest.mark.parametrize(("cause", "counted"), [(Cause.ADOPTED, 5), (None, 107)])
+def test_what_was_counted_before_the_backend_was_adopted_is_not_counted_again(
+    cause: Cause | None, counted: int
+) -> None:
+    tally = metrics.Tally()
+    reason = Reason(cause) if cause else NO_REASON
+    fleet = {"p-backend-1": Backend("p-backend-1", "active", 0.0, ip="198.18.0.2", reason=reason)}
+    for packets in (100, 105):
+        tally.reported(report("b1", _2=sample(packets)), fleet)
+    tally.reported(report("b2", _2=sample(2)), fleet)
+    assert tally.counts()["traffic"]["p-backend-1"]["packets"] == counted
 
 
 def test_the_librarys_global_registry_is_not_used() -> None:

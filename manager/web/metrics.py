@@ -201,7 +201,11 @@ METRICS = (
     _counter("backend_packets", "Packets from clients to a backend.", _traffic("packets"), "backend"),
     _counter("backend_bytes", "Bytes from clients to a backend.", _traffic("bytes"), "backend"),
     _counter("decisions", "Decisions, and the limit applied last.", lambda s: s["decisions"], "verdict", "reason"),
-    _counter("launch_failures", "Launches that failed, and backends that failed after their start.", _number("launch_failures")),
+    _counter(
+        "launch_failures",
+        "Launches that failed, and backends that failed after their start.",
+        _number("launch_failures"),
+    ),
     _gauge("build_info", "Always 1, with the manager's version.", lambda s: {(s["version"],): 1}, "version"),
     _gauge("backend_share", "Part of the new connections, 0 to 1.", _by_backend("share"), "backend"),
     _gauge("backend_active", "Open connections.", _by_backend("active"), "backend"),

@@ -21,7 +21,7 @@ SAMPLE_SERVER_LINGER = 3
 # Swarm starts a new task before it stops an old one, and rolls back when new tasks fail within Monitor.
 UPDATE = {"Parallelism": 1, "Order": "start-first", "FailureAction": "rollback", "Monitor": 5 * SECOND}
 ROLLBACK = {"Parallelism": 1, "Order": "start-first"}
-TASK_LABEL = "lbscaler.spec"
+TASK_LABEL = "lbscaler.template"
 ROLLBACK_STATES = ("rollback_started", "rollback_paused", "rollback_completed")
 
 

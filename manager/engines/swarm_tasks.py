@@ -47,7 +47,7 @@ def parse_task(listed: Mapping[str, Any], network: str) -> Task:
         node=listed.get("NodeID", ""),
         state=status["State"],
         desired_state=listed["DesiredState"],
-        label=(listed["Spec"]["ContainerSpec"].get("Labels") or {}).get("lbscaler.spec", ""),
+        label=(listed["Spec"]["ContainerSpec"].get("Labels") or {}).get("lbscaler.template", ""),
         ip=_address(listed, network),
         container=container.get("ContainerID", ""),
         exit_code=container.get("ExitCode"),

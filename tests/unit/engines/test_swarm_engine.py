@@ -160,7 +160,7 @@ def attachment(network: str, address: str) -> dict[str, Any]:
 def labelled(spec: str) -> dict[str, Any]:
     """The service's template of tasks created from this spec."""
     template: dict[str, Any] = json.loads(spec)
-    template["ContainerSpec"]["Labels"]["lbscaler.spec"] = task_label(spec)
+    template["ContainerSpec"]["Labels"]["lbscaler.template"] = task_label(spec)
     return template
 
 

@@ -406,7 +406,7 @@ def test_events(monkeypatch: pytest.MonkeyPatch, stream: list[Any]) -> None:
 
 TASK = {
     **{"ID": "t", "Slot": 1, "NodeID": "n", "DesiredState": "running"},
-    "Spec": {"ContainerSpec": {"Labels": {"lbscaler.spec": "s"}}},
+    "Spec": {"ContainerSpec": {"Labels": {"lbscaler.template": "s"}}},
     "Status": {"State": "running", "ContainerStatus": {"ContainerID": "c", "ExitCode": 0}, "Err": ""},
     "NetworksAttachments": [{"Network": {"Spec": {"Name": "p"}}, "Addresses": [f"{A}/24"]}],
 }

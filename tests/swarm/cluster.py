@@ -83,8 +83,14 @@ class Node:
         done = subprocess.run(
             self.namespace_command(*command), env=self.env, capture_output=True, text=True, timeout=timeout, check=False
         )
-        assert done.returncode == status, f"{command}\n{done.stdout}{done.stderr}"
+        assert done.returncode == status, f"{command}\n{done.stdout}{done.stderr}{self.end_of_engine()}"
         return done.stdout.strip()
+
+    def end_of_engine(self) -> str:
+        """The end of the engine's log, if it has ended by itself."""
+        if self._engine is None or self._engine.poll() is None:
+            return ""
+        return "\n".join(["the engine has ended:", *(self.place / "dockerd.log").read_text().splitlines()[-40:]])
 
     def get(self, url: str) -> str:
         """The body of an HTTP answer, asked from this node; empty where there is none."""

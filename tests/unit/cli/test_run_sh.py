@@ -216,6 +216,30 @@ def test_update_that_is_given_up_fails_and_the_old_settings_apply_again(system: 
     assert len(system.processes()) == 2
 
 
+def test_failed_update_of_a_project_whose_manager_was_stopped_applies_the_old_settings_again(system: System) -> None:
+    system.up("--image", "good")
+    for pid in system.processes():
+        os.kill(pid, signal.SIGKILL)
+    until(lambda: not system.processes(), "supervisor and manager have ended")
+    system.up("--image", "bad", status=1)
+    assert (settings(system)["LB_IMAGE"], status(system)["environment"]["LB_IMAGE"]) == ("good", "sha256:good")
+    assert "settings are unchanged" in system.up()
+
+
+def test_new_version_of_the_manager_keeps_the_operators_settings_and_tries_a_refused_update_again(
+    system: System,
+) -> None:
+    system.up("--image", "good")
+    place, pid = system.run_dir / "balancer", status(system)["pid"]
+    for name in ("operator_settings.json", "refused_update.json"):
+        (place / name).write_text("{}")
+    with (system.tree / "manager" / "core" / "what_if.py").open("a") as module:
+        module.write("# another version\n")
+    system.up()
+    assert status(system)["pid"] != pid
+    assert ((place / "operator_settings.json").exists(), (place / "refused_update.json").exists()) == (True, False)
+
+
 def test_old_image_is_used_again_even_where_its_name_belongs_to_the_new_one(system: System) -> None:
     system.up("--image", "good")
     system.engine.ids["good"] = "sha256:bad"

@@ -233,7 +233,7 @@ def _entries(block: bytes) -> Iterator[dict[int, int]]:
 
 
 def _flow(block: bytes, entry: dict[int, int], ports: Collection[int]) -> Flow | None:
-    """The flow of one message; None if it is not a TCP connection to one of these ports."""
+    """The flow of one message; None if it is no TCP connection to one of these ports, or no rule has dispatched it."""
     if PROTOINFO not in entry or TIMEOUT not in entry:
         return None
     source, target, protocol, source_port, port = _TUPLE.unpack_from(block, entry[ORIGINAL])

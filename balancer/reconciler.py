@@ -86,6 +86,9 @@ class Reconciler:
         repaired = self._nat is not None and bool(restore.restore(self._nat, nat))
         self._misdirected |= repaired and not self._path.on_host
         self._write(tables, nat)
+        if repaired:
+            log.warning("repaired the nat table: another program had changed it")
+            REPAIRS.inc()
         if self._misdirected:
             # Another program's rule may have sent flows elsewhere. They keep that translation, and so would new flows
             # from the same ports of a client, for the two minutes after the last SYN. On the host, a flow to the same
@@ -101,7 +104,7 @@ class Reconciler:
 
         self._known = ids
         state.rotation, state.converged_at = chosen, time.monotonic()
-        _log_changes(before, chosen, repaired)
+        _log_changes(before, chosen)
 
     def _choose(self, snapshot: Snapshot, health: Mapping[str, Health]) -> Rotation:
         """The backends in rotation, weighted by their speed. A backend in its slow start gets a part of its share. Slow
@@ -182,13 +185,10 @@ class Reconciler:
                 self._netfilter.apply(text)
 
 
-def _log_changes(before: Rotation, after: Rotation, repaired: bool) -> None:
+def _log_changes(before: Rotation, after: Rotation) -> None:
     if after.panic and not before.panic:
         log.warning("panic: %s of %s backends healthy, all of them stay in rotation", after.healthy, after.candidates)
     if before.panic and not after.panic:
         log.info("panic over: %s of %s backends healthy", after.healthy, after.candidates)
     if after.ips != before.ips:
         log.info("rotation %s", " ".join(sorted(after.ips)) or "empty")
-    if repaired:
-        log.warning("repaired the nat table: another program had changed it")
-        REPAIRS.inc()

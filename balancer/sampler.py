@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import requests
 
@@ -40,10 +41,11 @@ class Sampler:
         """Takes the samples that are due."""
         time.sleep(SAMPLE_PERIOD)
         count_load = COUNT_LOAD - DRAINING_LOAD if self._draining_since else COUNT_LOAD
-        # First the drains: a sample that fails ends this pass.
-        self._sample(self._sample_draining, self._draining_pace, DRAINING_LOAD)
-        self._sample(self._sample_waiting, self._waiting_pace, WAITING_LOAD)
-        self._sample(self._count_all, self._count_pace, count_load)
+        # Each is taken, the last one here first, although another one fails.
+        with ExitStack() as samples:
+            samples.callback(self._sample, self._count_all, self._count_pace, count_load)
+            samples.callback(self._sample, self._sample_draining, self._draining_pace, DRAINING_LOAD)
+            samples.callback(self._sample, self._sample_waiting, self._waiting_pace, WAITING_LOAD)
 
     def _sample(self, take: Callable[[Snapshot], None], pace: Pace, load: float) -> None:
         if not pace.is_due(time.monotonic()):
@@ -80,7 +82,7 @@ class Sampler:
 
     def _count_all(self, snapshot: Snapshot) -> None:
         counted = self._netfilter.all_flows(snapshot.check_source).live
-        # In the host's namespace, other programs' connections may have the same port.
+        # In the host's namespace, another program may dispatch connections to the same port.
         self._state.live = {ip: counted[ip] for ip in snapshot.ids}
 
     def _sample_draining(self, snapshot: Snapshot) -> None:

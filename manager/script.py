@@ -95,7 +95,11 @@ def wait_for_end(*alive: Callable[[], bool]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description="The manager; run.sh starts it with its settings in LB_ variables.")
     parser.add_argument("--project", help="the same as LB_PROJECT; run.sh and stop.sh find the manager by it")
-    parser.add_argument("--backends", type=int, help="how many to begin with; without it, as many as run")
+    parser.add_argument(
+        "--backends",
+        type=int,
+        help="how many to begin with; without it, as many as before",
+    )
     arguments = parser.parse_args()
     try:
         settings = read(os.environ)

@@ -11,7 +11,7 @@ manager='' pause=1
 # What the manager is started with; run.sh has written it.
 # shellcheck source=/dev/null
 . "$RUN/environment"
-# How many backends to start with. Only the first start uses it, because later ones adopt the backends.
+# How many backends to start with. Only the first start uses it; later ones continue with the saved number.
 if [ -e "$RUN/backends" ]; then
     set -- "$@" --backends "$(cat "$RUN/backends")"
     rm "$RUN/backends"

@@ -39,7 +39,7 @@ class Arguments:
 
     settings: Settings
     variables: Mapping[str, str]
-    backends: str = ""  # how many to start with; empty: as many as run, or --min
+    backends: str = ""  # how many to start with; empty: as many as before, or --min
     follow: bool = False
     no_wait: bool = False
     swarm_init: bool = False

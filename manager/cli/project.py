@@ -8,14 +8,14 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import docker
 
 from cli import unit
-from cli.output import Failed, Output
+from cli.output import Failed, Output, Undo
 from cli.processes import MANAGER, SUPERVISOR, end, find
 from core.settings import ROOT
 
@@ -26,6 +26,7 @@ class Project:
     def __init__(self, name: str, output: Output) -> None:
         self.name, self.output = name, output
         self.run_dir = ROOT / "run" / name
+        self.rotated_files: dict[str, str] = {}  # by name: what `write_secrets` will write into `run_dir`
 
     # -- Docker -------------------------------------------------------------------------------------------------------
 
@@ -83,25 +84,24 @@ class Project:
 
     @cached_property
     def token(self) -> str:
-        """The token in the file, which is made if there is none; or a new one until `write_secrets`."""
+        """The token in the file, which is made if there is none. After `rotate_token`: what `write_secrets` will
+        write."""
         self.make_token()
         return (self.run_dir / "token").read_text().strip()
-
-    @cached_property
-    def rotated_files(self) -> dict[str, str]:
-        """New contents of files in `run_dir`, by name, until `write_secrets`."""
-        return {}
 
     def rotate_token(self) -> None:
         self.token = secrets.token_hex(24)
 
-    def write_secrets(self) -> None:
+    def write_secrets(self, undo: Undo) -> None:
         """Writes the rotated files, and the token for the manager and, as a copy, for the balancer. Its container's
         root has no right to read files of others with mode 0600, so everybody may read the copy, in a folder that only
-        this user may enter."""
-        for name, text in self.rotated_files.items():
-            write(self.run_dir / name, text)
-        write(self.run_dir / "token", self.token)
+        this user may enter. `undo` gets what restores the files of the manager."""
+        for name, text in {**self.rotated_files, "token": self.token}.items():
+            path = self.run_dir / name
+            before = path.read_text() if path.exists() else ""
+            if before.strip() not in ("", text.strip()):
+                undo.add(f"restore {name}", partial(write, path, before))
+            write(path, text)
         self.secrets_dir.mkdir(mode=0o700, exist_ok=True)
         folder = self.secrets_dir / "balancer"
         folder.mkdir(exist_ok=True)

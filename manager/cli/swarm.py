@@ -29,7 +29,7 @@ FILE = "file"  # role of the secrets that backends get
 TOKEN_FILE, KEY_FILE, CERTIFICATE_FILE = "token", "manager.pem", "certificate.pem"  # also the roles of their secrets
 TAKEN_OVER = (TOKEN_FILE, KEY_FILE)  # what a manager on another node needs
 NEW_CERTIFICATE = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 3650"
-NAMES = "-subj /CN=lbscaler-manager -addext subjectAltName=DNS:lbscaler-manager"  # by which the balancers know it
+CERTIFICATE_NAMES = "-subj /CN=lbscaler-manager -addext subjectAltName=DNS:lbscaler-manager"
 
 
 # -- run.sh -----------------------------------------------------------------------------------------------------------
@@ -158,7 +158,7 @@ def _certificate(project: Project, new: bool) -> dict[str, str]:
     path = project.run_dir / KEY_FILE
     pem = path.read_text() if has_text(path) and not new else ""
     if not pem:
-        pem = _openssl(*NEW_CERTIFICATE.split(), *NAMES.split(), "-keyout", "-", "-out", "-")
+        pem = _openssl(*NEW_CERTIFICATE.split(), *CERTIFICATE_NAMES.split(), "-keyout", "-", "-out", "-")
     if not has_text(path):
         write(path, pem)
     return {KEY_FILE: pem, CERTIFICATE_FILE: _openssl("x509", text=pem)}

@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from json import dumps, loads
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from cli.arguments import Arguments, run_arguments
 from cli.output import Failed, Output, Undo
 from cli.project import Project, write
 from core.settings import ROOT, SETTINGS, read, stored, variable, with_stored
-from core.state_files import digest
+from core.state_files import StateFiles, digest
 
 MANAGER_START = 10.0  # seconds until the manager answers
 SUPERVISOR_START = 2.0  # seconds until the supervisor's process has to exist
@@ -52,7 +53,7 @@ class Start:
         self.arguments, self.settings = arguments, arguments.settings
         self.output, self.undo, self._image = out, undo, image
         self._files = files or {}
-        self._existed = False  # the project, before this run
+        self._project_existed = False
         self.project = Project(self.settings.project, out)
         self.run_dir = self.project.run_dir
         self.swarm = self.settings.orchestrator == "swarm"
@@ -123,7 +124,7 @@ class Start:
         project = self.project
         # If parts of the project exist, a failure does not remove them: they may be serving.
         if project.containers() or project.services() or project.manager_runs() or project.supervisor_runs():
-            self._existed = True
+            self._project_existed = True
         else:
             self.undo.add("remove the project", lambda: down.remove(project, drain=0))
         network.make(project, self.settings.subnet, overlay=self.swarm, datapath=self.settings.datapath)
@@ -148,17 +149,18 @@ class Start:
             out.say("The manager is up and its settings are unchanged")
             return
         restores = bool(self._image)
-        if self._existed and path.exists() and not restores:
-            self.undo.add("go back to the settings before", self._go_back)
+        if self._project_existed and path.exists() and not restores:
+            desired = StateFiles(self.run_dir / "balancer" / "ip.txt").read_fleet().desired
+            self.undo.add("go back to the settings before", partial(self._go_back, desired))
         if project.manager_runs() or project.supervisor_runs():
             with out.step("Stopping the manager, to start it with changed settings"):
                 project.end_manager()
         # The files that the manager and the balancer read.
-        project.write_secrets()
+        project.write_secrets(self.undo)
         self._write_run_time_files(f"{address}:{self.settings.manager_port}\n")
         if not unchanged and not self.arguments.rotate_secrets:
             (self.run_dir / "balancer" / "refused_update.json").unlink(missing_ok=True)  # it may be tried again
-        same_settings = self.arguments.variables.items() <= stored(project.name).items()
+        same_settings = self.arguments.variables == with_stored({variable("project"): project.name})
         if not same_settings:
             self._forget_operator_settings()
         with out.step("Starting the manager"):
@@ -224,15 +226,15 @@ class Start:
             return session.get(f"http://127.0.0.1:{self.settings.manager_port}/status", timeout=5).status_code == 200
         return False
 
-    def _go_back(self) -> None:
-        """Starts the manager with the stored settings, image and files, and waits until the project serves again. It
-        does not wait until all backends have been replaced."""
+    def _go_back(self, desired: int) -> None:
+        """Starts the manager with the stored settings, image and files and `desired` backends, and waits until the
+        project serves again. It does not wait until all backends have been replaced."""
         self.project.end_manager()
         with suppress(FileNotFoundError):
             kept = self.run_dir / "balancer" / "operator_settings.before"
             kept.replace(kept.with_name("operator_settings.json"))
         variables = with_stored({variable("project"): self.project.name})
-        arguments = Arguments(read(variables), variables, no_wait=True)
+        arguments = Arguments(read(variables), variables, backends=str(desired or ""), no_wait=True)
         before = stored(self.project.name)
         files = loads(before.get("files", "{}"))
         Start(arguments, self.output, Undo(self.output), before["backend_image"], files).run()

@@ -73,7 +73,7 @@ class BalancerKeeper:
     def path_tested(self, errors: Mapping[str, str], findings: Sequence[Finding], now: float) -> None:
         """Takes the result of a test of the data path. `errors`: the error of each target, empty if it worked."""
         was_broken = bool(self.path.problem)
-        self.path.tested(errors, findings)
+        self.path.take_result(errors, findings)
         if bool(self.path.problem) != was_broken:
             event_log.path(self.path)
         # A repair interrupts the service, so it is tried only if a new balancer fixes the problem.

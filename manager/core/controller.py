@@ -135,8 +135,8 @@ class Controller:
             adopted = fleet.observe({}, containers, now, now, saved.states)
             found = fleet.capacity_of(adopted)
             # Without a saved number, running spares are not known as such.
-            known = self._engine.replicas or saved.desired or len(found) - self.settings.spares
-            self.desired = wanted or known
+            number_before = self._engine.replicas or saved.desired or len(found) - self.settings.spares
+            self.desired = wanted or number_before
             self._apply_limits()
             self._backoff = self._adopted_backoff(spec, refusal, found)
             self._balancer.state = self._engine.balancer
@@ -478,8 +478,8 @@ class Controller:
         # While the engine is unreachable, the states here are outdated and no step can be carried out.
         if self.engine_trouble:
             return
-        kept = self._engine.replicas, self._engine.made_from
-        goal = plan.Goal(self.desired, self.settings.spares, self._backoff.spec, *kept)
+        engine, spec = self._engine, self._backoff.spec
+        goal = plan.Goal(self.desired, self.settings.spares, spec, engine.replicas, engine.made_from)
         for backend in self._fleet.values():
             if backend.serves:
                 self._backoff.mark_stable(backend.spec, backend.since, now)
@@ -591,6 +591,5 @@ class Controller:
         """Saves the fleet for the next manager, if it differs from what was saved last."""
         states = {backend.id: backend.state for backend in self._fleet.values() if backend.id}
         fleet_now = SavedFleet(self.desired, states)
-        if fleet_now != self._saved:
+        if fleet_now != self._saved and self._files.write_fleet(fleet_now):
             self._saved = fleet_now
-            self._files.write_fleet(fleet_now)

@@ -17,7 +17,7 @@ PERIOD = 5.0  # seconds between tests
 MAX_FAILURES = 2  # in a row, until the path counts as broken, if no balancer has found a certain cause
 FORWARDING_OFF = "ip_forward_off"
 _SENTENCES = {
-    FORWARDING_OFF: "IP forwarding is off in the balancer's namespace",
+    FORWARDING_OFF: "IP forwarding is off where the balancer's rules are",
     "forward_policy_drop": "the policy of the balancer's FORWARD chain is DROP",
     "foreign_rule": "a foreign rule blocks or redirects connections",
 }
@@ -46,7 +46,7 @@ class PathCheck:
             return ""
         return f"connections through the balancer at {self.target} fail: {self.error}; found: {self.found}"
 
-    def tested(self, errors: Mapping[str, str], findings: Sequence[Finding]) -> None:
+    def take_result(self, errors: Mapping[str, str], findings: Sequence[Finding]) -> None:
         """Takes the result of a test. `errors`: the error of each target, empty if it worked. Without a target, the
         path stays as it was."""
         failed = [(target, error) for target, error in errors.items() if error]

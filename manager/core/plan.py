@@ -102,8 +102,8 @@ def plan(fleet: Fleet, goal: Goal, namer: Namer, drain_timeout: float, now: floa
     """The steps from the fleet to the goal; none when it is reached."""
     # An engine that keeps a number launches and stops backends on its own.
     if goal.replicas is not None:
-        kept = goal.replicas == goal.desired and goal.made_from == goal.spec
-        return [] if kept else [Resize(goal.desired)]
+        up_to_date = goal.replicas == goal.desired and goal.made_from == goal.spec
+        return [] if up_to_date else [Resize(goal.desired)]
 
     capacity = capacity_of(fleet)
     updating = any(backend.spec != goal.spec for backend in capacity)

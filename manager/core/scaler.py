@@ -65,9 +65,7 @@ class ClampKind(StrEnum):
     MIN = "min"  # value: the policy's
     MAX = "max"  # value: the policy's
     LOAD_UNKNOWN = "load_unknown"  # detail: the balancers without a report
-    NO_HISTORY = (
-        "no_history"  # value: seconds since the history began: when the manager started, or after a gap without reports
-    )
+    NO_HISTORY = "no_history"  # value: seconds since the start, or since a gap without reports
     PANIC = "panic"
     STABLE_WINDOW = "stable_window"  # value: the largest number wanted within it; detail: its length
 
@@ -90,7 +88,7 @@ class Clamp:
             case ClampKind.LOAD_UNKNOWN:
                 return f"load unknown: no report from {self.detail}"
             case ClampKind.NO_HISTORY:
-                return f"no history yet: it began {self.value:.0f} s ago"
+                return f"the history is too short: it began {self.value:.0f} s ago"
             case ClampKind.PANIC:
                 return "panic: the load passed twice the capacity within the stable window"
             case ClampKind.STABLE_WINDOW:

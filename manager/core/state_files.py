@@ -30,7 +30,7 @@ log = logging.getLogger("manager")
 @dataclass(frozen=True)
 class SavedFleet:
     """What the engine's list does not show: the desired number (0: unknown) and each backend's state, by the id of its
-    container. An id is never used again, so an outdated file does no harm."""
+    container. An id is never used again, so the states of containers that are gone do no harm."""
 
     desired: int = 0
     states: Mapping[str, str] = field(default_factory=dict)
@@ -39,6 +39,7 @@ class SavedFleet:
 class StateFiles:
     def __init__(self, ip_file: Path) -> None:
         self._ip_file = ip_file
+        self._unwritable: set[Path] = set()
         self._fleet_file = ip_file.with_name("fleet.json")
         self._operator_file = ip_file.with_name("operator_settings.json")
         self._refused_file = ip_file.with_name("refused_update.json")
@@ -46,7 +47,7 @@ class StateFiles:
 
     def write_addresses(self, addresses: Iterable[str]) -> None:
         """The addresses in rotation."""
-        save(self._ip_file, "".join(f"{address}\n" for address in addresses))
+        self._save(self._ip_file, "".join(f"{address}\n" for address in addresses))
 
     def read_fleet(self) -> SavedFleet:
         """The fleet of the manager before this one."""
@@ -57,8 +58,9 @@ class StateFiles:
                 return SavedFleet(desired, states)
         return SavedFleet()
 
-    def write_fleet(self, fleet: SavedFleet) -> None:
-        save(self._fleet_file, json.dumps(asdict(fleet)))
+    def write_fleet(self, fleet: SavedFleet) -> bool:
+        """Returns whether it was written."""
+        return self._save(self._fleet_file, json.dumps(asdict(fleet)))
 
     def read_operator_settings(self, policy: Policy) -> tuple[Policy, bool]:
         """`policy` with the operator's limits, and whether the operator has paused the manager."""
@@ -71,7 +73,7 @@ class StateFiles:
 
     def write_operator_settings(self, policy: Policy, paused: bool) -> None:
         saved = {"min": policy.min, "max": policy.max, "target": policy.target, "paused": paused}
-        save(self._operator_file, json.dumps(saved))
+        self._save(self._operator_file, json.dumps(saved))
 
     def read_refusal(self, spec: str) -> Reason:
         """Why an earlier manager gave up the update to `spec`; NO_REASON if none did."""
@@ -85,7 +87,21 @@ class StateFiles:
         return NO_REASON
 
     def write_refusal(self, spec_digest: str, reason: Reason) -> None:
-        save(self._refused_file, json.dumps({"spec": spec_digest, "reason": asdict(reason)}))
+        self._save(self._refused_file, json.dumps({"spec": spec_digest, "reason": asdict(reason)}))
+
+    def _save(self, path: Path, text: str) -> bool:
+        """Replaces the file atomically. Returns whether it did; the first error of each file is logged."""
+        new = path.with_suffix(".new")
+        try:
+            new.write_text(text)
+            os.replace(new, path)
+        except OSError as error:
+            if path not in self._unwritable:
+                log.error("cannot write %s: %s", path.name, error)
+            self._unwritable.add(path)
+            return False
+        self._unwritable.discard(path)
+        return True
 
     def append_to_trace(self, time: float, rate: float) -> None:
         """Adds a line for tests/bench/replay.py: seconds since 1970, load."""
@@ -96,13 +112,3 @@ class StateFiles:
 def digest(spec: str) -> str:
     """A hash of a spec. The files contain it in place of the spec, which may contain passwords."""
     return hashlib.sha256(spec.encode()).hexdigest()
-
-
-def save(path: Path, text: str) -> None:
-    """Replaces the file atomically. An error is logged."""
-    new = path.with_suffix(".new")
-    try:
-        new.write_text(text)
-        os.replace(new, path)
-    except OSError as error:
-        log.error("cannot write %s: %s", path.name, error)

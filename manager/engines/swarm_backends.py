@@ -14,6 +14,7 @@ from core.settings import Settings
 from core.state_files import digest
 from engines import options
 from engines.swarm_services import SECOND, Spec
+from engines.swarm_tasks import SPEC_LABEL
 
 # Seconds that the sample server continues to serve after SIGTERM. Longer than with one host, because each balancer has
 # to receive the change from the manager first.
@@ -21,7 +22,6 @@ SAMPLE_SERVER_LINGER = 3
 # Swarm starts a new task before it stops an old one, and rolls back when new tasks fail within Monitor.
 UPDATE = {"Parallelism": 1, "Order": "start-first", "FailureAction": "rollback", "Monitor": 5 * SECOND}
 ROLLBACK = {"Parallelism": 1, "Order": "start-first"}
-TASK_LABEL = "lbscaler.template"
 ROLLBACK_STATES = ("rollback_started", "rollback_paused", "rollback_completed")
 
 
@@ -101,7 +101,7 @@ def with_tasks(service_spec: Spec, task_spec: str, previous: str = "") -> Spec:
     if previous:
         labels["lbscaler.before"] = previous
     template = json.loads(task_spec)
-    template["ContainerSpec"]["Labels"][TASK_LABEL] = task_label(task_spec)
+    template["ContainerSpec"]["Labels"][SPEC_LABEL] = task_label(task_spec)
     return {**service_spec, "Labels": labels, "TaskTemplate": template}
 
 

@@ -117,24 +117,24 @@ class SwarmEngine(BaseEngine):
         running = [task for task in tasks if task.running and task.ip]
         just_ended = [task for task in tasks if task.ended and task.id in self._running]
         self._running = {task.id for task in running}
-        current = swarm_backends.task_label(service["Spec"]["Labels"]["lbscaler.spec"]) if service else ""
-        return [self._container(task, current) for task in (*running, *just_ended)]
+        current_label = swarm_backends.task_label(service["Spec"]["Labels"]["lbscaler.spec"]) if service else ""
+        return [self._container(task, current_label) for task in (*running, *just_ended)]
 
     def _tasks(self, service: ApiObject | None) -> Sequence[Task]:
         listed = self._client.api.tasks(filters={"service": service["ID"]}) if service else ()
         return tuple(parse_task(task, self._settings.project) for task in listed)
 
-    def _container(self, task: Task, current: str) -> Container:
-        """`current`: the label of the tasks that the service creates now."""
+    def _container(self, task: Task, current_label: str) -> Container:
+        """`current_label`: the label of the tasks that the service creates now."""
         # During an update, tasks of both specs run. Those of an earlier version of this program have no label.
-        is_current = task.label in ("", current)
+        is_current = task.spec_label in ("", current_label)
         return Container(
             id=task.id,
             name=self._task_name(task),
             ip=task.ip,
             status="exited" if task.ended else "running",
             exit_code=task.exit_code,
-            spec=self.made_from if is_current else task.label,
+            spec=self.made_from if is_current else task.spec_label,
             node=task.node,
             stopping=task.stopping,
         )

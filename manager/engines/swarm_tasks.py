@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 RUNNING = ("starting", "running")  # starting: the process runs, and its image's health check has not passed yet
+SPEC_LABEL = "lbscaler.template"  # of a task: which spec it was created from
 ENDED = ("complete", "shutdown", "failed", "rejected", "remove", "orphaned")
 
 
@@ -17,7 +18,7 @@ class Task:
     node: str  # id; empty until Swarm has placed it
     state: str
     desired_state: str
-    label: str  # of the spec that it was created from; empty if it has none
+    spec_label: str  # empty for a task of an earlier version of this program
     ip: str  # on the project's network; may be empty
     container: str  # id; empty for a task that never ran
     exit_code: int | None
@@ -47,7 +48,7 @@ def parse_task(listed: Mapping[str, Any], network: str) -> Task:
         node=listed.get("NodeID", ""),
         state=status["State"],
         desired_state=listed["DesiredState"],
-        label=(listed["Spec"]["ContainerSpec"].get("Labels") or {}).get("lbscaler.template", ""),
+        spec_label=(listed["Spec"]["ContainerSpec"].get("Labels") or {}).get(SPEC_LABEL, ""),
         ip=_address(listed, network),
         container=container.get("ContainerID", ""),
         exit_code=container.get("ExitCode"),

@@ -54,6 +54,7 @@ class Tally:
             registry=None,
         )
         self._newest: dict[str, dict[str, Sample]] = {}  # backend -> balancer -> its newest sample
+        self._adopted: set[str] = set()  # backends
 
     def counts(self) -> dict[str, Any]:
         # Copies, because reports change the originals at the same time.
@@ -65,9 +66,12 @@ class Tally:
         if before is None and after is not None:
             # A series that begins at zero lets Prometheus see the first increase.
             self._traffic[after.name] = dict.fromkeys(TRAFFIC, 0)
+            if after.reason.cause is Cause.ADOPTED:
+                self._adopted.add(after.name)
         elif before is not None and after is None:
             del self._traffic[before.name]
             self._newest.pop(before.name, None)
+            self._adopted.discard(before.name)
         elif before is not None and after is not None:
             became_ready = after.ready and not before.ready
             if became_ready and before.state in (SPARE, STARTING):
@@ -81,9 +85,9 @@ class Tally:
             if sample is None or sample.id not in ("", backend.short_id):
                 continue
             newest = self._newest.setdefault(backend.name, {})
-            # What was counted before this manager started is not counted again.
-            is_adopted = backend.reason.cause is Cause.ADOPTED
-            last = newest.get(report.balancer, sample if is_adopted else None)
+            # What a balancer counted before this manager started is not counted again.
+            first_base = sample if backend.name in self._adopted else None
+            last = newest.get(report.balancer, first_base)
             counted = self._traffic.setdefault(backend.name, dict.fromkeys(TRAFFIC, 0))
             for name in TRAFFIC:
                 counted[name] += increase(getattr(sample, name), getattr(last, name, 0))

@@ -200,7 +200,7 @@ def test_the_self_check_panic_mode_and_an_update_are_displayed(page: Page, stage
     assert page.locator("#checks dd").all_inner_texts() == ["no result yet", "off", "none"]
 
     # The self-check passes.
-    stage.controller.path.tested({"t": ""}, [])
+    stage.controller.path.take_result({"t": ""}, [])
     checks.until(page, lambda: page.inner_text("#self-check") == "✓ clients reach the service", "it passes")
 
     # A balancer is in panic mode, and the load has passed twice the capacity.

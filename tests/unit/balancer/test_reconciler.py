@@ -312,7 +312,7 @@ def test_repair_is_noticed_although_the_rotation_changes_in_the_same_pass(
 
 
 def test_deletion_of_misdirected_flows_that_failed_is_done_by_the_next_pass(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     world.set_backends(f"a {A}", f"b {B}")
     world.reconcile()
@@ -321,6 +321,7 @@ def test_deletion_of_misdirected_flows_that_failed_is_done_by_the_next_pass(
     with monkeypatch.context() as broken, pytest.raises(NetfilterError):
         broken.setattr(world.kernel, "delete_misdirected_flows", Mock(side_effect=NetfilterError("timed out")))
         world.reconcile()
+    assert "repaired the nat table: another program had changed it" in caplog.messages
     world.reconcile()
     assert world.kernel.flows == []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import requests
@@ -113,6 +114,22 @@ def test_manager_that_answers_slowly_does_not_delay_the_next_sample(
     world.reconcile()
     world.sample(8)
     assert len(asked) == 3, asked
+
+
+def test_manager_that_does_not_answer_a_stop_delays_no_other_sample(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[str] = []
+    monkeypatch.setattr(world.manager, "stop", Mock(side_effect=requests.ReadTimeout("timed out")))
+    for name in ("waiting_flows", "all_flows"):
+        count = getattr(world.kernel, name)
+        monkeypatch.setattr(world.kernel, name, lambda *a, name=name, count=count: (taken.append(name), count(*a))[1])
+    world.set_backends(f"a {A} draining", f"b {B}")
+    world.reconcile()
+    world.clock.now += 1
+    with pytest.raises(requests.ReadTimeout):
+        world.sampler.wait_and_sample()
+    assert sorted(taken) == ["all_flows", "waiting_flows"]
 
 
 def test_refused_stop_does_not_affect_other_stops(

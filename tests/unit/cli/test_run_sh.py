@@ -240,6 +240,25 @@ def test_new_version_of_the_manager_keeps_the_operators_settings_and_tries_a_ref
     assert ((place / "operator_settings.json").exists(), (place / "refused_update.json").exists()) == (True, False)
 
 
+def test_setting_that_an_earlier_version_did_not_have_is_no_changed_setting(system: System) -> None:
+    system.up("--image", "good")
+    settings_file = system.run_dir / "settings.json"
+    older = settings(system)
+    del older["LB_SPARES"]
+    settings_file.write_text(json.dumps(older))
+    operators = system.run_dir / "balancer" / "operator_settings.json"
+    operators.write_text("{}")
+    assert "Starting the manager" in system.up()
+    assert operators.exists()
+
+
+def test_failed_update_restores_the_number_of_backends(system: System) -> None:
+    system.up("--image", "good")
+    (system.run_dir / "balancer" / "fleet.json").write_text('{"desired": 5, "states": {}}')
+    system.up("8", "--image", "bad", status=1)
+    assert status(system)["arguments"] == ["--project", "p", "--backends", "5"]
+
+
 def test_old_image_is_used_again_even_where_its_name_belongs_to_the_new_one(system: System) -> None:
     system.up("--image", "good")
     system.engine.ids["good"] = "sha256:bad"
@@ -306,10 +325,11 @@ def test_rotated_token_is_that_of_the_next_manager_and_the_operators_limits_stay
     assert modes == [0o600, 0o700, 0o644]
 
 
-def test_manager_and_balancer_have_the_same_token_after_a_rotation_that_failed(system: System) -> None:
+def test_manager_and_balancer_have_the_old_token_after_a_rotation_that_failed(system: System) -> None:
     system.up("--image", "good")
+    old = tokens(system)
     system.up("--rotate-secrets", "--image", "bad", status=1)
-    assert len(tokens(system)) == 1
+    assert (len(old), tokens(system)) == (1, old)
     assert "settings are unchanged" in system.up()
 
 

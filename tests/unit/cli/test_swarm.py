@@ -116,7 +116,7 @@ def test_another_token_than_the_balancers_have_is_refused(engine: FakeEngine, fi
 def rotate(project: Project) -> dict[str, str]:
     project.rotate_token()
     names = share(project, rotate=True)
-    project.write_secrets()
+    project.write_secrets(Undo(project.output))
     return names
 
 
@@ -152,13 +152,21 @@ def test_rotation_that_is_interrupted_before_the_files_are_written_is_forgotten_
     again.output.log.close()
 
 
-def test_rotation_that_fails_removes_its_secrets(engine: FakeEngine, first: Project) -> None:
+@pytest.mark.parametrize("written", [False, True])
+def test_rotation_that_fails_restores_the_files_and_removes_its_secrets(
+    engine: FakeEngine, first: Project, written: bool
+) -> None:
     before = share(first)
+    files = {file: (first.run_dir / file).read_text() for file in ("token", "manager.pem", "certificate.pem")}
     first.rotate_token()
     with pytest.raises(Failed), Undo(first.output) as undo:
         swarm.share_secrets(first, "image", True, undo)
+        if written:
+            first.write_secrets(undo)
+            assert (first.run_dir / "token").read_text() != files["token"]
         raise Failed("later")
     assert engine.secrets.keys() == set(before.values())
+    assert {file: (first.run_dir / file).read_text() for file in files} == files
 
 
 def test_certificate_that_is_damaged_is_named(engine: FakeEngine, first: Project) -> None:

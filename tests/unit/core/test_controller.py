@@ -1352,6 +1352,19 @@ def test_ip_txt_holds_the_addresses_in_rotation_one_a_line_and_is_replaced_in_on
     assert sorted(path.name for path in r.ip_file.parent.iterdir()) == ["fleet.json", "ip.txt"]
 
 
+def test_fleet_that_could_not_be_saved_is_saved_later_and_the_error_is_logged_once(
+    rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    r = rig(2)
+    with monkeypatch.context() as full:
+        full.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        r.controller.drain("198.18.0.3")
+        r.controller.step()
+    assert caplog.messages.count("cannot write fleet.json: disk full") == 1
+    r.controller.step()
+    assert '"draining"' in r.ip_file.with_name("fleet.json").read_text()
+
+
 def test_snapshot_is_published_although_ip_txt_cannot_be_written(
     rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

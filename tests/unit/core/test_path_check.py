@@ -50,40 +50,40 @@ def test_refused_connection_is_reported(listener: socket.socket) -> None:
 
 def test_problem_is_reported_after_two_failures_in_a_row() -> None:
     check = PathCheck()
-    check.tested(FAILED, [])
-    check.tested(PASSED, [])
-    check.tested(FAILED, [])
+    check.take_result(FAILED, [])
+    check.take_result(PASSED, [])
+    check.take_result(FAILED, [])
     assert (check.problem, check.working) == ("", True)
-    check.tested(FAILED, [Finding("foreign_rule", "a rule"), Finding("new_kind", "a detail")])
+    check.take_result(FAILED, [Finding("foreign_rule", "a rule"), Finding("new_kind", "a detail")])
     assert check.working is False
     assert check.problem == (
         "connections through the balancer at t fail: timed out; "
         "found: a foreign rule blocks or redirects connections: a rule; new_kind: a detail"
     )
-    check.tested(PASSED, [])
+    check.take_result(PASSED, [])
     assert (check.problem, check.working) == ("", True)
-    check.tested({}, [])
+    check.take_result({}, [])
     assert check.working is True, "nothing was tested"
 
 
 def test_problem_is_reported_after_one_failure_where_a_balancer_found_its_cause() -> None:
     check = PathCheck()
-    check.tested(FAILED, [FORWARDING_OFF])
+    check.take_result(FAILED, [FORWARDING_OFF])
     assert check.working is False
     assert check.repairable([FORWARDING_OFF])
-    assert check.problem.endswith("found: IP forwarding is off in the balancer's namespace")
+    assert check.problem.endswith("found: IP forwarding is off where the balancer's rules are")
 
 
 def test_forwarding_that_is_off_on_the_host_is_a_problem_although_the_test_from_the_host_passes() -> None:
     check = PathCheck(on_host=True)
-    check.tested(PASSED, [FORWARDING_OFF])
+    check.take_result(PASSED, [FORWARDING_OFF])
     assert (check.working, check.error) == (False, "the host forwards no packets of other machines")
     assert not check.repairable([FORWARDING_OFF]), "a new balancer container does not change the host"
-    check.tested(PASSED, [])
+    check.take_result(PASSED, [])
     assert check.problem == ""
 
 
 def test_forwarding_that_is_off_is_no_problem_on_the_default_path_while_the_test_passes() -> None:
     check = PathCheck()
-    check.tested(PASSED, [FORWARDING_OFF])
+    check.take_result(PASSED, [FORWARDING_OFF])
     assert check.problem == ""

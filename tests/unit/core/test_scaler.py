@@ -48,7 +48,7 @@ CASES: dict[str, tuple] = {
     "held by the stable window": (5, 270, {"wanted": ((940.1, 7),)}, OK, 5, *FEW, WANTED.format(5)),
     "the stable window is over": (5, 270, {"wanted": ((940, 7),)}, STOP, 3, *FEW),
     "min, then held": (5, 0, {"wanted": ((999, 5),)}, OK, 5, "0", "0.00", "min 2", WANTED.format(5)),
-    "no history": (5, 270, {"started": 970}, OK, 5, *FEW, "no history yet: it began 30 s ago"),
+    "no history": (5, 270, {"started": 970}, OK, 5, *FEW, "the history is too short: it began 30 s ago"),
     "history enough": (5, 270, {"started": 940}, STOP, 3, *FEW),
     "growth needs no history": (4, 500, {"started": 999}, CREATE, 5, "125", "1.25"),
     "load unknown": (5, 270, {"missing": "b2, b3"}, OK, 5, *FEW, "load unknown: no report from b2, b3"),
@@ -64,7 +64,7 @@ CASES: dict[str, tuple] = {
     ),
     "missing history is named second": (
         *(5, 270, {"started": 999, "panic": 999}, OK, 5, *FEW),
-        "no history yet: it began 1 s ago",
+        "the history is too short: it began 1 s ago",
     ),
     "one backend, connections": (1, 5, {"min": 1, "metric": "connections"}, OK, 1, "5", "0.05"),
     "open connections": (2, 16, {"metric": "concurrency", "target": 8}, OK, 2, "8", "1.00"),
@@ -96,7 +96,7 @@ def test_every_branch_gives_its_number_and_its_sentence(case: str) -> None:
 def test_the_sentence_reads_as_a_whole() -> None:
     decision, _ = decide(policy(), Memory(970), Load(300), 5, NOW)
     assert decision.reason == (
-        "300 packets/s over 5 backends = 60 each, target 100 (0.60×); no history yet: it began 30 s ago"
+        "300 packets/s over 5 backends = 60 each, target 100 (0.60×); the history is too short: it began 30 s ago"
     )
 
 

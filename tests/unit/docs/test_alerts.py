@@ -50,7 +50,7 @@ def test_alerts_and_dashboard_use_only_metrics_that_exist(
 ) -> None:
     monkeypatch.setattr(Netfilter, "conntrack_use", lambda self: (1, 2))
     manager = controller(FakeEngine(), tmp_path, Clock())
-    manager.path.tested({"t": ""}, [])
+    manager.path.take_result({"t": ""}, [])
     balancer = Balancer(Netfilter("nft"), ManagerClient("127.0.0.1:1", lambda: "token", "b1"), "b1")
     balancer.state.prober._loop.close()  # no backend is probed
     exposed = (generate_latest(registry(manager.recorder, manager.status)) + exposition(balancer.state)).decode()

@@ -121,7 +121,7 @@ def test_prometheus_has_data_for_every_panel_annotation_and_variable(
     balancer.state.prober._loop.close()  # no backend is probed
     rules_change(balancer, kernel)
     stage = Stage(tmp_path)
-    stage.controller.path.tested({"t": ""}, [])
+    stage.controller.path.take_result({"t": ""}, [])
     stage.report(100, 100)
     manager = f"127.0.0.1:{stage.port}"
     try:

@@ -277,11 +277,13 @@ def test_what_was_counted_before_the_backend_was_adopted_is_not_counted_again(
     cause: Cause | None, counted: int
 ) -> None:
     tally = metrics.Tally()
-    reason = Reason(cause) if cause else NO_REASON
-    fleet = {"p-backend-1": Backend("p-backend-1", "active", 0.0, ip="198.18.0.2", reason=reason)}
+    starting = Backend("p-backend-1", "starting", 0.0, ip="198.18.0.2", reason=Reason(cause) if cause else NO_REASON)
+    tally.changed(None, starting, 0.0)
     for packets in (100, 105):
-        tally.reported(report("b1", _2=sample(packets)), fleet)
-    tally.reported(report("b2", _2=sample(2)), fleet)
+        tally.reported(report("b1", _2=sample(packets)), {"p-backend-1": starting})
+    active = starting.to("active", 1.0)
+    tally.changed(starting, active, 1.0)
+    tally.reported(report("b2", _2=sample(2)), {"p-backend-1": active})
     assert tally.counts()["traffic"]["p-backend-1"]["packets"] == counted
 
 

@@ -1355,10 +1355,10 @@ def test_ip_txt_holds_the_addresses_in_rotation_one_a_line_and_is_replaced_in_on
 def test_fleet_that_could_not_be_saved_is_saved_later_and_the_error_is_logged_once(
     rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    r = rig(2)
+    r = rig(3, min=2)
     with monkeypatch.context() as full:
         full.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-        r.controller.drain("198.18.0.3")
+        r.controller.scale(None, 2, None)
         r.controller.step()
     assert caplog.messages.count("cannot write fleet.json: disk full") == 1
     r.controller.step()

@@ -98,7 +98,7 @@ def main() -> int:
     parser.add_argument(
         "--backends",
         type=int,
-        help="how many to begin with; without it, as many as before",
+        help="how many to begin with; else as many as before",
     )
     arguments = parser.parse_args()
     try:

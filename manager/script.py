@@ -95,11 +95,7 @@ def wait_for_end(*alive: Callable[[], bool]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description="The manager; run.sh starts it with its settings in LB_ variables.")
     parser.add_argument("--project", help="the same as LB_PROJECT; run.sh and stop.sh find the manager by it")
-    parser.add_argument(
-        "--backends",
-        type=int,
-        help="how many to begin with; else as many as before",
-    )
+    parser.add_argument("--backends", type=int, help="how many to begin with; else as many as before")
     arguments = parser.parse_args()
     try:
         settings = read(os.environ)

@@ -8,7 +8,7 @@ cd "$(dirname "$0")"
 if [ "${1:-}" = alive ]; then
     exec 3<>/dev/tcp/127.0.0.1/5000
     printf 'GET /sync HTTP/1.0\r\n\r\n' >&3
-    read -r -t 2 answer <&3
+    read -r -t 8 answer <&3
     [[ "$answer" == HTTP/* ]]
     exit
 fi

@@ -31,7 +31,11 @@ case "$*" in
     "network inspect "*) echo '[]'; exit 1 ;;
     "run --rm "*check)
         echo "$*" >>"$FAKE_STATE/kernel_checks"
-        if [ -e "$FAKE_STATE/slow_check" ]; then touch "$FAKE_STATE/check"; exec sleep 60; fi ;;
+        if [ -e "$FAKE_STATE/late_check" ]; then # the engine creates the container a second after the call
+            setsid sh -c 'sleep 1; touch "$FAKE_STATE/check"' &
+            sleep 2
+            rm "$FAKE_STATE/check"
+        elif [ -e "$FAKE_STATE/slow_check" ]; then touch "$FAKE_STATE/check"; exec sleep 60; fi ;;
     *) exit 1 ;;
 esac
 """

@@ -76,7 +76,7 @@ def balancer(system: System) -> str:
 
 def test_clients_outside_on_the_host_and_among_the_backends_are_served(system: System, outside: Namespace) -> None:
     for client, address, seen in ((outside, HOST, OUTSIDE), (None, "127.0.0.1", ""), (None, HOST, HOST)):
-        answers = [answer(client, address, system.port) for _ in range(12)]
+        answers = [answer(client, address, system.port) for _ in range(30)]
         assert len({text.split(" ")[0] for text in answers}) == 3
         assert all(f"for {seen}" in text for text in answers)
     # A backend calls the service at the host's address, and is sometimes dispatched to itself.

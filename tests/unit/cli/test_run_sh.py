@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,6 +122,18 @@ def test_interrupted_kernel_check_leaves_no_container(system: System) -> None:
     assert not (system.state / "check").exists()
     command = (system.state / "kernel_checks").read_text()
     assert "--label lbscaler.project=p --label lbscaler.role=check" in command
+
+
+def test_kernel_check_that_is_interrupted_before_its_container_exists_leaves_none(system: System) -> None:
+    (system.state / "late_check").touch()
+    process = system.start("--image", "good")
+    read_until(process, "Checking that this kernel")
+    until((system.state / "kernel_checks").exists, "the check was called")
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == 130
+    time.sleep(1.5)
+    assert not (system.state / "check").exists()
 
 
 # -- a start that fails ----------------------------------------------------------------------------------------------

@@ -112,6 +112,7 @@ def rules_change(balancer: Balancer, kernel: FakeNetfilter) -> None:
 
 
 @needs_prometheus
+@pytest.mark.slow
 def test_prometheus_has_data_for_every_panel_annotation_and_variable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -261,6 +261,7 @@ def place() -> Iterator[Callable[..., Place]]:
         one.server.server_close()
 
 
+@pytest.mark.slow
 @needs_hey
 def test_every_request_is_sent_and_counted_once(
     place: Callable[..., Place], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -272,6 +273,7 @@ def test_every_request_is_sent_and_counted_once(
     assert "577.4 packets" in out.read_text()
 
 
+@pytest.mark.slow
 @needs_hey
 @pytest.mark.parametrize(("hang_up", "kind"), [(True, NO_ANSWER), (False, "status 503")])
 def test_failed_requests_are_reported_by_number_and_kind(
@@ -281,6 +283,7 @@ def test_failed_requests_are_reported_by_number_and_kind(
     assert f"16 requests, 4 failed: 4 {kind};" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @needs_hey
 def test_an_interrupted_demo_ends_hey_and_draws_what_there_is(place: Callable[..., Place], tmp_path: Path) -> None:
     there = place()

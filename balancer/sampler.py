@@ -41,7 +41,7 @@ class Sampler:
         """Takes the samples that are due."""
         time.sleep(SAMPLE_PERIOD)
         count_load = COUNT_LOAD - DRAINING_LOAD if self._draining_since else COUNT_LOAD
-        # Each is taken, the last one here first, although another one fails.
+        # The stack takes all of them, the last one first, although one fails.
         with ExitStack() as samples:
             samples.callback(self._sample, self._count_all, self._count_pace, count_load)
             samples.callback(self._sample, self._sample_draining, self._draining_pace, DRAINING_LOAD)

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
 LOG_LINES = 15  # printed of the log after a failure
 
@@ -62,11 +62,19 @@ class Output:
     def step(self, text: str) -> Step:
         return Step(self, text)
 
-    def run(self, *command: str) -> None:
-        """Runs a program with its output in the log. Raises Failed."""
-        status = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log, check=False
-        ).returncode
+    def run(self, *command: str, grace: float = 0.0) -> None:
+        """Runs a program with its output in the log. After an interrupt, it has `grace` seconds to end by
+        itself. Raises Failed."""
+        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": self.log, "stderr": self.log}
+        # In a session of its own, Ctrl-C does not reach it.
+        with subprocess.Popen(command, start_new_session=grace > 0, **streams) as process:
+            try:
+                status = process.wait()
+            except BaseException:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(grace)
+                process.kill()
+                raise
         if status:
             raise Failed(f"{command[0]} ended with status {status}")
 

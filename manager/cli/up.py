@@ -28,7 +28,7 @@ from cli.project import Project, write
 from core.settings import ROOT, SETTINGS, read, stored, variable, with_stored
 from core.state_files import StateFiles, digest
 
-CHECK_TIMEOUT = 5.0  # seconds for the check of the kernel to end after an interrupt
+CHECK_GRACE = 5.0  # seconds for the check of the kernel to end after an interrupt
 MANAGER_START = 10.0  # seconds until the manager answers
 SUPERVISOR_START = 2.0  # seconds until the supervisor's process has to exist
 POLL = 0.05  # seconds
@@ -115,25 +115,11 @@ class Start:
     def _check_kernel(self, image: str) -> None:
         try:
             with self.output.step("Checking that this kernel has what the rules need"):
-                self._run_check(doctor.check_rules(image, self.project.name))
+                # An interrupt does not end it while the engine creates its container, which could be found, and
+                # removed, only later.
+                self.output.run(*doctor.check_rules(image, self.project.name), grace=CHECK_GRACE)
         finally:
             self.project.remove_checks()
-
-    def _run_check(self, command: list[str]) -> None:
-        # In a session of its own, because Ctrl-C would end `docker run` while the engine creates the container, which
-        # could then be found and removed only later.
-        streams = {"stdin": subprocess.DEVNULL, "stdout": self.output.log, "stderr": self.output.log}
-        check = subprocess.Popen(command, start_new_session=True, **streams)  # type: ignore[call-overload]
-        try:
-            status = check.wait()
-        except BaseException:
-            with suppress(subprocess.TimeoutExpired):
-                check.wait(CHECK_TIMEOUT)
-            check.kill()
-            check.wait()
-            raise
-        if status:
-            raise Failed(f"{command[0]} ended with status {status}")
 
     # -- the network and the manager ----------------------------------------------------------------------------------
 

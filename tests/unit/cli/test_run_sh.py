@@ -111,27 +111,26 @@ def test_closed_pipe_interrupts_neither_a_start_nor_a_stop(system: System) -> No
     assert system.nothing_left()
 
 
-def test_interrupted_kernel_check_leaves_no_container(system: System) -> None:
-    (system.state / "slow_check").touch()
+def interrupt_kernel_check(system: System, kind: str, begun: str) -> None:
+    """Interrupts a start whose check is of this kind, once the file `begun` exists."""
+    (system.state / kind).touch()
     process = system.start("--image", "good")
     read_until(process, "Checking that this kernel")
-    until((system.state / "check").exists, "the check runs")
+    until((system.state / begun).exists, "the check has begun")
     os.killpg(process.pid, signal.SIGINT)
     process.communicate(timeout=30)
     assert process.returncode == 130
+
+
+def test_interrupted_kernel_check_leaves_no_container(system: System) -> None:
+    interrupt_kernel_check(system, "slow_check", begun="check")
     assert not (system.state / "check").exists()
     command = (system.state / "kernel_checks").read_text()
     assert "--label lbscaler.project=p --label lbscaler.role=check" in command
 
 
 def test_kernel_check_that_is_interrupted_before_its_container_exists_leaves_none(system: System) -> None:
-    (system.state / "late_check").touch()
-    process = system.start("--image", "good")
-    read_until(process, "Checking that this kernel")
-    until((system.state / "kernel_checks").exists, "the check was called")
-    os.killpg(process.pid, signal.SIGINT)
-    process.communicate(timeout=30)
-    assert process.returncode == 130
+    interrupt_kernel_check(system, "late_check", begun="kernel_checks")
     time.sleep(1.5)
     assert not (system.state / "check").exists()
 

@@ -14,14 +14,13 @@ import loads
 import pytest
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, BrowserContext, Page
 
 CHROMIUM = Path("/usr/bin/chromium")
-# The order in which tests start: the longest module; netns, which needs no images (they are made in the meantime); the
-# other long modules; then the folders. The modules that make a Swarm of three nodes do not start together, because that
-# is too much work for two processors.
-FIRST_MODULE = "test_cluster"
-LONG_MODULES = ("test_system", "test_updates", "test_unhealthy_backends", "test_node_loss", "test_page")
+# The order in which tests start: the longest modules, which share a Swarm of three nodes; netns, which needs no images
+# (they are made in the meantime); the other long modules; then the folders.
+ONE_CLUSTER = ("test_cluster", "test_node_loss")
+LONG_MODULES = ("test_system", "test_updates", "test_unhealthy_backends", "test_page")
 FOLDERS = ("netns", "e2e", "swarm", "browser", "unit")
 WHOLE_MODULES = ("swarm", "e2e", "browser")  # folders
 FIGURE = "figure"
@@ -39,8 +38,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     def rank(item: pytest.Item) -> tuple[int, int]:
         folder, module = folder_of(str(item.path)), item.path.stem
-        if module == FIRST_MODULE:
-            return 0, 0
+        if module in ONE_CLUSTER:
+            return 0, ONE_CLUSTER.index(module)
         if folder == "netns":
             return 1, 0
         if module in LONG_MODULES:
@@ -59,11 +58,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            module, _, _ = nodeid.partition("::")
-            folder = folder_of(module)
-            if paired:  # two processes: a Swarm that mostly waits, and one test at a time of the others
-                return "swarm" if folder == "swarm" else "others"
-            return module if folder in WHOLE_MODULES else nodeid
+            path, _, _ = nodeid.partition("::")
+            module = Path(path).stem
+            if paired:  # two processes: the campaigns, which have engines of their own, and one other test at a time
+                return module if module == "test_chaos" else "others"
+            if module in ONE_CLUSTER:
+                return "one cluster"
+            return path if folder_of(path) in WHOLE_MODULES else nodeid
 
     return Scheduling(config, log)
 
@@ -108,9 +109,19 @@ def browser() -> Iterator[Browser]:
         chromium.close()
 
 
+# The pages share a context and so its cache: otherwise each would compile the 4 MB of the charts' library again.
+@pytest.fixture(scope="module")
+def context(browser: Browser) -> Iterator[BrowserContext]:
+    made = browser.new_context(viewport={"width": 1600, "height": 1000})
+    made.set_default_timeout(15_000)
+    yield made
+    made.close()
+
+
 @pytest.fixture
-def page(browser: Browser) -> Iterator[Page]:
-    context = browser.new_context(viewport={"width": 1600, "height": 1000})
-    context.set_default_timeout(15_000)
-    yield context.new_page()
-    context.close()
+def page(context: BrowserContext) -> Iterator[Page]:
+    made = context.new_page()
+    # What an earlier page has stored is not there when this one opens the manager's first.
+    made.add_init_script("if (!sessionStorage.opened) { localStorage.clear(); sessionStorage.opened = 'yes'; }")
+    yield made
+    made.close()

@@ -30,6 +30,8 @@ class StuckEngine(FakeEngine):
 class Stage:
     """Two backends, a balancer whose reports are made by `report`, and a clock that only the reports move."""
 
+    port = 0  # a free one at first, then always the same: a browser keeps in its cache what it got from that address
+
     def __init__(self, place: Path, past: float = 0.0, **changes: object) -> None:
         """The clock starts `past` seconds before now."""
         self.engine, self.clock = StuckEngine(), Clock()
@@ -45,8 +47,8 @@ class Stage:
         self._recent_log = start_log(self.log)
         self._handlers = [handler for handler in logging.getLogger().handlers if handler not in handlers_before]
         self._counted: dict[str, tuple[float, float]] = {}
-        listener = bind_tcp("127.0.0.1", 0)
-        self.port = listener.getsockname()[1]
+        listener = bind_tcp("127.0.0.1", Stage.port)
+        Stage.port = listener.getsockname()[1]
         self.base_url = f"http://127.0.0.1:{self.port}"
         self._serve(listener)
 

@@ -181,10 +181,10 @@ class Load:
 
     LANES = 8
 
-    def __init__(self, port: int, seconds: int, per_second: int) -> None:
+    def __init__(self, port: int, seconds: int, per_second: int, timeout: int = 30) -> None:
         workers = 5
         command = ["hey", "-z", f"{seconds}s", "-c", str(workers), "-q", str(per_second / self.LANES / workers)]
-        command += ["-t", "30", "-disable-keepalive", f"http://127.0.0.1:{port}/"]
+        command += ["-t", str(timeout), "-disable-keepalive", f"http://127.0.0.1:{port}/"]
         self._lanes = []
         for _ in range(self.LANES):
             self._lanes.append(loads.begin(command))

@@ -46,7 +46,7 @@ def test_losing_one_of_three_backends_at_200_connections_per_second_fails_only_i
     system: System, figure: Figure, failure: tuple[str, ...], event: str
 ) -> None:
     victim = system.active()[0]
-    load = Load(system.port, seconds=5, per_second=200)
+    load = Load(system.port, seconds=5, per_second=200, timeout=8)  # a paused backend never answers
     time.sleep(1.5)
     began = time.time()
     target = (system.project, victim["name"]) if failure[0] == "network" else (victim["name"],)
@@ -82,7 +82,8 @@ def test_losing_one_of_three_backends_at_200_connections_per_second_fails_only_i
 @pytest.mark.serial  # measured in milliseconds
 def test_killed_process_in_a_running_container_fails_only_its_open_requests(tree: Path, figure: Figure) -> None:
     image = docker("images", "-q", "--filter", "label=lbscaler.image=server").split()[0]
-    entrypoint = json.dumps(["/bin/bash", "-c", "python3 /server/server.py & sleep infinity"])
+    program = "trap exit TERM; python3 /server/server.py & sleep infinity & wait %2"
+    entrypoint = json.dumps(["/bin/bash", "-c", program])
     recipe = f"FROM {image}\nLABEL lbscaler.image=test\nENTRYPOINT {entrypoint}\n"
     subprocess.run(["docker", "build", "-q", "-t", "lbtest-alone", "-"], input=recipe, text=True, check=True)
     system = System(tree, "lbprocess")

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -71,12 +72,12 @@ def image_of(tree: Path, folder: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.fixture(scope="module")
-def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
-    """One Swarm of three nodes for a module's tests, or of as many as its NODES says."""
+@contextmanager
+def open_cluster(nodes: int) -> Iterator[Cluster]:
+    """A Swarm of that many nodes."""
     # Short, and not below pytest's own folder: a socket's path has no more than 107 characters.
     with tempfile.TemporaryDirectory(prefix="lbswarm") as place:
-        made = Cluster(Path(place), getattr(request.module, "NODES", 3))
+        made = Cluster(Path(place), nodes)
         try:
             made.open()
             made.join()
@@ -85,8 +86,8 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
             made.close()
 
 
-@pytest.fixture(scope="module")
-def tree(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def prepared_tree(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of this checkout, ready to run on the cluster's first node."""
     place = copy_tree(tmp_path_factory.mktemp("swarm") / "a checkout")
     with machine_lock("images", tmp_path_factory) as common:
         command = ["/bin/bash", "-euc", PREPARE, "prepare", str(common), str(free_port())]
@@ -96,6 +97,18 @@ def tree(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for folder in ("balancer", "server"):
         cluster.nodes[0].pull(image_of(place, folder))
     return place
+
+
+# To make a cluster takes long, so all tests of one process share it.
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    with open_cluster(3) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def tree(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepared_tree(cluster, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

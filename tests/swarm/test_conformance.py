@@ -25,11 +25,10 @@ from engines.options import BalancerOptions
 from engines.swarm_engine import SwarmEngine
 from fakes import settings
 from swarm.cluster import Cluster, Node
-from swarm.conftest import image_of
+from swarm.conftest import image_of, open_cluster, prepared_tree
 from waiting import wait_until
 from web.metrics import Tally
 
-NODES = 1
 ENGINES = {"docker": DockerEngine, "swarm": SwarmEngine}
 SUBNETS = {"docker": "198.19.192.0/24", "swarm": "198.19.196.0/24"}
 
@@ -90,6 +89,17 @@ class Driven:
 
     def containers(self) -> list[str]:
         return self.node.docker("ps", "-q", "--no-trunc", "--filter", f"label=lbscaler.project={self.project}").split()
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with open_cluster(1) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def tree(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepared_tree(cluster, tmp_path_factory)
 
 
 @pytest.fixture(params=["docker", "swarm"])

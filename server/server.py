@@ -5,6 +5,8 @@ MAX_REQUESTS requests in progress, or more than MAX_CONNECTIONS connections, it 
 `Retry-After` and `Connection: close`, so that the client returns through the balancer. `GET /ready` is answered with
 200, or with 503 while a limit is reached; it does not count as a request in progress and does not wait for one.
 
+It is a plain WSGI application: to load Flask as well would take a third of the time until a new backend serves.
+
 After SIGTERM it serves for LINGER more seconds, because balancers send it new connections until they have removed it
 from their rules. Then it closes its listener, finishes the requests in progress and exits with status 0.
 """
@@ -15,13 +17,13 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
+from urllib.parse import parse_qsl
 
 import gevent
-from flask import Flask, Response, request
 from gevent.event import Event
 from gevent.lock import Semaphore
 
@@ -38,7 +40,13 @@ IDLE_TIMEOUT = 120.0  # seconds between two requests on one connection
 READY_AGAIN = 0.8  # a saturated backend is ready again below this share of both limits
 COMPUTE_SLICE = 0.01  # seconds of computing, at least, before the event loop runs again
 
-app = Flask(__name__)
+TEXT = ("Content-Type", "text/plain; charset=utf-8")
+CLOSE = ("Connection", "close")
+SATURATED = "503 Service Unavailable", "saturated: try again later\n", ("Retry-After", RETRY_AFTER)
+
+Environ = dict[str, Any]  # the request, as WSGI describes it
+StartResponse = Callable[[str, list[tuple[str, str]]], Any]  # takes the status and the headers of the answer
+
 draining = Event()
 
 
@@ -65,37 +73,45 @@ def own_address() -> str:
         return "no address"
 
 
-@app.get("/")
-def index() -> Response | tuple[str, int]:
+def answer(start_response: StartResponse, status: str, text: str, *headers: tuple[str, str]) -> list[bytes]:
+    """Answers with this text and these headers."""
+    body = text.encode()
+    start_response(status, [*headers, TEXT, ("Content-Length", str(len(body)))])
+    return [body]
+
+
+def workload(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
     """Answers one line. `?limit=` sets the work (numbers sieved); `?seconds=` spreads the answer over that time."""
+    # While draining, a client with a kept connection has to return through the balancer.
+    headers = [CLOSE] if draining.is_set() else []
+    if environ["PATH_INFO"] != "/":
+        return answer(start_response, "404 Not Found", "the only path is /\n", *headers)
+    if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
+        return answer(start_response, "405 Method Not Allowed", "the only methods are GET and HEAD\n", *headers)
     try:
-        limit = int(request.args.get("limit", LIMIT_DEFAULT))
-        seconds = float(request.args.get("seconds", 0))
+        query = dict(parse_qsl(environ["QUERY_STRING"], keep_blank_values=True))
+        limit = int(query.get("limit", LIMIT_DEFAULT))
+        seconds = float(query.get("seconds", 0))
     except ValueError:
-        return "limit must be a whole number, seconds a number\n", 400
+        return answer(start_response, "400 Bad Request", "limit must be a whole number, seconds a number\n", *headers)
     if not (0 <= limit <= LIMIT_MAX and 0 <= seconds <= SECONDS_MAX):
-        return f"limit must be from 0 to {LIMIT_MAX}, seconds from 0 to {SECONDS_MAX:g}\n", 400
-    line = (
-        f"{socket.gethostname()} at {own_address()}: {count_primes(limit)} primes up to {limit}, "
-        f"for {request.remote_addr}\n"
-    )
-    return Response(slowly(line, seconds) if seconds else line, mimetype="text/plain")
+        text = f"limit must be from 0 to {LIMIT_MAX}, seconds from 0 to {SECONDS_MAX:g}\n"
+        return answer(start_response, "400 Bad Request", text, *headers)
+
+    result = f"{count_primes(limit)} primes up to {limit}, for {environ['REMOTE_ADDR']}"
+    line = f"{socket.gethostname()} at {own_address()}: {result}\n"
+    if not seconds or environ["REQUEST_METHOD"] == "HEAD":
+        return answer(start_response, "200 OK", line, *headers)
+    start_response("200 OK", [*headers, TEXT])
+    return slowly(line, seconds)
 
 
-def slowly(line: str, seconds: float) -> Iterator[str]:
+def slowly(line: str, seconds: float) -> Iterator[bytes]:
     """Sends ten dots a second for that time, then the line."""
     for _ in range(int(seconds * 10)):
-        yield "."
+        yield b"."
         gevent.sleep(0.1)
-    yield "\n" + line
-
-
-@app.after_request
-def close_while_draining(response: Response) -> Response:
-    """Makes a client with a kept connection return through the balancer."""
-    if draining.is_set():
-        response.headers["Connection"] = "close"
-    return response
+    yield f"\n{line}".encode()
 
 
 class Turns:
@@ -125,16 +141,6 @@ class Turns:
         self._slice_ends = resumed + max(COMPUTE_SLICE, resumed - began)
 
 
-def saturated(**headers: str) -> Response:
-    headers = {"Retry-After": RETRY_AFTER, **headers}
-    return Response("saturated: try again later\n", 503, headers, mimetype="text/plain")
-
-
-READY = Response("ready\n", mimetype="text/plain")
-NOT_READY = saturated()  # the synchronization server keeps its connection
-REFUSED = saturated(Connection="close")
-
-
 class Backend:
     """The WSGI application around the workload: readiness, refusals and the number of requests in progress."""
 
@@ -144,22 +150,22 @@ class Backend:
         self._turns = Turns()
         self.server = LimitedServer(("0.0.0.0", PORT), self, max_connections, IDLE_TIMEOUT)
 
-    def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        # Before the limit: a readiness check has to be answered under full load.
+    def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+        # Before the limit: a readiness check has to be answered under full load, and the one that asks, the
+        # synchronization server, keeps its connection.
         if environ["PATH_INFO"] == "/ready":
-            readiness = NOT_READY if self.is_saturated() else READY
-            return readiness(environ, start_response)
+            readiness = SATURATED if self.is_saturated() else ("200 OK", "ready\n")
+            return answer(start_response, *readiness)
         if self.in_progress >= MAX_REQUESTS:
-            return REFUSED(environ, start_response)
+            return answer(start_response, *SATURATED, CLOSE)
         return self._work(environ, start_response)
 
-    def _work(self, environ: dict[str, Any], start_response: Any) -> Iterator[bytes]:
+    def _work(self, environ: Environ, start_response: StartResponse) -> Iterator[bytes]:
         self.in_progress += 1
         try:
             with self._turns.one():
-                answer: Any = app(environ, start_response)
-            with closing(answer):
-                yield from answer
+                body = workload(environ, start_response)
+            yield from body
         finally:
             self.in_progress -= 1
 

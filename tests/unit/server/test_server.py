@@ -21,6 +21,7 @@ import gevent.socket
 import pytest
 import requests
 from gevent.event import Event
+from werkzeug.test import Client, TestResponse
 
 import limited_server
 import server
@@ -44,6 +45,10 @@ def fresh_address() -> Iterator[None]:
 )
 def test_primes_are_counted_up_to_and_including_the_limit(limit: int, primes: int) -> None:
     assert server.count_primes(limit) == primes
+
+
+def get(path: str) -> TestResponse:
+    return Client(server.workload).get(path, environ_base={"REMOTE_ADDR": "203.0.113.9"})
 
 
 @pytest.mark.parametrize(
@@ -71,18 +76,28 @@ def test_valid_parameters_are_answered_and_invalid_ones_are_refused_in_one_line(
     monkeypatch: pytest.MonkeyPatch, query: str, status: int, line: str
 ) -> None:
     monkeypatch.setattr(socket, "gethostname", lambda: "vm")
-    answer = server.app.test_client().get(f"/{query}")
+    answer = get(f"/{query}")
     assert answer.status_code == status
     assert line in answer.text
     assert answer.text.endswith("\n")
     assert answer.text.count("\n") == (2 if query == "?seconds=0.1" else 1)
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "status"), [("GET", "/other", 404), ("POST", "/", 405), ("HEAD", "/?seconds=9", 200)]
+)
+def test_other_paths_and_methods_are_refused_and_head_is_answered_without_delay(
+    method: str, path: str, status: int
+) -> None:
+    answer = Client(server.workload).open(path, method=method, environ_base={"REMOTE_ADDR": "203.0.113.9"})
+    assert answer.status_code == status
+    assert answer.content_length
+
+
 def test_answer_names_the_backend_its_address_and_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "gethostname", lambda: "lbscaler-backend-1")
     monkeypatch.setattr(socket, "gethostbyname", {"lbscaler-backend-1": "198.18.0.2"}.__getitem__)
-    client = server.app.test_client()
-    answer = client.get("/?limit=10", environ_base={"REMOTE_ADDR": "203.0.113.9"})
+    answer = get("/?limit=10")
     assert answer.text == "lbscaler-backend-1 at 198.18.0.2: 4 primes up to 10, for 203.0.113.9\n"
 
 
@@ -91,7 +106,7 @@ def test_answer_of_a_backend_whose_name_has_no_address_says_no_address(monkeypat
         raise socket.gaierror
 
     monkeypatch.setattr(socket, "gethostbyname", unknown)
-    assert " at no address: " in server.app.test_client().get("/").text
+    assert " at no address: " in get("/").text
 
 
 def test_image_has_every_program_file() -> None:

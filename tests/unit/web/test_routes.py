@@ -540,6 +540,15 @@ def test_the_status_has_the_settings_in_force_without_secrets(tmp_path: Path) ->
     assert "sesame" not in status.text
 
 
+def test_an_unexpected_error_is_logged_with_its_traceback_and_answered_in_one_line(
+    manager: Manager, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(manager.controller, "status", lambda: 1 / 0)
+    refused(manager.tcp("GET", "/status"), 500, "the call failed; the manager's log has the error")
+    (record,) = caplog.records
+    assert (record.name, record.getMessage(), bool(record.exc_info)) == ("manager", "GET /status failed", True)
+
+
 def test_operator_calls_take_effect(manager: Manager) -> None:
     answer = manager.unix("POST", "/scale", {"min": 3, "max": 4, "target": 7.5}).get_json()
     assert answer == {"min": 3, "max": 4, "target": 7.5, "desired": 3}

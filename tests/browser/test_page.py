@@ -298,7 +298,7 @@ def test_what_if_presents_the_actual_and_the_simulated_fleet(page: Page, busy: S
 @pytest.mark.parametrize(
     ("field", "value", "refused", "line"),
     [
-        ("target", "-1", "target", "--target (LB_TARGET) is '-1'; allowed: a number above 0"),
+        ("target", "-1", "target", "--target (LB_TARGET) is '-1'; allowed: 0.001 to 1000000000"),
         (
             "stable_window",
             "",

@@ -468,7 +468,7 @@ def test_what_if_replays_the_recorded_load_with_other_settings(manager: Manager)
 @pytest.mark.parametrize(
     ("query", "line"),
     [
-        ("target=", "--target (LB_TARGET) is ''; allowed: a number above 0"),
+        ("target=", "--target (LB_TARGET) is ''; allowed: 0.001 to 1000000000"),
         ("stable_window=-1", "--stable-window (LB_STABLE_WINDOW) is '-1'; allowed: 1 to 3600 (seconds)"),
         (
             "panic_window=61",

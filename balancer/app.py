@@ -1,8 +1,9 @@
 """The balancer's own HTTP interface: for Docker's health check, Prometheus and people.
 
-gevent serves it, in a thread with its own event loop. Silent or slow clients do not block others: a request must arrive
-and be answered within REQUEST_SECONDS, and up to MAX_CONNECTIONS connections may be open at a time. A request with more
-than HEADERS_MAX bytes of headers is refused, because pywsgi would keep 6 MB of them in memory for each connection.
+gevent serves it, in a thread with its own event loop. Silent, slow or very fast clients do not block others: a request
+must arrive and be answered within REQUEST_SECONDS, and up to MAX_CONNECTIONS connections may be open at a time. A
+request with more than HEADERS_MAX bytes of headers is refused, because pywsgi would keep 6 MB of them in memory for
+each connection. Errors of clients are not logged, because clients could fill the log.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import io
 import resource
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import gevent
@@ -20,6 +22,7 @@ from gevent.pywsgi import WSGIHandler, WSGIServer
 
 REQUEST_SECONDS = 5.0
 HEADERS_MAX = 16384
+READ_BUFFER = 1024  # bytes
 MAX_CONNECTIONS = 4000
 RESERVED_FILES = 500  # for the process's own sockets and pipes: a probe of each backend, the tools it runs
 BACKLOG = 1024
@@ -33,7 +36,28 @@ def create_app(sync: Callable[[], tuple[dict[str, Any], int]], metrics: Callable
     return app
 
 
+class _FromClient(io.RawIOBase):
+    """The bytes from a client. Each read lets other greenlets run first, even if the client sends without pause."""
+
+    def __init__(self, sock: Any) -> None:
+        self._socket = sock
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        gevent.sleep(0)
+        return int(self._socket.recv_into(buffer))
+
+
 class _Handler(WSGIHandler):  # type: ignore[misc]  # gevent has no types
+    def __init__(self, sock: Any, address: Any, server: WSGIServer) -> None:
+        super().__init__(sock, address, server, rfile=io.BufferedReader(_FromClient(sock), READ_BUFFER))
+
+    def handle(self) -> None:
+        with suppress(OSError):  # the client has disconnected
+            super().handle()
+
     def handle_one_request(self) -> Any:
         """Reads and answers one request; disconnects a client that takes too long."""
         # The timeout ends the block without an exception. None then makes pywsgi close the connection.
@@ -52,8 +76,13 @@ class _Handler(WSGIHandler):  # type: ignore[misc]  # gevent has no types
         return super().MessageClass(io.BytesIO(block))
 
     def _handle_client_error(self, ex: Exception) -> Any:
-        """The answer to a malformed header. pywsgi would print a traceback for some, and clients could fill the log."""
+        """The answer to a malformed header. pywsgi would print a traceback for some."""
         return super()._handle_client_error(ValueError(str(ex)))
+
+    def handle_error(self, *_: Any) -> None:
+        """Disconnects a client that sent a malformed body or was too slow. pywsgi would print a traceback. Errors of
+        the application do not come here: Flask logs and answers them."""
+        self.close_connection = True
 
 
 def connection_limit() -> int:

@@ -5,8 +5,10 @@
 - A client that does not read its answers is disconnected after SEND_TIMEOUT.
 - A connection above `max_connections` is refused: its first request is answered with 503, then it is closed. At most
   RESERVE such connections are open; any others are closed without an answer.
-- A malformed request is answered with 400 and is not logged, because clients could fill the log. So is a request with
-  more than HEADERS_MAX bytes of headers: pywsgi would keep 6 MB of them in memory for each connection.
+- A client that sends without pause does not delay other clients.
+- A malformed request is answered with 400. So is one with more than HEADERS_MAX bytes of headers: pywsgi would keep
+  6 MB of them in memory for each connection.
+- Errors of clients (malformed requests, resets) are not logged, because clients could fill the log.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import io
 import resource
 from collections.abc import Callable
+from contextlib import suppress
 from socket import IPPROTO_TCP, SO_SNDBUF, SOL_SOCKET, TCP_NODELAY
 from typing import Any
 
@@ -50,18 +53,31 @@ def raise_file_limit() -> int:
     return max(1, hard - RESERVE - OTHER_FILES)
 
 
+class FromClient(io.RawIOBase):
+    """The bytes from a client. Each read lets other greenlets run first, even if the client sends without pause."""
+
+    def __init__(self, sock: Any) -> None:
+        self._socket = sock
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        gevent.sleep(0)
+        return int(self._socket.recv_into(buffer))
+
+
 class Handler(WSGIHandler):
     """The requests of one connection, each with its deadlines."""
 
     ignored_socket_errors = (*WSGIHandler.ignored_socket_errors, "timed out")  # the last one is SEND_TIMEOUT
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, sock: Any, address: Any, server: LimitedServer) -> None:
+        super().__init__(sock, address, server, rfile=io.BufferedReader(FromClient(sock), READ_BUFFER))
         # Header and body are two packets: without this, the second waits for the first's delayed acknowledgement.
         self.socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
         # A small buffer, so that an answer that is not read is noticed early and takes little memory.
         self.socket.setsockopt(SOL_SOCKET, SO_SNDBUF, SEND_BUFFER)
-        self.rfile = self.socket.makefile("rb", READ_BUFFER)
         self.above_limit = self.server.connections > self.server.max_connections
 
     def handle_one_request(self) -> tuple[str, bytes] | bool | None:
@@ -140,6 +156,7 @@ class LimitedServer(WSGIServer):
         # Above the reserve, return without reading: the caller then closes the connection.
         try:
             if self.connections <= self.max_connections + RESERVE:
-                super().handle(*connection)
+                with suppress(OSError):  # the client has disconnected
+                    super().handle(*connection)
         finally:
             self.connections -= 1

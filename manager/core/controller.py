@@ -13,7 +13,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -46,8 +46,7 @@ class Recorder(Protocol):
     """Is called for everything that the metrics count."""
 
     def changed(self, before: Backend | None, after: Backend | None, now: float) -> None: ...
-    def reported(self, report: Report, fleet: Fleet) -> None: ...
-    def keep(self, balancers: Collection[str]) -> None: ...
+    def reported(self, report: Report, last: Report | None, fleet: Fleet) -> None: ...
     def decided(self, decision: Decision) -> None: ...
     def failed(self) -> None: ...
 
@@ -201,7 +200,6 @@ class Controller:
             now = self._clock()
             if self._engine.balancers is not None:
                 self._load.keep(self._engine.balancers, listed_at)
-                self.recorder.keep(self._engine.balancers)
             self._set_fleet(self._with_health(fleet.observe(self._fleet, containers, listed_at, now), now))
             # The engine has rolled an update back. This is stored, so that the next manager does not try it again.
             if self._engine.refused and not self._backoff.refusal:
@@ -274,11 +272,12 @@ class Controller:
         with self._lock:
             now = self._clock()
             # Reports repeat a warning for as long as its cause lasts; it is logged once.
-            for warning in set(report.warnings) - set(self._load.warnings(report.balancer)):
+            last_report = self._load.newest_of(report.balancer)
+            for warning in set(report.warnings) - set(last_report.warnings if last_report else ()):
                 log.warning("balancer %s: %s", report.balancer, warning)
             measured = self._load.add(report, now)
             self._note_rotation_panic()
-            self._note_health(report, now)
+            self._note_health(report, last_report, now)
 
             # One decision in each interval, however many balancers report, because each decision may grow by one step.
             last = self.decisions[-1] if self.decisions else None
@@ -422,7 +421,7 @@ class Controller:
         since = None if self._engine_keeps_number else self._reports_since
         return fleet.apply_health(backends, self._load.verdict, since, self.settings.ready_timeout, now)
 
-    def _note_health(self, report: Report, now: float) -> None:
+    def _note_health(self, report: Report, last_report: Report | None, now: float) -> None:
         """Applies a report's health to the backends that it may change. `step` applies the health of all backends.
 
         The verdict on an unhealthy backend scans all balancers, which is too slow for each row of each report: 100
@@ -430,7 +429,7 @@ class Controller:
         """
         names = [name for ip in report.backends for name in self._names_at.get(ip, ())]
         reported = {name: self._fleet[name] for name in names}
-        self.recorder.reported(report, reported)
+        self.recorder.reported(report, last_report, reported)
         changed: dict[str, Backend] = {}
         for name, backend in reported.items():
             healthy = report.backends[backend.ip].healthy

@@ -101,9 +101,9 @@ class LoadTracker:
         entry.base, entry.base_at = report, now
         return True
 
-    def warnings(self, balancer: str) -> tuple[str, ...]:
-        """The warnings in that balancer's newest report."""
-        return self.balancers[balancer].report.warnings if balancer in self.balancers else ()
+    def newest_of(self, balancer: str) -> Report | None:
+        """That balancer's newest report."""
+        return self.balancers[balancer].report if balancer in self.balancers else None
 
     def keep(self, balancers: Collection[str], listed_at: float) -> None:
         """Removes each balancer that is not in `balancers`, the engine's list, which began at `listed_at`. A balancer

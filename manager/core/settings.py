@@ -167,7 +167,7 @@ class Settings:
     max: int = _row(_SCALING, "10", _COUNT, _COUNT_RANGE, "most backends")
     spares: int = _row(_SCALING, "0", _number(0, 100, whole=True), "0 to 100", "ready backends kept out of rotation")
     metric: str = _row(_SCALING, "packets", _METRIC, "packets, connections or concurrency", "the load that is measured")
-    target: float = _row(_SCALING, "100", _number(0.001, 1e9), "a number above 0",
+    target: float = _row(_SCALING, "100", _number(0.001, 1e9), "0.001 to 1000000000",
                          "load per backend: per second, or open connections for concurrency")
     interval: float = _row(_SCALING, "2", _number(0.5, 60), "0.5 to 60 (seconds)", "time between reports")
     stable_window: float = _row(_SCALING, "60", _SECONDS, _SECONDS_RANGE, "time of low load before a scale-in")

@@ -12,10 +12,12 @@ import docker.errors
 
 from core.engine import Engine, EngineError, TakenOver
 from core.settings import Settings
+from core.workers import WORKERS
 from engines import path_probe
 from engines.options import BalancerOptions
 
 API_TIMEOUT = 30  # seconds for one call of the Engine API
+CALLS_MAX = 2 * WORKERS + 1  # at a time: both pools of workers, and the loop's list
 
 
 @contextmanager
@@ -39,7 +41,7 @@ class BaseEngine(Engine):
         self._settings, self._balancer_options = settings, balancer_options
         self._check_targets: list[path_probe.Target] = []  # of the balancers in the last list
         with engine_errors():
-            self._client = docker.from_env(timeout=API_TIMEOUT)
+            self._client = docker.from_env(timeout=API_TIMEOUT, max_pool_size=CALLS_MAX)
 
     @abstractmethod
     def gateway(self) -> str:

@@ -16,6 +16,7 @@ ROUTES lists all calls. A request that is refused gets one line of text that say
 from __future__ import annotations
 
 import hmac
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NoReturn, cast
@@ -23,6 +24,7 @@ from typing import Any, NoReturn, cast
 import msgspec
 from flask import Flask, Response, abort, g, request
 from prometheus_client import generate_latest
+from werkzeug.exceptions import HTTPException
 
 from core.controller import Controller, UnknownBackend
 from core.history import Shares
@@ -31,12 +33,14 @@ from core.settings import SettingError
 from core.what_if import WhatIf, policy_with
 from web import metrics, schemas
 from web.http_server import BODY_MAX
-from web.listeners import Listeners
+from web.listeners import Busy, Listeners
 from web.page import page
 from web.recent_log import RecentLog
 
 OPERATOR = "lbscaler.operator"  # in the WSGI environment of requests through the Unix socket
 PROMETHEUS = "text/plain; version=0.0.4"
+
+log = logging.getLogger("manager")
 
 Snapshot = dict[str, Any]
 WaitForSnapshot = Callable[[str, float], Snapshot | None]
@@ -162,7 +166,7 @@ ROUTES = (
     Route("GET", "/decisions", Api.decisions, answer=list[JsonObject]),
     Route("GET", "/history", Api.history, query=schemas.HistoryQuery, answer=JsonObject),
     Route("GET", "/shares", Api.shares, query=schemas.SharesQuery, answer=Shares),
-    Route("GET", "/what-if", Api.what_if, query=schemas.WhatIfQuery, answer=WhatIf),
+    Route("GET", "/what-if", Api.what_if, query=schemas.WhatIfQuery, answer=WhatIf, statuses=(503,)),
     Route("GET", "/log", Api.log, query=schemas.LogQuery, answer=list[schemas.LogRecord]),
     Route("GET", "/metrics", Api.metrics, answer=str),
 )
@@ -196,7 +200,17 @@ def create_app(
     unknown = "no backend of this project has the address"
     app.register_error_handler(UnknownBackend, lambda error: _line(404, f"{unknown} {error}"))
     app.register_error_handler(Closing, lambda _: _line(503, "the manager is ending; retry in a few seconds"))
+    app.register_error_handler(Busy, lambda _: _line(503, "other callers replay the load; retry in a few seconds"))
+    app.register_error_handler(Exception, _failed)
     return app
+
+
+def _failed(error: Exception) -> Response | HTTPException:
+    """The answer to a request whose handler failed unexpectedly."""
+    if isinstance(error, HTTPException):
+        return error
+    log.exception("%s %s failed", request.method, request.path)
+    return _line(500, "the call failed; the manager's log has the error")
 
 
 def _guard(token: str, allowed_hosts: set[str]) -> Callable[[], None]:

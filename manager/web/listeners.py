@@ -32,6 +32,7 @@ BACKLOG = 1024  # connections that wait in the kernel to be accepted; net.core.s
 IP_FREEBIND = 15  # <linux/in.h>; Python has no name for it
 FILES_RESERVED = 512  # file descriptors for everything but connections
 STOP_TIMEOUT = 1.0  # seconds
+COMPUTING_MAX = 4  # calls of `compute` that run or wait at a time; each one holds a connection
 
 log = logging.getLogger("manager")
 
@@ -89,6 +90,10 @@ def connections_each(wanted: int, files: int, listeners: int) -> int:
     return max(16, min(wanted, (files - FILES_RESERVED) // listeners))
 
 
+class Busy(Exception):
+    """COMPUTING_MAX calls of `Listeners.compute` run or wait already."""
+
+
 class Listeners:
     """All listeners of a process. `add` each, then `start`. After `stop` they cannot be started again."""
 
@@ -102,6 +107,7 @@ class Listeners:
         self._loop: Any = None  # gevent's, while it runs
         self._notified = Event()  # each notify sets it and puts a new one in its place
         self._stopping = Event()
+        self._computing = 0  # calls of `compute`
 
     def add(self, listener: socket.socket, application: Application, tls: Any = None) -> None:
         """Serves `application` on a socket made by `bind_tcp` or `bind_unix`; with TLS if there is a context."""
@@ -141,9 +147,15 @@ class Listeners:
             notified.wait(left)
 
     def compute(self, function: Callable[[], T]) -> T:
-        """The result of `function`, which must not raise. It runs on another thread, one at a time. For the
-        application: only the current greenlet waits."""
-        return gevent.get_hub().threadpool.apply(function)  # type: ignore[no-any-return]
+        """The result of `function`, which must not raise. It runs on another thread, one at a time. Raises Busy if too
+        many wait already. For the application: only the current greenlet waits."""
+        if self._computing >= COMPUTING_MAX:
+            raise Busy
+        self._computing += 1
+        try:
+            return gevent.get_hub().threadpool.apply(function)  # type: ignore[no-any-return]
+        finally:
+            self._computing -= 1
 
     def _call_on_hub(self, callback: Callable[[], None]) -> None:
         """For other threads. Does nothing after the hub has ended."""

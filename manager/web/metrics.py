@@ -8,8 +8,7 @@ with it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +17,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from core.fleet import ACTIVE, SPARE, STARTING, STATES, Backend, Fleet
-from core.load import Report, Sample, increase
+from core.load import NO_SAMPLE, Report, increase
 from core.reasons import Cause
 from core.scaler import CREATE, OK, STOP, ClampKind, Decision
-from core.settings import ROOT
+from core.settings import VERSION
 from core.snapshot import ProblemKind
 
 TRAFFIC = ("connections", "packets", "bytes")  # a sample's counters
@@ -53,8 +52,7 @@ class Tally:
             buckets=LAUNCH_SECONDS,
             registry=None,
         )
-        self._newest: dict[str, dict[str, Sample]] = {}  # backend -> balancer -> its newest sample
-        self._adopted: set[str] = set()  # backends
+        self._launching: set[str] = set()  # the backends whose launch is not timed yet
 
     def counts(self) -> dict[str, Any]:
         # Copies, because reports change the originals at the same time.
@@ -66,38 +64,32 @@ class Tally:
         if before is None and after is not None:
             # A series that begins at zero lets Prometheus see the first increase.
             self._traffic[after.name] = dict.fromkeys(TRAFFIC, 0)
-            if after.reason.cause is Cause.ADOPTED:
-                self._adopted.add(after.name)
+            # An adopted spare has been launched by an earlier manager. A Swarm's new backends are adopted as starting.
+            adopted_spare = after.state == SPARE and after.reason.cause is Cause.ADOPTED
+            if after.state in (SPARE, STARTING) and not after.ready and not adopted_spare:
+                self._launching.add(after.name)
         elif before is not None and after is None:
             del self._traffic[before.name]
-            self._newest.pop(before.name, None)
-            self._adopted.discard(before.name)
-        elif before is not None and after is not None:
-            became_ready = after.ready and not before.ready
-            if became_ready and before.state in (SPARE, STARTING):
-                self.launches.observe(now - after.launched)
+            self._launching.discard(before.name)
+        elif after is not None and after.ready and after.name in self._launching:
+            self._launching.remove(after.name)
+            self.launches.observe(now - after.launched)
 
-    def reported(self, report: Report, fleet: Fleet) -> None:
-        """Adds what a balancer counted since its last report."""
+    def reported(self, report: Report, last: Report | None, fleet: Fleet) -> None:
+        """Adds what a balancer counted since its report `last`. Without one, its counters may be of any age."""
+        if last is None:
+            return
         for backend in fleet.values():
             sample = report.backends.get(backend.ip)
             # An address may have had another backend before, which the balancer still reports.
             if sample is None or sample.id not in ("", backend.short_id):
                 continue
-            newest = self._newest.setdefault(backend.name, {})
-            # What a balancer counted before this manager started is not counted again.
-            first_base = sample if backend.name in self._adopted else None
-            last = newest.get(report.balancer, first_base)
-            counted = self._traffic.setdefault(backend.name, dict.fromkeys(TRAFFIC, 0))
+            base = last.backends.get(backend.ip, NO_SAMPLE)
+            if base.id != sample.id:
+                base = NO_SAMPLE
+            counted = self._traffic[backend.name]
             for name in TRAFFIC:
-                counted[name] += increase(getattr(sample, name), getattr(last, name, 0))
-            newest[report.balancer] = sample
-
-    def keep(self, balancers: Collection[str]) -> None:
-        """Removes the samples of balancers that no longer exist."""
-        for samples in self._newest.values():
-            for removed in samples.keys() - balancers:
-                del samples[removed]
+                counted[name] += increase(getattr(sample, name), getattr(base, name))
 
     def decided(self, decision: Decision) -> None:
         self._decisions[decision.verdict, limit(decision)] += 1
@@ -109,15 +101,6 @@ class Tally:
 def limit(decision: Decision) -> str:
     """The kind of the limit that was applied last; NO_LIMIT if none was applied."""
     return decision.clamps[-1].kind.value if decision.clamps else NO_LIMIT
-
-
-def version() -> str:
-    """The newest heading of CHANGELOG.md."""
-    with suppress(OSError):
-        for line in (ROOT / "CHANGELOG.md").read_text().splitlines():
-            if line.startswith("## "):
-                return line.split()[1].lower()
-    return "unknown"
 
 
 @dataclass(frozen=True)
@@ -200,6 +183,7 @@ def _last_seen(source: Source) -> Values:
 
 
 PANIC = "1 while fewer than half of the backends are healthy, so that all stay in rotation."
+READY = "Backends in rotation that the newest report of a balancer calls healthy, however old that report is."
 METRICS = (
     _counter("backend_connections", "Connections sent to a backend.", _traffic("connections"), "backend"),
     _counter("backend_packets", "Packets from clients to a backend.", _traffic("packets"), "backend"),
@@ -210,11 +194,11 @@ METRICS = (
         "Launches that failed, and backends that failed after their start.",
         _number("launch_failures"),
     ),
-    _gauge("build_info", "Always 1, with the manager's version.", lambda s: {(s["version"],): 1}, "version"),
+    _gauge("build_info", "Always 1, with the manager's version.", lambda _: {(VERSION,): 1}, "version"),
     _gauge("backend_share", "Part of the new connections, 0 to 1.", _by_backend("share"), "backend"),
     _gauge("backend_active", "Open connections.", _by_backend("active"), "backend"),
     _gauge("backends", "Backends by state.", _by_state, "state"),
-    _gauge("ready_backends", "Backends in rotation that a balancer reports healthy.", _ready),
+    _gauge("ready_backends", READY, _ready),
     _gauge("desired_backends", "Backends wanted in rotation.", _number("desired")),
     _gauge("min_backends", "Fewest backends allowed.", _number("min")),
     _gauge("max_backends", "Most backends allowed.", _number("max")),
@@ -239,10 +223,9 @@ class Exposition(Collector):
 
     def __init__(self, tally: Tally, status: Callable[[], dict[str, Any]]) -> None:
         self._tally, self._status = tally, status
-        self._version = version()  # read once: the file may change while the manager runs
 
     def collect(self) -> Iterable[Metric]:
-        source = {**self._status(), **self._tally.counts(), "version": self._version}
+        source = {**self._status(), **self._tally.counts()}
         return [row.metric(source) for row in METRICS]
 
 

@@ -18,6 +18,7 @@ from playwright.sync_api import Locator, Page
 
 from browser import checks
 from browser.stage import HOUR, Stage, a_busy_hour
+from core.load import Report, Sample
 from fakes import eventually
 
 MARKUP = "<script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"
@@ -215,6 +216,15 @@ def test_the_self_check_panic_mode_and_an_update_are_displayed(page: Page, stage
     checks.until(page, lambda: page.inner_text("#panic") == scaling, "panic of the scaler alone")
 
 
+def test_the_failing_probe_of_an_adopted_backend_is_displayed(page: Page, stage: Stage) -> None:
+    ip = stage.controller.status()["backends"][0]["ip"]
+    unhealthy = Sample(0, 0, 0, 0, healthy=False, why="HTTP status 503")
+    stage.controller.report(Report("b1", "r", 2.0, {ip: unhealthy}))
+    page.goto(stage.base_url)
+    checks.until(page, lambda: len(checks.rows(page)) == 2, "the backends")
+    assert [row["note"] for row in checks.rows(page)] == ["HTTP status 503; adopted", "adopted"]
+
+
 def test_the_progress_of_an_update_is_displayed(page: Page, stage: Stage) -> None:
     stage.report(150, 150)
     stage.controller._backoff.spec = "image-2"
@@ -288,7 +298,7 @@ def test_what_if_presents_the_actual_and_the_simulated_fleet(page: Page, busy: S
 @pytest.mark.parametrize(
     ("field", "value", "refused", "line"),
     [
-        ("target", "-1", "target", "--target (LB_TARGET) is '-1'; allowed: a number above 0"),
+        ("target", "-1", "target", "--target (LB_TARGET) is '-1'; allowed: 0.001 to 1000000000"),
         (
             "stable_window",
             "",

@@ -127,11 +127,12 @@ function writeChecks({ data_path, launches, last_decision, rotation_panic }) {
 }
 
 function writeBackend(row, backend) {
+  const probe = backend.healthy === false ? backend.why || 'unhealthy' : '';
   const texts = {
     ...backend,
     ip: backend.ip || 'no address',
     state: `${STATES[backend.state]} ${backend.state}`,
-    note: backend.reason || backend.why || (backend.healthy === false ? 'unhealthy' : ''),
+    note: [probe, backend.reason].filter(Boolean).join('; '),
     share: `${digits(100 * backend.share)} %`,
     connections_rate: digits(backend.connections_rate),
     packets_rate: digits(backend.packets_rate),

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 import app
-from servers import in_thread
+from servers import CHUNKED, RESET, WITHOUT_PAUSE, in_thread, without_pause
 
 SILENT = 2000
 
@@ -100,3 +100,33 @@ def test_malformed_headers_are_answered_and_not_logged(port: int, capfd: pytest.
         connection.sendall(b"GET /sync HTTP/1.1\r\n" + b"X: y\r\n" * 200 + b"\r\n")
         assert connection.recv(1000).startswith(b"HTTP/1.1 400 ")
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("sent", [b"GET / HTTP/1.1\r\nContent-Length: -1\r\n\r\n", b"GET / HTTP/1.1\r\nHo"])
+def test_client_that_resets_its_connection_instead_of_reading_a_refusal_is_not_logged(
+    port: int, capfd: pytest.CaptureFixture[str], sent: bytes
+) -> None:
+    for _ in range(50):
+        with socket.create_connection(("127.0.0.1", port), 10) as connection:
+            connection.sendall(sent)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+    assert get(port)[0] == 200
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("body", [b"\r\n", b"5\r\n"], ids=["malformed", "incomplete"])
+def test_client_with_an_invalid_body_is_disconnected_and_not_logged(
+    port: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], body: bytes
+) -> None:
+    monkeypatch.setattr(app, "REQUEST_SECONDS", 0.3)
+    with socket.create_connection(("127.0.0.1", port), 10) as connection:
+        connection.sendall(CHUNKED + body)
+        while connection.recv(1000):
+            pass
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("begun", "repeated"), WITHOUT_PAUSE)
+def test_client_that_sends_without_pause_does_not_delay_others(port: int, begun: bytes, repeated: bytes) -> None:
+    with without_pause(port, begun, repeated):
+        assert max(get(port)[2] for _ in range(3)) < 2

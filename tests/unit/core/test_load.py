@@ -198,11 +198,12 @@ def test_a_failed_backend_does_not_have_the_share_of_a_backend_with_the_same_add
     assert tracker.share(replace(TWO, id="old")) == 0
 
 
-def test_warnings_are_those_of_the_newest_report() -> None:
-    tracker = tracked((100, report("a", warnings=("full",))), (100, report("b")))
-    assert (tracker.warnings("a"), tracker.warnings("b"), tracker.warnings("c")) == (("full",), (), ())
+def test_newest_report_of_each_balancer_is_kept() -> None:
+    first, second = report("a", warnings=("full",)), report("b")
+    tracker = tracked((100, first), (100, second))
+    assert (tracker.newest_of("a"), tracker.newest_of("b"), tracker.newest_of("c")) == (first, second, None)
     tracker.add(report("a"), 100.1)
-    assert tracker.warnings("a") == ()
+    assert tracker.newest_of("a") == report("a")
 
 
 SAMPLES = st.builds(

@@ -23,7 +23,10 @@ REFUSED: dict[str, tuple[str, list[str]]] = {
     "max": ("1 to 1000", ["0", "1001", "-3"]),
     "spares": ("0 to 100", ["", "-1", "101", "1.5", "some"]),
     "metric": ("packets, connections or concurrency", ["", "bytes", "PACKETS", "packets "]),
-    "target": ("a number above 0", ["", "0", "-1", "nan", "inf", "1e3", "1_0", " 7", "7\n", "٧", "many"]),
+    "target": (
+        "0.001 to 1000000000",
+        ["", "0.0005", "1000000001", "0", "-1", "nan", "inf", "1e3", "1_0", " 7", "7\n", "٧", "many"],
+    ),
     "interval": ("0.5 to 60 (seconds)", ["", "0.4", "61", "nan", "2s"]),
     "stable_window": ("1 to 3600 (seconds)", ["0.9", "3601", "-inf"]),
     "panic_window": ("1 to 600 (seconds)", ["0.9", "601", "x"]),

@@ -94,7 +94,7 @@ def test_the_policy_has_the_settings_that_are_given_and_keeps_the_others() -> No
 @pytest.mark.parametrize(
     ("texts", "line"),
     [
-        ({"target": "0"}, "--target (LB_TARGET) is '0'; allowed: a number above 0"),
+        ({"target": "0"}, "--target (LB_TARGET) is '0'; allowed: 0.001 to 1000000000"),
         ({"panic_window": "x"}, "--panic-window (LB_PANIC_WINDOW) is 'x'; allowed: 1 to 600 (seconds)"),
         (
             {"stable_window": "5"},

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +13,12 @@ import pytest
 
 from core.engine import BalancerState, EngineError, NameTaken
 from core.settings import Settings
+from core.workers import WORKERS
 from engines import base, docker_engine
 from engines.docker_engine import DockerEngine
 from engines.options import BalancerOptions
 from fakes import settings
+from fakes_engine import FakeEngine
 
 
 class Docker:
@@ -117,7 +122,7 @@ def conflict(explanation: str) -> docker.errors.APIError:
 
 
 def new_engine(client: Docker, monkeypatch: pytest.MonkeyPatch, **changes: object) -> DockerEngine:
-    monkeypatch.setattr(base.docker, "from_env", lambda timeout: client)
+    monkeypatch.setattr(base.docker, "from_env", lambda **_: client)
     return DockerEngine(settings(**changes), BalancerOptions("balancer-image"))
 
 
@@ -330,3 +335,27 @@ def test_number_of_processes_is_limited_unless_it_is_allowed(
     engine.launch("p-backend-1", engine.spec())
     options = client.created[0].options
     assert (options["pids_limit"], options["volumes"]) == (limit, ["/copies/1:/run/secrets/key:ro"])
+
+
+def test_calls_of_all_workers_at_the_same_time_are_not_logged_by_the_http_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls = 2 * WORKERS + 1  # and the loop's list
+    together = threading.Barrier(calls)
+
+    class Slow(FakeEngine):
+        def answer(self, method: str, path: str, query: dict[str, str], body: Any) -> tuple[int, Any]:
+            if path == "/info":
+                together.wait(10)
+            return super().answer(method, path, query, body)
+
+    api = Slow(tmp_path)
+    api._server.socket.listen(calls)
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{api.socket}")
+    caplog.set_level(logging.WARNING)
+    engine = DockerEngine(settings(), BalancerOptions("balancer-image"))
+    with ThreadPoolExecutor(calls) as pool:
+        assert len(list(pool.map(lambda _: engine._client.info(), range(calls)))) == calls
+    engine._client.close()
+    api.close()
+    assert caplog.text == ""

@@ -198,7 +198,7 @@ class Client:
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> SwarmEngine:
-    monkeypatch.setattr(base.docker, "from_env", lambda timeout: Client("n1"))
+    monkeypatch.setattr(base.docker, "from_env", lambda **_: Client("n1"))
     return new_engine()
 
 

@@ -26,6 +26,7 @@ from werkzeug.test import Client, TestResponse
 import limited_server
 import server
 import synchronization_server
+from servers import RESET, WITHOUT_PAUSE, without_pause
 from synchronization_server import Readiness, Workload
 
 FOLDER = Path(server.__file__).parent
@@ -542,6 +543,24 @@ def test_malformed_request_is_answered_and_not_logged(sent: bytes) -> None:
         program.process.send_signal(signal.SIGTERM)
         program.process.wait(10)
         assert program.end() == ""
+
+
+@pytest.mark.parametrize("sent", [b"GET / HTTP/1.1\r\nContent-Length: -1\r\n\r\n", b"GET / HTTP/1.1\r\nHo"])
+def test_client_that_resets_its_connection_instead_of_reading_a_refusal_is_not_logged(sent: bytes) -> None:
+    with backend() as program:
+        for _ in range(50):
+            with program.connect() as client:
+                client.sendall(sent)
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        assert program.get("/?limit=10").status_code == 200
+        assert program.end() == ""
+
+
+@pytest.mark.parametrize(("begun", "repeated"), WITHOUT_PAUSE)
+def test_client_that_sends_without_pause_does_not_delay_others(begun: bytes, repeated: bytes) -> None:
+    with backend() as program, without_pause(program.port, begun, repeated):
+        for _ in range(3):
+            assert program.get("/?limit=10", timeout=3).status_code == 200
 
 
 def test_headers_have_a_limit_so_that_clients_cannot_use_up_the_memory() -> None:

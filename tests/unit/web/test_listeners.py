@@ -257,6 +257,26 @@ def test_replays_do_not_block_others_and_run_one_at_a_time(
     assert {parsed(until_end(client)) for client in clients} == {(200, b"[1]\n"), (200, b"[2]\n")}
 
 
+def test_replays_of_one_caller_cannot_use_up_the_connections_because_only_a_few_wait(
+    begin: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, released = begin(Limits(connections=16)), threading.Event()
+    monkeypatch.setattr(site.controller, "what_if", lambda policy: released.wait(10))
+    sent = request("GET", "/what-if", headers="Connection: close\r\n")
+    clients = [site.connect() for _ in range(40)]
+    for client in clients:
+        client.sendall(sent)
+    try:
+        assert seconds(site.request) < 1
+    finally:
+        released.set()
+    busy = (503, b"other callers replay the load; retry in a few seconds\n")
+    answers = [parsed(until_end(client)) for client in clients]
+    assert answers.count((200, b"true\n")) == module.COMPUTING_MAX
+    assert answers.count(busy) == 40 - module.COMPUTING_MAX
+    assert site.request(sent)[0] == 200
+
+
 # -- slow clients -----------------------------------------------------------------------------------------------------
 
 

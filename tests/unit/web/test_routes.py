@@ -468,7 +468,7 @@ def test_what_if_replays_the_recorded_load_with_other_settings(manager: Manager)
 @pytest.mark.parametrize(
     ("query", "line"),
     [
-        ("target=", "--target (LB_TARGET) is ''; allowed: a number above 0"),
+        ("target=", "--target (LB_TARGET) is ''; allowed: 0.001 to 1000000000"),
         ("stable_window=-1", "--stable-window (LB_STABLE_WINDOW) is '-1'; allowed: 1 to 3600 (seconds)"),
         (
             "panic_window=61",
@@ -538,6 +538,15 @@ def test_the_status_has_the_settings_in_force_without_secrets(tmp_path: Path) ->
     assert [in_force[name] for name in ("min", "max", "target", "weights")] == [3, 10, 7.5, "adaptive"]
     assert in_force["allow"] == ["root", "write"]
     assert "sesame" not in status.text
+
+
+def test_an_unexpected_error_is_logged_with_its_traceback_and_answered_in_one_line(
+    manager: Manager, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(manager.controller, "status", lambda: 1 / 0)
+    refused(manager.tcp("GET", "/status"), 500, "the call failed; the manager's log has the error")
+    (record,) = caplog.records
+    assert (record.name, record.getMessage(), bool(record.exc_info)) == ("manager", "GET /status failed", True)
 
 
 def test_operator_calls_take_effect(manager: Manager) -> None:

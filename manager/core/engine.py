@@ -56,7 +56,7 @@ class Engine(Protocol):
     made_from: str = ""
     balancer: BalancerState = BalancerState.RUNNING
     balancers: frozenset[str] | None = None
-    refused: str = ""  # digest of the spec whose update the engine has rolled back
+    refused: str = ""  # digest of a spec that must not be tried
 
     # The project's backends, running or not.
     def list(self) -> Sequence[Container]: ...

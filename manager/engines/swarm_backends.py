@@ -19,10 +19,9 @@ from engines.swarm_tasks import SPEC_LABEL
 # Seconds that the sample server continues to serve after SIGTERM. Longer than with one host, because each balancer has
 # to receive the change from the manager first.
 SAMPLE_SERVER_LINGER = 3
-# Swarm starts a new task before it stops an old one, and rolls back when new tasks fail within Monitor.
-UPDATE = {"Parallelism": 1, "Order": "start-first", "FailureAction": "rollback", "Monitor": 5 * SECOND}
-ROLLBACK = {"Parallelism": 1, "Order": "start-first"}
-ROLLBACK_STATES = ("rollback_started", "rollback_paused", "rollback_completed")
+# Swarm starts a new task before it stops an old one, and pauses when a new task fails within Monitor. The manager then
+# restores the previous spec. It does not let Swarm roll back: the service would not show which spec has failed.
+UPDATE = {"Parallelism": 1, "Order": "start-first", "FailureAction": "pause", "Monitor": 5 * SECOND}
 
 
 def task_template(settings: Settings, image: str, image_user: str, secrets: Sequence[Spec] = ()) -> dict[str, Any]:
@@ -88,15 +87,14 @@ def new_service(project: str, count: int, task_spec: str) -> Spec:
         "Labels": options.labels(project, "backend"),
         "Mode": {"Replicated": {"Replicas": count}},
         "UpdateConfig": UPDATE,
-        "RollbackConfig": ROLLBACK,
         "EndpointSpec": {"Mode": "dnsrr"},  # no virtual address: the balancers distribute the connections
     }
     return with_tasks(spec, task_spec)
 
 
 def with_tasks(service_spec: Spec, task_spec: str, previous: str = "") -> Spec:
-    """The service with tasks created from `task_spec`. Its labels keep that text and the `previous` one, which a
-    rollback may need. A label of each task says which text it was created from."""
+    """The service with tasks created from `task_spec`. Its labels keep that text and the `previous` one, which is
+    restored if the update fails. A label of each task says which text it was created from."""
     labels = {**service_spec["Labels"], "lbscaler.spec": task_spec}
     if previous:
         labels["lbscaler.before"] = previous
@@ -105,5 +103,12 @@ def with_tasks(service_spec: Spec, task_spec: str, previous: str = "") -> Spec:
     return {**service_spec, "Labels": labels, "TaskTemplate": template}
 
 
+def with_previous_tasks(service_spec: Spec) -> Spec:
+    """The service with tasks as before the last update."""
+    labels = service_spec["Labels"]
+    return with_tasks(service_spec, labels.get("lbscaler.before", labels["lbscaler.spec"]))
+
+
 def task_label(task_spec: str) -> str:
+    """The label of a task created from `task_spec`: a digest, because the text may contain passwords."""
     return digest(task_spec)[:16]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import cached_property
 
 from core import backend_files
@@ -26,7 +26,7 @@ from engines.base import BaseEngine, engine_errors
 from engines.failure_hints import failure_hint, with_hint
 from engines.options import BalancerOptions
 from engines.swarm_claim import FleetClaim
-from engines.swarm_services import ApiObject, Spec, SwarmServices, secret_reference
+from engines.swarm_services import ApiObject, Spec, SwarmServices, is_paused, secret_reference
 from engines.swarm_tasks import Task, parse_task
 
 POLL_INTERVAL = 0.2  # seconds, at least, between two lists of the tasks
@@ -42,7 +42,6 @@ class SwarmEngine(BaseEngine):
         self._services = SwarmServices(self._client, settings.project)
         self._claim = FleetClaim(self._client, settings.project)
         self._wanted_spec = ""
-        self._tried_spec = ""  # of the last update by this manager
         self._running: set[str] = set()  # ids of the tasks that ran when they were last listed
         self._logged_ends: set[str] | None = None  # ids of tasks; None: not listed yet
 
@@ -106,8 +105,8 @@ class SwarmEngine(BaseEngine):
             service = self._services.find("backend")
             listed = self._tasks(service)
             self.replicas = service["Spec"]["Mode"]["Replicated"]["Replicas"] if service else 0
-            if service:
-                self._note_rollback(service)
+            if service and is_paused(service):
+                self.resize(self.replicas, self._wanted_spec)
             self.made_from = self._spec_for_plan(service) if service else ""
         # Swarm cannot stop tasks on a node that is down and never reports their end. Without this, they would drain for
         # ever.
@@ -182,17 +181,23 @@ class SwarmEngine(BaseEngine):
     # -- number and spec of the tasks ---------------------------------------------------------------------------------
 
     def resize(self, count: int, spec: str) -> None:
-        """Sets the number of tasks and what they are created from. Creates the service if there is none."""
+        """Sets the number of tasks and what they are created from. Creates the service if there is none.
 
-        def edit(service: Spec | None) -> Spec:
+        An update that Swarm has paused is undone by the same change of the service.
+        """
+
+        def edit(service: ApiObject | None) -> Spec:
             if service is None:
                 return swarm_backends.new_service(self._settings.project, count, spec)
+            new = service["Spec"]
+            if is_paused(service):
+                self._note_failed_update(new["Labels"])
+                new = swarm_backends.with_previous_tasks(new)
             # An unchanged spec is not written, because the label of the previous one would be lost.
-            present = service["Labels"].get("lbscaler.spec", "")
+            present = new["Labels"].get("lbscaler.spec", "")
             if spec != present and not self._is_refused(spec):
-                self._tried_spec = spec
-                service = swarm_backends.with_tasks(service, spec, previous=present)
-            return {**service, "Mode": {"Replicated": {"Replicas": count}}, "UpdateConfig": swarm_backends.UPDATE}
+                new = swarm_backends.with_tasks(new, spec, previous=present)
+            return {**new, "Mode": {"Replicated": {"Replicas": count}}, "UpdateConfig": swarm_backends.UPDATE}
 
         with engine_errors():
             self._claim.hold(self._client.api.nodes())
@@ -207,18 +212,14 @@ class SwarmEngine(BaseEngine):
             return self._wanted_spec
         return str(service["Spec"]["Labels"]["lbscaler.spec"])
 
-    def _note_rollback(self, service: ApiObject) -> None:
-        """Marks this manager's update as refused when Swarm has rolled it back."""
-        rolled_back = (service.get("UpdateStatus") or {}).get("State") in swarm_backends.ROLLBACK_STATES
-        if self.refused or not self._tried_spec or not rolled_back:
-            return
-        self.refused = digest(self._tried_spec)
-        log.error("update given up, Swarm rolls back: its backends did not stay up")
-        # Swarm rolls back to the spec before the last change of the service. If that change only set the number of
-        # tasks, the spec before it is the failed one, too.
-        labels = service["Spec"]["Labels"]
-        if labels["lbscaler.spec"] == self._tried_spec and labels.get("lbscaler.before"):
-            self._services.put("backend", _restore_previous)
+    def _note_failed_update(self, labels: Mapping[str, str]) -> None:
+        """Marks the wanted spec as refused if it is the one whose update Swarm has paused. `labels`: the service's."""
+        failed = labels["lbscaler.spec"]
+        # The return to the previous spec may be paused as well. It has to continue, so it is not refused.
+        is_return = failed == labels.get("lbscaler.before", failed)
+        if failed == self._wanted_spec and not is_return and not self.refused:
+            self.refused = digest(failed)
+            log.error("update given up, going back: Swarm paused it, its backends did not stay up")
 
     def _is_refused(self, spec: str) -> bool:
         return bool(self.refused) and digest(spec) == self.refused
@@ -253,9 +254,3 @@ class SwarmEngine(BaseEngine):
         with engine_errors():
             self._claim.hold(self._client.api.nodes())
             self._services.put("balancer", lambda _: self._balancer_spec)
-
-
-def _restore_previous(service: Spec | None) -> Spec:
-    if service is None:
-        raise EngineError("the service of backends was removed during its rollback")
-    return swarm_backends.with_tasks(service, service["Labels"]["lbscaler.before"])

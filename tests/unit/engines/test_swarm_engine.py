@@ -468,6 +468,18 @@ def test_service_of_balancers_with_other_settings_is_updated_in_place(engine: Sw
     assert made["Version"]["Index"] == 2, "updated in place, which Swarm does one node at a time"
 
 
+def test_paused_update_of_the_balancers_is_resumed(engine: SwarmEngine) -> None:
+    engine.list()
+    engine.repair_balancer()
+    service = pause_update(api(engine).balancer)
+    engine.list()
+    assert engine.balancer is BalancerState.OUTDATED, "some nodes have the old settings"
+    engine.repair_balancer()
+    assert service["UpdateStatus"] is None
+    engine.list()
+    assert engine.balancer is BalancerState.RUNNING
+
+
 def test_foreign_service_with_the_balancers_name_is_not_changed(engine: SwarmEngine) -> None:
     foreign = {"ID": "b", "Version": {"Index": 1}, "Spec": {"Labels": {}}}
     api(engine).balancer = foreign

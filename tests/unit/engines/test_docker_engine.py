@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import docker.errors
 import pytest
 
+import script
 from core.engine import BalancerState, EngineError, NameTaken
 from core.settings import Settings
 from engines import base, docker_engine
@@ -224,6 +226,16 @@ def test_foreign_container_with_the_balancers_name_is_not_changed(engine: Docker
     with pytest.raises(NameTaken):
         engine.repair_balancer()
     assert client.calls == []
+
+
+def test_backends_are_made_from_the_image_that_run_sh_found_whatever_its_name_refers_to_now(
+    client: Docker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base.docker, "from_env", lambda timeout: client)
+    monkeypatch.setenv("LB_BALANCER_IMAGE", "balancer-image")
+    monkeypatch.setenv("LB_IMAGE_ID", "sha256:1")
+    engine = script.make_engine(settings(image="web"))
+    assert json.loads(engine.spec())["image"] == "sha256:1"
 
 
 def test_ended_backend_is_listed_with_its_exit_code(engine: DockerEngine, client: Docker) -> None:

@@ -139,11 +139,14 @@ class DockerEngine(BaseEngine):
         if min(settings.manager_port, *dict(settings.ports)) < 1024:
             # To reserve the service's ports, and to bind the manager's port at HTTP_ADDRESS.
             capabilities.append("NET_BIND_SERVICE")
-        # The lock that programs of the legacy flavour take; a bind mount would create a directory if it did not exist.
-        locks = [f"{XTABLES_LOCK}:{XTABLES_LOCK}"] if XTABLES_LOCK.is_file() else []
+        # The lock that programs of the legacy flavour take. The file may be missing after a reboot. Then a container
+        # with a mount does not start; for a volume, Docker would create a directory, which no program could lock.
+        lock = str(XTABLES_LOCK)
+        locks = [docker.types.Mount(lock, lock, type="bind")] if XTABLES_LOCK.is_file() else []
         return {
             "network_mode": "host",
-            "volumes": [*files, *locks],
+            "volumes": files,
+            "mounts": locks,
             "environment": path,
             "cap_add": capabilities,
         }

@@ -271,6 +271,22 @@ def test_balancer_on_the_host_reports_under_its_own_name_and_is_tested_at_the_se
     assert client.created[-1].options["hostname"] == name
 
 
+def test_balancer_on_the_host_gets_the_lock_of_iptables_only_as_a_file(
+    client: Docker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With a volume, Docker would create a directory in place of a missing file, also at the host's next start."""
+    lock = tmp_path / "xtables.lock"
+    lock.touch()
+    monkeypatch.setattr(docker_engine, "XTABLES_LOCK", lock)
+    new_engine(client, monkeypatch, datapath="host").repair_balancer()
+    options = client.created[-1].options
+    assert not any("xtables" in volume for volume in options["volumes"])
+    assert options["mounts"] == [{"Target": str(lock), "Source": str(lock), "Type": "bind", "ReadOnly": False}]
+    lock.unlink()
+    new_engine(client, monkeypatch, datapath="host").repair_balancer()
+    assert client.created[-1].options["mounts"] == []
+
+
 @pytest.mark.parametrize(("ports", "needed"), [({}, False), ({"port": "80"}, True), ({"manager_port": "500"}, True)])
 def test_balancer_on_the_host_may_bind_ports_below_1024_only_if_it_has_some(
     client: Docker, monkeypatch: pytest.MonkeyPatch, ports: dict[str, str], needed: bool

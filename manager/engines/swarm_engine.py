@@ -47,8 +47,12 @@ class SwarmEngine(BaseEngine):
 
     def gateway(self) -> str:
         """This node's address in the network of the nodes."""
+        return self._settings.advertise or self._node_address
+
+    @cached_property  # the tests of the data path need it, also while the engine is unreachable
+    def _node_address(self) -> str:
         with engine_errors():
-            return self._settings.advertise or str(self._client.info()["Swarm"]["NodeAddr"])
+            return str(self._client.info()["Swarm"]["NodeAddr"])
 
     def spec(self) -> str:
         """What tasks are created from, as JSON."""

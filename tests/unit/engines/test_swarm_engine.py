@@ -506,6 +506,18 @@ def test_running_balancer_is_listed_until_its_node_is_down(engine: SwarmEngine) 
     assert engine.balancers == {"a" * 12, "d" * 12}
 
 
+def test_data_path_is_checked_while_the_engine_is_unreachable(
+    engine: SwarmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert engine.gateway() == "198.18.0.1"  # as when the manager starts
+
+    def unreachable() -> None:
+        raise docker.errors.APIError("connection refused")
+
+    monkeypatch.setattr(engine._client, "info", unreachable)
+    assert engine.check_path() == {}
+
+
 def test_missing_secrets_are_named_in_the_error(engine: SwarmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Api, "secrets", lambda _: [])
     with pytest.raises(EngineError, match=r"no secret p-token, p-certificate-1; ./run.sh makes it"):

@@ -43,7 +43,7 @@ class SwarmEngine(BaseEngine):
         self._claim = FleetClaim(self._client, settings.project)
         self._wanted_spec = ""
         self._running: set[str] = set()  # ids of the tasks that ran when they were last listed
-        self._logged_ends: set[str] | None = None  # ids of tasks; None: not listed yet
+        self._logged_errors: set[str] = set()  # of the tasks that were listed last
 
     def gateway(self) -> str:
         """This node's address in the network of the nodes."""
@@ -146,17 +146,16 @@ class SwarmEngine(BaseEngine):
         return f"{self._settings.project}-backend-{task.slot}.{task.id[:5]}"
 
     def _log_ends(self, tasks: Iterable[Task]) -> None:
-        """Logs Swarm's error once for each task that has failed since this manager started.
+        """Logs each different error of tasks once: Swarm restarts a failed task every second.
 
         If a task never ran, its error is reported nowhere else.
         """
-        failed = {task.id: task for task in tasks if task.ended and task.error}
-        logged = failed.keys() if self._logged_ends is None else self._logged_ends
-        for id_ in sorted(failed.keys() - logged):
-            task = failed[id_]
-            hint = failure_hint(task.error, task.exit_code or 1)  # a task that never ran has no exit code
-            log.warning("last log line of %s: %s", self._task_name(task), with_hint(task.error, hint))
-        self._logged_ends = set(failed)  # forgets tasks that Swarm no longer lists
+        failed = {task.error: task for task in tasks if task.ended and task.error}
+        for error in sorted(failed.keys() - self._logged_errors):
+            task = failed[error]
+            hint = failure_hint(error, task.exit_code or 1)  # a task that never ran has no exit code
+            log.warning("task %s ended: %s", self._task_name(task), with_hint(error, hint))
+        self._logged_errors = set(failed)  # forgets errors of tasks that Swarm no longer lists
 
     def last_log_line(self, container_id: str) -> str:
         """Swarm's error for the task: its log may be on another node."""

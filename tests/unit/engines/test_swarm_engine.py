@@ -549,34 +549,34 @@ def test_stopping_task_on_a_node_that_is_down_is_not_listed(engine: SwarmEngine)
     assert [c.id for c in engine.list()] == ["a", "c"]
 
 
-def test_error_of_a_task_is_logged_once_with_the_flag_that_may_help(
+def rejected(id_: str, error: str) -> dict[str, Any]:
+    made = task(id_, "rejected", slot=4)
+    made["Status"]["Err"] = error
+    return made
+
+
+def test_error_of_tasks_is_logged_once_with_the_flag_that_may_help(
     engine: SwarmEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def rejected(id_: str, error: str) -> dict[str, Any]:
-        made = task(id_, "rejected", slot=4)
-        made["Status"]["Err"] = error
-        return made
-
     engine.resize(2, SPEC)
-    api(engine).listed = [rejected("before", "long ago")]
-    engine.list()
-    api(engine).listed += [rejected("xxxxxxx", "No such image: nowhere")]
+    api(engine).listed = [rejected("xxxxxxx", "No such image: nowhere")]
     engine.list()
     engine.list()
-    assert caplog.messages == ["last log line of p-backend-4.xxxxx: No such image: nowhere"]
+    assert caplog.messages == ["task p-backend-4.xxxxx ended: No such image: nowhere"]
+    api(engine).listed += [rejected("zzzzzzz", "No such image: nowhere")]
+    engine.list()
+    assert len(caplog.messages) == 1, "Swarm starts such a task every second"
     api(engine).listed += [rejected("yyyyyyy", "mkdir: Read-only file system")]
     engine.list()
     assert "--allow write" in caplog.messages[-1]
 
 
-def test_logged_errors_of_tasks_that_swarm_no_longer_lists_are_forgotten(engine: SwarmEngine) -> None:
+def test_error_that_no_listed_task_has_is_forgotten(engine: SwarmEngine) -> None:
     engine.resize(2, SPEC)
     for n in range(5):
-        ended = task(f"task{n}", "failed")
-        ended["Status"]["Err"] = "exit code 3"
-        api(engine).listed = [ended]
+        api(engine).listed = [rejected(f"task{n}", f"No such image: {n}")]
         engine.list()
-    assert engine._logged_ends == {"task4"}
+    assert engine._logged_errors == {"No such image: 4"}
 
 
 def test_claim_with_the_higher_number_is_newer_and_an_invalid_label_is_the_oldest_claim() -> None:

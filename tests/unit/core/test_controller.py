@@ -707,6 +707,27 @@ def test_late_report_of_an_earlier_backend_does_not_stop_the_one_that_has_its_ad
     assert r.states()[1] == "draining"
 
 
+def test_launch_that_fails_after_a_list_showed_its_container_counts_as_a_failure(
+    rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    r = rig(1, min=2)
+    listed, launched = threading.Event(), list[str]()
+
+    def launch(name: str, spec: str) -> Container:
+        launched.append(name)
+        r.engine.run(name, spec)
+        listed.wait(5)
+        del r.engine.containers[name]
+        raise EngineError("timed out")
+
+    monkeypatch.setattr(r.engine, "launch", launch)
+    r.step_until(lambda: r.states().get(2) == "starting" and "198.18.0.3" in r.snapshot())
+    listed.set()
+    r.step_until(lambda: not r.controller._workers.busy)
+    assert (r.launches()["failed"], r.launches()["why"]) == (1, "timed out")
+    assert launched == ["p-backend-2"], "the next launch waits"
+
+
 def test_failed_launch_does_not_remove_a_backend_that_was_renamed_to_its_name(rig: Callable[..., Rig]) -> None:
     r = rig(2)
     r.engine.gate.clear()

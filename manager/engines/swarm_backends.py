@@ -33,7 +33,7 @@ def task_template(settings: Settings, image: str, image_user: str, secrets: Sequ
         "Args": wanted["command"],
         "Env": [f"LINGER={SAMPLE_SERVER_LINGER}", *environment],
         "User": wanted["user"],
-        "Labels": {**wanted.get("labels", {}), **options.labels(settings.project, "backend")},
+        "Labels": {**wanted["labels"], **options.labels(settings.project, "backend")},
         "CapabilityDrop": wanted["cap_drop"],
         "ReadOnly": wanted["read_only"],
         "Privileges": {"NoNewPrivileges": True} if wanted["security_opt"] else None,  # from Docker 28 on
@@ -41,12 +41,12 @@ def task_template(settings: Settings, image: str, image_user: str, secrets: Sequ
         "Mounts": [*map(_tmpfs, wanted["tmpfs"]), *map(_mount, wanted["volumes"])],
         "StopGracePeriod": round(max(1.0, settings.drain_timeout) * SECOND),
         "Hosts": [_hosts_line(host) for host in settings.add_host] or None,
-        "Ulimits": wanted.get("ulimits"),
+        "Ulimits": wanted["ulimits"] or None,
         "Secrets": list(secrets) or None,
     }
     limits = {
         "MemoryBytes": docker.utils.parse_bytes(wanted["mem_limit"]),
-        "Pids": None if "processes" in settings.allow else options.PIDS,
+        "Pids": None if wanted["pids_limit"] == options.UNLIMITED else wanted["pids_limit"],
         "NanoCPUs": wanted["nano_cpus"],
     }
     return {
@@ -110,5 +110,6 @@ def with_previous_tasks(service_spec: Spec) -> Spec:
 
 
 def task_label(task_spec: str) -> str:
-    """The label of a task created from `task_spec`: a digest, because the text may contain passwords."""
+    """The value of SPEC_LABEL for tasks created from `task_spec`: its digest. The text is a label of the service only,
+    `lbscaler.spec`, because it is as large as the rest of a task."""
     return digest(task_spec)[:16]

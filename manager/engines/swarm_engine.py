@@ -129,8 +129,8 @@ class SwarmEngine(BaseEngine):
 
     def _container(self, task: Task, current_label: str) -> Container:
         """`current_label`: the label of the tasks that the service creates now."""
-        # During an update, tasks of both specs run. Those of an earlier version of this program have no label.
-        is_current = task.spec_label in ("", current_label)
+        # During an update, tasks of both specs run.
+        is_current = task.spec_label == current_label
         return Container(
             id=task.id,
             name=self._task_name(task),
@@ -156,11 +156,6 @@ class SwarmEngine(BaseEngine):
             hint = failure_hint(error, task.exit_code or 1)  # a task that never ran has no exit code
             log.warning("task %s ended: %s", self._task_name(task), with_hint(error, hint))
         self._logged_errors = set(failed)  # forgets errors of tasks that Swarm no longer lists
-
-    def last_log_line(self, container_id: str) -> str:
-        """Swarm's error for the task: its log may be on another node."""
-        with engine_errors():
-            return str(self._client.api.inspect_task(container_id)["Status"].get("Err") or "none")
 
     def events(self) -> Iterator[Event]:
         """One event for each change of a task's state or desired state, or of the service of balancers.

@@ -140,6 +140,7 @@ class Controller:
             self._apply_limits()
             self._backoff = self._adopted_backoff(spec, refusal, found)
             self._balancer.state = self._engine.balancer
+            self._backoff.delays_launches = not self._engine_keeps_number
             self._set_fleet(adopted)
 
     def _adopted_backoff(self, spec: str, refusal: Reason, found: list[Backend]) -> LaunchBackoff:

@@ -231,7 +231,7 @@ def test_foreign_container_with_the_balancers_name_is_not_changed(engine: Docker
 def test_backends_are_made_from_the_image_that_run_sh_found_whatever_its_name_refers_to_now(
     client: Docker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(base.docker, "from_env", lambda timeout: client)
+    monkeypatch.setattr(base.docker, "from_env", lambda **_: client)
     monkeypatch.setenv("LB_BALANCER_IMAGE", "balancer-image")
     monkeypatch.setenv("LB_IMAGE_ID", "sha256:1")
     engine = script.make_engine(settings(image="web"))

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from core.controller import Controller
@@ -76,6 +77,8 @@ def make_engine(settings: Settings) -> DockerEngine | SwarmEngine:
     image = os.environ.get("LB_BALANCER_IMAGE", "")
     if not image:
         raise EngineError("LB_BALANCER_IMAGE is not set: it names the balancer's image, and run.sh sets it")
+    # The image's name is for people. It may refer to another image now, and a restart is no update.
+    settings = replace(settings, image=os.environ.get("LB_IMAGE_ID", settings.image))
     if settings.orchestrator == "docker":
         return DockerEngine(settings, BalancerOptions(image))
     secrets = (os.environ["LB_TOKEN_SECRET"], os.environ["LB_CERTIFICATE_SECRET"])

@@ -195,7 +195,8 @@ class Start:
         balancer = self.project.docker.images.get(built.balancer).id if by_id else built.balancer
         default_health = "tcp" if self.settings.image else ""
         health = variables[variable("health")] or default_health
-        return {**variables, "LB_BALANCER_IMAGE": balancer, "LB_IMAGE": built.backend, "LB_HEALTH": health}
+        found = {"LB_BALANCER_IMAGE": balancer, "LB_IMAGE": built.backend, "LB_IMAGE_ID": built.backend_id}
+        return {**variables, **found, "LB_HEALTH": health}
 
     def _launch(self, environment: Mapping[str, str]) -> None:
         """Starts the supervisor, as a unit if systemd is this host's init, and waits until its manager answers."""

@@ -139,6 +139,7 @@ class Controller:
             self._apply_limits()
             self._backoff = self._adopted_backoff(spec, refusal, found)
             self._balancer.state = self._engine.balancer
+            self._backoff.delays_launches = not self._engine_keeps_number
             self._set_fleet(adopted)
 
     def _adopted_backoff(self, spec: str, refusal: Reason, found: list[Backend]) -> LaunchBackoff:
@@ -535,12 +536,12 @@ class Controller:
             after[result.name] = replace(backend, id=found.id, ip=found.ip, since=now, launched=now)
             return
         launch_failed = bool(result.why)
-        if launch_failed and backend.id:  # another backend was renamed to this name meanwhile
-            return
-        del after[result.name]
-        never_created = not backend.id
-        if never_created:
+        if launch_failed:
             self._count_failure(backend, Reason(Cause.LAUNCH_ERROR, detail=result.why), now)
+        # If a list has shown a container, the next one shows whether it is still there. It may be that of another
+        # backend, which was renamed to this name.
+        if not (launch_failed and backend.id):
+            del after[result.name]
 
     def _count_failure(self, backend: Backend, reason: Reason, now: float, served: bool = False) -> None:
         """Counts the failure of a launch or of a backend, which may delay the next launch or end an update."""

@@ -15,7 +15,7 @@ class EngineError(Exception):
 
 
 class NameTaken(EngineError):
-    """A foreign container has this name."""
+    """Another container has this name."""
 
 
 class TakenOver(Exception):
@@ -46,7 +46,9 @@ class Engine(Protocol):
 
     There are two kinds. One launches and stops single backends when the manager calls it: `replicas` is None. The other
     keeps a number of backends, chooses which ones it stops, and replaces those that fail: `replicas` is that number in
-    the last list, `made_from` the spec that it creates backends from, and only `resize` is called.
+    the last list, and only `resize` is called. `made_from` is the spec that counts as carried out: the service's, or
+    the wanted one if its update was refused. `refused` is the digest of a spec that must not be tried: set by the
+    engine when it has given up an update, by the controller from the last manager's file.
 
     `balancer` is the balancer's state in the last list, and `balancers` are the names by which the running balancers
     report (None: the engine does not know them).
@@ -56,13 +58,12 @@ class Engine(Protocol):
     made_from: str = ""
     balancer: BalancerState = BalancerState.RUNNING
     balancers: frozenset[str] | None = None
-    refused: str = ""  # digest of the spec whose update the engine has rolled back
+    refused: str = ""
 
     # The project's backends, running or not.
     def list(self) -> Sequence[Container]: ...
     # What new backends are created from. Backends with equal texts need no replacement.
     def spec(self) -> str: ...
-    def last_log_line(self, container_id: str) -> str: ...
     # Makes a balancer run that has the current settings.
     def repair_balancer(self) -> None: ...
 
@@ -75,6 +76,9 @@ class Engine(Protocol):
 
     def launch(self, name: str, spec: str) -> Container:  # noqa: ARG002 - used by the engines
         raise EngineError(f"{name}: this engine launches backends on its own")
+
+    def last_log_line(self, container_id: str) -> str:
+        raise EngineError(f"{container_id}: this engine stops backends on its own")
 
     def stop(self, container_id: str) -> None:
         raise EngineError(f"{container_id}: this engine stops backends on its own")

@@ -47,6 +47,8 @@ def failed(backoff: LaunchBackoff, given_up: bool, now: float) -> None:
     """Logs what a failure leads to: an update is given up, or a launch waits. The backend has a line of its own."""
     if given_up:
         log.error("update given up, going back: its backends failed: %s", backoff.given_up)
+    elif backoff.failures > 1 and not backoff.delays_launches:
+        log.warning("%d backends failed in a row, the engine starts others: %s", backoff.failures, backoff.why)
     elif backoff.failures > 1:
         wait = backoff.wait(now)
         log.warning("%d backends failed in a row, next launch in %.1f s: %s", backoff.failures, wait, backoff.why)

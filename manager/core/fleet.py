@@ -20,7 +20,7 @@ from core.reasons import NO_REASON, Cause, Reason
 SPARE, STARTING, ACTIVE, DRAINING, STOPPED, FAILED = "spare", "starting", "active", "draining", "stopped", "failed"
 STATES = (SPARE, STARTING, ACTIVE, DRAINING, STOPPED, FAILED)
 NOT_DRAINING = (SPARE, STARTING, ACTIVE)
-SIGKILL, SIGTERM = 9, 15
+SIGTERM = 15
 
 
 @dataclass(frozen=True)
@@ -191,8 +191,10 @@ def after_event(backend: Backend, action: str, code: int, now: float) -> Backend
     """The backend after an event of the engine. `code` is the exit code after `die`, the signal after `kill`."""
     if action == "die":
         return ended(backend, code, now)
-    if action == "kill" and code == SIGKILL:
-        return replace(backend, external=True)  # `docker kill`; the kernel's out-of-memory kill sends no event
+    # `docker kill` with any signal, or `docker stop` if the image names another signal than SIGTERM. If the container
+    # ends, that is no failure. The kernel's out-of-memory kill sends no such event.
+    if action == "kill" and code != SIGTERM:
+        return replace(backend, external=True)
     if backend.state not in NOT_DRAINING:
         return backend
     if action == "pause":

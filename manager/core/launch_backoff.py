@@ -38,6 +38,7 @@ class LaunchBackoff:
     refused: str = ""
     refusal: Reason = NO_REASON
     at_desired_size_since: float | None = None
+    delays_launches: bool = True  # not if the engine launches backends on its own
 
     @property
     def why(self) -> str:
@@ -108,4 +109,4 @@ class LaunchBackoff:
 
     def wait(self, now: float) -> float:
         """Seconds until the next launch may be tried."""
-        return max(0.0, self.retry_at - now) if self.failures else 0.0
+        return max(0.0, self.retry_at - now) if self.failures and self.delays_launches else 0.0

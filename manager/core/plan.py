@@ -87,7 +87,7 @@ class Goal:
     spares: int = 0
     spec: str = ""
     replicas: int | None = None  # the number that the engine keeps now; None: it launches and stops one by one
-    made_from: str = ""  # the spec that such an engine creates backends from now
+    made_from: str = ""  # the spec that counts as carried out there: the service's, or a wanted one that was refused
 
 
 def is_complete(fleet: Fleet, goal: Goal) -> bool:

@@ -55,7 +55,7 @@ _SENTENCES = {
     Cause.NO_ADDRESS: "its container has no address",
     Cause.NETWORK_LOST: "its container has lost its network",
     Cause.NOT_READY: "not ready within {value:g} s",
-    Cause.ENGINE_ROLLBACK: "the engine rolled the update back: its backends did not stay up",
+    Cause.ENGINE_ROLLBACK: "the engine paused the update: its backends did not stay up",
     Cause.BALANCER_ENDED: "it ended soon after its start",
 }
 

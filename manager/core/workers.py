@@ -17,15 +17,15 @@ WORKERS = 8  # threads of each pool
 RESIZE = "the fleet"  # the name of a call for all backends
 BALANCER = "the balancer"  # the name of a call for the balancer
 PAUSE = 0.5  # seconds before a failed call is tried again
+LONGEST_PAUSE = 10.0  # seconds; before a stop that has failed several times is tried again
 
 log = logging.getLogger("manager")
 
 
 @dataclass(frozen=True)
 class Result:
-    """The end of a call for the backend `name`. `container` is what a launch has created. If it is None, the container
-    has been removed, or could not be created for the reason `why`, or is `still_there` and has to be stopped again.
-    `last_log_line` is that of a failed backend."""
+    """The end of a call for the backend `name`. A launch: `container`, or `why` it failed. A stop: the container is
+    removed, or `still_there`. `last_log_line` is that of a failed backend."""
 
     name: str
     container: Container | None = None
@@ -41,6 +41,7 @@ class Workers:
     def __init__(self, engine: Engine, done: Callable[[], None]) -> None:
         self.busy: set[str] = set()
         self._engine, self._done = engine, done
+        self._stop_pauses: dict[str, float] = {}  # by container that could not be stopped: seconds after its last try
         # Two pools, so that the launches of a burst do not queue behind stops, which last up to ten seconds each.
         self._launching = ThreadPoolExecutor(WORKERS, thread_name_prefix="launch")
         self._stopping = ThreadPoolExecutor(WORKERS, thread_name_prefix="stop")
@@ -72,6 +73,8 @@ class Workers:
             result = Result(name, still_there=True)
             try:
                 result = call()
+            except TakenOver:
+                pass  # the loop's next list raises it, too, and logs it
             except Exception:
                 log.exception("a call of the engine failed; trying again")
                 time.sleep(PAUSE)
@@ -93,7 +96,7 @@ class Workers:
     def _resize(self, count: int, spec: str) -> Result:
         try:
             self._engine.resize(count, spec)
-        except (EngineError, TakenOver) as error:
+        except EngineError as error:
             # The next pass plans it again.
             log.error("resize to %d failed, will try again: %s", count, error)
             time.sleep(PAUSE)
@@ -102,21 +105,24 @@ class Workers:
     def _repair_balancer(self) -> Result:
         try:
             self._engine.repair_balancer()
-        except (EngineError, TakenOver) as error:
+        except EngineError as error:
             return Result(BALANCER, why=str(error))
         return Result(BALANCER)
 
     def _stop(self, backend: Backend) -> Result:
-        line = ""
+        line, last_pause = "", self._stop_pauses.get(backend.id, 0.0)
         try:
-            if backend.state == FAILED:
-                with suppress(EngineError):  # some engines keep no logs
+            if backend.state == FAILED and not last_pause:
+                with suppress(EngineError):  # some logging drivers cannot be read
                     line = self._engine.last_log_line(backend.id)
                     log.warning("last log line of %s: %s", backend.name, line or "none")
             self._engine.stop(backend.id)
         except EngineError as error:
-            # The controller plans the stop again as soon as it has this result, hence the pause.
             log.error("stop of %s failed, will try again: %s", backend.name, error)
-            time.sleep(PAUSE)
-            return Result(backend.name, still_there=True)
+            # The controller plans the stop again as soon as it has this result, hence the pause.
+            pause = min(2 * last_pause, LONGEST_PAUSE) or PAUSE
+            self._stop_pauses[backend.id] = pause
+            time.sleep(pause)
+            return Result(backend.name, still_there=True, last_log_line=line)
+        self._stop_pauses.pop(backend.id, None)
         return Result(backend.name, last_log_line=line)

@@ -139,11 +139,14 @@ class DockerEngine(BaseEngine):
         if min(settings.manager_port, *dict(settings.ports)) < 1024:
             # To reserve the service's ports, and to bind the manager's port at HTTP_ADDRESS.
             capabilities.append("NET_BIND_SERVICE")
-        # The lock that programs of the legacy flavour take; a bind mount would create a directory if it did not exist.
-        locks = [f"{XTABLES_LOCK}:{XTABLES_LOCK}"] if XTABLES_LOCK.is_file() else []
+        # The lock that programs of the legacy flavour take. The file may be missing after a reboot. Then a container
+        # with a mount does not start; for a volume, Docker would create a directory, which no program could lock.
+        lock = str(XTABLES_LOCK)
+        locks = [docker.types.Mount(lock, lock, type="bind")] if XTABLES_LOCK.is_file() else []
         return {
             "network_mode": "host",
-            "volumes": [*files, *locks],
+            "volumes": files,
+            "mounts": locks,
             "environment": path,
             "cap_add": capabilities,
         }
@@ -188,7 +191,8 @@ class DockerEngine(BaseEngine):
                 raise NameTaken(str(error.explanation)) from error
             raise
         try:
-            for network in attach:  # not when it is created: before 25.0, Docker takes one network there
+            # Docker before 25.0 accepts only one network when it creates a container.
+            for network in attach:
                 self._client.api.connect_container_to_network(container.id, network)
             container.start()
             container.reload()
@@ -203,7 +207,7 @@ class DockerEngine(BaseEngine):
         id_, status = str(row["Id"]), str(row["State"])
         name = str(row["Names"][0]).lstrip("/")
         exit_code = self._exit_code(id_) if status in ("exited", "dead") else None
-        spec = row["Labels"].get("lbscaler.spec") or row["ImageID"]
+        spec = row["Labels"].get("lbscaler.spec", "")
         disconnected = self._settings.project not in row["NetworkSettings"]["Networks"]
         return Container(id_, name, self._ip(row), status, exit_code, spec=str(spec), disconnected=disconnected)
 
@@ -231,11 +235,10 @@ class DockerEngine(BaseEngine):
 
     def launch(self, name: str, spec: str) -> Container:
         """Creates and starts a backend from `spec`. Raises NameTaken if another container has the name."""
-        wanted = {"pids_limit": options.PIDS, **json.loads(spec)}
-        own_labels = {**options.labels(self._settings.project, "backend"), "lbscaler.spec": spec}
-        wanted["labels"] = {**wanted.get("labels", {}), **own_labels}
+        wanted = json.loads(spec)
+        wanted["labels"] |= options.labels(self._settings.project, "backend") | {"lbscaler.spec": spec}
         with engine_errors():
-            wanted["environment"] = environment(wanted.pop("env_file", ()), wanted["environment"])
+            wanted["environment"] = environment(wanted.pop("env_file"), wanted["environment"])
             container = self._run(
                 name=name,
                 network=self._settings.project,

@@ -101,7 +101,7 @@ def backend_options(settings: Settings, image_user: str) -> dict[str, Any]:
     # If the image has a directory at the path of a tmpfs, runc ignores the mode, but it sets the owner.
     owner = f",uid={UNPRIVILEGED_UID},gid={UNPRIVILEGED_UID}" if change_user else ""
     temporary = settings.tmpfs if "tmp" in allowed else ("/tmp", *settings.tmpfs)  # noqa: S108 - inside the container
-    options = {
+    return {
         "command": list(settings.command) or None,
         "environment": list(settings.env),
         "user": UNPRIVILEGED_USER if change_user else None,
@@ -112,22 +112,13 @@ def backend_options(settings: Settings, image_user: str) -> dict[str, Any]:
         "volumes": [_with_mode(volume) for volume in settings.volume],
         "mem_limit": settings.memory,
         "nano_cpus": round(settings.cpus * 1e9) if settings.cpus else None,
-    }
-    return {**options, **_additional_options(settings)}
-
-
-def _additional_options(settings: Settings) -> dict[str, Any]:
-    """The options that are left out unless a setting asks for them. So a version that has more of them does not replace
-    the backends of the one before."""
-    additional = {
-        "env_file": list(settings.env_file),
-        "attach": list(settings.attach),
+        "pids_limit": UNLIMITED if "processes" in allowed else PIDS,
+        "ulimits": [_ulimit(settings.ulimit)] if settings.ulimit else [],
         "extra_hosts": list(settings.add_host),
         "labels": dict(label.split("=", 1) for label in settings.label),
-        "ulimits": [_ulimit(settings.ulimit)] if settings.ulimit else [],
-        "pids_limit": UNLIMITED if "processes" in settings.allow else None,
+        "env_file": list(settings.env_file),
+        "attach": list(settings.attach),
     }
-    return {name: value for name, value in additional.items() if value}
 
 
 def secret_mounts(settings: Settings) -> list[str]:

@@ -19,10 +19,9 @@ from engines.swarm_tasks import SPEC_LABEL
 # Seconds that the sample server continues to serve after SIGTERM. Longer than with one host, because each balancer has
 # to receive the change from the manager first.
 SAMPLE_SERVER_LINGER = 3
-# Swarm starts a new task before it stops an old one, and rolls back when new tasks fail within Monitor.
-UPDATE = {"Parallelism": 1, "Order": "start-first", "FailureAction": "rollback", "Monitor": 5 * SECOND}
-ROLLBACK = {"Parallelism": 1, "Order": "start-first"}
-ROLLBACK_STATES = ("rollback_started", "rollback_paused", "rollback_completed")
+# Swarm starts a new task before it stops an old one, and pauses when a new task fails within Monitor. The manager then
+# restores the previous spec. It does not let Swarm roll back: the service would not show which spec has failed.
+UPDATE = {"Parallelism": 1, "Order": "start-first", "FailureAction": "pause", "Monitor": 5 * SECOND}
 
 
 def task_template(settings: Settings, image: str, image_user: str, secrets: Sequence[Spec] = ()) -> dict[str, Any]:
@@ -34,7 +33,7 @@ def task_template(settings: Settings, image: str, image_user: str, secrets: Sequ
         "Args": wanted["command"],
         "Env": [f"LINGER={SAMPLE_SERVER_LINGER}", *environment],
         "User": wanted["user"],
-        "Labels": {**wanted.get("labels", {}), **options.labels(settings.project, "backend")},
+        "Labels": {**wanted["labels"], **options.labels(settings.project, "backend")},
         "CapabilityDrop": wanted["cap_drop"],
         "ReadOnly": wanted["read_only"],
         "Privileges": {"NoNewPrivileges": True} if wanted["security_opt"] else None,  # from Docker 28 on
@@ -42,12 +41,12 @@ def task_template(settings: Settings, image: str, image_user: str, secrets: Sequ
         "Mounts": [*map(_tmpfs, wanted["tmpfs"]), *map(_mount, wanted["volumes"])],
         "StopGracePeriod": round(max(1.0, settings.drain_timeout) * SECOND),
         "Hosts": [_hosts_line(host) for host in settings.add_host] or None,
-        "Ulimits": wanted.get("ulimits"),
+        "Ulimits": wanted["ulimits"] or None,
         "Secrets": list(secrets) or None,
     }
     limits = {
         "MemoryBytes": docker.utils.parse_bytes(wanted["mem_limit"]),
-        "Pids": None if "processes" in settings.allow else options.PIDS,
+        "Pids": None if wanted["pids_limit"] == options.UNLIMITED else wanted["pids_limit"],
         "NanoCPUs": wanted["nano_cpus"],
     }
     return {
@@ -88,15 +87,14 @@ def new_service(project: str, count: int, task_spec: str) -> Spec:
         "Labels": options.labels(project, "backend"),
         "Mode": {"Replicated": {"Replicas": count}},
         "UpdateConfig": UPDATE,
-        "RollbackConfig": ROLLBACK,
         "EndpointSpec": {"Mode": "dnsrr"},  # no virtual address: the balancers distribute the connections
     }
     return with_tasks(spec, task_spec)
 
 
 def with_tasks(service_spec: Spec, task_spec: str, previous: str = "") -> Spec:
-    """The service with tasks created from `task_spec`. Its labels keep that text and the `previous` one, which a
-    rollback may need. A label of each task says which text it was created from."""
+    """The service with tasks created from `task_spec`. Its labels keep that text and the `previous` one, which is
+    restored if the update fails. A label of each task says which text it was created from."""
     labels = {**service_spec["Labels"], "lbscaler.spec": task_spec}
     if previous:
         labels["lbscaler.before"] = previous
@@ -105,5 +103,13 @@ def with_tasks(service_spec: Spec, task_spec: str, previous: str = "") -> Spec:
     return {**service_spec, "Labels": labels, "TaskTemplate": template}
 
 
+def with_previous_tasks(service_spec: Spec) -> Spec:
+    """The service with tasks as before the last update."""
+    labels = service_spec["Labels"]
+    return with_tasks(service_spec, labels.get("lbscaler.before", labels["lbscaler.spec"]))
+
+
 def task_label(task_spec: str) -> str:
+    """The value of SPEC_LABEL for tasks created from `task_spec`: its digest. The text is a label of the service only,
+    `lbscaler.spec`, because it is as large as the rest of a task."""
     return digest(task_spec)[:16]

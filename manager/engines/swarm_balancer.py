@@ -13,7 +13,7 @@ from core.engine import BalancerState
 from core.settings import Settings
 from engines import options
 from engines.options import BalancerOptions
-from engines.swarm_services import SECOND, ApiObject, Spec, secret_reference
+from engines.swarm_services import SECOND, ApiObject, Spec, is_paused, secret_reference
 from engines.swarm_tasks import Task
 
 NO_ADDRESS = {"", "0.0.0.0"}  # what a Swarm of one node may report as its own address
@@ -65,10 +65,12 @@ def _container(settings: Settings, balancer: BalancerOptions, manager: str, secr
 
 
 def state(service: ApiObject | None, wanted: Spec) -> BalancerState:
-    """The state of the service, which has to match `wanted`. Its tasks do not matter: Swarm restarts them."""
+    """The state of the service, which has to match `wanted`. It is outdated, too, while its update is paused: then some
+    nodes have no balancer or one with old settings. Single tasks do not matter, because Swarm restarts them."""
     if service is None:
         return BalancerState.MISSING
-    if service["Spec"]["Labels"].get("lbscaler.config") != wanted["Labels"]["lbscaler.config"]:
+    other_settings = service["Spec"]["Labels"].get("lbscaler.config") != wanted["Labels"]["lbscaler.config"]
+    if other_settings or is_paused(service):
         return BalancerState.OUTDATED
     return BalancerState.RUNNING
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import cached_property
 
 from core import backend_files
@@ -26,7 +26,7 @@ from engines.base import BaseEngine, engine_errors
 from engines.failure_hints import failure_hint, with_hint
 from engines.options import BalancerOptions
 from engines.swarm_claim import FleetClaim
-from engines.swarm_services import ApiObject, Spec, SwarmServices, secret_reference
+from engines.swarm_services import ApiObject, Spec, SwarmServices, is_paused, secret_reference
 from engines.swarm_tasks import Task, parse_task
 
 POLL_INTERVAL = 0.2  # seconds, at least, between two lists of the tasks
@@ -42,14 +42,17 @@ class SwarmEngine(BaseEngine):
         self._services = SwarmServices(self._client, settings.project)
         self._claim = FleetClaim(self._client, settings.project)
         self._wanted_spec = ""
-        self._tried_spec = ""  # of the last update by this manager
         self._running: set[str] = set()  # ids of the tasks that ran when they were last listed
-        self._logged_ends: set[str] | None = None  # ids of tasks; None: not listed yet
+        self._logged_errors: set[str] = set()  # of the tasks that were listed last
 
     def gateway(self) -> str:
         """This node's address in the network of the nodes."""
+        return self._settings.advertise or self._node_address
+
+    @cached_property  # the tests of the data path need it, also while the engine is unreachable
+    def _node_address(self) -> str:
         with engine_errors():
-            return self._settings.advertise or str(self._client.info()["Swarm"]["NodeAddr"])
+            return str(self._client.info()["Swarm"]["NodeAddr"])
 
     def spec(self) -> str:
         """What tasks are created from, as JSON."""
@@ -106,8 +109,8 @@ class SwarmEngine(BaseEngine):
             service = self._services.find("backend")
             listed = self._tasks(service)
             self.replicas = service["Spec"]["Mode"]["Replicated"]["Replicas"] if service else 0
-            if service:
-                self._note_rollback(service)
+            if service and is_paused(service):
+                self.resize(self.replicas, self._wanted_spec)
             self.made_from = self._spec_for_plan(service) if service else ""
         # Swarm cannot stop tasks on a node that is down and never reports their end. Without this, they would drain for
         # ever.
@@ -126,8 +129,8 @@ class SwarmEngine(BaseEngine):
 
     def _container(self, task: Task, current_label: str) -> Container:
         """`current_label`: the label of the tasks that the service creates now."""
-        # During an update, tasks of both specs run. Those of an earlier version of this program have no label.
-        is_current = task.spec_label in ("", current_label)
+        # During an update, tasks of both specs run.
+        is_current = task.spec_label == current_label
         return Container(
             id=task.id,
             name=self._task_name(task),
@@ -143,22 +146,16 @@ class SwarmEngine(BaseEngine):
         return f"{self._settings.project}-backend-{task.slot}.{task.id[:5]}"
 
     def _log_ends(self, tasks: Iterable[Task]) -> None:
-        """Logs Swarm's error once for each task that has failed since this manager started.
+        """Logs each different error of tasks once: Swarm restarts a failed task every second.
 
         If a task never ran, its error is reported nowhere else.
         """
-        failed = {task.id: task for task in tasks if task.ended and task.error}
-        logged = failed.keys() if self._logged_ends is None else self._logged_ends
-        for id_ in sorted(failed.keys() - logged):
-            task = failed[id_]
-            hint = failure_hint(task.error, task.exit_code or 1)  # a task that never ran has no exit code
-            log.warning("last log line of %s: %s", self._task_name(task), with_hint(task.error, hint))
-        self._logged_ends = set(failed)  # forgets tasks that Swarm no longer lists
-
-    def last_log_line(self, container_id: str) -> str:
-        """Swarm's error for the task: its log may be on another node."""
-        with engine_errors():
-            return str(self._client.api.inspect_task(container_id)["Status"].get("Err") or "none")
+        failed = {task.error: task for task in tasks if task.ended and task.error}
+        for error in sorted(failed.keys() - self._logged_errors):
+            task = failed[error]
+            hint = failure_hint(error, task.exit_code or 1)  # a task that never ran has no exit code
+            log.warning("task %s ended: %s", self._task_name(task), with_hint(error, hint))
+        self._logged_errors = set(failed)  # forgets errors of tasks that Swarm no longer lists
 
     def events(self) -> Iterator[Event]:
         """One event for each change of a task's state or desired state, or of the service of balancers.
@@ -182,17 +179,23 @@ class SwarmEngine(BaseEngine):
     # -- number and spec of the tasks ---------------------------------------------------------------------------------
 
     def resize(self, count: int, spec: str) -> None:
-        """Sets the number of tasks and what they are created from. Creates the service if there is none."""
+        """Sets the number of tasks and what they are created from. Creates the service if there is none.
 
-        def edit(service: Spec | None) -> Spec:
+        An update that Swarm has paused is undone by the same change of the service.
+        """
+
+        def edit(service: ApiObject | None) -> Spec:
             if service is None:
                 return swarm_backends.new_service(self._settings.project, count, spec)
+            new = service["Spec"]
+            if is_paused(service):
+                self._note_failed_update(new["Labels"])
+                new = swarm_backends.with_previous_tasks(new)
             # An unchanged spec is not written, because the label of the previous one would be lost.
-            present = service["Labels"].get("lbscaler.spec", "")
+            present = new["Labels"].get("lbscaler.spec", "")
             if spec != present and not self._is_refused(spec):
-                self._tried_spec = spec
-                service = swarm_backends.with_tasks(service, spec, previous=present)
-            return {**service, "Mode": {"Replicated": {"Replicas": count}}, "UpdateConfig": swarm_backends.UPDATE}
+                new = swarm_backends.with_tasks(new, spec, previous=present)
+            return {**new, "Mode": {"Replicated": {"Replicas": count}}, "UpdateConfig": swarm_backends.UPDATE}
 
         with engine_errors():
             self._claim.hold(self._client.api.nodes())
@@ -207,18 +210,14 @@ class SwarmEngine(BaseEngine):
             return self._wanted_spec
         return str(service["Spec"]["Labels"]["lbscaler.spec"])
 
-    def _note_rollback(self, service: ApiObject) -> None:
-        """Marks this manager's update as refused when Swarm has rolled it back."""
-        rolled_back = (service.get("UpdateStatus") or {}).get("State") in swarm_backends.ROLLBACK_STATES
-        if self.refused or not self._tried_spec or not rolled_back:
-            return
-        self.refused = digest(self._tried_spec)
-        log.error("update given up, Swarm rolls back: its backends did not stay up")
-        # Swarm rolls back to the spec before the last change of the service. If that change only set the number of
-        # tasks, the spec before it is the failed one, too.
-        labels = service["Spec"]["Labels"]
-        if labels["lbscaler.spec"] == self._tried_spec and labels.get("lbscaler.before"):
-            self._services.put("backend", _restore_previous)
+    def _note_failed_update(self, labels: Mapping[str, str]) -> None:
+        """Marks the wanted spec as refused if it is the one whose update Swarm has paused. `labels`: the service's."""
+        failed = labels["lbscaler.spec"]
+        # The return to the previous spec may be paused as well. It has to continue, so it is not refused.
+        is_return = failed == labels.get("lbscaler.before", failed)
+        if failed == self._wanted_spec and not is_return and not self.refused:
+            self.refused = digest(failed)
+            log.error("update given up, going back: Swarm paused it, its backends did not stay up")
 
     def _is_refused(self, spec: str) -> bool:
         return bool(self.refused) and digest(spec) == self.refused
@@ -253,9 +252,3 @@ class SwarmEngine(BaseEngine):
         with engine_errors():
             self._claim.hold(self._client.api.nodes())
             self._services.put("balancer", lambda _: self._balancer_spec)
-
-
-def _restore_previous(service: Spec | None) -> Spec:
-    if service is None:
-        raise EngineError("the service of backends was removed during its rollback")
-    return swarm_backends.with_tasks(service, service["Labels"]["lbscaler.before"])

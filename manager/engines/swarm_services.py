@@ -24,7 +24,6 @@ PARAMETERS = {
     "TaskTemplate": "task_template",
     "Mode": "mode",
     "UpdateConfig": "update_config",
-    "RollbackConfig": "rollback_config",
     "EndpointSpec": "endpoint_spec",
 }
 
@@ -51,6 +50,12 @@ def retry_when_overtaken(change: Callable[[], None]) -> None:
             return
 
 
+def is_paused(service: ApiObject) -> bool:
+    """Whether Swarm has paused an update of the service because a new task failed. The service keeps the new spec. Any
+    change of the service, even of the number of its tasks, resumes the update."""
+    return (service.get("UpdateStatus") or {}).get("State") == "paused"
+
+
 class SwarmServices:
     """The project's services `PROJECT-backend` and `PROJECT-balancer`, by their role.
 
@@ -71,12 +76,12 @@ class SwarmServices:
             raise EngineError(f"a service {name} exists and is not ours; choose another --project")
         return service
 
-    def put(self, role: str, edit: Callable[[Spec | None], Spec]) -> None:
-        """Creates or updates the service. `edit` returns the new spec, given the present one (None: no service)."""
+    def put(self, role: str, edit: Callable[[ApiObject | None], Spec]) -> None:
+        """Creates or updates the service. `edit` returns the new spec, given the present service, if there is one."""
 
         def change() -> None:
             service = self.find(role)
-            spec = edit(service["Spec"] if service else None)
+            spec = edit(service)
             arguments = {parameter: spec.get(key) for key, parameter in PARAMETERS.items()}
             if service is None:
                 self._client.api.create_service(**arguments)

@@ -18,7 +18,7 @@ class Task:
     node: str  # id; empty until Swarm has placed it
     state: str
     desired_state: str
-    spec_label: str  # empty for a task of an earlier version of this program
+    spec_label: str
     ip: str  # on the project's network; may be empty
     container: str  # id; empty for a task that never ran
     exit_code: int | None

@@ -57,6 +57,7 @@ def test_start_gives_the_manager_its_settings_and_stop_removes_everything(system
     found = status(system)
     assert found["arguments"] == ["--project", "p", "--backends", "3"]
     assert found["environment"]["LB_BALANCER_IMAGE"].startswith("lbscaler-balancer:")
+    assert (found["environment"]["LB_IMAGE"], found["environment"]["LB_IMAGE_ID"]) == ("good", "sha256:good")
     assert len(system.processes()) == 2
     assert (system.run_dir / "settings.json").stat().st_mode & 0o777 == 0o600
     assert system.engine.network_options == {"com.docker.network.bridge.gateway_mode_ipv4": "nat"}

@@ -278,10 +278,11 @@ def test_backends_that_serve_and_are_killed_again_and_again_back_off(rig: Callab
         r.clock.pass_by(expected)
 
 
-def test_backend_killed_from_outside_counts_as_no_failure(looping: Callable[..., Rig]) -> None:
+@pytest.mark.parametrize("signal", [9, 3, 0])  # by docker kill; by docker stop, as the image says: number or name
+def test_backend_killed_from_outside_counts_as_no_failure(looping: Callable[..., Rig], signal: int) -> None:
     r = looping(2)
     r.clock.pass_by(STABLE)
-    r.engine.tell(Event("kill", r.id(2), 9))
+    r.engine.tell(Event("kill", r.id(2), signal))
     assert eventually(lambda: r.controller._fleet["p-backend-2"].external)
     r.engine.die("p-backend-2", 137)
     assert eventually(lambda: sorted(r.engine.containers) == ["p-backend-1", "p-backend-3"])
@@ -704,6 +705,27 @@ def test_late_report_of_an_earlier_backend_does_not_stop_the_one_that_has_its_ad
     assert r.states() == {1: "active", 2: "active"}
     r.controller.stop("198.18.0.2", "drained", "b1", r.id(1)[:12])
     assert r.states()[1] == "draining"
+
+
+def test_launch_that_fails_after_a_list_showed_its_container_counts_as_a_failure(
+    rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    r = rig(1, min=2)
+    listed, launched = threading.Event(), list[str]()
+
+    def launch(name: str, spec: str) -> Container:
+        launched.append(name)
+        r.engine.run(name, spec)
+        listed.wait(5)
+        del r.engine.containers[name]
+        raise EngineError("timed out")
+
+    monkeypatch.setattr(r.engine, "launch", launch)
+    r.step_until(lambda: r.states().get(2) == "starting" and "198.18.0.3" in r.snapshot())
+    listed.set()
+    r.step_until(lambda: not r.controller._workers.busy)
+    assert (r.launches()["failed"], r.launches()["why"]) == (1, "timed out")
+    assert launched == ["p-backend-2"], "the next launch waits"
 
 
 def test_failed_launch_does_not_remove_a_backend_that_was_renamed_to_its_name(rig: Callable[..., Rig]) -> None:

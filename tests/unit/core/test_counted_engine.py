@@ -175,6 +175,18 @@ def test_manager_does_not_give_up_an_update_of_the_engine(rig: Rig, tmp_path: Pa
     assert {spec for _, spec in rig.engine.resizes} == {"image-2"}
 
 
+def test_failures_do_not_delay_an_engine_that_launches_on_its_own(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(3):
+        rig.step()
+        rig.engine.fail(max(rig.engine.tasks, key=fleets.by_number))
+        rig.clock.pass_by(60)
+    rig.step()
+    launches = rig.controller.status()["launches"]
+    assert (launches["failed"], launches["retry_in"]) == (3, 0)
+    assert "3 backends failed in a row, the engine starts others: its container ended" in caplog.text
+    assert "next launch" not in caplog.text
+
+
 @pytest.mark.parametrize(("image", "given_up"), [("image-2", True), ("image-3", False)])
 def test_update_that_the_engine_refused_is_remembered_until_another_is_wanted(
     rig: Rig, tmp_path: Path, image: str, given_up: bool

@@ -22,6 +22,12 @@ STRICT = {
     "volumes": [],
     "mem_limit": "256m",
     "nano_cpus": None,
+    "pids_limit": 128,
+    "ulimits": [],
+    "extra_hosts": [],
+    "labels": {},
+    "env_file": [],
+    "attach": [],
 }
 ROOTS = ("", "root", "0", "0:0", "root:adm")
 

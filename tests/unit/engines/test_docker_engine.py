@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from typing import Any
 import docker.errors
 import pytest
 
+import script
 from core.engine import BalancerState, EngineError, NameTaken
 from core.settings import Settings
 from core.workers import WORKERS
@@ -231,6 +233,16 @@ def test_foreign_container_with_the_balancers_name_is_not_changed(engine: Docker
     assert client.calls == []
 
 
+def test_backends_are_made_from_the_image_that_run_sh_found_whatever_its_name_refers_to_now(
+    client: Docker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base.docker, "from_env", lambda **_: client)
+    monkeypatch.setenv("LB_BALANCER_IMAGE", "balancer-image")
+    monkeypatch.setenv("LB_IMAGE_ID", "sha256:1")
+    engine = script.make_engine(settings(image="web"))
+    assert json.loads(engine.spec())["image"] == "sha256:1"
+
+
 def test_ended_backend_is_listed_with_its_exit_code(engine: DockerEngine, client: Docker) -> None:
     client.add("backend", "backend", state="exited")
     assert [container.exit_code for container in engine.list()] == [3]
@@ -262,6 +274,22 @@ def test_balancer_on_the_host_reports_under_its_own_name_and_is_tested_at_the_se
     client.rows.clear()
     engine.repair_balancer()
     assert client.created[-1].options["hostname"] == name
+
+
+def test_balancer_on_the_host_gets_the_lock_of_iptables_only_as_a_file(
+    client: Docker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With a volume, Docker would create a directory in place of a missing file, also at the host's next start."""
+    lock = tmp_path / "xtables.lock"
+    lock.touch()
+    monkeypatch.setattr(docker_engine, "XTABLES_LOCK", lock)
+    new_engine(client, monkeypatch, datapath="host").repair_balancer()
+    options = client.created[-1].options
+    assert not any("xtables" in volume for volume in options["volumes"])
+    assert options["mounts"] == [{"Target": str(lock), "Source": str(lock), "Type": "bind", "ReadOnly": False}]
+    lock.unlink()
+    new_engine(client, monkeypatch, datapath="host").repair_balancer()
+    assert client.created[-1].options["mounts"] == []
 
 
 @pytest.mark.parametrize(("ports", "needed"), [({}, False), ({"port": "80"}, True), ({"manager_port": "500"}, True)])

@@ -1,4 +1,4 @@
-"""The Swarm engine over an API in memory: its services, its list of tasks, updates, rollbacks and claims."""
+"""The Swarm engine over an API in memory: its services, its list of tasks, updates, failed updates and claims."""
 
 from __future__ import annotations
 
@@ -94,6 +94,8 @@ class Api:
         self.labels: dict[str, dict[str, str]] = {}
         self.races = 0
         self.updates = 0
+        self.update_error = ""
+        self.update_action = ""
 
     def inspect_service(self, name: str) -> dict[str, Any]:
         found = self.balancer if name == "p-balancer" else self.service
@@ -115,8 +117,11 @@ class Api:
         self.service = {"ID": "s", "Version": {"Index": 1}, "Spec": spec}
 
     def update_service(self, id_: str, version: int, **arguments: Any) -> None:
+        if self.update_error:
+            raise docker.errors.APIError(self.update_error)
         if id_ == "b":
             assert self.balancer is not None
+            self.balancer["UpdateStatus"] = None
             self.balancer["Spec"]["Labels"] = arguments["labels"]
             self.balancer["Spec"]["TaskTemplate"] = arguments["task_template"]
             self.balancer["Version"]["Index"] += 1
@@ -132,6 +137,8 @@ class Api:
         names = {"TaskTemplate": "task_template", "Name": "name", "Labels": "labels", "Mode": "mode"}
         self.service["Spec"] = {key: arguments[name] for key, name in names.items()}
         self.service["Version"]["Index"] += 1
+        self.service["UpdateStatus"] = None
+        self.update_action = arguments["update_config"]["FailureAction"]
 
     def tasks(self, filters: dict[str, str]) -> list[dict[str, Any]]:
         return {"s": self.listed, "b": self.balancer_tasks}[filters["service"]]
@@ -303,42 +310,122 @@ def set_wanted_spec(engine: SwarmEngine, spec: str) -> None:
 def test_backends_of_the_old_spec_are_listed_as_such_until_swarm_has_replaced_them(engine: SwarmEngine) -> None:
     set_wanted_spec(engine, SPEC)
     engine.resize(2, SPEC)
-    api(engine).listed = [task("t1", spec=labelled(SPEC)), task("t2", spec=labelled(SPEC)), task("unlabelled")]
-    assert [c.spec == SPEC for c in engine.list()] == [True, True, True]
+    api(engine).listed = [task("t1", spec=labelled(SPEC)), task("t2", spec=labelled(SPEC))]
+    assert [c.spec == SPEC for c in engine.list()] == [True, True]
     set_wanted_spec(engine, OTHER)
     engine.resize(2, OTHER)
-    assert [c.spec == OTHER for c in engine.list()] == [False, False, True]
+    assert [c.spec == OTHER for c in engine.list()] == [False, False]
     assert engine.made_from == OTHER, "so the plan does not resize again"
     api(engine).listed[0] = task("t3", spec=labelled(OTHER))
-    assert [c.spec == OTHER for c in engine.list()] == [True, False, True]
+    assert [c.spec == OTHER for c in engine.list()] == [True, False]
 
 
-def test_update_that_swarm_rolled_back_is_not_tried_again(engine: SwarmEngine) -> None:
+def pause_update(service: dict[str, Any] | None) -> dict[str, Any]:
+    """As Swarm does when a new task fails. Any update of the service ends it."""
+    assert service is not None
+    service["UpdateStatus"] = {"State": "paused"}
+    service["Version"]["Index"] += 1
+    return service
+
+
+@pytest.fixture
+def updated(engine: SwarmEngine) -> SwarmEngine:
+    """Swarm is replacing two tasks of SPEC by tasks of OTHER."""
     set_wanted_spec(engine, SPEC)
     engine.resize(2, SPEC)
-    api(engine).listed = [task("t1")]
-    assert [c.spec for c in engine.list()] == [SPEC]
     set_wanted_spec(engine, OTHER)
     engine.resize(2, OTHER)
-    service = api(engine).service
-    assert service is not None
-    assert service["Spec"]["TaskTemplate"] == labelled(OTHER)
-    assert [c.spec for c in engine.list()] == [OTHER]
-    assert engine.made_from == OTHER
-    service["Spec"]["Labels"]["lbscaler.spec"] = SPEC  # Swarm rolls back
-    service["Spec"]["TaskTemplate"] = labelled(SPEC)
-    service["UpdateStatus"] = {"State": "rollback_completed"}
-    assert [c.spec for c in engine.list()] == [OTHER]  # for the plan, the update is done
-    engine.resize(4, OTHER)
+    return engine
+
+
+def test_update_that_swarm_paused_is_undone_and_not_tried_again(
+    updated: SwarmEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert api(updated).update_action == "pause"
+    service = pause_update(api(updated).service)
+    api(updated).listed = [task("t1", spec=labelled(SPEC))]
+    updated.list()
+    assert service["Spec"]["TaskTemplate"] == labelled(SPEC)
+    assert [c.spec for c in updated.list()] == [OTHER], "for the plan, the update is done"
+    updated.resize(4, OTHER)
     assert service["Spec"]["TaskTemplate"] == labelled(SPEC)
     assert service["Spec"]["Mode"] == {"Replicated": {"Replicas": 4}}
+    assert caplog.messages == ["update given up, going back: Swarm paused it, its backends did not stay up"]
 
-    restarted = new_engine(api=api(engine))
-    restarted.refused = engine.refused  # the manager keeps it in a file
+    restarted = new_engine(api=api(updated))
+    restarted.refused = updated.refused  # the manager keeps it in a file
     set_wanted_spec(restarted, OTHER)
     assert [c.spec for c in restarted.list()] == [OTHER]
     restarted.resize(3, OTHER)
     assert service["Spec"]["TaskTemplate"] == labelled(SPEC)
+
+
+def test_failed_update_is_undone_later_if_swarm_refuses_that_at_first(updated: SwarmEngine) -> None:
+    service = pause_update(api(updated).service)
+    api(updated).update_error = "rpc error: code = DeadlineExceeded"
+    with pytest.raises(EngineError):
+        updated.list()
+    api(updated).update_error = ""
+    updated.list()
+    assert service["Spec"]["TaskTemplate"] == labelled(SPEC)
+
+
+def test_change_of_the_number_does_not_resume_a_failed_update(updated: SwarmEngine) -> None:
+    service = pause_update(api(updated).service)
+    updated.resize(3, OTHER)
+    assert service["Spec"]["TaskTemplate"] == labelled(SPEC)
+    assert service["Spec"]["Mode"] == {"Replicated": {"Replicas": 3}}
+
+
+def test_manager_that_starts_during_an_update_does_not_try_it_again_after_it_failed(updated: SwarmEngine) -> None:
+    restarted = new_engine(api=api(updated))
+    set_wanted_spec(restarted, OTHER)
+    service = pause_update(api(updated).service)
+    restarted.list()
+    restarted.resize(2, OTHER)
+    assert service["Spec"]["TaskTemplate"] == labelled(SPEC)
+
+
+THIRD = json.dumps({"ContainerSpec": {"Image": "c", "Labels": {}}})
+
+
+@pytest.mark.parametrize("undone", [True, False])
+def test_update_after_a_failed_one_is_tried(updated: SwarmEngine, undone: bool) -> None:
+    service = pause_update(api(updated).service)
+    if undone:
+        updated.list()
+    restarted = new_engine(api=api(updated))
+    set_wanted_spec(restarted, THIRD)
+    restarted.list()
+    restarted.resize(2, THIRD)
+    assert service["Spec"]["TaskTemplate"] == labelled(THIRD)
+    assert service["Spec"]["Labels"]["lbscaler.before"] == SPEC, "never the failed one"
+    assert restarted.refused == ""
+
+
+def test_update_that_swarm_does_not_accept_at_first_is_tried_again(updated: SwarmEngine) -> None:
+    service = pause_update(api(updated).service)
+    updated.list()
+    restarted = new_engine(api=api(updated))
+    set_wanted_spec(restarted, THIRD)
+    api(updated).update_error = "rpc error: code = DeadlineExceeded"
+    with pytest.raises(EngineError):
+        restarted.resize(2, THIRD)
+    api(updated).update_error = ""
+    restarted.list()
+    restarted.resize(2, THIRD)
+    assert service["Spec"]["TaskTemplate"] == labelled(THIRD)
+
+
+def test_return_to_the_previous_spec_continues_when_swarm_pauses_it(updated: SwarmEngine) -> None:
+    service = pause_update(api(updated).service)
+    updated.list()
+    refused = updated.refused
+    pause_update(service)
+    updated.list()
+    assert service["UpdateStatus"] is None
+    assert service["Spec"]["TaskTemplate"] == labelled(SPEC)
+    assert updated.refused == refused
 
 
 # -- the balancers ----------------------------------------------------------------------------------------------------
@@ -381,6 +468,18 @@ def test_service_of_balancers_with_other_settings_is_updated_in_place(engine: Sw
     assert made["Version"]["Index"] == 2, "updated in place, which Swarm does one node at a time"
 
 
+def test_paused_update_of_the_balancers_is_resumed(engine: SwarmEngine) -> None:
+    engine.list()
+    engine.repair_balancer()
+    service = pause_update(api(engine).balancer)
+    engine.list()
+    assert engine.balancer is BalancerState.OUTDATED, "some nodes have the old settings"
+    engine.repair_balancer()
+    assert service["UpdateStatus"] is None
+    engine.list()
+    assert engine.balancer is BalancerState.RUNNING
+
+
 def test_foreign_service_with_the_balancers_name_is_not_changed(engine: SwarmEngine) -> None:
     foreign = {"ID": "b", "Version": {"Index": 1}, "Spec": {"Labels": {}}}
     api(engine).balancer = foreign
@@ -405,6 +504,18 @@ def test_running_balancer_is_listed_until_its_node_is_down(engine: SwarmEngine) 
     api(engine).down = {"n2"}
     engine.list()
     assert engine.balancers == {"a" * 12, "d" * 12}
+
+
+def test_data_path_is_checked_while_the_engine_is_unreachable(
+    engine: SwarmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert engine.gateway() == "198.18.0.1"  # as when the manager starts
+
+    def unreachable() -> None:
+        raise docker.errors.APIError("connection refused")
+
+    monkeypatch.setattr(engine._client, "info", unreachable)
+    assert engine.check_path() == {}
 
 
 def test_missing_secrets_are_named_in_the_error(engine: SwarmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -438,63 +549,34 @@ def test_stopping_task_on_a_node_that_is_down_is_not_listed(engine: SwarmEngine)
     assert [c.id for c in engine.list()] == ["a", "c"]
 
 
-def test_rollback_to_the_failed_spec_is_corrected_to_the_spec_before_it(
+def rejected(id_: str, error: str) -> dict[str, Any]:
+    made = task(id_, "rejected", slot=4)
+    made["Status"]["Err"] = error
+    return made
+
+
+def test_error_of_tasks_is_logged_once_with_the_flag_that_may_help(
     engine: SwarmEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A change of the number during an update makes Swarm treat the new spec as the previous one."""
     engine.resize(2, SPEC)
-    engine.list()
-    set_wanted_spec(engine, OTHER)
-    engine.resize(2, OTHER)
-    engine.resize(3, OTHER)
-    service = api(engine).service
-    assert service is not None
-    service["UpdateStatus"] = {"State": "rollback_completed"}
-    engine.list()
-    assert service["Spec"]["TaskTemplate"] == labelled(SPEC)
-    assert service["Spec"]["Mode"] == {"Replicated": {"Replicas": 3}}
-    assert "update given up, Swarm rolls back" in caplog.text
-
-
-def test_manager_that_starts_after_a_rollback_does_not_change_the_spec(engine: SwarmEngine) -> None:
-    engine.resize(2, SPEC)
-    service = api(engine).service
-    assert service is not None
-    service["Spec"]["Labels"]["lbscaler.before"] = OTHER
-    service["UpdateStatus"] = {"State": "rollback_completed"}
-    api(engine).listed = [task("a")]
-    assert [c.spec for c in engine.list()] == [SPEC]
-    assert service["Spec"]["TaskTemplate"] == labelled(SPEC)
-
-
-def test_error_of_a_task_is_logged_once_with_the_flag_that_may_help(
-    engine: SwarmEngine, caplog: pytest.LogCaptureFixture
-) -> None:
-    def rejected(id_: str, error: str) -> dict[str, Any]:
-        made = task(id_, "rejected", slot=4)
-        made["Status"]["Err"] = error
-        return made
-
-    engine.resize(2, SPEC)
-    api(engine).listed = [rejected("before", "long ago")]
-    engine.list()
-    api(engine).listed += [rejected("xxxxxxx", "No such image: nowhere")]
+    api(engine).listed = [rejected("xxxxxxx", "No such image: nowhere")]
     engine.list()
     engine.list()
-    assert caplog.messages == ["last log line of p-backend-4.xxxxx: No such image: nowhere"]
+    assert caplog.messages == ["task p-backend-4.xxxxx ended: No such image: nowhere"]
+    api(engine).listed += [rejected("zzzzzzz", "No such image: nowhere")]
+    engine.list()
+    assert len(caplog.messages) == 1, "Swarm starts such a task every second"
     api(engine).listed += [rejected("yyyyyyy", "mkdir: Read-only file system")]
     engine.list()
     assert "--allow write" in caplog.messages[-1]
 
 
-def test_logged_errors_of_tasks_that_swarm_no_longer_lists_are_forgotten(engine: SwarmEngine) -> None:
+def test_error_that_no_listed_task_has_is_forgotten(engine: SwarmEngine) -> None:
     engine.resize(2, SPEC)
     for n in range(5):
-        ended = task(f"task{n}", "failed")
-        ended["Status"]["Err"] = "exit code 3"
-        api(engine).listed = [ended]
+        api(engine).listed = [rejected(f"task{n}", f"No such image: {n}")]
         engine.list()
-    assert engine._logged_ends == {"task4"}
+    assert engine._logged_errors == {"No such image: 4"}
 
 
 def test_claim_with_the_higher_number_is_newer_and_an_invalid_label_is_the_oldest_claim() -> None:

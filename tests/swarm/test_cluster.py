@@ -120,17 +120,23 @@ def test_rolling_update_by_swarm_fails_no_request(cluster: Cluster, system: Syst
     assert colours == {"blue"}
 
 
-def test_failed_update_is_rolled_back_and_not_retried(system: System) -> None:
-    before = {row["name"] for row in system.wait_for_active(3)}
+def service_value(system: System, role: str, template: str) -> str:
+    """A value of the service, by a template of Docker's."""
+    return system.node.docker("service", "inspect", "--format", template, f"{system.project}-{role}")
+
+
+def test_failed_update_is_undone_and_not_retried(system: System) -> None:
+    spec = '{{index .Spec.Labels "lbscaler.spec"}}'
+    before, spec_before = {row["name"] for row in system.wait_for_active(3)}, service_value(system, "backend", spec)
     system.up("--memory", "7m", "--no-wait")  # too little to start
-    state = ["service", "inspect", "--format", "{{with .UpdateStatus}}{{.State}}{{end}}", f"{system.project}-backend"]
-    wait_until(lambda: system.node.docker(*state) == "rollback_completed", "Swarm goes back", 120)
+    wait_until(lambda: system.status()["launches"]["update_given_up"], "the update is given up", 120)
+    wait_until(lambda: service_value(system, "backend", spec) == spec_before, "the service has its old spec", 20)
     time.sleep(3)
-    assert system.node.docker(*state) == "rollback_completed"
+    assert service_value(system, "backend", spec) == spec_before
     kept = {row["name"] for row in system.wait_for_active(3)}
     assert len(kept & before) >= 2
-    system.up("--memory", "256m")
-    system.wait_for_active(3)
+    system.up("--memory", "250m")  # the next good update is not refused
+    assert not {row["name"] for row in system.wait_for_active(3)} & kept
 
 
 def test_killed_manager_is_restarted_and_keeps_the_backends(system: System) -> None:
@@ -208,6 +214,21 @@ def test_swarm_init_makes_a_one_node_swarm_without_a_registry(cluster: Cluster, 
     finally:
         system.end_manager()
         alone.close()
+
+
+def test_update_of_the_balancers_that_one_node_cannot_start_is_completed_when_it_can(
+    cluster: Cluster, system: System
+) -> None:
+    system.wait_for_active(3)
+    in_use = in_namespace(cluster.nodes[2].name, lambda: socket.create_server(("0.0.0.0", 8001)))
+    with in_use:
+        system.up("--publish", "8000:8000", "--publish", "8001:8000", "--no-wait")
+        state = "{{with .UpdateStatus}}{{.State}}{{end}}"
+        wait_until(lambda: service_value(system, "balancer", state) == "paused", "Swarm pauses the update", 120)
+    for port in (8000, 8001):
+        for node in cluster.nodes:
+            url = f"http://{node.ip}:{port}/"
+            wait_until(lambda node=node, url=url: node.get(url), f"{node.name} serves port {port}", 120)
 
 
 def test_stop_removes_everything_from_every_node(cluster: Cluster, running: System) -> None:

@@ -171,7 +171,7 @@ def test_another_node_takes_over_when_the_manager_node_is_lost(
     elsewhere.end_manager()
     wait_until(lambda: not Path(f"/proc/{elsewhere.manager_pid()}").exists(), "it ended")
     # The images pushed from this node may have other digests, which is an update. A node that has just come back
-    # refuses tasks for a while, so Swarm may roll that update back: its end is not part of this test.
+    # refuses tasks for a while, so that update may be undone: its end is not part of this test.
     system.up(*System.FAST, "--registry", REGISTRY, "--no-wait")
     system.scale(min=3, max=3)
     system.wait_for_active(3)

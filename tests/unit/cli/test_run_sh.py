@@ -228,6 +228,16 @@ def test_update_that_is_given_up_fails_and_the_old_settings_apply_again(system: 
     assert len(system.processes()) == 2
 
 
+def test_failed_upgrade_goes_back_to_the_balancers_image_that_worked(system: System) -> None:
+    system.up("--image", "good")
+    before = status(system)["environment"]["LB_BALANCER_IMAGE"]
+    with (system.tree / "balancer" / "rotation.py").open("a") as module:
+        module.write("# another version\n")
+    system.up("--image", "bad", status=1)
+    assert status(system)["environment"]["LB_BALANCER_IMAGE"] == before
+    assert (system.state / "kernel_checks").read_text().count("\n") == 2, "each image is tried on this kernel"
+
+
 def test_failed_update_of_a_project_whose_manager_was_stopped_applies_the_old_settings_again(system: System) -> None:
     system.up("--image", "good")
     for pid in system.processes():
@@ -288,7 +298,12 @@ def test_update_continues_after_a_start_with_no_wait(system: System) -> None:
     until(lambda: status(system)["launches"]["update_given_up"], "the update is given up")
     given_up = "the update was given up: its container ended with exit code 3"
     assert given_up in system.script("run.sh", "--status", status=3)
-    assert "what ran before is used again" in system.up(status=1), "the next run.sh reports it, too"
+    (system.run_dir / "balancer" / "refused_update.json").write_text("the manager writes it")
+    old, reported = tokens(system), "An earlier update was given up; ./run.sh --status has the reason"
+    assert reported in system.up()
+    assert reported in system.up("--rotate-secrets"), "this can be done before the update is repeated"
+    assert not tokens(system) & old
+    assert "what ran before is used again" in system.up("--max", "9", status=1), "changed settings try it again"
     assert len(system.processes()) == 2
 
 

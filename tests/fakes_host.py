@@ -54,8 +54,9 @@ if [ "$1 $2" = "-m pip" ]; then exit "$(cat "$FAKE_STATE/pip_status" 2>/dev/null
 exec "PYTHON" "$@"
 """
 
-MANAGER = r'''"""Two backends in rotation. By the image: good; bad: an update to it is given up after half a second, or at
-once if refused_update.json exists; never: no backend gets ready; broken: the balancer cannot be started; hung: nothing happens."""
+MANAGER = r'''"""Two backends in rotation. By the image: good; bad: an update to it is given up after half a second, or
+at once if refused_update.json exists; never: no backend gets ready; broken: the balancer cannot be started; hung:
+nothing happens."""
 import http.server, json, os, signal, sys, threading, time
 
 from core.snapshot import with_problems

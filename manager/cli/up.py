@@ -142,6 +142,7 @@ class Start:
         changed, a new manager has to be started."""
         made_from = {"backend_image": built.backend_id, "balancer_image": built.balancer}
         made_from["manager"] = images.digest("manager", self.settings.base_image)
+        made_from["python"] = sys.version
         made_from["secrets"] = " ".join(secrets.values())
         made_from["token"] = digest(self.project.token)
         return dumps({**self.arguments.variables, **made_from}, indent=1)
@@ -283,7 +284,7 @@ def _manager_answers(port: int) -> bool:
 def run(arguments: Arguments, out: Output) -> None:
     with Undo(out) as undo:
         if os.environ.get("ENGINE_STARTED"):
-            undo.add("stop the Docker Engine", lambda: out.run("bash", "-c", ". manager/host.sh; stop_engine"))
+            undo.add("stop the Docker Engine", lambda: out.run("bash", "-c", ". manager/host.sh; stop_unused_engine"))
         start = Start(arguments, out, undo)
         start.run()
     start.remove_replaced()

@@ -381,6 +381,14 @@ def test_failed_upgrade_keeps_the_environment_of_the_running_manager(system: Sys
     assert status(system)["pid"] != pid, "other packages are another manager"
 
 
+def test_stop_repairs_an_environment_that_an_upgrade_of_python_broke(system: System) -> None:
+    system.up("--image", "good")
+    (system.tree / ".venv" / "bin" / "python").write_text("#!/bin/sh\nexit 1\n")
+    (system.tree / ".venv" / "stamp").write_text("of another version\n")
+    system.down()
+    assert system.nothing_left()
+
+
 def test_virtual_environment_works_after_it_was_moved(tmp_path: Path) -> None:
     subprocess.run(["python3", "-m", "venv", "--without-pip", str(tmp_path / ".venv.new")], check=True)
     (tmp_path / ".venv.new").rename(tmp_path / ".venv")

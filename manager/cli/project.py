@@ -9,10 +9,12 @@ import os
 import secrets
 from collections.abc import Mapping
 from functools import cached_property, partial
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 import docker
+import docker.errors
 
 from cli import unit
 from cli.output import Failed, Output, Undo
@@ -32,7 +34,10 @@ class Project:
 
     @cached_property
     def docker(self) -> docker.DockerClient:
-        return docker.from_env(timeout=ENGINE_TIMEOUT)
+        try:
+            return docker.from_env(timeout=ENGINE_TIMEOUT)
+        except docker.errors.DockerException as error:
+            raise Failed(f"no Docker Engine answers: {error}") from error
 
     def labels(self, role: str) -> dict[str, str]:
         return {"lbscaler.project": self.name, "lbscaler.role": role}
@@ -69,7 +74,7 @@ class Project:
     def remove_checks(self) -> None:
         """Removes the containers of kernel checks. A run.sh that was killed may have left some."""
         for container in self.containers("check"):
-            container.remove(force=True)
+            remove_container(container)
 
     # -- files --------------------------------------------------------------------------------------------------------
 
@@ -124,6 +129,15 @@ class Project:
 
 def has_text(path: Path) -> bool:
     return path.exists() and path.stat().st_size > 0
+
+
+def remove_container(container: Any) -> None:
+    """Removes it, unless the engine is at that already."""
+    try:
+        container.remove(force=True, v=True)
+    except docker.errors.APIError as error:
+        if error.status_code not in (HTTPStatus.NOT_FOUND, HTTPStatus.CONFLICT):
+            raise
 
 
 def keep(path: Path, undo: Undo) -> None:

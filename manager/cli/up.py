@@ -214,8 +214,11 @@ class Start:
         # them.
         for name in images.RUN_TIME_FILES:
             link = ROOT / "balancer" / name
-            link.unlink(missing_ok=True)
-            link.symlink_to(Path("..", "run", self.project.name, "balancer", name))
+            # In one step, because other projects of this checkout make the same links.
+            fresh = link.with_name(f".{name}.{self.project.name}")
+            fresh.unlink(missing_ok=True)
+            fresh.symlink_to(Path("..", "run", self.project.name, "balancer", name))
+            fresh.replace(link)
 
     def _environment(self, built: Images, secrets: Mapping[str, str]) -> dict[str, str]:
         """The environment variables that the manager is started with."""

@@ -423,7 +423,7 @@ def test_only_the_manager_of_the_project_is_stopped(system: System, tmp_path: Pa
 def test_stop_keeps_a_network_that_a_foreign_container_is_attached_to(system: System) -> None:
     system.up("--image", "good")
     system.engine.networks[0]["Containers"] = {"their-id": {"Name": "theirs"}}
-    assert "Keeping the network p: theirs is attached to it" in system.down()
+    assert "Keeping the network p, because these containers are attached: theirs" in system.down()
     assert len(system.engine.networks) == 1
     system.engine.networks[0]["Containers"] = {}
     system.down()
@@ -434,9 +434,21 @@ def test_stop_without_an_engine_ends_the_manager(system: System) -> None:
     system.up("--image", "good")
     environment = dict(system.environment)
     system.environment["DOCKER_HOST"] = f"unix://{system.state / 'nothing'}"
-    assert "No Docker Engine answers" in system.down()
-    assert system.processes() == []
+    before = settings(system)
+    output = system.down(status=1)
+    assert "may be left. When the engine answers, run ./stop.sh again" in output
+    assert ("Project p is down" in output, system.processes()) == (False, [])
+    assert settings(system) == before, "the next one needs the ports and the drain timeout"
     system.environment = environment
+    system.down()
+    assert system.nothing_left()
+    assert not (system.run_dir / "settings.json").exists()
+
+
+def test_container_that_is_being_removed_already_is_no_error(system: System) -> None:
+    system.engine.removed_already = True
+    (system.state / "check").touch()
+    system.up("--image", "good")
     system.down()
     assert system.nothing_left()
 

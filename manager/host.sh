@@ -71,7 +71,8 @@ need() {
     step "Installing $* ($purpose)" apt_install "$@"
 }
 
-# make_venv: makes .venv if the requirements or the version of Python have changed. All projects share it, hence the lock.
+# make_venv: makes .venv if the requirements or the version of Python have changed. All projects share it, hence the
+# lock.
 make_venv() {
     python3 -c 'import ensurepip, venv' 2>/dev/null || [ "$(venv_stamp)" = "$(wanted_stamp)" ] ||
         need "the manager's environment" python3-venv
@@ -124,7 +125,6 @@ ensure_engine() {
 start_engine() {
     local deadline=$((SECONDS + ENGINE_TIMEOUT)) pid tries
     mkdir -p "$ENGINE_DIR"
-    cat "$BOOT_ID" >"$ENGINE_DIR/boot"
     if [ -d "$SYSTEMD" ] && start_service; then
         wait_for_engine "$deadline" $$
         return
@@ -132,7 +132,7 @@ start_engine() {
     for tries in 1 2 3; do
         setsid dockerd "$@" >>"$ENGINE_DIR/dockerd.log" 2>&1 </dev/null &
         pid=$!
-        echo "$pid" >"$ENGINE_DIR/dockerd.pid"
+        mark_engine "$pid"
         if wait_for_engine "$deadline" "$pid"; then return; fi
         if kill -0 "$pid" 2>/dev/null; then break; fi # too slow; a second one beside it could not start
         sleep "$tries"
@@ -146,7 +146,13 @@ start_service() {
     local state
     state=$(systemctl is-active docker) || true
     systemctl start docker || return
-    case $state in inactive | failed) echo systemd >"$ENGINE_DIR/dockerd.pid" ;; esac
+    case $state in inactive | failed) mark_engine systemd ;; esac
+}
+
+# mark_engine PID|systemd: this has started the engine, since this boot of the host.
+mark_engine() {
+    echo "$1" >"$ENGINE_DIR/dockerd.pid"
+    cat "$BOOT_ID" >"$ENGINE_DIR/boot"
 }
 
 # wait_for_engine DEADLINE PID: fails at the deadline, or when the process has ended.
@@ -164,11 +170,14 @@ stop_engine() {
     if [ "$(cat "$ENGINE_DIR/boot" 2>/dev/null)" != "$(cat "$BOOT_ID")" ]; then
         : # that engine ended with the host
     elif [ "$pid" = systemd ]; then
-        systemctl stop docker docker.socket || return
+        systemctl stop docker docker.socket
     elif is_dockerd "$pid"; then # another process may have the number by now
         kill -TERM "$pid"
         while is_dockerd "$pid"; do
-            [ "$SECONDS" -lt "$deadline" ] || { say "dockerd (pid $pid) has not ended after $ENGINE_TIMEOUT s" && return 1; }
+            if [ "$SECONDS" -ge "$deadline" ]; then
+                say "dockerd (pid $pid) has not ended after $ENGINE_TIMEOUT s"
+                return 1
+            fi
             sleep 0.1
         done
     fi

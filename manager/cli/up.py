@@ -32,10 +32,10 @@ CHECK_GRACE = 5.0  # seconds for the check of the kernel to end after an interru
 MANAGER_START = 10.0  # seconds until the manager answers
 SUPERVISOR_START = 2.0  # seconds until the supervisor's process has to exist
 POLL = 0.05  # seconds
-# In run/PROJECT/: what a start writes. A start that fails restores them.
+# In run/PROJECT/: what a start writes, besides the environment. A start that fails restores them.
 FILES = (
     *("token", "secrets/balancer/token", swarm.KEY_FILE, swarm.CERTIFICATE_FILE),
-    *("environment", "settings.json", "balancer/hostip.txt", "balancer/operator_settings.json"),
+    *("settings.json", "balancer/hostip.txt", "balancer/operator_settings.json"),
 )
 
 

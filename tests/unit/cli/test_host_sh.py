@@ -84,7 +84,7 @@ def fake(place: Path, **programs: str) -> str:
     [
         ("inactive", "stop_unused_engine", True),
         ("active", "stop_unused_engine", False),  # it was too busy to answer
-        ("activating", "stop_unused_engine", False),
+        ("activating", "stop_engine", False),
         ("inactive", "echo abc >containers; stop_unused_engine", False),
         ("inactive", "echo another >run/engine/boot; stop_engine", False),
     ],
@@ -99,7 +99,8 @@ def test_only_an_engine_that_this_boot_of_the_host_started_and_nobody_uses_is_st
         id="echo 0",
         systemctl=f'echo "$*" >>calls; case $1 in is-active) echo {state}; exit 3 ;; start) touch answers ;; esac',
     )
-    done = shell(f"SYSTEMD=$PWD; ensure_engine; {then}", tmp_path, PATH=path)
+    before = "mkdir -p run/engine; echo systemd >run/engine/dockerd.pid; echo another >run/engine/boot"
+    done = shell(f"{before}; SYSTEMD=$PWD; ensure_engine; {then}", tmp_path, PATH=path)
     assert (done.returncode, done.stderr) == (0, "")
     assert ("stop docker docker.socket" in (tmp_path / "calls").read_text()) == stopped
 

@@ -63,7 +63,8 @@ def test_signal_ends_the_step_and_no_later_one_interrupts_the_undo(tmp_path: Pat
 
 
 def test_interrupted_program_ends_with_all_that_it_has_started(tmp_path: Path) -> None:
-    child = f"trap 'sleep 0.3; echo >{tmp_path}/cleaned; exit' TERM; kill -INT {{os.getpid()}}; sleep 61 & wait"
+    clean_up = f"trap 'sleep 0.3; echo >{tmp_path}/cleaned; exit' TERM"
+    child = f"{clean_up}; sleep 0.3; kill -INT {{os.getpid()}}; sleep 61 & wait"
     body = f"out.run('bash', '-c', f\"({child}); true\")"
     done = program(body, tmp_path)
     assert done.returncode == 130, done.stderr

@@ -120,8 +120,8 @@ ensure_engine() {
 }
 
 # start_engine [FLAG…]: starts the engine through systemd, or without systemd as dockerd with the flags, and waits until
-# it answers. ENGINE_DIR/dockerd.pid exists afterwards if this has started it. A dockerd that ends is started up to three
-# times, because an engine that was just killed may still hold files and sockets that the next one needs.
+# it answers. ENGINE_DIR/dockerd.pid exists afterwards if this has started it. A dockerd that ends is started up to
+# three times, because an engine that was just killed may still hold files and sockets that the next one needs.
 start_engine() {
     local deadline=$((SECONDS + ENGINE_TIMEOUT)) pid tries
     mkdir -p "$ENGINE_DIR"

@@ -7,12 +7,12 @@ cd "$(dirname "$0")"
 # shellcheck source=manager/host.sh
 . manager/host.sh
 
-FLAGS_ARE_VALID=10 # exit code of cli.arguments for a start; --help ends with another one
+FLAGS_ARE_VALID=10 # exit code of cli.arguments if a start has to follow; every other code ends this script
 
 # finish STATUS: up.py stops the engine itself if its run fails, so this is for failures before up.py.
 finish() {
     end_step
-    [ "$1" -eq 0 ] || [ -z "$ENGINE_STARTED" ] || stop_engine
+    [ "$1" -eq 0 ] || [ -z "$ENGINE_STARTED" ] || stop_unused_engine || true
     exit "$1"
 }
 
@@ -37,4 +37,6 @@ run_module python3 cli.arguments run.sh "$@" || status=$?
 [ "$status" -eq "$FLAGS_ARE_VALID" ] || exit "$status"
 ensure_engine
 make_venv
+# Until up.py handles the signals: one that ended Python before would leave the engine that was started.
+[ -z "$ENGINE_STARTED" ] || trap '' INT TERM HUP
 PYTHONPATH=manager exec .venv/bin/python -m cli.up "$@"

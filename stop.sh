@@ -2,7 +2,7 @@
 # Waits for the open connections, then removes everything of this project, and nothing else.
 #   ./stop.sh [--project NAME] [--now] [--images] [--engine]
 #     --now      do not wait for open connections
-#     --images   also remove the images made by run.sh
+#     --images   also remove all projects' images that are not in use
 #     --engine   also stop the Docker Engine, if run.sh started it
 # This script installs what is missing (Python, the packages in .venv). Then manager/cli/down.py stops the project.
 set -euo pipefail
@@ -10,7 +10,7 @@ cd "$(dirname "$0")"
 # shellcheck source=manager/host.sh
 . manager/host.sh
 
-FLAGS_ARE_VALID=10 # exit code of cli.arguments for a stop; --help ends with another one
+FLAGS_ARE_VALID=10 # exit code of cli.arguments if a stop has to follow; every other code ends this script
 
 open_streams
 trap end_step EXIT
@@ -22,5 +22,5 @@ have python3 || need "reading the flags" python3 python3-venv
 status=0
 run_module python3 cli.arguments stop.sh "$@" || status=$?
 [ "$status" -eq "$FLAGS_ARE_VALID" ] || exit "$status"
-[ -x .venv/bin/python ] || make_venv
+.venv/bin/python -c 'import docker' 2>/dev/null || make_venv # it is broken if the host has another Python now
 PYTHONPATH=manager exec .venv/bin/python -m cli.down "$@"

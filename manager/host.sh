@@ -3,7 +3,11 @@
 # Source it with the repository's root as the working directory. LOG is the file that steps write to.
 
 ENGINE_DIR=run/engine
+ENGINE_TIMEOUT=60 # seconds for an engine to answer after its start, and to end
+BOOT_ID=/proc/sys/kernel/random/boot_id
+SYSTEMD=/run/systemd/system # exists if systemd is this host's init
 ENGINE_STARTED='' # whatever the caller's environment has: another program's engine is not ours to stop
+export DOCKER_CONTEXT=default # the manager uses the engine of this host, so the docker command must not use another one
 TICKER='' # id of the background process that prints the seconds while a step runs
 
 # say: prints a line. A closed standard output must not end the script in the middle of its work.
@@ -67,7 +71,8 @@ need() {
     step "Installing $* ($purpose)" apt_install "$@"
 }
 
-# make_venv: makes .venv if the requirements have changed. All projects share it, hence the lock.
+# make_venv: makes .venv if the requirements or the version of Python have changed. All projects share it, hence the
+# lock.
 make_venv() {
     python3 -c 'import ensurepip, venv' 2>/dev/null || [ "$(venv_stamp)" = "$(wanted_stamp)" ] ||
         need "the manager's environment" python3-venv
@@ -78,7 +83,7 @@ make_venv() {
 }
 
 venv_stamp() { cat .venv/stamp 2>/dev/null || true; }
-wanted_stamp() { sha256sum <manager/requirements.txt; }
+wanted_stamp() { python3 -c 'import sys; print(*sys.version_info[:2])' && sha256sum <manager/requirements.txt; }
 
 # install_venv: makes a new environment and, once it is complete, puts it in the place of the one in use.
 install_venv() {
@@ -103,7 +108,7 @@ ensure_engine() {
     esac
     if have docker && engine_answers; then return; fi
     # Docker 29.0 refuses the commands of versions before 25, and new commands refuse old engines.
-    case "$(docker version 2>&1 || true)" in
+    case "$(timeout 10 docker version 2>&1 || true)" in
         *"is too "[on]*) die "the docker command and the engine are too different versions; upgrade the older one" ;;
     esac
     [ -z "${DOCKER_HOST:-}" ] || die "no engine answers at DOCKER_HOST=$DOCKER_HOST"
@@ -114,49 +119,78 @@ ensure_engine() {
     step "Starting the Docker Engine" start_engine
 }
 
-# start_engine [FLAG…]: starts the engine through systemd, or without systemd as dockerd with the flags. It tries up to
+# start_engine [FLAG…]: starts the engine through systemd, or without systemd as dockerd with the flags, and waits until
+# it answers. ENGINE_DIR/dockerd.pid exists afterwards if this has started it. A dockerd that ends is started up to
 # three times, because an engine that was just killed may still hold files and sockets that the next one needs.
 start_engine() {
-    local tries
+    local deadline=$((SECONDS + ENGINE_TIMEOUT)) pid tries
     mkdir -p "$ENGINE_DIR"
-    if [ -d /run/systemd/system ] && systemctl start docker; then
-        echo systemd >"$ENGINE_DIR/dockerd.pid"
+    if [ -d "$SYSTEMD" ] && start_service; then
+        wait_for_engine "$deadline" $$
         return
     fi
     for tries in 1 2 3; do
         setsid dockerd "$@" >>"$ENGINE_DIR/dockerd.log" 2>&1 </dev/null &
-        echo $! >"$ENGINE_DIR/dockerd.pid"
-        if wait_for_engine $!; then return; fi
+        pid=$!
+        mark_engine "$pid"
+        if wait_for_engine "$deadline" "$pid"; then return; fi
+        if kill -0 "$pid" 2>/dev/null; then break; fi # too slow; a second one beside it could not start
         sleep "$tries"
     done
     tail -n 15 "$ENGINE_DIR/dockerd.log"
     return 1
 }
 
-wait_for_engine() {
-    local tries
-    for ((tries = 0; tries < 300; tries++)); do
-        if engine_answers; then return; fi
-        kill -0 "$1" 2>/dev/null || return 1
-        sleep 0.1
-    done
-    return 1
+# start_service: an engine that ran before, but was too busy to answer, is not ours to stop.
+start_service() {
+    local state
+    state=$(systemctl is-active docker) || true
+    systemctl start docker || return
+    case $state in inactive | failed) mark_engine systemd ;; esac
 }
 
-# stop_engine: stops the engine if start_engine has started it.
+# mark_engine PID|systemd: this has started the engine, since this boot of the host.
+mark_engine() {
+    echo "$1" >"$ENGINE_DIR/dockerd.pid"
+    cat "$BOOT_ID" >"$ENGINE_DIR/boot"
+}
+
+# wait_for_engine DEADLINE PID: fails at the deadline, or when the process has ended.
+wait_for_engine() {
+    until engine_answers; do
+        [ "$SECONDS" -lt "$1" ] && kill -0 "$2" 2>/dev/null || return 1
+        sleep 0.1
+    done
+}
+
+# stop_engine: stops the engine if start_engine has started it since the host was booted.
 stop_engine() {
-    local pid tries
+    local pid deadline=$((SECONDS + ENGINE_TIMEOUT))
     pid=$(cat "$ENGINE_DIR/dockerd.pid" 2>/dev/null) || return 0
-    if [ "$pid" = systemd ]; then
+    if [ "$(cat "$ENGINE_DIR/boot" 2>/dev/null)" != "$(cat "$BOOT_ID")" ]; then
+        : # that engine ended with the host
+    elif [ "$pid" = systemd ]; then
         systemctl stop docker docker.socket
     elif is_dockerd "$pid"; then # another process may have the number by now
         kill -TERM "$pid"
-        for ((tries = 0; tries < 300; tries++)); do
-            is_dockerd "$pid" || break
+        while is_dockerd "$pid"; do
+            if [ "$SECONDS" -ge "$deadline" ]; then
+                say "dockerd (pid $pid) has not ended after $ENGINE_TIMEOUT s"
+                return 1
+            fi
             sleep 0.1
         done
     fi
     rm -rf "$ENGINE_DIR"
+}
+
+# stop_unused_engine: the same after a failure, unless somebody else uses the engine by now.
+stop_unused_engine() {
+    if [ -n "$(timeout 10 docker ps --quiet 2>/dev/null)" ]; then
+        say "The Docker Engine stays, because containers run on it"
+    else
+        stop_engine
+    fi
 }
 
 is_dockerd() { tr '\0' ' ' 2>/dev/null <"/proc/$1/cmdline" | grep -qF dockerd; }

@@ -36,6 +36,7 @@ class FakeEngine:
         self.refusal, self.refusals = "", 0  # of that many network creations
         self.removal_seconds = 0.0  # how long the removal of a network takes
         self.extra: list[str] = []  # names of containers that cannot be removed
+        self.removed_already = False  # by another program, which is still at it
         self.networks: list[dict[str, Any]] = []
         self.swarm = {"LocalNodeState": "inactive", "ControlAvailable": False, "NodeID": "this-node"}
         self.secrets: dict[str, dict[str, Any]] = {}  # by name
@@ -93,6 +94,8 @@ class FakeEngine:
             return 201, {"Id": name}
         if method == "DELETE" and name not in self.extra:
             (self.state / name).unlink()
+            if self.removed_already:
+                return 409, {"message": f"removal of container {name} is already in progress"}
         return (200, {"Id": name, "Name": f"/{name}", "Config": {"Labels": {}}}) if method == "GET" else DONE
 
     def _exec(self, method: str, name: str, filters: Any, body: Any) -> Answer:

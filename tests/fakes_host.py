@@ -54,8 +54,9 @@ if [ "$1 $2" = "-m pip" ]; then exit "$(cat "$FAKE_STATE/pip_status" 2>/dev/null
 exec "PYTHON" "$@"
 """
 
-MANAGER = r'''"""Two backends in rotation. By the image: good; bad: an update to it is given up after half a second;
-never: no backend gets ready; broken: the balancer cannot be started; hung: nothing happens."""
+MANAGER = r'''"""Two backends in rotation. By the image: good; bad: an update to it is given up after half a second, or
+at once if refused_update.json exists; never: no backend gets ready; broken: the balancer cannot be started; hung:
+nothing happens."""
 import http.server, json, os, signal, sys, threading, time
 
 from core.snapshot import with_problems
@@ -64,12 +65,13 @@ image, began = os.environ["LB_IMAGE"], time.monotonic()
 name = os.path.join(os.environ["FAKE_STATE"], f"id-of-{image}")
 if os.path.exists(name):
     image = open(name).read()
+refused = os.path.exists(f"run/{os.environ['LB_PROJECT']}/balancer/refused_update.json")
 
 def status():
     launches = {"failed": 0, "why": "", "updating": False, "update_given_up": "", "replaced": 2, "to_replace": 0}
     balancer = {"state": "running", "problem": ""}
     states = ["active", "active"]
-    if "bad" in image and time.monotonic() - began < 0.5:
+    if "bad" in image and not refused and time.monotonic() - began < 0.5:
         launches |= {"updating": True, "replaced": 0, "to_replace": 2}
     elif "bad" in image:
         launches |= {"update_given_up": "its container ended with exit code 3"}
@@ -117,6 +119,7 @@ NOTHING = "#!/bin/sh\nexit 0\n"  # a program without an effect
 SYSTEMCTL = r"""#!/bin/bash
 echo "$*" >>"$FAKE_STATE/systemctl"
 unit=$(ls "$FAKE_STATE/boot/$2" "$FAKE_STATE/runtime/$2" 2>/dev/null | head -n 1)
+if [ "$1" = enable ] && [ -e "$FAKE_STATE/enable_fails" ]; then exit 1; fi
 if [ "$1" = start ]; then
     cd "$(sed -n 's/^WorkingDirectory=//p' "$unit")"
     setsid $(sed -n 's/^ExecStart=//p' "$unit") >/dev/null 2>&1 &

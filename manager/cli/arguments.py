@@ -104,7 +104,7 @@ def stop_parser() -> argparse.ArgumentParser:
     default = os.environ.get(variable("project"), SETTINGS["project"].default)
     parser.add_argument("--project", default=default, help="name of the installation (default: %(default)s)")
     parser.add_argument("--now", action="store_true", help="do not wait for open connections")
-    parser.add_argument("--images", action="store_true", help="also remove the images made by run.sh")
+    parser.add_argument("--images", action="store_true", help="also remove all projects' images that are not in use")
     parser.add_argument("--engine", action="store_true", help="also stop the Docker Engine, if run.sh started it")
     return parser
 

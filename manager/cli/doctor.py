@@ -179,12 +179,13 @@ def service_port(host: Host) -> Found:
         socket.create_server((host.settings.bind, 0)).close()
     except OSError as error:
         return Found(FAULT, f"{host.settings.bind}: {error.strerror}", "give an address of this host with --bind")
-    results = [port(host, host.settings.bind, number, "--port") for number, _ in host.settings.ports]
+    flag = "--publish PORT:BACKEND-PORT" if host.settings.publish else "--port PORT"
+    results = [port(host, host.settings.bind, number, flag) for number, _ in host.settings.ports]
     return next((result for result in results if result.verdict == FAULT), results[0])
 
 
 def manager_port(host: Host) -> Found:
-    return port(host, "127.0.0.1", host.settings.manager_port, "--manager-port")
+    return port(host, "127.0.0.1", host.settings.manager_port, "--manager-port PORT")
 
 
 def port(host: Host, address: str, number: int, flag: str) -> Found:
@@ -192,14 +193,14 @@ def port(host: Host, address: str, number: int, flag: str) -> Found:
     if not host_checks.is_taken(address, number):
         return Found(OK, f"port {number} is free")
     owner, project = host_checks.owner(address, number), host.settings.project
-    # A line for each of the project's running containers; it is empty for one without published ports.
-    ports = host.run(f"docker ps --filter label=lbscaler.project={project} --format '{{{{.Ports}}}}'").stdout
-    project_runs, published = bool(ports), f":{number}->" in ports
+    running = f"docker ps --quiet --filter label=lbscaler.project={project}"
+    project_runs = bool(host.run(running).stdout)
+    published = bool(host.run(f"{running} --filter publish={number}").stdout)
     # On the host path, the balancer has bound the port without listening.
     reserved = project_runs and datapath_of(host) == "host" and not host_checks.is_listening(address, number)
     if reserved or published or owner.pid in processes.find(project, processes.MANAGER):
         return Found(OK, f"port {number} is used by this project")
-    fix = f"end that, or choose another with {flag} PORT"
+    fix = f"end that, or choose another with {flag}"
     return Found(FAULT, f"port {number} is taken by {owner}", fix)
 
 
@@ -210,6 +211,10 @@ def network(host: Host) -> Found:
         return Found(OK, f"no network {name} yet")
     if (host.network.get("Labels") or {}).get("lbscaler.project") != name:
         return Found(FAULT, f"the network {name} is not of this project", "choose another name with --project")
+    orchestrator = "swarm" if host.network["Driver"] == "overlay" else "docker"
+    if orchestrator != host.settings.orchestrator:
+        fix = f"give --orchestrator {orchestrator}, or ./stop.sh first"
+        return Found(FAULT, f"the project exists with --orchestrator {orchestrator}", fix)
     subnet = host.network["IPAM"]["Config"][0]["Subnet"]
     if wanted not in ("", subnet):
         return Found(FAULT, f"the network {name} is {subnet}", f"./stop.sh, then --subnet {wanted} applies")
@@ -229,13 +234,13 @@ def attached(host: Host) -> Found:
     if not host.engine:
         return Found(OK, "not tried: no engine answers")
     for name in host.settings.attach:
-        found, fix = _obstacle(host, name, host.inspect_network(name))
+        found, fix = _attach_obstacle(host, name, host.inspect_network(name))
         if found:
             return Found(FAULT, f"--attach {name}: {found}", fix)
     return Found(OK, f"networks besides the project's: {len(host.settings.attach)}")
 
 
-def _obstacle(host: Host, name: str, network: Mapping[str, Any]) -> tuple[str, str]:
+def _attach_obstacle(host: Host, name: str, network: Mapping[str, Any]) -> tuple[str, str]:
     """Why the backends cannot join the network, and what to do; two empty texts if they can."""
     settings = host.settings
     if not network:

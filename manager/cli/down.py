@@ -22,7 +22,7 @@ from cli import images, network, output, swarm, unit
 from cli.arguments import stop_arguments
 from cli.output import Failed, Output
 from cli.processes import MANAGER, SUPERVISOR, find
-from cli.project import Project
+from cli.project import Project, remove_container
 from core.settings import ROOT, SETTINGS, chain_prefix, read, stored, variable, with_stored
 
 DRAIN_MARGIN = 10.0  # seconds after the drain timeout until the command that drains is ended
@@ -31,7 +31,7 @@ NETWORK_TIMEOUT = 60.0  # seconds; in a Swarm other nodes' tasks use the network
 GONE_TIMEOUT = 10.0  # seconds; a Swarm lists a network for a moment after its removal
 POLL = 0.5  # seconds
 # In run/<project>/.
-TEMPORARY = ("token", "settings.json", "environment", "backends", "manager.sock", "*.pem", "*.pid", "*.new")
+TEMPORARY = ("token", "environment", "backends", "manager.sock", "*.pem", "*.pid", "*.new")
 
 
 def remove(project: Project, drain: float) -> None:
@@ -46,15 +46,20 @@ def remove(project: Project, drain: float) -> None:
     kept = False
     if answers:
         kept = _remove_from_engine(project, drain)
-    else:
-        project.output.say("No Docker Engine answers: containers of the project may be left; run ./stop.sh again then")
     _check_nothing_is_left(project, answers, kept)
     _remove_files(project)
+    if not answers:
+        raise Failed(
+            f"no Docker Engine answers, so containers of project {project.name} may be left. "
+            "When the engine answers, run ./stop.sh again"
+        )
+    # The next stop.sh needs the ports and the drain timeout as long as anything may be left.
+    (project.run_dir / "settings.json").unlink(missing_ok=True)
     project.output.say(f"Project {project.name} is down; its log stays in {project.run_dir / 'manager.log'}")
 
 
 def engine_answers(project: Project) -> bool:
-    with suppress(docker.errors.DockerException, requests.RequestException):
+    with suppress(Failed, docker.errors.DockerException, requests.RequestException):
         return bool(project.docker.ping())
     return False
 
@@ -124,8 +129,7 @@ def _remove_containers(project: Project, role: str) -> None:
 def _remove_container(container: Any) -> None:
     with suppress(docker.errors.APIError):  # it may not run, or not stop; the removal below is forced
         container.stop(timeout=STOP_GRACE)
-    with suppress(docker.errors.NotFound):
-        container.remove(force=True, v=True)
+    remove_container(container)
 
 
 def _remove_network(project: Project) -> bool:
@@ -136,22 +140,23 @@ def _remove_network(project: Project) -> bool:
     # In a Swarm the project's own tasks may still be attached, also on other nodes.
     found.reload()
     if found.attrs["Driver"] != "overlay" and found.attrs["Containers"]:
-        names = " ".join(one["Name"] for one in found.attrs["Containers"].values())
-        project.output.say(f"Keeping the network {project.name}: {names} is attached to it")
+        names = ", ".join(one["Name"] for one in found.attrs["Containers"].values())
+        project.output.say(f"Keeping the network {project.name}, because these containers are attached: {names}")
         return True
     # The engine refuses the removal until the last task has ended.
     with project.output.step(f"Removing the network {project.name}"):
         deadline = time.monotonic() + NETWORK_TIMEOUT
-        while project.network() is not None:
+        while True:
             try:
                 found.remove()
             except docker.errors.NotFound:
-                time.sleep(POLL)  # a Swarm lists it for a moment after its removal
+                return False
             except docker.errors.APIError:
                 if time.monotonic() > deadline:
                     raise
-                time.sleep(POLL)
-    return False
+            else:
+                return False
+            time.sleep(POLL)
 
 
 # -- afterwards -------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from core import backend_files
 from core.settings import Settings, variable
 
 
-def keep(project: Project, settings: Settings, image: Any) -> dict[str, str]:
+def copy_files(project: Project, settings: Settings, image: Any) -> dict[str, str]:
     """Copies the files. Returns the two settings with the copies' paths, as variables for the manager."""
     if not settings.env_file and not settings.secret:
         return {}

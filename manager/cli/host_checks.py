@@ -33,7 +33,8 @@ def free_subnet(taken: Iterable[IPv4Network]) -> IPv4Network:
 
 
 def routes(table: str) -> Iterator[IPv4Network]:
-    """The destinations in the output of `ip -4 route show table all`, without default ones (a VPN may have two /1)."""
+    """The destinations in the output of `ip -4 route show table all`, without default routes, also those that a VPN
+    splits into 0.0.0.0/1 and 128.0.0.0/1."""
     for word in re.findall(r"^(?:\w+ )?(\d+\.\d+\.\d+\.\d+(?:/\d+)?) ", table, re.MULTILINE):
         network = IPv4Network(word, strict=False)
         if network.prefixlen > 1:

@@ -54,7 +54,7 @@ def build(client: Any, output: Output, folder: str, base: str) -> str:
         base = _base_image(client, output, base)
         short = Path(folder).name
         with output.step(f"Building the {short} image") as step:
-            options = {"tag": name, "labels": {LABEL: short}, "buildargs": {"BASE": base}, "rm": True}
+            options = {"tag": name, "labels": {LABEL: short}, "buildargs": {"BASE": base}, "forcerm": True}
             follow(step, client.api.build(path=str(ROOT / folder), decode=True, **options))
     return name
 

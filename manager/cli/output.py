@@ -22,6 +22,8 @@ from types import TracebackType
 from typing import Any, TextIO
 
 LOG_LINES = 15  # printed of the log after a failure
+END_TIMEOUT = 5.0  # seconds for interrupted programs to end after SIGTERM
+POLL = 0.05  # seconds
 
 
 class Failed(Exception):
@@ -63,20 +65,20 @@ class Output:
         return Step(self, text)
 
     def run(self, *command: str, grace: float = 0.0) -> None:
-        """Runs a program with its output in the log. After an interrupt, it has `grace` seconds to end by
-        itself. Raises Failed."""
+        """Runs a program with its output in the log. After an interrupt, it has `grace` seconds to end by itself;
+        then it is ended with all programs that it has started. Raises Failed."""
         streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": self.log, "stderr": self.log}
-        # In a session of its own, Ctrl-C does not reach it.
-        with subprocess.Popen(command, start_new_session=grace > 0, **streams) as process:
+        # In a session of its own, Ctrl-C does not reach it, and its process group has its number.
+        with subprocess.Popen(command, start_new_session=True, **streams) as process:
             try:
                 status = process.wait()
             except BaseException:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(grace)
-                process.kill()
+                _end_group(process)
                 raise
         if status:
-            raise Failed(f"{command[0]} ended with status {status}")
+            raise Failed(f"{command[0]} ended with status {status}; its output is in {self.path}")
 
     def need(self, program: str, purpose: str, package: str) -> None:
         """Installs a Debian package unless its program exists. Raises Failed if that fails or is not allowed."""
@@ -89,6 +91,18 @@ class Output:
     def end_of_log(self) -> str:
         lines = self.path.read_text(errors="replace").splitlines()[-LOG_LINES:]
         return "\n".join([f"--- the end of {self.path}:", *lines, "---", ""])
+
+
+def _end_group(leader: subprocess.Popen[bytes]) -> None:
+    """SIGTERM to a process group, and SIGKILL after END_TIMEOUT. Waits until the whole group has ended."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        deadline = time.monotonic() + END_TIMEOUT
+        with suppress(ProcessLookupError):
+            os.killpg(leader.pid, number)
+            while time.monotonic() < deadline:
+                leader.poll()  # one that has ended is a member until its status is read
+                os.killpg(leader.pid, 0)
+                time.sleep(POLL)
 
 
 class Step:
@@ -160,8 +174,8 @@ def handle_signals() -> None:
 
 
 def shield() -> None:
-    """From now on this process ignores the signals. It uses a function, because SIG_IGN would be inherited by the
-    programs that it starts."""
+    """From now on this process ignores the signals. Installs an empty handler instead of SIG_IGN, which the programs
+    started by this process would inherit."""
     for number in SIGNALS:
         signal.signal(number, lambda *_: None)
 

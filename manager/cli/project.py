@@ -9,10 +9,12 @@ import os
 import secrets
 from collections.abc import Mapping
 from functools import cached_property, partial
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 import docker
+import docker.errors
 
 from cli import unit
 from cli.output import Failed, Output, Undo
@@ -26,13 +28,16 @@ class Project:
     def __init__(self, name: str, output: Output) -> None:
         self.name, self.output = name, output
         self.run_dir = ROOT / "run" / name
-        self.rotated_files: dict[str, str] = {}  # by name: what `write_secrets` will write into `run_dir`
+        self.certificate_files: dict[str, str] = {}  # by name: what `write_secrets` will write into `run_dir`
 
     # -- Docker -------------------------------------------------------------------------------------------------------
 
     @cached_property
     def docker(self) -> docker.DockerClient:
-        return docker.from_env(timeout=ENGINE_TIMEOUT)
+        try:
+            return docker.from_env(timeout=ENGINE_TIMEOUT)
+        except docker.errors.DockerException as error:
+            raise Failed(f"no Docker Engine answers: {error}") from error
 
     def labels(self, role: str) -> dict[str, str]:
         return {"lbscaler.project": self.name, "lbscaler.role": role}
@@ -69,7 +74,7 @@ class Project:
     def remove_checks(self) -> None:
         """Removes the containers of kernel checks. A run.sh that was killed may have left some."""
         for container in self.containers("check"):
-            container.remove(force=True)
+            remove_container(container)
 
     # -- files --------------------------------------------------------------------------------------------------------
 
@@ -92,16 +97,12 @@ class Project:
     def rotate_token(self) -> None:
         self.token = secrets.token_hex(24)
 
-    def write_secrets(self, undo: Undo) -> None:
-        """Writes the rotated files, and the token for the manager and, as a copy, for the balancer. Its container's
-        root has no right to read files of others with mode 0600, so everybody may read the copy, in a folder that only
-        this user may enter. `undo` gets what restores the files of the manager."""
-        for name, text in {**self.rotated_files, "token": self.token}.items():
-            path = self.run_dir / name
-            before = path.read_text() if path.exists() else ""
-            if before.strip() not in ("", text.strip()):
-                undo.add(f"restore {name}", partial(write, path, before))
-            write(path, text)
+    def write_secrets(self) -> None:
+        """Writes the certificate of a Swarm, and the token for the manager and, as a copy, for the balancer. The
+        balancer runs without CAP_DAC_OVERRIDE, so it cannot read another user's file of mode 0600: its copy is readable
+        for all, in a folder that only this user may enter."""
+        for name, text in {**self.certificate_files, "token": self.token}.items():
+            write(self.run_dir / name, text)
         self.secrets_dir.mkdir(mode=0o700, exist_ok=True)
         folder = self.secrets_dir / "balancer"
         folder.mkdir(exist_ok=True)
@@ -128,6 +129,28 @@ class Project:
 
 def has_text(path: Path) -> bool:
     return path.exists() and path.stat().st_size > 0
+
+
+def remove_container(container: Any) -> None:
+    """Removes it, unless the engine is at that already."""
+    try:
+        container.remove(force=True, v=True)
+    except docker.errors.APIError as error:
+        if error.status_code not in (HTTPStatus.NOT_FOUND, HTTPStatus.CONFLICT):
+            raise
+
+
+def keep(path: Path, undo: Undo) -> None:
+    """Registers that the file gets its present content again, or is removed if there is none."""
+    if not path.exists():
+        undo.add(f"remove {path.name}", partial(path.unlink, missing_ok=True))
+        return
+    undo.add(f"restore {path.name}", partial(_restore, path, path.read_bytes(), path.stat().st_mode))
+
+
+def _restore(path: Path, content: bytes, mode: int) -> None:
+    write(path, content)
+    path.chmod(mode)
 
 
 def write(path: Path, content: str | bytes) -> None:

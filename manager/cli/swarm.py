@@ -27,7 +27,7 @@ CLAIM_PAUSE = 5.0  # seconds in which managers on other nodes notice a newer cla
 POLL = 0.1  # seconds
 FILE = "file"  # role of the secrets that backends get
 TOKEN_FILE, KEY_FILE, CERTIFICATE_FILE = "token", "manager.pem", "certificate.pem"  # also the roles of their secrets
-TAKEN_OVER = (TOKEN_FILE, KEY_FILE)  # what a manager on another node needs
+NEEDED_ON_ANOTHER_NODE = (TOKEN_FILE, KEY_FILE)  # by a manager that takes over there
 NEW_CERTIFICATE = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 3650"
 CERTIFICATE_NAMES = "-subj /CN=lbscaler-manager -addext subjectAltName=DNS:lbscaler-manager"
 
@@ -77,26 +77,22 @@ def share_secrets(project: Project, image: str, rotate: bool, undo: Undo) -> dic
     uses it, so that the balancers can keep the certificate they have. With `rotate`, the certificate is made again. Its
     files here stay as they are until `Project.write_secrets`, because the running manager has them.
     """
-    stored = {file: _stored(project, file) for file in TAKEN_OVER}
+    stored = {file: _stored(project, file) for file in NEEDED_ON_ANOTHER_NODE}
     # If files are missing here and the Swarm has them, the manager ran on another node before.
-    complete = all(has_text(project.run_dir / file) for file in TAKEN_OVER)
+    complete = all(has_text(project.run_dir / file) for file in NEEDED_ON_ANOTHER_NODE)
     if not complete and all(stored.values()):
         with project.output.step("Fetching the project's secrets from the Swarm"):
             _fetch(project, {file: found[0] for file, found in stored.items()}, image)
     # Otherwise this is the first start, which makes them.
     project.make_token()
-    contents = {TOKEN_FILE: project.token, **_certificate(project, rotate)}
-    if rotate:
-        project.rotated_files = {KEY_FILE: contents[KEY_FILE], CERTIFICATE_FILE: contents[CERTIFICATE_FILE]}
-    else:
-        write(project.run_dir / CERTIFICATE_FILE, contents[CERTIFICATE_FILE])
+    project.certificate_files = _certificate(project, rotate)
+    contents = {TOKEN_FILE: project.token, **project.certificate_files}
+    names = {file: _secret_name(project, file, content) for file, content in contents.items()}
+    if not rotate:
         for file, found in stored.items():
-            _check_same(project, file, contents[file].encode(), found)
-    names = {}
+            _check_same(project, file, names[file], found)
     for file, content in contents.items():
-        names[file] = _secret_name(project, file, content.encode())
-        labels = project.labels(file) | {"lbscaler.digest": _digest(content.encode())}
-        if _create_secret(project, names[file], content.encode(), labels):
+        if _create_secret(project, names[file], content.encode(), project.labels(file)):
             undo.add(f"remove the secret {names[file]}", partial(_remove_secret, project, names[file]))
     return names
 
@@ -156,11 +152,10 @@ def _certificate(project: Project, new: bool) -> dict[str, str]:
     none yet. Raises Failed."""
     project.output.need("openssl", "the manager's certificate", "openssl")
     path = project.run_dir / KEY_FILE
-    pem = path.read_text() if has_text(path) and not new else ""
-    if not pem:
+    if has_text(path) and not new:
+        pem = path.read_text()
+    else:
         pem = _openssl(*NEW_CERTIFICATE.split(), *CERTIFICATE_NAMES.split(), "-keyout", "-", "-out", "-")
-    if not has_text(path):
-        write(path, pem)
     return {KEY_FILE: pem, CERTIFICATE_FILE: _openssl("x509", text=pem)}
 
 
@@ -171,20 +166,21 @@ def _openssl(*arguments: str, text: str = "") -> str:
     return done.stdout
 
 
-def _check_same(project: Project, file: str, content: bytes, stored: Iterable[Any]) -> None:
-    """Raises Failed if the Swarm has this file, and only with other content. (A rotation that was interrupted leaves a
-    newer one, too.)"""
-    digests = {secret.attrs["Spec"]["Labels"].get("lbscaler.digest") for secret in stored}
-    if digests and _digest(content) not in digests:
+def _check_same(project: Project, file: str, name: str, stored: Iterable[Any]) -> None:
+    """Raises Failed if the Swarm has this file, and only with other content, that is, with other names. (A rotation
+    that was interrupted leaves a newer one, too.)"""
+    names = {secret.name for secret in stored}
+    if names and name not in names:
         raise Failed(
             f"run/{project.name}/{file} is not the one that this Swarm's balancers have; copy it from the node that "
             "ran the manager, or ./stop.sh first"
         )
 
 
-def _secret_name(project: Project, file: str, content: bytes) -> str:
+def _secret_name(project: Project, file: str, content: str) -> str:
     """The name of a file's Swarm secret, which changes with its content."""
-    return f"{project.name}-{file.removesuffix('.pem')}-{_digest(content)[:8]}"
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    return f"{project.name}-{file.removesuffix('.pem')}-{digest[:8]}"
 
 
 def _create_secret(project: Project, name: str, content: bytes, labels: Mapping[str, str]) -> bool:
@@ -196,10 +192,6 @@ def _create_secret(project: Project, name: str, content: bytes, labels: Mapping[
         project.docker.secrets.create(name=name, data=content, labels=labels)
         return True
     return False
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def remove_rotated(project: Project, names: Mapping[str, str]) -> None:

@@ -1,8 +1,8 @@
 """The second part of `./run.sh`, once Docker runs and .venv is complete: it starts the project or changes its settings.
 
 The name of each step is printed before the step begins. If a step fails or a signal arrives, the run undoes its
-changes: a new project is removed, and a running one gets its previous settings and image again. The settings are stored
-before the start counts as a success, because the next run compares with them.
+changes: a new project is removed, and a running one gets its previous files, and with them its previous manager's
+settings and images.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from json import dumps, loads
+from json import dumps
 from pathlib import Path
 
 import requests
@@ -24,7 +24,7 @@ import requests
 from cli import doctor, down, file_copies, images, network, output, startup, swarm, unit
 from cli.arguments import Arguments, run_arguments
 from cli.output import Failed, Output, Undo
-from cli.project import Project, write
+from cli.project import Project, keep, write
 from core.settings import ROOT, SETTINGS, read, stored, variable, with_stored
 from core.state_files import StateFiles, digest
 
@@ -32,6 +32,11 @@ CHECK_GRACE = 5.0  # seconds for the check of the kernel to end after an interru
 MANAGER_START = 10.0  # seconds until the manager answers
 SUPERVISOR_START = 2.0  # seconds until the supervisor's process has to exist
 POLL = 0.05  # seconds
+# In run/PROJECT/: what a start writes, besides the environment. A start that fails restores them.
+FILES = (
+    *("token", "secrets/balancer/token", swarm.KEY_FILE, swarm.CERTIFICATE_FILE),
+    *("settings.json", "balancer/hostip.txt", "balancer/operator_settings.json"),
+)
 
 
 @dataclass(frozen=True)
@@ -46,15 +51,13 @@ class Images:
 class Start:
     """One run of ./run.sh. `run` calls the parts in their order."""
 
-    def __init__(
-        self, arguments: Arguments, out: Output, undo: Undo, image: str = "", files: Mapping[str, str] | None = None
-    ) -> None:
-        """`image` and `files` override the backends' image and the copies of their files: a run that restores the
-        previous settings gives the previous ones."""
+    def __init__(self, arguments: Arguments, out: Output, undo: Undo) -> None:
         self.arguments, self.settings = arguments, arguments.settings
-        self.output, self.undo, self._image = out, undo, image
-        self._files = files or {}
+        self.output, self.undo = out, undo
         self._project_existed = False
+        self._given_up_before = False  # an earlier run's update was given up, and this run does not try it again
+        self._swarm_secrets: dict[str, str] = {}  # their names, by file
+        self._files: dict[str, str] = {}  # the settings with the paths of copied files
         self.project = Project(self.settings.project, out)
         self.run_dir = self.project.run_dir
         self.swarm = self.settings.orchestrator == "swarm"
@@ -68,28 +71,29 @@ class Start:
         # First the parts that leave nothing to undo when they fail.
         self._check_host()
         built = self._images()
-        # A balancer that exists has already tried its rules on this kernel.
-        if not self.project.containers("balancer"):
+        # The balancer's image that the project has was tried when it was new.
+        if stored(project.name).get("balancer_image") != built.balancer:
             self._check_kernel(built.balancer)
         self._make_network()
         rotate = self.arguments.rotate_secrets
         if rotate:
             project.rotate_token()
-        names = swarm.share_secrets(project, built.balancer, rotate, self.undo) if self.swarm else {}
-        if not self._files:
-            self._files = file_copies.keep(project, settings, project.docker.images.get(built.backend_id))
-        secrets = {**(swarm.variables(names) if self.swarm else {}), **self._files}
+        self._swarm_secrets = swarm.share_secrets(project, built.balancer, rotate, self.undo) if self.swarm else {}
+        self._files = file_copies.copy_files(project, settings, project.docker.images.get(built.backend_id))
+        secrets = {**(swarm.variables(self._swarm_secrets) if self.swarm else {}), **self._files}
         # The manager launches the backends and the balancer.
         self._start_manager(address or network.gateway(project.network()), built, secrets)
         self._wait()
-        # Part of the start: without this file, the next run would not know the project's settings.
-        write(self.run_dir / "settings.json", self._settings_text(built, secrets))
-        file_copies.remove_unused(project, self._files)
-        if self.swarm:
-            swarm.remove_rotated(project, names)
         if self.arguments.at_boot:
             with self.output.step(f"Enabling {unit.name(project.name)}, which starts the manager at boot"):
                 unit.install(project.name, "enable", self.output)
+
+    def remove_replaced(self) -> None:
+        """Removes the secrets and the copies of files that the settings before needed. After that, the run cannot be
+        undone."""
+        file_copies.remove_unused(self.project, self._files)
+        if self.swarm:
+            swarm.remove_rotated(self.project, self._swarm_secrets)
 
     # -- before anything starts ---------------------------------------------------------------------------------------
 
@@ -101,7 +105,7 @@ class Start:
     def _images(self) -> Images:
         client, base = self.project.docker, self.settings.base_image
         balancer = images.build(client, self.output, "balancer", base)
-        backend = self._image or self.settings.image
+        backend = self.settings.image
         if not backend:
             backend = images.build(client, self.output, "server", base)
         elif not images.exists(client, backend):
@@ -138,36 +142,69 @@ class Start:
         changed, a new manager has to be started."""
         made_from = {"backend_image": built.backend_id, "balancer_image": built.balancer}
         made_from["manager"] = images.digest("manager", self.settings.base_image)
+        made_from["python"] = sys.version
         made_from["secrets"] = " ".join(secrets.values())
-        made_from["files"] = dumps(self._files)
         made_from["token"] = digest(self.project.token)
         return dumps({**self.arguments.variables, **made_from}, indent=1)
 
     def _start_manager(self, address: str, built: Images, secrets: Mapping[str, str]) -> None:
         project, out = self.project, self.output
-        path = self.run_dir / "settings.json"
-        unchanged = path.exists() and path.read_text() == self._settings_text(built, secrets)
+        path, settings_text = self.run_dir / "settings.json", self._settings_text(built, secrets)
+        unchanged = path.exists() and path.read_text() == settings_text
+        refused_update = self.run_dir / "balancer" / "refused_update.json"
+        self._given_up_before = refused_update.exists()
         complete = project.manager_runs() and project.supervisor_runs()
         if complete and unchanged and not self.arguments.backends:
             out.say("The manager is up and its settings are unchanged")
             return
-        restores = bool(self._image)
-        if self._project_existed and path.exists() and not restores:
-            desired = StateFiles(self.run_dir / "balancer" / "ip.txt").read_fleet().desired
-            self.undo.add("go back to the settings before", partial(self._go_back, desired))
-        if project.manager_runs() or project.supervisor_runs():
+        if self._project_existed:
+            self._keep_settings()
+        # A supervisor that has failed is not there for a moment: its unit starts it again.
+        if project.manager_runs() or project.supervisor_runs() or unit.is_installed(project.name):
             with out.step("Stopping the manager, to start it with changed settings"):
                 project.end_manager()
         # The files that the manager and the balancer read.
-        project.write_secrets(self.undo)
+        project.write_secrets()
         self._write_run_time_files(f"{address}:{self.settings.manager_port}\n")
-        if not unchanged and not self.arguments.rotate_secrets:
-            (self.run_dir / "balancer" / "refused_update.json").unlink(missing_ok=True)  # it may be tried again
         same_settings = self.arguments.variables == with_stored({variable("project"): project.name})
+        only_rotates = self.arguments.rotate_secrets and same_settings
+        if not unchanged and not only_rotates:
+            refused_update.unlink(missing_ok=True)  # it may be tried again
+            self._given_up_before = False
+        # Changed settings replace the limits and the pause that the operator has set.
         if not same_settings:
-            self._forget_operator_settings()
+            (self.run_dir / "balancer" / "operator_settings.json").unlink(missing_ok=True)
+        # In a file of mode 0600, because every user may read a unit.
+        environment = self._environment(built, secrets).items()
+        text = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in environment)
+        write(self.run_dir / "environment", text)
+        write(path, settings_text)
         with out.step("Starting the manager"):
-            self._launch(self._environment(built, secrets))
+            self._launch(self.arguments.backends, self.settings.manager_port)
+
+    def _keep_settings(self) -> None:
+        """Registers what undoes a change of a running project: the manager ends, its files are restored, and it is
+        started again."""
+        environment, before = self.run_dir / "environment", stored(self.project.name)
+        if not environment.exists() or not before:
+            return  # somebody has deleted them
+        # The name of the backends' image may refer to another one by now.
+        text = f"{environment.read_text()}export LB_IMAGE={before['backend_image']}\n"
+        desired = StateFiles(self.run_dir / "balancer" / "ip.txt").read_fleet().desired
+        self.undo.add("go back to the settings before", partial(self._go_back, text, str(desired or "")))
+        for name in FILES:
+            keep(self.run_dir / name, self.undo)
+        self.undo.add("stop the manager", self.project.end_manager)
+
+    def _go_back(self, environment: str, backends: str) -> None:
+        """Starts the manager with the settings before, whose files are restored, and waits until the project serves
+        again. It does not wait until all backends have been replaced."""
+        settings = read(with_stored({variable("project"): self.project.name}))
+        write(self.run_dir / "environment", environment)
+        with self.output.step("Starting the manager with the settings before"):
+            self._launch(backends, settings.manager_port)
+        with self.output.step(f"Waiting for the first answer on port {settings.port}") as step:
+            startup.wait_until_it_serves(settings, step.log)
 
     def _write_run_time_files(self, address: str) -> None:
         """Writes hostip.txt, the manager's address for the balancer, and links both run-time files into balancer/."""
@@ -177,14 +214,11 @@ class Start:
         # them.
         for name in images.RUN_TIME_FILES:
             link = ROOT / "balancer" / name
-            link.unlink(missing_ok=True)
-            link.symlink_to(Path("..", "run", self.project.name, "balancer", name))
-
-    def _forget_operator_settings(self) -> None:
-        """Changed settings replace the limits and the pause that the operator has set."""
-        place = self.run_dir / "balancer"
-        with suppress(FileNotFoundError):
-            (place / "operator_settings.json").replace(place / "operator_settings.before")
+            # In one step, because other projects of this checkout make the same links.
+            fresh = link.with_name(f".{name}.{self.project.name}")
+            fresh.unlink(missing_ok=True)
+            fresh.symlink_to(Path("..", "run", self.project.name, "balancer", name))
+            fresh.replace(link)
 
     def _environment(self, built: Images, secrets: Mapping[str, str]) -> dict[str, str]:
         """The environment variables that the manager is started with."""
@@ -198,14 +232,11 @@ class Start:
         found = {"LB_BALANCER_IMAGE": balancer, "LB_IMAGE": built.backend, "LB_IMAGE_ID": built.backend_id}
         return {**variables, **found, "LB_HEALTH": health}
 
-    def _launch(self, environment: Mapping[str, str]) -> None:
+    def _launch(self, backends: str, manager_port: int) -> None:
         """Starts the supervisor, as a unit if systemd is this host's init, and waits until its manager answers."""
         project = self.project
-        # In a file of mode 0600, because every user may read a unit.
-        lines = [f"export {name}={shlex.quote(value)}\n" for name, value in environment.items()]
-        write(self.run_dir / "environment", "".join(lines))
-        if self.arguments.backends:
-            write(self.run_dir / "backends", self.arguments.backends)
+        if backends:
+            write(self.run_dir / "backends", backends)
         # systemd restarts a supervisor that was killed. Without systemd, the supervisor gets a session of its own, so
         # that closing the terminal does not end it.
         if unit.usable():
@@ -216,32 +247,13 @@ class Start:
             subprocess.Popen(command, start_new_session=True, **streams)  # type: ignore[call-overload]
         # When a manager cannot start, its supervisor ends as well, and no answer will come.
         began = time.monotonic()
-        while not self._manager_answers():
+        while not _manager_answers(manager_port):
             waited = time.monotonic() - began
             supervisor_ended = waited > SUPERVISOR_START and not project.supervisor_runs()
             if supervisor_ended or waited > MANAGER_START:
                 project.end_manager()
                 raise Failed("the manager does not answer")
             time.sleep(POLL)
-
-    def _manager_answers(self) -> bool:
-        with suppress(requests.RequestException), requests.Session() as session:
-            session.trust_env = False  # this host is reached through no proxy
-            return session.get(f"http://127.0.0.1:{self.settings.manager_port}/status", timeout=5).status_code == 200
-        return False
-
-    def _go_back(self, desired: int) -> None:
-        """Starts the manager with the stored settings, image and files and `desired` backends, and waits until the
-        project serves again. It does not wait until all backends have been replaced."""
-        self.project.end_manager()
-        with suppress(FileNotFoundError):
-            kept = self.run_dir / "balancer" / "operator_settings.before"
-            kept.replace(kept.with_name("operator_settings.json"))
-        variables = with_stored({variable("project"): self.project.name})
-        arguments = Arguments(read(variables), variables, backends=str(desired or ""), no_wait=True)
-        before = stored(self.project.name)
-        files = loads(before.get("files", "{}"))
-        Start(arguments, self.output, Undo(self.output), before["backend_image"], files).run()
 
     # -- until it serves ----------------------------------------------------------------------------------------------
 
@@ -251,7 +263,9 @@ class Start:
             startup.wait_until_it_serves(self.settings, step.log)
         if not self.arguments.no_wait:
             with self.output.step("Waiting until every backend has these settings") as step:
-                startup.wait_for_update(self.settings, step.log)
+                startup.wait_for_update(self.settings, self._given_up_before, step.log)
+        if self._given_up_before:
+            self.output.say("An earlier update was given up; ./run.sh --status has the reason")
 
     def print_summary(self) -> None:
         settings = self.settings
@@ -264,13 +278,20 @@ class Start:
         self.output.say(f"  stop      ./stop.sh{'' if is_default else f' --project {settings.project}'}")
 
 
+def _manager_answers(port: int) -> bool:
+    with suppress(requests.RequestException), requests.Session() as session:
+        session.trust_env = False  # this host is reached through no proxy
+        return session.get(f"http://127.0.0.1:{port}/status", timeout=5).status_code == 200
+    return False
+
+
 def run(arguments: Arguments, out: Output) -> None:
     with Undo(out) as undo:
         if os.environ.get("ENGINE_STARTED"):
-            undo.add("stop the Docker Engine", lambda: out.run("bash", "-c", ". manager/host.sh; stop_engine"))
+            undo.add("stop the Docker Engine", lambda: out.run("bash", "-c", ". manager/host.sh; stop_unused_engine"))
         start = Start(arguments, out, undo)
         start.run()
-    (start.run_dir / "balancer" / "operator_settings.before").unlink(missing_ok=True)
+    start.remove_replaced()
     start.print_summary()
 
 

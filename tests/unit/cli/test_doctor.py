@@ -184,14 +184,18 @@ def test_port_that_a_foreign_process_uses_is_a_fault_and_our_own_is_not(monkeypa
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         host = FakeHost(bind="127.0.0.1", port=port, manager_port=port + 1 if port < 65535 else 1024)
-        host.answers("docker ps", "127.0.0.1:1->8000/tcp")
+        running = "docker ps --quiet --filter label=lbscaler.project=p"
+        host.answers(running, "abc")
+        host.answers(f"{running} --filter publish={port}", "")
         taken = doctor.service_port(host)
         assert taken[::2] == (FAULT, "end that, or choose another with --port PORT")
         assert taken.found.startswith(f"port {port} is taken by ")
         assert f"(pid {os.getpid()})" in taken.found
         monkeypatch.setattr(doctor, "REQUIRED", ("engine", "service port"))
         assert doctor.obstacles(host.serves()) == [f"{taken.found}; {taken.fix}"]
-        host.answers("docker ps --filter label=lbscaler.project=p", f"127.0.0.1:{port}->8000/tcp")
+        with_publish = FakeHost(bind="127.0.0.1", publish=f"{port}:80 {port + 1}:81")
+        assert doctor.service_port(with_publish).fix.endswith("choose another with --publish PORT:BACKEND-PORT")
+        host.answers(f"{running} --filter publish={port}", "abc")
         assert doctor.service_port(host) == Found(OK, f"port {port} is used by this project")
         host = FakeHost(manager_port=port)
         assert doctor.manager_port(host)[::2] == (FAULT, "end that, or choose another with --manager-port PORT")
@@ -219,6 +223,7 @@ def test_no_free_network_is_a_fault(monkeypatch: pytest.MonkeyPatch, host: FakeH
 
 
 NETWORK: dict[str, Any] = {"Labels": {"lbscaler.project": "p"}, "IPAM": {"Config": [{"Subnet": "172.16.0.0/20"}]}}
+NETWORK["Driver"] = "bridge"
 
 
 def with_network(network: object = NETWORK, **changes: object) -> FakeHost:
@@ -243,6 +248,13 @@ def test_network_of_that_name_has_to_be_of_the_project_and_keeps_its_subnet() ->
     assert foreign == (FAULT, "the network p is not of this project", "choose another name with --project")
     moved = doctor.network(with_network(subnet="10.9.0.0/20"))
     assert moved == (FAULT, "the network p is 172.16.0.0/20", "./stop.sh, then --subnet 10.9.0.0/20 applies")
+
+
+@pytest.mark.parametrize(("driver", "has", "wanted"), [("overlay", "swarm", "docker"), ("bridge", "docker", "swarm")])
+def test_project_of_another_orchestrator_is_not_changed(driver: str, has: str, wanted: str) -> None:
+    host = with_network({**NETWORK, "Driver": driver}, orchestrator=wanted)
+    fix = f"give --orchestrator {has}, or ./stop.sh first"
+    assert doctor.network(host) == (FAULT, f"the project exists with --orchestrator {has}", fix)
 
 
 JOINABLE = {"Name": "p-db", "Driver": "bridge", "Scope": "local", "Attachable": False, "EnableIPv6": False}

@@ -64,19 +64,19 @@ def copies(variables: dict[str, str]) -> tuple[Path, Path]:
 
 
 def test_copies_are_for_their_reader_alone(project: Project, files: dict[str, str]) -> None:
-    env_file, secret = copies(file_copies.keep(project, settings(**files), image()))
+    env_file, secret = copies(file_copies.copy_files(project, settings(**files), image()))
     assert (env_file.read_text(), env_file.stat().st_mode & 0o777) == ("A=hunter2\n", 0o400)
     assert (secret.read_bytes(), secret.stat().st_mode & 0o777) == (b"\x00\xff", 0o400)
     assert owners == [(env_file.name, 0), (secret.name, 10001)]
     assert env_file.parent.stat().st_mode & 0o777 == 0o700
-    assert file_copies.keep(project, settings(), image()) == {}
+    assert file_copies.copy_files(project, settings(), image()) == {}
 
 
 def test_copy_has_another_name_for_other_content_another_owner_or_another_token(
     project: Project, files: dict[str, str], tmp_path: Path
 ) -> None:
     def names(user: str = "") -> tuple[str, str]:
-        env_file, secret = copies(file_copies.keep(project, settings(**files), image(user)))
+        env_file, secret = copies(file_copies.copy_files(project, settings(**files), image(user)))
         return env_file.name, secret.name
 
     first = names()
@@ -92,22 +92,22 @@ def test_secret_without_a_reader_is_refused(
     project: Project, files: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(Failed, match="only the image has the number of its user www-data; write USER NUMBER"):
-        file_copies.keep(project, settings(**files), image("www-data"))
+        file_copies.copy_files(project, settings(**files), image("www-data"))
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(Failed, match="only root can give files to the backends' user; run as root"):
-        file_copies.keep(project, settings(**files), image())
+        file_copies.copy_files(project, settings(**files), image())
     del files["secret"]
-    assert file_copies.keep(project, settings(**files), image())["LB_SECRET"] == ""
+    assert file_copies.copy_files(project, settings(**files), image())["LB_SECRET"] == ""
 
 
 def test_copy_that_no_backend_uses_is_removed(
     project: Project, files: dict[str, str], engine: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file_copies.remove_unused(project, {})  # there are none
-    old = file_copies.keep(project, settings(**files), image())
+    old = file_copies.copy_files(project, settings(**files), image())
     (tmp_path / "a.env").write_text("A=hunter3\n")
     (tmp_path / "a key").write_text("new")
-    new = file_copies.keep(project, settings(**files), image())
+    new = file_copies.copy_files(project, settings(**files), image())
     env_file, secret = copies(old)
     specs = [{"env_file": [str(env_file)]}, {"volumes": [f"{secret}:/run/secrets/key:ro"]}, {}]
     rows = [{"Id": "a", "Labels": {"lbscaler.spec": json.dumps(spec)}} for spec in specs]
@@ -126,11 +126,11 @@ def test_swarm_has_a_secret_for_each_content_until_no_service_needs_it(
     project: Project, files: dict[str, str], engine: FakeEngine, tmp_path: Path
 ) -> None:
     engine.swarm = {"LocalNodeState": "active", "ControlAvailable": True, "NodeID": "this-node"}
-    old = copies(file_copies.keep(project, settings(orchestrator="swarm", **files), image("1000")))[1].name
+    old = copies(file_copies.copy_files(project, settings(orchestrator="swarm", **files), image("1000")))[1].name
     assert {uid for _, uid in owners} == {0}, "each task gets a file of its own"
     (tmp_path / "a key").write_text("new")
-    new = file_copies.keep(project, settings(orchestrator="swarm", **files), image("1000"))
-    file_copies.keep(project, settings(orchestrator="swarm", **files), image("1000"))
+    new = file_copies.copy_files(project, settings(orchestrator="swarm", **files), image("1000"))
+    file_copies.copy_files(project, settings(orchestrator="swarm", **files), image("1000"))
     assert engine.secrets.keys() == {f"p-{old}", f"p-{copies(new)[1].name}"}
     tasks = {"ContainerSpec": {"Secrets": [{"SecretName": f"p-{old}"}]}}
     labels = project.labels("backend") | {"lbscaler.spec": "{}", "lbscaler.before": json.dumps(tasks)}

@@ -71,6 +71,79 @@ def test_engine_that_another_program_started_is_not_stopped(tmp_path: Path) -> N
     assert done.stdout == "started here: []\n"
 
 
+def fake(place: Path, **programs: str) -> str:
+    """A PATH with these programs before the others."""
+    for name, text in programs.items():
+        (place / name).write_text(f"#!/bin/bash\n{text}\n")
+        (place / name).chmod(0o755)
+    return f"{place}:{os.environ['PATH']}"
+
+
+@pytest.mark.parametrize(
+    ("state", "then", "stopped"),
+    [
+        ("inactive", "stop_unused_engine", True),
+        ("active", "stop_unused_engine", False),  # it was too busy to answer
+        ("activating", "stop_engine", False),
+        ("inactive", "echo abc >containers; stop_unused_engine", False),
+        ("inactive", "echo another >run/engine/boot; stop_engine", False),
+    ],
+)
+def test_only_an_engine_that_this_boot_of_the_host_started_and_nobody_uses_is_stopped(
+    tmp_path: Path, state: str, then: str, stopped: bool
+) -> None:
+    path = fake(
+        tmp_path,
+        docker="case $1 in info) [ -e answers ] ;; ps) cat containers ;; *) exit 1 ;; esac",
+        dockerd="exit 1",
+        id="echo 0",
+        systemctl=f'echo "$*" >>calls; case $1 in is-active) echo {state}; exit 3 ;; start) touch answers ;; esac',
+    )
+    before = "mkdir -p run/engine; echo systemd >run/engine/dockerd.pid; echo another >run/engine/boot"
+    done = shell(f"{before}; SYSTEMD=$PWD; ensure_engine; {then}", tmp_path, PATH=path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ("stop docker docker.socket" in (tmp_path / "calls").read_text()) == stopped
+
+
+def test_engine_that_starts_slowly_is_not_started_twice_and_can_be_stopped(tmp_path: Path) -> None:
+    path = fake(tmp_path, docker="exit 1", dockerd="echo >>starts; exec -a dockerd sleep 60")
+    script = "ENGINE_TIMEOUT=1 SYSTEMD=none; start_engine || echo failed; stop_engine; echo stopped"
+    done = shell(script, tmp_path, PATH=path)
+    assert (done.stdout, done.returncode) == ("failed\nstopped\n", 0)
+    assert (tmp_path / "starts").read_text() == "\n"
+    assert not (tmp_path / "run/engine").exists()
+
+
+def test_engine_that_does_not_end_is_not_forgotten(tmp_path: Path) -> None:
+    path = fake(tmp_path, docker="[ -e answers ]", dockerd="trap '' TERM; touch answers; exec -a dockerd sleep 10")
+    script = "ENGINE_TIMEOUT=1 SYSTEMD=none; start_engine; stop_engine || kill -9 $(cat run/engine/dockerd.pid)"
+    done = shell(script, tmp_path, PATH=path)
+    assert done.stdout.endswith("has not ended after 1 s\n")
+    assert done.returncode == 0
+
+
+def test_engine_that_accepts_calls_but_does_not_answer_is_reported(tmp_path: Path) -> None:
+    path = fake(tmp_path, docker="sleep 30", timeout='shift; exec /usr/bin/timeout 0.2 "$@"')
+    done = shell("ensure_engine", tmp_path, PATH=path, DOCKER_HOST="unix:///x")
+    assert "no engine answers at DOCKER_HOST=unix:///x" in done.stderr
+
+
+def test_docker_command_uses_the_engine_of_this_host_whatever_its_context_is(tmp_path: Path) -> None:
+    path = fake(tmp_path, docker='echo "$DOCKER_CONTEXT" >context')
+    assert shell("ensure_engine", tmp_path, PATH=path, DOCKER_CONTEXT="far-away").returncode == 0
+    assert (tmp_path / "context").read_text() == "default\n"
+
+
+def test_environment_is_made_again_for_another_version_of_python(tmp_path: Path) -> None:
+    (tmp_path / "manager").mkdir()
+    (tmp_path / "manager" / "requirements.txt").touch()
+    stamps = []
+    for version in ("3 11", "3 13"):
+        path = fake(tmp_path, python3=f"echo {version}")
+        stamps.append(shell("wanted_stamp", tmp_path, PATH=path).stdout)
+    assert stamps[0] != stamps[1]
+
+
 def test_stop_engine_ends_no_process_that_reuses_the_engines_number(tmp_path: Path) -> None:
     script = "mkdir -p $ENGINE_DIR; sleep 5 & echo $! >$ENGINE_DIR/dockerd.pid; stop_engine; kill $!"
     done = shell(script, tmp_path)

@@ -74,6 +74,7 @@ def test_image_is_built_with_its_label_on_the_base_image(folder: Path, out: Outp
     assert client.built["tag"] == name
     assert client.built["labels"] == {"lbscaler.image": "balancer"}
     assert client.built["buildargs"] == {"BASE": "my/base"}
+    assert client.built["forcerm"], "a build that fails leaves no container"
     assert out.path.read_text() == "Step 1/2\n"
     again = Client(name)
     assert images.build(again, out, "balancer", "my/base") == name

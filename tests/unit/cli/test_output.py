@@ -62,6 +62,15 @@ def test_signal_ends_the_step_and_no_later_one_interrupts_the_undo(tmp_path: Pat
     assert done.stdout.endswith("first undone\n")
 
 
+def test_interrupted_program_ends_with_all_that_it_has_started(tmp_path: Path) -> None:
+    clean_up = f"trap 'sleep 0.3; echo >{tmp_path}/cleaned; exit' TERM"
+    child = f"{clean_up}; sleep 0.3; kill -INT {{os.getpid()}}; sleep 61 & wait"
+    body = f"out.run('bash', '-c', f\"({child}); true\")"
+    done = program(body, tmp_path)
+    assert done.returncode == 130, done.stderr
+    assert (tmp_path / "cleaned").exists(), "it had time to clean up"
+
+
 def test_later_signal_does_not_interrupt_a_clean_up_within_the_step(tmp_path: Path) -> None:
     clean_up = "time.sleep(0); send(signal.SIGTERM); time.sleep(0.1); print(1234)"
     done = program(f"exec('try:\\n send(signal.SIGINT)\\nfinally:\\n {clean_up}')", tmp_path)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import resource
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock, Mock
 
+import docker.errors
 import pytest
 
-from cli.output import Failed
-from cli.project import write
+from cli import down, up
+from cli.output import Failed, Output
+from cli.project import Project, write
 
 
 def test_file_is_replaced_with_mode_0600(tmp_path: Path) -> None:
@@ -18,6 +23,38 @@ def test_file_is_replaced_with_mode_0600(tmp_path: Path) -> None:
     write(path, "new")
     assert (path.read_text(), path.stat().st_mode & 0o777) == ("new", 0o600)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_engine_that_cannot_be_reached_is_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(docker, "from_env", Mock(side_effect=docker.errors.DockerException("no such file")))
+    with Output(tmp_path / "log") as out, pytest.raises(Failed, match="no Docker Engine answers: no such file"):
+        _ = Project("p", out).docker
+
+
+def test_starts_of_two_projects_may_write_their_links_at_the_same_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(up, "ROOT", tmp_path)
+    (tmp_path / "balancer").mkdir()
+
+    def write_links(name: str) -> None:
+        run_dir = tmp_path / "run" / name
+        run_dir.mkdir(parents=True)
+        start = SimpleNamespace(run_dir=run_dir, project=SimpleNamespace(name=name))
+        for _ in range(300):
+            up.Start._write_run_time_files(start, "198.18.0.1:5000\n")  # type: ignore[arg-type]
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(write_links, ("p", "q")))
+    assert {path.name for path in (tmp_path / "balancer").iterdir()} == {"ip.txt", "hostip.txt"}
+
+
+def test_network_that_a_swarm_still_lists_is_not_removed_for_ever() -> None:
+    network = Mock(attrs={"Driver": "overlay"})
+    network.remove.side_effect = docker.errors.NotFound("no such network")
+    project = MagicMock()
+    project.network.return_value = network
+    assert not down._remove_network(project)
 
 
 def test_content_may_be_bytes(tmp_path: Path) -> None:

@@ -229,6 +229,16 @@ def test_update_that_is_given_up_fails_and_the_old_settings_apply_again(system: 
     assert len(system.processes()) == 2
 
 
+def test_failed_upgrade_goes_back_to_the_balancers_image_that_worked(system: System) -> None:
+    system.up("--image", "good")
+    before = status(system)["environment"]["LB_BALANCER_IMAGE"]
+    with (system.tree / "balancer" / "rotation.py").open("a") as module:
+        module.write("# another version\n")
+    system.up("--image", "bad", status=1)
+    assert status(system)["environment"]["LB_BALANCER_IMAGE"] == before
+    assert (system.state / "kernel_checks").read_text().count("\n") == 2, "each image is tried on this kernel"
+
+
 def test_failed_update_of_a_project_whose_manager_was_stopped_applies_the_old_settings_again(system: System) -> None:
     system.up("--image", "good")
     for pid in system.processes():
@@ -289,7 +299,12 @@ def test_update_continues_after_a_start_with_no_wait(system: System) -> None:
     until(lambda: status(system)["launches"]["update_given_up"], "the update is given up")
     given_up = "the update was given up: its container ended with exit code 3"
     assert given_up in system.script("run.sh", "--status", status=3)
-    assert "what ran before is used again" in system.up(status=1), "the next run.sh reports it, too"
+    (system.run_dir / "balancer" / "refused_update.json").write_text("the manager writes it")
+    old, reported = tokens(system), "An earlier update was given up; ./run.sh --status has the reason"
+    assert reported in system.up()
+    assert reported in system.up("--rotate-secrets"), "this can be done before the update is repeated"
+    assert not tokens(system) & old
+    assert "what ran before is used again" in system.up("--max", "9", status=1), "changed settings try it again"
     assert len(system.processes()) == 2
 
 
@@ -367,6 +382,14 @@ def test_failed_upgrade_keeps_the_environment_of_the_running_manager(system: Sys
     assert status(system)["pid"] != pid, "other packages are another manager"
 
 
+def test_stop_repairs_an_environment_that_an_upgrade_of_python_broke(system: System) -> None:
+    system.up("--image", "good")
+    (system.tree / ".venv" / "bin" / "python").write_text("#!/bin/sh\nexit 1\n")
+    (system.tree / ".venv" / "stamp").write_text("of another version\n")
+    system.down()
+    assert system.nothing_left()
+
+
 def test_virtual_environment_works_after_it_was_moved(tmp_path: Path) -> None:
     subprocess.run(["python3", "-m", "venv", "--without-pip", str(tmp_path / ".venv.new")], check=True)
     (tmp_path / ".venv.new").rename(tmp_path / ".venv")
@@ -401,7 +424,7 @@ def test_only_the_manager_of_the_project_is_stopped(system: System, tmp_path: Pa
 def test_stop_keeps_a_network_that_a_foreign_container_is_attached_to(system: System) -> None:
     system.up("--image", "good")
     system.engine.networks[0]["Containers"] = {"their-id": {"Name": "theirs"}}
-    assert "Keeping the network p: theirs is attached to it" in system.down()
+    assert "Keeping the network p, because these containers are attached: theirs" in system.down()
     assert len(system.engine.networks) == 1
     system.engine.networks[0]["Containers"] = {}
     system.down()
@@ -412,9 +435,21 @@ def test_stop_without_an_engine_ends_the_manager(system: System) -> None:
     system.up("--image", "good")
     environment = dict(system.environment)
     system.environment["DOCKER_HOST"] = f"unix://{system.state / 'nothing'}"
-    assert "No Docker Engine answers" in system.down()
-    assert system.processes() == []
+    before = settings(system)
+    output = system.down(status=1)
+    assert "may be left. When the engine answers, run ./stop.sh again" in output
+    assert ("Project p is down" in output, system.processes()) == (False, [])
+    assert settings(system) == before, "the next one needs the ports and the drain timeout"
     system.environment = environment
+    system.down()
+    assert system.nothing_left()
+    assert not (system.run_dir / "settings.json").exists()
+
+
+def test_container_that_is_being_removed_already_is_no_error(system: System) -> None:
+    system.engine.removed_already = True
+    (system.state / "check").touch()
+    system.up("--image", "good")
     system.down()
     assert system.nothing_left()
 

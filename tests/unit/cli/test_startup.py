@@ -1,4 +1,4 @@
-"""What run.sh waits for: a status and a time in, a verdict out; and once with a manager that answers on a port."""
+"""What run.sh waits for: a status and a time in, a result out; and once with a manager that answers on a port."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from werkzeug.serving import BaseWSGIServer, make_server
 
 from cli import startup
 from cli.output import Failed
-from cli.startup import Outcome, Serve, Update, wait_for_update, wait_until_it_serves
+from cli.startup import Serve, Update, wait_for_update, wait_until_it_serves
 from cli.watch import NoAnswer
 from fakes import Clock, settings
 
-WAIT, REACHED, FAILED = Outcome.WAIT, Outcome.REACHED, Outcome.FAILED
+WAIT, REACHED, FAILED = "waits", "is reached", "failed"
 
 
 def backend(number: int, state: str = "active", why: str = "") -> dict[str, Any]:
@@ -46,8 +46,17 @@ def served() -> bool:
     return True
 
 
-def outcome(goal: Serve | Update, found: dict[str, Any], now: float) -> Outcome:
-    return goal.judge(found, now).outcome
+def judge(goal: Serve | Update, found: dict[str, Any], now: float) -> tuple[str, str]:
+    """The outcome, and what is waited for or why it failed."""
+    try:
+        waits_for = goal.judge(found, now)  # type: ignore[arg-type]
+    except Failed as error:
+        return FAILED, str(error)
+    return (REACHED, "") if waits_for is None else (WAIT, waits_for)
+
+
+def outcome(goal: Serve | Update, found: dict[str, Any], now: float) -> str:
+    return judge(goal, found, now)[0]
 
 
 # -- a start ---------------------------------------------------------------------------------------------------------
@@ -71,9 +80,9 @@ def outcome(goal: Serve | Update, found: dict[str, Any], now: float) -> Outcome:
     ],
 )
 def test_a_project_serves_once_its_balancer_runs_and_a_backend_is_in_rotation(
-    found: dict[str, Any], now: float, expected: Outcome
+    found: dict[str, Any], now: float, expected: str
 ) -> None:
-    assert outcome(Serve(60, served, 0.0), found, now) is expected
+    assert outcome(Serve(60, served, 0.0), found, now) == expected
 
 
 def test_slow_image_has_its_ready_timeout() -> None:
@@ -84,15 +93,22 @@ def test_slow_image_has_its_ready_timeout() -> None:
 def test_a_balancer_that_stays_failed_ends_the_wait_with_its_problem() -> None:
     goal, failed = Serve(60, served, 0.0), status("active", balancer="failed", problem="port 8000 is already allocated")
     assert [outcome(goal, failed, now) for now in (0, 9)] == [WAIT, WAIT]
-    assert outcome(goal, status("active", balancer="starting"), 9.5) is WAIT
+    assert outcome(goal, status("active", balancer="starting"), 9.5) == WAIT
     assert [outcome(goal, failed, now) for now in (10, 19)] == [WAIT, WAIT], "the time began again"
-    verdict = goal.judge(failed, 20)
-    assert (verdict.outcome, verdict.text) == (FAILED, "the balancer does not run: port 8000 is already allocated")
+    assert judge(goal, failed, 20) == (FAILED, "the balancer does not run: port 8000 is already allocated")
+
+
+@pytest.mark.parametrize(("problem", "end"), [("", ""), ("no such image", ": no such image")])
+def test_balancer_that_is_missing_for_too_long_is_named_with_its_problem_if_there_is_one(
+    problem: str, end: str
+) -> None:
+    found = status("active", "active", balancer="missing", problem=problem)
+    assert judge(Serve(60, served, 0.0), found, 76) == (FAILED, f"the balancer does not run (missing){end}")
 
 
 def test_failed_launches_are_explained_by_the_managers_reason() -> None:
-    verdict = Serve(60, served, 0.0).judge(status("starting", failed=4, why="GET / on port 80: status 500"), 1)
-    assert verdict.text.startswith("no backend got ready: GET / on port 80: status 500; see --backend-port")
+    _, text = judge(Serve(60, served, 0.0), status("starting", failed=4, why="GET / on port 80: status 500"), 1)
+    assert text.startswith("no backend got ready: GET / on port 80: status 500; see --backend-port")
 
 
 def test_service_port_that_does_not_answer_is_a_failure_after_thirty_seconds() -> None:
@@ -111,35 +127,37 @@ def updating(replaced: int, to_replace: int, *states: str) -> dict[str, Any]:
 
 
 def test_wait_ends_where_there_is_no_update() -> None:
-    verdict = Update(60, 30, 0.0).judge(status("active", "starting"), 0)
-    assert (verdict.outcome, verdict.text) == (REACHED, "")
+    assert outcome(Update(60, 30, False, 0.0), status("active", "starting"), 0) == REACHED
 
 
 def test_an_update_is_reached_when_all_are_replaced_and_in_rotation() -> None:
-    goal = Update(60, 30, 0.0)
-    verdict = goal.judge(updating(1, 1), 0)
-    assert (verdict.outcome, verdict.text) == (WAIT, "1 of 2 backends replaced, 2 in rotation")
-    assert outcome(goal, updating(2, 0, "active", "starting"), 1) is WAIT
-    verdict = goal.judge(updating(2, 0, "active", "active", "draining"), 2)
-    assert (verdict.outcome, verdict.text) == (REACHED, "2 of 2 backends replaced")
+    goal = Update(60, 30, False, 0.0)
+    assert judge(goal, updating(1, 1), 0) == (WAIT, "1 of 2 backends replaced, 2 in rotation")
+    assert outcome(goal, updating(2, 0, "active", "starting"), 1) == WAIT
+    assert outcome(goal, updating(2, 0, "active", "active", "draining"), 2) == REACHED
 
 
 def test_an_update_that_was_given_up_has_failed_with_its_reason() -> None:
-    goal = Update(60, 30, 0.0)
-    assert outcome(goal, updating(0, 2), 0) is WAIT
-    verdict = goal.judge(status("active", "active", update_given_up="exit code 3"), 5)
-    assert verdict.outcome is FAILED
-    assert verdict.text.endswith("what ran before is used again: exit code 3")
+    given_up = status("active", "active", update_given_up="exit code 3")
+    goal = Update(60, 30, True, 0.0)
+    assert outcome(goal, updating(0, 2), 0) == WAIT
+    for failed in (goal, Update(60, 30, False, 0.0)):
+        result, text = judge(failed, given_up, 5)
+        assert (result, text.endswith("what ran before is used again: exit code 3")) == (FAILED, True)
+
+
+def test_update_that_an_earlier_run_tried_is_no_failure_of_this_one() -> None:
+    given_up = status("active", "active", update_given_up="exit code 3")
+    assert outcome(Update(60, 30, True, 0.0), given_up, 0) == REACHED
 
 
 def test_long_update_has_no_time_limit_while_it_progresses() -> None:
-    goal = Update(60, 30, 0.0)  # 3 x 60 + 30 + 60 = 270 s without a change
-    assert outcome(goal, updating(0, 5), 0) is WAIT
-    assert outcome(goal, updating(1, 4), 269) is WAIT
-    assert outcome(goal, updating(1, 4), 538) is WAIT
-    verdict = goal.judge(updating(1, 4), 540)
-    assert verdict.outcome is FAILED
-    assert verdict.text == "the update has not moved for 270 s: 1 of 5 backends replaced, 2 in rotation"
+    goal = Update(60, 30, False, 0.0)  # 3 x 60 + 30 + 60 = 270 s without a change
+    assert outcome(goal, updating(0, 5), 0) == WAIT
+    assert outcome(goal, updating(1, 4), 269) == WAIT
+    assert outcome(goal, updating(1, 4), 538) == WAIT
+    reason = "the update has not moved for 270 s: 1 of 5 backends replaced, 2 in rotation"
+    assert judge(goal, updating(1, 4), 540) == (FAILED, reason)
 
 
 # -- the program -----------------------------------------------------------------------------------------------------
@@ -191,10 +209,12 @@ def test_each_change_is_logged_once_until_it_serves(wait: Callable[..., list[str
 
 
 def test_progress_of_an_update_is_logged(wait: Callable[..., list[str]]) -> None:
-    assert wait(wait_for_update, updating(0, 2), updating(1, 1), updating(1, 1), updating(2, 0)) == [
+    def goal(found: Any, log: Callable[[str], None]) -> None:
+        wait_for_update(found, False, log)
+
+    assert wait(goal, updating(0, 2), updating(1, 1), updating(1, 1), updating(2, 0)) == [
         "0 of 2 backends replaced, 2 in rotation",
         "1 of 2 backends replaced, 2 in rotation",
-        "2 of 2 backends replaced",
     ]
 
 
@@ -224,6 +244,6 @@ def test_silent_manager_is_a_failure_unless_it_answers_again_in_time(monkeypatch
     monkeypatch.setattr(startup.time, "sleep", lambda _: None)
     logged: list[str] = []
     with pytest.raises(Failed, match="no manager answers"):
-        wait_for_update(settings(), logged.append)
-    assert logged[:3] == ["no manager answers", "1 of 2 backends replaced, 2 in rotation", "no manager answers"]
+        wait_for_update(settings(), False, logged.append)
+    assert logged == ["no manager answers", "1 of 2 backends replaced, 2 in rotation", "no manager answers"]
     assert answers == []

@@ -14,7 +14,7 @@ import pytest
 from cli import project as project_module
 from cli import swarm
 from cli.output import Failed, Output, Undo
-from cli.project import Project
+from cli.project import Project, keep
 from fakes_engine import FakeEngine
 
 
@@ -54,8 +54,11 @@ def second(engine: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     made.output.log.close()
 
 
-def share(project: Project, rotate: bool = False) -> dict[str, str]:
-    return swarm.share_secrets(project, "image", rotate, Undo(project.output))
+def share(project: Project) -> dict[str, str]:
+    """As a start does, which then writes the files."""
+    names = swarm.share_secrets(project, "image", False, Undo(project.output))
+    project.write_secrets()
+    return names
 
 
 def text(engine: FakeEngine, name: str) -> str:
@@ -115,8 +118,8 @@ def test_another_token_than_the_balancers_have_is_refused(engine: FakeEngine, fi
 
 def rotate(project: Project) -> dict[str, str]:
     project.rotate_token()
-    names = share(project, rotate=True)
-    project.write_secrets(Undo(project.output))
+    names = swarm.share_secrets(project, "image", True, Undo(project.output))
+    project.write_secrets()
     return names
 
 
@@ -142,7 +145,7 @@ def test_rotation_that_is_interrupted_before_the_files_are_written_is_forgotten_
     before = share(first)
     files = {file: (first.run_dir / file).read_text() for file in ("token", "manager.pem", "certificate.pem")}
     first.rotate_token()
-    share(first, rotate=True)
+    swarm.share_secrets(first, "image", True, Undo(first.output))
     assert {file: (first.run_dir / file).read_text() for file in files} == files, "a running manager has these"
     again = node(tmp_path / "first", monkeypatch)
     assert share(again) == before
@@ -162,7 +165,9 @@ def test_rotation_that_fails_restores_the_files_and_removes_its_secrets(
     with pytest.raises(Failed), Undo(first.output) as undo:
         swarm.share_secrets(first, "image", True, undo)
         if written:
-            first.write_secrets(undo)
+            for file in files:
+                keep(first.run_dir / file, undo)
+            first.write_secrets()
             assert (first.run_dir / "token").read_text() != files["token"]
         raise Failed("later")
     assert engine.secrets.keys() == set(before.values())

@@ -96,6 +96,27 @@ def test_at_boot_enables_the_unit_once_it_serves_and_stop_removes_it(system: Sys
     assert system.nothing_left()
 
 
+@needs_root
+def test_settings_before_apply_again_where_the_unit_cannot_be_enabled(system: System) -> None:
+    system.up("--image", "good")
+    before = (system.run_dir / "settings.json").read_text()
+    (system.state / "enable_fails").touch()
+    system.up("--max", "9", "--at-boot", status=1)
+    assert (system.run_dir / "settings.json").read_text() == before
+    assert "LB_MAX=10\n" in (system.run_dir / "environment").read_text()
+
+
+@needs_root
+def test_unit_that_waits_for_its_restart_is_stopped_before_its_settings_change(system: System) -> None:
+    system.up("--image", "good")
+    for pid in system.processes():
+        os.kill(pid, signal.SIGKILL)
+    until(lambda: not system.processes(), "supervisor and manager have ended")
+    system.up("--max", "9")
+    calls = (system.state / "systemctl").read_text()
+    assert f"\nstop {NAME}\n" in calls
+
+
 def test_at_boot_without_systemd_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unit, "RUNTIME", tmp_path / "none")
     with pytest.raises(SettingError, match=r"^--at-boot needs root and systemd; .*\bcron\b.* run\.sh$"):

@@ -813,6 +813,25 @@ def test_update_whose_backends_never_get_ready_is_given_up(
     assert caplog.text.count("update given up, going back: its backends failed: ") == 1
 
 
+def test_update_whose_backends_turn_unhealthy_after_their_start_is_given_up(rig: Callable[..., Rig]) -> None:
+    r = rig(2, image="image-2")
+    for _ in range(400):
+        r.controller.step()
+        rows = {}
+        for one in r.controller._fleet.values():
+            turned = one.spec == "image-2" and one.state == "active" and r.clock.now - one.since >= 5
+            rows[f"_{one.ip.rpartition('.')[2]}"] = sample(healthy=not turned)
+            if one.state == "draining":
+                r.controller.stop(one.ip, "drained")
+        r.report_rows(**rows)
+        r.clock.pass_by(1)
+        if r.launches()["update_given_up"] and r.specs() == ["image-1"] * 2:
+            break
+        time.sleep(0.002)
+    assert r.launches()["update_given_up"].startswith("unhealthy for ")
+    assert r.specs() == ["image-1"] * 2
+
+
 def test_a_manager_that_takes_over_amid_an_update_keeps_the_old_until_a_new_one_is_found_healthy(
     rig: Callable[..., Rig],
 ) -> None:

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import mode
 from typing import Any, Protocol
 
 from core import event_log, fleet, path_check, plan, scaler, snapshot
@@ -118,8 +119,8 @@ class Controller:
     # -- the loop -----------------------------------------------------------------------------------------------------
 
     def adopt(self, wanted: int | None) -> None:
-        """Adopts the running backends. The desired number becomes `wanted`, or without it that of the manager before
-        this one, or the number that run.
+        """Adopts the running backends. The desired number is the first known one of: `wanted`, the number that a Swarm
+        keeps, the number that the manager before this one has saved, the number that run without the spares.
 
         Raises EngineError.
         """
@@ -138,15 +139,19 @@ class Controller:
             number_before = self._engine.replicas or saved.desired or len(found) - self.settings.spares
             self.desired = wanted or number_before
             self._apply_limits()
-            self._backoff = self._adopted_backoff(spec, refusal, found)
+            self._backoff = self._adopted_backoff(spec, refusal, adopted, saved)
             self._balancer.state = self._engine.balancer
             self._set_fleet(adopted)
 
-    def _adopted_backoff(self, spec: str, refusal: Reason, found: list[Backend]) -> LaunchBackoff:
-        """Launches use `spec`. If that fails, they return to the spec of the running backends (an engine that keeps a
-        number of backends rolls an update back on its own). A `spec` that was refused before is not tried again."""
-        older = [backend.spec for backend in found if backend.spec != spec and not self._engine_keeps_number]
-        previous = older[0] if older else ""
+    def _adopted_backoff(self, spec: str, refusal: Reason, adopted: Fleet, saved: SavedFleet) -> LaunchBackoff:
+        """Launches use `spec`. If that fails, they return to the spec that most of the adopted backends have (an engine
+        that keeps a number of backends rolls an update back on its own). A `spec` that was refused before is not tried
+        again."""
+        # Ended backends count, too: after a reboot of the host there are no others.
+        older = [b for b in adopted.values() if b.spec != spec and not self._engine_keeps_number]
+        # Those that were not in rotation may be made from the spec of an update that never worked.
+        proven = [backend for backend in older if saved.states.get(backend.id) == ACTIVE]
+        previous = mode(backend.spec for backend in proven or older) if older else ""
         if refusal:
             return LaunchBackoff(previous or spec, refused=spec, refusal=refusal)
         return LaunchBackoff(spec, previous)

@@ -848,6 +848,10 @@ def test_a_manager_that_takes_over_amid_an_update_keeps_the_old_until_a_new_one_
     assert (r.snapshot()[new.ip], sorted(r.states().values())[:3]) == ("active", ["active", "active", "draining"])
 
 
+def running(engine: FakeEngine) -> list[Container]:
+    return [container for container in engine.containers.values() if container.status == "running"]
+
+
 def refuse_update(r: Rig) -> None:
     """Steps until the update to what crashes is given up, and all of the old serve."""
     r.engine.crashing = {"image-2": 3}
@@ -872,6 +876,33 @@ def test_restarted_manager_does_not_try_a_refused_update_again(rig: Callable[...
     assert len(r.calls("launch")) == launched
     launches = again.status()["launches"]
     assert (launches["update_given_up"], launches["updating"]) == (r.launches()["update_given_up"], False)
+
+
+def test_manager_that_starts_after_a_reboot_does_not_try_a_refused_update_again(
+    rig: Callable[..., Rig], tmp_path: Path
+) -> None:
+    r = rig(2, image="image-2")
+    refuse_update(r)
+    for name, one in r.engine.containers.items():
+        r.engine.containers[name] = replace(one, status="exited", ip="")
+    again = controller(r.engine, tmp_path, r.clock)
+    again.adopt(None)
+    assert eventually(lambda: (again.step(), [c.spec for c in running(r.engine)] == ["image-1"] * 2)[1])
+    assert again.status()["launches"]["update_given_up"] == r.launches()["update_given_up"]
+
+
+def test_failed_update_goes_back_to_the_image_that_most_backends_in_rotation_have(
+    rig: Callable[..., Rig], tmp_path: Path
+) -> None:
+    """An update to image-2 had just begun when run.sh was run with image-3."""
+    r = rig(2, image="image-2")
+    r.step_until(lambda: len(r.snapshot()) == 3)
+    newest_first = reversed(r.engine.containers.items())  # as Docker lists them
+    r.engine.containers = dict(newest_first)
+    r.engine.image = "image-3"
+    again = controller(r.engine, tmp_path, r.clock)
+    again.adopt(None)
+    assert again._backoff.previous == "image-1"
 
 
 def test_another_update_is_tried_after_one_was_refused(rig: Callable[..., Rig], tmp_path: Path) -> None:

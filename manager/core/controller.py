@@ -545,7 +545,8 @@ class Controller:
             return
         del after[result.name]
         never_created = not backend.id
-        if never_created:
+        # The next plan uses another name, so a name that is taken is no failure.
+        if never_created and not result.name_taken:
             self._count_failure(backend, Reason(Cause.LAUNCH_ERROR, detail=result.why), now)
 
     def _count_failure(self, backend: Backend, reason: Reason, now: float, served: bool = False) -> None:

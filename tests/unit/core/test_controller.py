@@ -341,11 +341,20 @@ READY_TIMEOUT = 60.0
 def test_name_of_a_foreign_container_is_skipped_from_then_on(rig: Callable[..., Rig]) -> None:
     r = rig()
     r.engine.foreign = {"p-backend-1"}
-    r.step_until(lambda: 1 not in r.states() and len(r.snapshot()) == 1)
-    r.clock.pass_by(30)
     r.step_until(lambda: len(r.snapshot()) == 2)
     assert sorted(r.states()) == [2, 3]
     assert r.calls("launch").count(1) == 1
+    assert r.launches()["failed"] == 0
+
+
+def test_names_of_foreign_containers_do_not_end_an_update(rig: Callable[..., Rig]) -> None:
+    r = rig(2, image="image-2")
+    for name in ("p-backend-3", "p-backend-4"):
+        r.engine.foreign.add(name)
+        r.step_until(lambda name=name: name in r.controller._namer.taken)
+        r.clock.pass_by(30)
+    r.step_until(lambda: "image-2" in r.specs())
+    assert r.launches()["update_given_up"] == ""
 
 
 # -- dying ------------------------------------------------------------------------------------------------------------
@@ -720,7 +729,7 @@ def test_failed_launch_does_not_remove_a_backend_that_was_renamed_to_its_name(ri
     r.engine.gate.set()
     r.step_until(lambda: not r.controller._workers.busy)
     r.controller.step()
-    assert r.states() == {2: "active", 3: "active"}
+    assert r.states() == {2: "active", 3: "active", 4: "starting"}
     assert all(seen), "without it in the snapshot, its connections would be cut"
 
 

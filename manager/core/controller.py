@@ -552,11 +552,11 @@ class Controller:
     def _count_failure(self, backend: Backend, reason: Reason, now: float, served: bool = False) -> None:
         """Counts the failure of a launch or of a backend, which may delay the next launch or end an update."""
         self.recorder.failed()
-        refused_before = self._backoff.refused
+        failures_before, refused_before = self._backoff.failures, self._backoff.refused
         self._backoff.failed(backend.spec, reason, now, self._chance(), served)
         self._failed_name = backend.name
         given_up = self._backoff.refused != refused_before
-        event_log.failed(self._backoff, given_up, now)
+        event_log.failed(self._backoff, failures_before, given_up, now)
         if given_up:
             self._files.write_refusal(digest(self._backoff.refused), self._backoff.refusal)
 

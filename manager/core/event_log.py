@@ -43,13 +43,14 @@ def _kinds(decision: Decision) -> tuple[str, ...]:
     return (decision.verdict, *(clamp.kind for clamp in decision.clamps))
 
 
-def failed(backoff: LaunchBackoff, given_up: bool, now: float) -> None:
+def failed(backoff: LaunchBackoff, failures_before: int, given_up: bool, now: float) -> None:
     """Logs what a failure leads to: an update is given up, or a launch waits. The backend has a line of its own."""
     if given_up:
         log.error("update given up, going back: its backends failed: %s", backoff.given_up)
-    elif backoff.failures > 1:
+    # Several failures at once may count as one.
+    elif backoff.failures > max(1, failures_before):
         wait = backoff.wait(now)
-        log.warning("%d backends failed in a row, next launch in %.1f s: %s", backoff.failures, wait, backoff.why)
+        log.warning("%d failures in a row, next launch in %.1f s: %s", backoff.failures, wait, backoff.why)
 
 
 def rotation_panic(began: bool) -> None:

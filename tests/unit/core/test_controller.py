@@ -182,7 +182,7 @@ def test_failed_launch_is_logged_and_retried_with_growing_waits(
         r.clock.pass_by(pause / 2)
     r.step_until(r.snapshot)
     assert r.calls("launch") == [1] * 4
-    assert "3 backends failed in a row, next launch in 2.0 s: no space left" in caplog.text
+    assert "3 failures in a row, next launch in 2.0 s: no space left" in caplog.text
 
 
 def test_an_unexpected_error_of_a_launch_or_a_stop_is_logged_and_the_call_is_made_again(
@@ -276,6 +276,22 @@ def test_backends_that_serve_and_are_killed_again_and_again_back_off(rig: Callab
         r.step_until(lambda failures=failures: r.launches()["failed"] == failures)
         assert r.launches()["retry_in"] == expected
         r.clock.pass_by(expected)
+
+
+def test_backends_that_fail_at_once_are_counted_and_logged_as_one_failure(
+    rig: Callable[..., Rig], caplog: pytest.LogCaptureFixture
+) -> None:
+    r = rig(3, min=3)
+    for _ in range(2):
+        r.clock.pass_by(STABLE)
+        for name in list(r.engine.containers):
+            r.engine.die(name, 137)
+        r.controller.step()
+        r.clock.pass_by(2)
+        r.step_until(lambda: len(r.snapshot()) == 3)
+        r.report_all_healthy()
+    assert r.launches()["failed"] == 2
+    assert [m.split(",")[0] for m in caplog.messages if "in a row" in m] == ["2 failures in a row"]
 
 
 def test_backend_killed_from_outside_counts_as_no_failure(looping: Callable[..., Rig]) -> None:

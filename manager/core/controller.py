@@ -183,7 +183,7 @@ class Controller:
         """Moves the deadlines of all backends by the time for which this process was stopped."""
         log.warning("this process was stopped for %.0f s; deadlines of backends are extended by that", seconds)
         with self._lock:
-            self._fleet = fleet.extend_deadlines(self._fleet, seconds)
+            self._fleet = fleet.extend_deadlines(self._fleet, seconds, self._clock())
 
     def close(self) -> None:
         """Ends the loop and every long poll. The backends continue to run."""

@@ -258,12 +258,15 @@ def _has_no_address(backend: Backend, ready_timeout: float, now: float) -> bool:
     return not backend.ip and now - backend.since > ready_timeout
 
 
-def extend_deadlines(fleet: Fleet, seconds: float) -> Fleet:
+def extend_deadlines(fleet: Fleet, seconds: float, now: float) -> Fleet:
     """The fleet with every deadline `seconds` later, because this process was stopped for that time."""
     result = {}
     for name, backend in fleet.items():
-        unhealthy_since = None if backend.unhealthy_since is None else backend.unhealthy_since + seconds
-        result[name] = replace(backend, since=backend.since + seconds, unhealthy_since=unhealthy_since)
+        # A change since then, by a request that was handled first, must not be in the future.
+        since, unhealthy_since = min(now, backend.since + seconds), backend.unhealthy_since
+        if unhealthy_since is not None:
+            unhealthy_since = min(now, unhealthy_since + seconds)
+        result[name] = replace(backend, since=since, unhealthy_since=unhealthy_since)
     return result
 
 

@@ -139,6 +139,8 @@ class Controller:
             number_before = self._engine.replicas or saved.desired or len(found) - self.settings.spares
             self.desired = wanted or number_before
             self._apply_limits()
+            if wanted and self.desired != wanted:
+                event_log.number_limited(wanted, self.policy)
             self._backoff = self._adopted_backoff(spec, refusal, adopted, saved)
             self._balancer.state = self._engine.balancer
             self._set_fleet(adopted)

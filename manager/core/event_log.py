@@ -8,7 +8,7 @@ from core.engine import BalancerState
 from core.fleet import FAILED, Backend
 from core.launch_backoff import LaunchBackoff
 from core.path_check import PathCheck
-from core.scaler import OK, Decision
+from core.scaler import OK, Decision, Policy
 
 log = logging.getLogger("manager")
 
@@ -51,6 +51,10 @@ def failed(backoff: LaunchBackoff, failures_before: int, given_up: bool, now: fl
     elif backoff.failures > max(1, failures_before):
         wait = backoff.wait(now)
         log.warning("%d failures in a row, next launch in %.1f s: %s", backoff.failures, wait, backoff.why)
+
+
+def number_limited(wanted: int, policy: Policy) -> None:
+    log.warning("run.sh asked for %d backends; the limits are min %d and max %d", wanted, policy.min, policy.max)
 
 
 def rotation_panic(began: bool) -> None:

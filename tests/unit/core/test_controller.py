@@ -1382,6 +1382,19 @@ def test_new_manager_aims_at_the_given_or_the_running_number(
     assert made.desired == desired
 
 
+def test_number_of_backends_outside_the_operators_limits_is_logged(
+    rig: Callable[..., Rig], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    r = rig(2)
+    r.controller.scale(None, 4, None)
+    again = controller(r.engine, tmp_path, r.clock)
+    again.adopt(4)
+    assert "asked for" not in caplog.text
+    again.adopt(8)
+    assert again.desired == 4
+    assert "run.sh asked for 8 backends; the limits are min 2 and max 4" in caplog.messages
+
+
 def test_restarted_manager_has_the_same_revision_and_starts_and_stops_nothing(
     rig: Callable[..., Rig], tmp_path: Path
 ) -> None:

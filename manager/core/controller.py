@@ -110,6 +110,7 @@ class Controller:
         self._epoch = time.time() - clock()  # seconds since 1970 at the clock's zero; only for dates
         self._wake = threading.Event()
         self._hinted = False  # an event has come since the last list began
+        self._lists_soon = False  # the next list comes within RELIST_AFTER_EVENT
         self._workers = Workers(engine, done=self._wake.set)
         self._namer = plan.Namer(f"{settings.project}-backend-")
         self._publisher = Publisher(settings, self._files, self._lock, check_source)
@@ -164,7 +165,7 @@ class Controller:
             threading.Thread(target=body, daemon=True).start()
         while not self._publisher.closing:
             # An event that comes from here on causes another list.
-            after_event, self._hinted = self._hinted, False
+            self._lists_soon, self._hinted = self._hinted, False
             try:
                 self.step()
             # An error of one pass must not end the manager: the next pass starts from a new list.
@@ -173,7 +174,7 @@ class Controller:
                 self.close()
             except Exception:
                 log.exception("this pass failed; trying again")
-            pause = RELIST_AFTER_EVENT if after_event else RELIST
+            pause = RELIST_AFTER_EVENT if self._lists_soon else RELIST
             began = self._clock()
             self._wake.wait(pause)
             self._wake.clear()
@@ -241,7 +242,9 @@ class Controller:
             if backend is not None:
                 self._set(fleet.after_event(backend, event.action, event.code, self._clock()))
         self._hinted = True
-        self._wake.set()
+        # Most events may be those of foreign containers, which must not cause one list each.
+        if backend is not None or not self._lists_soon:
+            self._wake.set()
 
     def _test_path_regularly(self) -> None:
         while not self._publisher.closing:

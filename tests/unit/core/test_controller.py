@@ -1114,6 +1114,16 @@ def test_event_during_a_list_causes_two_lists_soon_after_it(
     assert eventually(lambda: r.engine.lists == lists + 3)
 
 
+def test_many_events_of_foreign_containers_cause_few_lists(looping: Callable[..., Rig]) -> None:
+    r = looping(2)
+    assert eventually(lambda: r.engine.lists == 2)  # adopted, and the first pass
+    began = time.monotonic()
+    for _ in range(50):
+        r.engine.tell(Event("die", "another container", 0))
+        time.sleep(0.01)
+    assert r.engine.lists - 2 <= 2 + (time.monotonic() - began) / module.RELIST_AFTER_EVENT
+
+
 # -- panic ------------------------------------------------------------------------------------------------------------
 
 

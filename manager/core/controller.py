@@ -296,13 +296,12 @@ class Controller:
             load = self._load.load(self.settings.metric, now) if measured and not too_soon else None
             return self._decide(load, now) if load is not None else last
 
-    def stop(self, ip: str, reason: str, balancer: str = "", short_id: str = "") -> None:
-        """A balancer reports that this draining backend has no open connections left. Raises UnknownBackend, also if
-        another backend with another id has the address now.
+    def stop(self, ip: str, reason: str, short_id: str = "") -> None:
+        """A balancer reports that this draining backend has no open connections left, so it is stopped. Raises
+        UnknownBackend, also if another backend with another id has the address now.
 
-        The backend is stopped when all balancers have reported this, or when a caller gives no name. A backend that is
-        not draining yet is drained first, because other balancers may still send connections to it; but a Swarm chooses
-        what to stop itself. Idempotent.
+        A backend that is not draining yet is drained first, because the balancer may still send connections to it; but
+        a Swarm chooses what to stop itself. Idempotent.
         """
         with self._lock:
             backend = fleet.with_address(self._fleet, ip)
@@ -311,15 +310,10 @@ class Controller:
             if backend.state in (STOPPED, FAILED):
                 return
             reported = Reason(Cause.BALANCER_REPORT, detail=reason)
-            drained_by = backend.drained_by | {balancer}
-            others_drain = bool(balancer) and not drained_by >= self._load.balancers.keys()
-            if backend.state != DRAINING:
-                if not self._engine_keeps_number:
-                    self._set(backend.to(DRAINING, self._clock(), reported))
-            elif others_drain:
-                self._set(replace(backend, drained_by=drained_by))
-            else:
+            if backend.state == DRAINING:
                 self._set(backend.to(STOPPED, self._clock(), reported))
+            elif not self._engine_keeps_number:
+                self._set(backend.to(DRAINING, self._clock(), reported))
         self._wake.set()
 
     def drain(self, ip: str) -> None:
@@ -503,7 +497,7 @@ class Controller:
                 backend = self._fleet[name]
                 self._set(backend.to(DRAINING, now, reason))
                 if reason.cause is Cause.UNHEALTHY:
-                    self._count_failure(backend, reason, now, served=now - backend.since >= STABLE)
+                    self._count_failure(backend, reason, now, served=True)
             case plan.Admit(name):
                 spare = self._fleet[name]
                 self._set(spare.to(ACTIVE if spare.ready else STARTING, now))

@@ -66,7 +66,6 @@ class Backend:
     spec: str = ""
     ready: bool = False
     launched: float = 0.0
-    drained_by: frozenset[str] = frozenset()  # the balancers that have reported the end of its last connection
     node: str = ""
     unhealthy_since: float | None = None  # of an active backend: since when the balancers report it unhealthy
     unhealthy_why: str = ""

@@ -629,42 +629,6 @@ def test_a_spare_cannot_be_drained(rig: Callable[..., Rig]) -> None:
     assert r.states()[3] == "spare"
 
 
-@pytest.mark.parametrize("order", list(itertools.permutations("abc")), ids="".join)
-def test_a_drain_waits_for_every_balancer_that_reports(rig: Callable[..., Rig], order: tuple[str, str, str]) -> None:
-    r = rig(3)
-    for name in "abc":
-        r.controller.report(report(name))
-    r.controller.drain("198.18.0.4")
-    for name in (order[0], order[0], order[1]):  # one balancer twice counts once
-        r.controller.stop("198.18.0.4", "drained in 1.0 s", name)
-        r.controller.step()
-        assert (r.states()[3], r.calls("stop")) == ("draining", [])
-    r.controller.stop("198.18.0.4", "drained in 2.0 s", order[2])
-    assert (r.states()[3], r.reason(3)) == ("stopped", "drained in 2.0 s")
-
-
-def test_report_without_a_balancers_name_ends_the_drain(rig: Callable[..., Rig]) -> None:
-    r = rig(3)
-    r.controller.report(report("a"))
-    r.controller.drain("198.18.0.4")
-    r.controller.stop("198.18.0.4", "drained")
-    assert r.states()[3] == "stopped"
-
-
-def test_drain_waits_no_longer_for_a_balancer_that_the_engine_does_not_list(rig: Callable[..., Rig]) -> None:
-    r = rig(3, drain_timeout=300)
-    for name in ("a", "b"):
-        r.controller.report(report(name))
-    r.controller.drain("198.18.0.4")
-    for listed, state in (({"a", "b"}, "draining"), ({"a"}, "stopped")):
-        r.engine.balancers = frozenset(listed)
-        r.clock.pass_by(30)
-        r.controller.report(report("a"))
-        r.controller.step()
-        r.controller.stop("198.18.0.4", "drained", "a")
-        assert r.states()[3] == state
-
-
 # -- spares -----------------------------------------------------------------------------------------------------------
 
 
@@ -725,9 +689,9 @@ def test_manager_without_a_saved_fleet_does_not_count_the_wanted_spares_as_backe
 def test_late_report_of_an_earlier_backend_does_not_stop_the_one_that_has_its_address(rig: Callable[..., Rig]) -> None:
     r = rig(2)
     with pytest.raises(UnknownBackend):
-        r.controller.stop("198.18.0.2", "drained", "b1", "another-id")
+        r.controller.stop("198.18.0.2", "drained", "another-id")
     assert r.states() == {1: "active", 2: "active"}
-    r.controller.stop("198.18.0.2", "drained", "b1", r.id(1)[:12])
+    r.controller.stop("198.18.0.2", "drained", r.id(1)[:12])
     assert r.states()[1] == "draining"
 
 

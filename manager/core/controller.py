@@ -86,6 +86,7 @@ class Controller:
         self.settings, self.recorder = settings, recorder
         self.decisions: deque[Decision] = deque(maxlen=1000)
         self.engine_trouble = ""
+        self.taken_over = False  # by another manager
         self._files = StateFiles(ip_file)
         self._saved = SavedFleet()
         policy = _policy(settings)
@@ -171,6 +172,7 @@ class Controller:
             # An error of one pass must not end the manager: the next pass starts from a new list.
             except TakenOver as taken:
                 log.error("%s", taken)
+                self.taken_over = True
                 self.close()
             except Exception:
                 log.exception("this pass failed; trying again")

@@ -117,6 +117,7 @@ def main() -> int:
         ip_file = settings.run_dir / "balancer" / "ip.txt"
         controller = Controller(engine, settings, ip_file, Tally(), check_source=gateway)
         controller.adopt(arguments.backends)
+        (settings.run_dir / "backends").unlink(missing_ok=True)  # later managers continue with the saved number
         listeners = serve(controller, settings, token, gateway, recent_log)
     except (EngineError, OSError) as error:
         log.error("cannot start: %s", error)

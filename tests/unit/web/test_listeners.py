@@ -787,6 +787,16 @@ def test_exit_status_of_a_manager_names_what_has_ended_it(
     assert line in made.log()
 
 
+def test_manager_removes_the_number_of_backends_that_it_has_taken(
+    manager: Callable[..., ManagerProcess], tmp_path: Path
+) -> None:
+    number = tmp_path / "run" / "p" / "backends"
+    number.parent.mkdir(parents=True)
+    number.write_text("3")
+    manager()
+    assert not number.exists()
+
+
 def test_in_a_swarm_the_node_address_has_tls(manager: Callable[..., ManagerProcess], tmp_path: Path) -> None:
     (tmp_path / "run" / "p").mkdir(parents=True)
     pem = certificate(tmp_path / "run" / "p")

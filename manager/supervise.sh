@@ -21,7 +21,7 @@ write_pid supervisor "$$"
 trap 'trap "" TERM INT; [ -z "$manager" ] || kill -TERM "$manager" 2>/dev/null || true; wait; exit 0' TERM INT
 for ((starts = 1; ; starts++)); do
     began=$SECONDS status=0
-    # How many backends to begin with; run.sh has written it. The manager removes the file after it has read the number.
+    # How many backends to begin with; from run.sh. The manager removes the file once it has adopted the fleet.
     backends=$(cat "$RUN/backends" 2>/dev/null || true)
     .venv/bin/python "$PWD/manager/script.py" "$@" ${backends:+--backends "$backends"} &
     manager=$!

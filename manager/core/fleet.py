@@ -19,7 +19,7 @@ from core.reasons import NO_REASON, Cause, Reason
 
 SPARE, STARTING, ACTIVE, DRAINING, STOPPED, FAILED = "spare", "starting", "active", "draining", "stopped", "failed"
 STATES = (SPARE, STARTING, ACTIVE, DRAINING, STOPPED, FAILED)
-NOT_DRAINING = (SPARE, STARTING, ACTIVE)
+IN_USE = (SPARE, STARTING, ACTIVE)  # may serve now or later
 SIGKILL, SIGTERM = 9, 15
 
 
@@ -165,13 +165,13 @@ def _compare(backend: Backend, container: Container, now: float) -> Backend:
     seen = replace(backend, id=container.id, node=container.node, ip=ip, spec=spec)
     if container.ended:
         return ended(seen, container.exit_code, now)
-    if backend.state in NOT_DRAINING and container.stopping:
+    if backend.state in IN_USE and container.stopping:
         return seen.to(DRAINING, now, Reason(Cause.ENGINE_STOP))
     # What another program does to a container is no failure of the backend.
     by_others = replace(seen, external=True)
-    if backend.state in NOT_DRAINING and backend.ip and not container.ip:
+    if backend.state in IN_USE and backend.ip and not container.ip:
         return by_others.to(FAILED, now, Reason(Cause.NETWORK_LOST))
-    if backend.state in NOT_DRAINING and backend.ip and container.status == "paused":
+    if backend.state in IN_USE and backend.ip and container.status == "paused":
         return by_others.to(FAILED, now, Reason(Cause.PAUSED))
     return seen
 
@@ -192,7 +192,7 @@ def after_event(backend: Backend, action: str, code: int, now: float) -> Backend
         return ended(backend, code, now)
     if action == "kill" and code == SIGKILL:
         return replace(backend, external=True)  # `docker kill`; the kernel's out-of-memory kill sends no event
-    if backend.state not in NOT_DRAINING:
+    if backend.state not in IN_USE:
         return backend
     if action == "pause":
         return replace(backend, external=True).to(FAILED, now, Reason(Cause.PAUSED))

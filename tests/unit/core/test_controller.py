@@ -589,7 +589,7 @@ def test_drain_without_a_balancers_report_ends_after_timeout_and_grace(rig: Call
     r.controller.step()
     assert (r.states()[3], r.reason(3)) == (
         "stopped",
-        "drain timeout: a balancer did not report the end of its connections",
+        "drain timeout: no report that the backend's last connection has ended",
     )
     r.engine.gate.set()
     r.step_until(lambda: sorted(r.engine.containers) == ["p-backend-1", "p-backend-2"])

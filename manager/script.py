@@ -1,7 +1,7 @@
 """The manager's entry point: reads the settings, connects engine, controller and listeners, and waits for a signal.
 
 run.sh starts it under supervise.sh, with the settings in LB_ variables. Exit codes: 0 ended by SIGTERM or SIGINT; 1
-cannot start; 2 invalid setting; 3 the listeners failed; 4 another manager has taken over.
+cannot start; 2 invalid setting; 3 the loop or the listeners failed; 4 another manager has taken over.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from web.schemas import one_line
 
 END = (signal.SIGTERM, signal.SIGINT)
 END_POLL = 0.2  # seconds between checks whether a signal asks the manager to end
-LISTENERS_FAILED = 3  # exit status; the supervisor starts the manager again
+FAILED = 3  # exit status; the supervisor starts the manager again
 TAKEN_OVER = 4  # exit status; neither the supervisor nor systemd starts the manager again
 
 log = logging.getLogger("manager")
@@ -120,6 +120,7 @@ def main() -> int:
         ip_file = settings.run_dir / "balancer" / "ip.txt"
         controller = Controller(engine, settings, ip_file, Tally(), check_source=gateway)
         controller.adopt(arguments.backends)
+        (settings.run_dir / "backends").unlink(missing_ok=True)  # later managers continue with the saved number
         listeners = serve(controller, settings, token, gateway, recent_log)
     except (EngineError, OSError) as error:
         log.error("cannot start: %s", error)
@@ -129,10 +130,12 @@ def main() -> int:
     loop = threading.Thread(target=controller.run, name="controller", daemon=True)
     loop.start()
     wait_for_end(loop.is_alive, listeners.is_alive)
-    status = 0 if loop.is_alive() else TAKEN_OVER
-    if not listeners.is_alive():
-        status = LISTENERS_FAILED
-        log.error("the listeners have failed; this manager ends")
+    status = 0
+    if controller.taken_over:
+        status = TAKEN_OVER
+    elif not (loop.is_alive() and listeners.is_alive()):
+        status = FAILED
+        log.error("the loop or the listeners have failed; this manager ends")
     controller.close()  # ends all long polls; later ones are refused
     loop.join(10)
     listeners.stop()

@@ -11,11 +11,6 @@ manager='' pause=1
 # What the manager is started with; run.sh has written it.
 # shellcheck source=/dev/null
 . "$RUN/environment"
-# How many backends to start with. Only the first start uses it; later ones continue with the saved number.
-if [ -e "$RUN/backends" ]; then
-    set -- "$@" --backends "$(cat "$RUN/backends")"
-    rm "$RUN/backends"
-fi
 
 # The pid files are for people, and are replaced atomically. If one cannot be written (the disk is full, the folder was
 # deleted), the manager still runs.
@@ -26,7 +21,9 @@ write_pid supervisor "$$"
 trap 'trap "" TERM INT; [ -z "$manager" ] || kill -TERM "$manager" 2>/dev/null || true; wait; exit 0' TERM INT
 for ((starts = 1; ; starts++)); do
     began=$SECONDS status=0
-    .venv/bin/python "$PWD/manager/script.py" "$@" &
+    # How many backends to begin with; from run.sh. The manager removes the file once it has adopted the fleet.
+    backends=$(cat "$RUN/backends" 2>/dev/null || true)
+    .venv/bin/python "$PWD/manager/script.py" "$@" ${backends:+--backends "$backends"} &
     manager=$!
     write_pid manager "$manager"
     wait "$manager" || status=$?
@@ -43,5 +40,4 @@ for ((starts = 1; ; starts++)); do
     sleep "$pause" &
     wait $!
     pause=$((pause < 4 ? pause * 2 : 4))
-    set -- --project "$LB_PROJECT"
 done

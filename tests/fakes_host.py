@@ -106,6 +106,8 @@ class Answer(http.server.BaseHTTPRequestHandler):
         pass
 
 signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+if os.path.exists(backends := f"run/{os.environ['LB_PROJECT']}/backends"):
+    os.unlink(backends)
 for port in (os.environ["LB_MANAGER_PORT"], os.environ["LB_PORT"]):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", int(port)), Answer)
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -189,7 +189,7 @@ class Start:
         if not environment.exists() or not before:
             return  # somebody has deleted them
         # The name of the backends' image may refer to another one by now.
-        text = f"{environment.read_text()}export LB_IMAGE={before['backend_image']}\n"
+        text = f"{environment.read_text()}export LB_IMAGE_ID={before['backend_image']}\n"
         desired = StateFiles(self.run_dir / "balancer" / "ip.txt").read_fleet().desired
         self.undo.add("go back to the settings before", partial(self._go_back, text, str(desired or "")))
         for name in FILES:

@@ -1,5 +1,5 @@
-"""Keeps the balancer running: repairs it when it does not run according to the engine's list, and when the test of the
-data path shows a problem that a new balancer fixes.
+"""Keeps the balancer running: repairs it when, according to the engine's list, it does not run, and when the test of
+the data path shows a problem that a new balancer fixes.
 
 Docker's restart policy covers a crash of the balancer, but not `docker kill`, `stop` or `rm`. If a repair fails, or the
 balancer ends again soon after it, the next repair waits longer.

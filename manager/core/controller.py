@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import mode
 from typing import Any, Protocol
 
 from core import event_log, fleet, path_check, plan, scaler, snapshot
@@ -84,6 +85,7 @@ class Controller:
         self.settings, self.recorder = settings, recorder
         self.decisions: deque[Decision] = deque(maxlen=1000)
         self.engine_trouble = ""
+        self.taken_over = False  # by another manager
         self._files = StateFiles(ip_file)
         self._saved = SavedFleet()
         policy = _policy(settings)
@@ -108,6 +110,7 @@ class Controller:
         self._epoch = time.time() - clock()  # seconds since 1970 at the clock's zero; only for dates
         self._wake = threading.Event()
         self._hinted = False  # an event has come since the last list began
+        self._lists_soon = False  # the next list comes within RELIST_AFTER_EVENT
         self._workers = Workers(engine, done=self._wake.set)
         self._namer = plan.Namer(f"{settings.project}-backend-")
         self._publisher = Publisher(settings, self._files, self._lock, check_source)
@@ -117,8 +120,8 @@ class Controller:
     # -- the loop -----------------------------------------------------------------------------------------------------
 
     def adopt(self, wanted: int | None) -> None:
-        """Adopts the running backends. The desired number becomes `wanted`, or without it that of the manager before
-        this one, or the number that run.
+        """Adopts the running backends. The desired number is the first known one of: `wanted`, the number that a Swarm
+        keeps, the number that the manager before this one has saved, the number that run without the spares.
 
         Raises EngineError.
         """
@@ -137,16 +140,22 @@ class Controller:
             number_before = self._engine.replicas or saved.desired or len(found) - self.settings.spares
             self.desired = wanted or number_before
             self._apply_limits()
-            self._backoff = self._adopted_backoff(spec, refusal, found)
+            if wanted and self.desired != wanted:
+                event_log.number_limited(wanted, self.policy)
+            self._backoff = self._adopted_backoff(spec, refusal, adopted, saved)
             self._balancer.state = self._engine.balancer
             self._backoff.delays_launches = not self._engine_keeps_number
             self._set_fleet(adopted)
 
-    def _adopted_backoff(self, spec: str, refusal: Reason, found: list[Backend]) -> LaunchBackoff:
-        """Launches use `spec`. If that fails, they return to the spec of the running backends (an engine that keeps a
-        number of backends rolls an update back on its own). A `spec` that was refused before is not tried again."""
-        older = [backend.spec for backend in found if backend.spec != spec and not self._engine_keeps_number]
-        previous = older[0] if older else ""
+    def _adopted_backoff(self, spec: str, refusal: Reason, adopted: Fleet, saved: SavedFleet) -> LaunchBackoff:
+        """Launches use `spec`. If that fails, they return to the spec that most of the adopted backends have (an engine
+        that keeps a number of backends rolls an update back on its own). A `spec` that was refused before is not tried
+        again."""
+        # Ended backends count, too: after a reboot of the host there are no others.
+        older = [b for b in adopted.values() if b.spec != spec and not self._engine_keeps_number]
+        # Those that were not in rotation may be made from the spec of an update that never worked.
+        proven = [backend for backend in older if saved.states.get(backend.id) == ACTIVE]
+        previous = mode(backend.spec for backend in proven or older) if older else ""
         if refusal:
             return LaunchBackoff(previous or spec, refused=spec, refusal=refusal)
         return LaunchBackoff(spec, previous)
@@ -157,16 +166,17 @@ class Controller:
             threading.Thread(target=body, daemon=True).start()
         while not self._publisher.closing:
             # An event that comes from here on causes another list.
-            after_event, self._hinted = self._hinted, False
+            self._lists_soon, self._hinted = self._hinted, False
             try:
                 self.step()
             # An error of one pass must not end the manager: the next pass starts from a new list.
             except TakenOver as taken:
                 log.error("%s", taken)
+                self.taken_over = True
                 self.close()
             except Exception:
                 log.exception("this pass failed; trying again")
-            pause = RELIST_AFTER_EVENT if after_event else RELIST
+            pause = RELIST_AFTER_EVENT if self._lists_soon else RELIST
             began = self._clock()
             self._wake.wait(pause)
             self._wake.clear()
@@ -178,7 +188,7 @@ class Controller:
         """Moves the deadlines of all backends by the time for which this process was stopped."""
         log.warning("this process was stopped for %.0f s; deadlines of backends are extended by that", seconds)
         with self._lock:
-            self._fleet = fleet.extend_deadlines(self._fleet, seconds)
+            self._fleet = fleet.extend_deadlines(self._fleet, seconds, self._clock())
 
     def close(self) -> None:
         """Ends the loop and every long poll. The backends continue to run."""
@@ -233,7 +243,9 @@ class Controller:
             if backend is not None:
                 self._set(fleet.after_event(backend, event.action, event.code, self._clock()))
         self._hinted = True
-        self._wake.set()
+        # Most events may be those of foreign containers, which must not cause one list each.
+        if backend is not None or not self._lists_soon:
+            self._wake.set()
 
     def _test_path_regularly(self) -> None:
         while not self._publisher.closing:
@@ -286,13 +298,12 @@ class Controller:
             load = self._load.load(self.settings.metric, now) if measured and not too_soon else None
             return self._decide(load, now) if load is not None else last
 
-    def stop(self, ip: str, reason: str, balancer: str = "", short_id: str = "") -> None:
-        """A balancer reports that this draining backend has no open connections left. Raises UnknownBackend, also if
-        another backend with another id has the address now.
+    def stop(self, ip: str, reason: str, short_id: str = "") -> None:
+        """A balancer reports that this draining backend has no open connections left, so it is stopped. Raises
+        UnknownBackend, also if another backend with another id has the address now.
 
-        The backend is stopped when all balancers have reported this, or when a caller gives no name. A backend that is
-        not draining yet is drained first, because other balancers may still send connections to it; but a Swarm chooses
-        what to stop itself. Idempotent.
+        A backend that is not draining yet is drained first, because the balancer may still send connections to it; but
+        a Swarm chooses what to stop itself. Idempotent.
         """
         with self._lock:
             backend = fleet.with_address(self._fleet, ip)
@@ -301,15 +312,10 @@ class Controller:
             if backend.state in (STOPPED, FAILED):
                 return
             reported = Reason(Cause.BALANCER_REPORT, detail=reason)
-            drained_by = backend.drained_by | {balancer}
-            others_drain = bool(balancer) and not drained_by >= self._load.balancers.keys()
-            if backend.state != DRAINING:
-                if not self._engine_keeps_number:
-                    self._set(backend.to(DRAINING, self._clock(), reported))
-            elif others_drain:
-                self._set(replace(backend, drained_by=drained_by))
-            else:
+            if backend.state == DRAINING:
                 self._set(backend.to(STOPPED, self._clock(), reported))
+            elif not self._engine_keeps_number:
+                self._set(backend.to(DRAINING, self._clock(), reported))
         self._wake.set()
 
     def drain(self, ip: str) -> None:
@@ -493,7 +499,7 @@ class Controller:
                 backend = self._fleet[name]
                 self._set(backend.to(DRAINING, now, reason))
                 if reason.cause is Cause.UNHEALTHY:
-                    self._count_failure(backend, reason, now, served=now - backend.since >= STABLE)
+                    self._count_failure(backend, reason, now, served=True)
             case plan.Admit(name):
                 spare = self._fleet[name]
                 self._set(spare.to(ACTIVE if spare.ready else STARTING, now))
@@ -536,7 +542,8 @@ class Controller:
             after[result.name] = replace(backend, id=found.id, ip=found.ip, since=now, launched=now)
             return
         launch_failed = bool(result.why)
-        if launch_failed:
+        # The next plan uses another name, so a name that is taken is no failure.
+        if launch_failed and not result.name_taken:
             self._count_failure(backend, Reason(Cause.LAUNCH_ERROR, detail=result.why), now)
         # If a list has shown a container, the next one shows whether it is still there. It may be that of another
         # backend, which was renamed to this name.
@@ -546,11 +553,11 @@ class Controller:
     def _count_failure(self, backend: Backend, reason: Reason, now: float, served: bool = False) -> None:
         """Counts the failure of a launch or of a backend, which may delay the next launch or end an update."""
         self.recorder.failed()
-        refused_before = self._backoff.refused
+        failures_before, refused_before = self._backoff.failures, self._backoff.refused
         self._backoff.failed(backend.spec, reason, now, self._chance(), served)
         self._failed_name = backend.name
         given_up = self._backoff.refused != refused_before
-        event_log.failed(self._backoff, given_up, now)
+        event_log.failed(self._backoff, failures_before, given_up, now)
         if given_up:
             self._files.write_refusal(digest(self._backoff.refused), self._backoff.refusal)
 

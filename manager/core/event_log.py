@@ -8,7 +8,7 @@ from core.engine import BalancerState
 from core.fleet import FAILED, Backend
 from core.launch_backoff import LaunchBackoff
 from core.path_check import PathCheck
-from core.scaler import OK, Decision
+from core.scaler import OK, Decision, Policy
 
 log = logging.getLogger("manager")
 
@@ -43,15 +43,23 @@ def _kinds(decision: Decision) -> tuple[str, ...]:
     return (decision.verdict, *(clamp.kind for clamp in decision.clamps))
 
 
-def failed(backoff: LaunchBackoff, given_up: bool, now: float) -> None:
+def failed(backoff: LaunchBackoff, failures_before: int, given_up: bool, now: float) -> None:
     """Logs what a failure leads to: an update is given up, or a launch waits. The backend has a line of its own."""
     if given_up:
         log.error("update given up, going back: its backends failed: %s", backoff.given_up)
-    elif backoff.failures > 1 and not backoff.delays_launches:
-        log.warning("%d backends failed in a row, the engine starts others: %s", backoff.failures, backoff.why)
-    elif backoff.failures > 1:
+        return
+    # Several failures at once may count as one.
+    if backoff.failures <= max(1, failures_before):
+        return
+    if not backoff.delays_launches:
+        log.warning("%d failures in a row, the engine starts others: %s", backoff.failures, backoff.why)
+    else:
         wait = backoff.wait(now)
-        log.warning("%d backends failed in a row, next launch in %.1f s: %s", backoff.failures, wait, backoff.why)
+        log.warning("%d failures in a row, next launch in %.1f s: %s", backoff.failures, wait, backoff.why)
+
+
+def number_limited(wanted: int, policy: Policy) -> None:
+    log.warning("run.sh asked for %d backends; the limits are min %d and max %d", wanted, policy.min, policy.max)
 
 
 def rotation_panic(began: bool) -> None:

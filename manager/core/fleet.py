@@ -19,7 +19,7 @@ from core.reasons import NO_REASON, Cause, Reason
 
 SPARE, STARTING, ACTIVE, DRAINING, STOPPED, FAILED = "spare", "starting", "active", "draining", "stopped", "failed"
 STATES = (SPARE, STARTING, ACTIVE, DRAINING, STOPPED, FAILED)
-NOT_DRAINING = (SPARE, STARTING, ACTIVE)
+IN_USE = (SPARE, STARTING, ACTIVE)  # may serve now or later
 SIGTERM = 15
 
 
@@ -66,7 +66,6 @@ class Backend:
     spec: str = ""
     ready: bool = False
     launched: float = 0.0
-    drained_by: frozenset[str] = frozenset()  # the balancers that have reported the end of its last connection
     node: str = ""
     unhealthy_since: float | None = None  # of an active backend: since when the balancers report it unhealthy
     unhealthy_why: str = ""
@@ -166,13 +165,13 @@ def _compare(backend: Backend, container: Container, now: float) -> Backend:
     seen = replace(backend, id=container.id, node=container.node, ip=ip, spec=spec)
     if container.ended:
         return ended(seen, container.exit_code, now)
-    if backend.state in NOT_DRAINING and container.stopping:
+    if backend.state in IN_USE and container.stopping:
         return seen.to(DRAINING, now, Reason(Cause.ENGINE_STOP))
     # What another program does to a container is no failure of the backend.
     by_others = replace(seen, external=True)
-    if backend.state in NOT_DRAINING and backend.ip and not container.ip:
+    if backend.state in IN_USE and backend.ip and not container.ip:
         return by_others.to(FAILED, now, Reason(Cause.NETWORK_LOST))
-    if backend.state in NOT_DRAINING and backend.ip and container.status == "paused":
+    if backend.state in IN_USE and backend.ip and container.status == "paused":
         return by_others.to(FAILED, now, Reason(Cause.PAUSED))
     return seen
 
@@ -195,7 +194,7 @@ def after_event(backend: Backend, action: str, code: int, now: float) -> Backend
     # ends, that is no failure. The kernel's out-of-memory kill sends no such event.
     if action == "kill" and code != SIGTERM:
         return replace(backend, external=True)
-    if backend.state not in NOT_DRAINING:
+    if backend.state not in IN_USE:
         return backend
     if action == "pause":
         return replace(backend, external=True).to(FAILED, now, Reason(Cause.PAUSED))
@@ -260,12 +259,15 @@ def _has_no_address(backend: Backend, ready_timeout: float, now: float) -> bool:
     return not backend.ip and now - backend.since > ready_timeout
 
 
-def extend_deadlines(fleet: Fleet, seconds: float) -> Fleet:
+def extend_deadlines(fleet: Fleet, seconds: float, now: float) -> Fleet:
     """The fleet with every deadline `seconds` later, because this process was stopped for that time."""
     result = {}
     for name, backend in fleet.items():
-        unhealthy_since = None if backend.unhealthy_since is None else backend.unhealthy_since + seconds
-        result[name] = replace(backend, since=backend.since + seconds, unhealthy_since=unhealthy_since)
+        # A change since then, by a request that was handled first, must not be in the future.
+        since, unhealthy_since = min(now, backend.since + seconds), backend.unhealthy_since
+        if unhealthy_since is not None:
+            unhealthy_since = min(now, unhealthy_since + seconds)
+        result[name] = replace(backend, since=since, unhealthy_since=unhealthy_since)
     return result
 
 

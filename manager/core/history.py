@@ -18,7 +18,7 @@ from core.scaler import OK, Decision
 MINUTE = 60  # seconds
 FINE_MINUTES, COARSE_MINUTES = 30, 24 * 60  # minutes with every decision, and with one point each
 MAX_CHANGES = 500
-SHARE_PERIOD, MAX_SHARES = 10, 180  # seconds for which one share of a backend is kept, and how many are kept
+SHARE_PERIOD, MAX_SHARES = 10, 180  # seconds between two shares of a backend; how many are kept
 
 
 @dataclass(frozen=True)

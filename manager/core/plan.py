@@ -107,10 +107,11 @@ def plan(fleet: Fleet, goal: Goal, namer: Namer, drain_timeout: float, now: floa
 
     capacity = capacity_of(fleet)
     updating = any(backend.spec != goal.spec for backend in capacity)
-    # An update replaces all backends, the unhealthy ones first, so they need no replacement of their own.
-    replacing = [] if updating else _overdue_unhealthy(capacity, goal.desired, now)
+    # Backends of an old spec are replaced by the update, the unhealthy ones first.
+    current = [backend for backend in capacity if backend.spec == goal.spec]
+    replacing = _overdue_unhealthy(current, goal.desired, now)
     # For a while more backends than desired, so that a new one is ready before an old or unhealthy one drains.
-    surge = 1 if updating else len(replacing)
+    surge = max(int(updating), len(replacing))
     missing = max(0, goal.desired + surge - len(capacity))
     steps = _grow(fleet, goal, namer, missing)
 
@@ -162,30 +163,33 @@ def _drain_unhealthy(capacity: list[Backend], replacing: list[Backend], desired:
 
 def _scale_in(capacity: list[Backend], goal: Goal, surge: int, updating: bool) -> list[Drain]:
     """Drains the surplus: first backends of an old spec, then unhealthy ones, then those that are not active yet, then
-    those with the highest numbers, which are usually the newest. At least the desired number still serves."""
+    those with the highest numbers, which are usually the newest. Healthy ones drain only above the desired number."""
 
-    def serves(backend: Backend) -> bool:
-        in_rotation = backend.state == ACTIVE and backend.unhealthy_since is None
+    def counts_as_serving(backend: Backend) -> bool:
+        if backend.state != ACTIVE:
+            return False
+        # An unhealthy backend of an old spec counts as well: it drains before the healthy ones.
+        if backend.spec != goal.spec:
+            return True
         # An update counts a new backend only once a probe has succeeded: the new image may not work at all.
-        return in_rotation and (backend.ready or not updating or backend.spec != goal.spec)
+        return backend.unhealthy_since is None and (backend.ready or not updating)
 
     def drain_order(backend: Backend) -> tuple[bool, bool, bool, int]:
-        kept_by_update = not updating or backend.spec == goal.spec
         healthy, active = backend.unhealthy_since is None, backend.state == ACTIVE
-        return kept_by_update, healthy, active, -by_number(backend.name)[0]
+        return backend.spec == goal.spec, healthy, active, -by_number(backend.name)[0]
 
-    # So many serving backends may drain without leaving fewer than desired.
-    dispensable = max(0, sum(map(serves, capacity)) - goal.desired)
+    # So many of those may drain without leaving fewer than desired.
+    dispensable = max(0, sum(map(counts_as_serving, capacity)) - goal.desired)
     surplus = max(0, len(capacity) - goal.desired - surge)
     if updating:
         surplus = max(surplus, dispensable)
     drains: list[Drain] = []
     for backend in sorted(capacity, key=drain_order):
-        if len(drains) < surplus and (not serves(backend) or dispensable > 0):
-            outdated = updating and backend.spec != goal.spec
+        if len(drains) < surplus and (not counts_as_serving(backend) or dispensable > 0):
+            outdated = backend.spec != goal.spec
             reason = Reason(Cause.UPDATE) if outdated else Reason(Cause.SCALE_IN, goal.desired)
             drains.append(Drain(backend.name, reason))
-            dispensable -= serves(backend)
+            dispensable -= counts_as_serving(backend)
     return drains
 
 

@@ -48,7 +48,7 @@ _SENTENCES = {
     Cause.OPERATOR: "drained by the operator",
     Cause.EXTERNAL_STOP: "another program is stopping its container",
     Cause.ENGINE_STOP: "the engine is stopping its container",
-    Cause.DRAIN_TIMEOUT: "drain timeout: a balancer did not report the end of its connections",
+    Cause.DRAIN_TIMEOUT: "drain timeout: no report that the backend's last connection has ended",
     Cause.ENDED_IN_DRAIN: "its container has ended",
     Cause.ENDED: "its container ended with exit code {value:g}",
     Cause.PAUSED: "its container was paused",

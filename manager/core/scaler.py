@@ -55,7 +55,7 @@ class Memory:
     started: float
     rates: tuple[tuple[float, float], ...] = ()
     recommended: tuple[tuple[float, int], ...] = ()
-    panic_since: float | None = None  # the last time the load was at least twice the capacity
+    overloaded_at: float | None = None  # the last time the load was at least twice the capacity
 
 
 class ClampKind(StrEnum):
@@ -133,8 +133,8 @@ def decide(policy: Policy, memory: Memory, load: Load, capacity: int, now: float
     # Panic begins at twice the capacity. It ends when the load has been lower for one stable window.
     short = _mean(memory.rates, now - policy.panic_window)
     if short >= 2 * capacity * policy.target:
-        memory = replace(memory, panic_since=now)
-    panic = memory.panic_since is not None and now - memory.panic_since < policy.stable_window
+        memory = replace(memory, overloaded_at=now)
+    panic = memory.overloaded_at is not None and now - memory.overloaded_at < policy.stable_window
     rate = max(short, _mean(memory.rates, now - policy.stable_window)) if panic else short
 
     # The formula. Rounding keeps 3.0000000001 from becoming 4.

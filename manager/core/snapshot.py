@@ -96,8 +96,9 @@ def _problems(status: Status) -> dict[ProblemKind, str]:
 
     launches = status["launches"]
     if launches["failed"]:
-        count = "a launch" if launches["failed"] == 1 else f"{launches['failed']} launches in a row"
-        found[ProblemKind.LAUNCHES_FAIL] = f"{count} failed: {launches['why']}"
+        once = launches["failed"] == 1
+        what = "a backend or its launch failed" if once else f"{launches['failed']} failures in a row"
+        found[ProblemKind.LAUNCHES_FAIL] = f"{what}: {launches['why']}"
     if launches["update_given_up"]:
         found[ProblemKind.UPDATE_GIVEN_UP] = f"the update was given up: {launches['update_given_up']}"
 
@@ -162,7 +163,7 @@ def settings_in_force(settings: Settings, policy: Policy) -> dict[str, Any]:
 
 
 def launches(fleet: Fleet, backoff: LaunchBackoff, now: float) -> dict[str, Any]:
-    """Failed launches in a row, the seconds until the next launch, and the progress of an update."""
+    """Failures of backends or launches in a row, the seconds until the next launch, and the progress of an update."""
     capacity = fleets.capacity_of(fleet)
     replaced = sum(backend.spec == backoff.spec for backend in capacity)
     return {

@@ -75,7 +75,7 @@ class Api:
 
     def stop(self, body: schemas.StopRequest) -> None:
         """A balancer reports that a backend is drained. Idempotent."""
-        self._controller.stop(body.ip, body.reason, body.balancer or "", body.id or "")
+        self._controller.stop(body.ip, body.reason, body.id or "")
 
     def drain(self, body: schemas.DrainRequest) -> None:
         """Takes a backend out of rotation and replaces it."""

@@ -208,7 +208,7 @@ METRICS = (
     _gauge("paused", "1 while decisions are not carried out.", _number("paused")),
     _gauge("engine_reachable", "1 while the container engine answers.", lambda s: s["engine"] == "ok"),
     _gauge("launch_backoff_seconds", "Time until the next launch, after failures.", _number("launches", "retry_in")),
-    _gauge("failed_launches", "Launches that failed in a row.", _number("launches", "failed")),
+    _gauge("failed_launches", "Failures of launches or backends in a row.", _number("launches", "failed")),
     _gauge("update_given_up", "1 after an update was undone.", lambda s: s["launches"]["update_given_up"] != ""),
     _gauge("balancers", "Balancers that have reported.", lambda s: len(s["balancers"])),
     _gauge("balancer_running", "1 while the balancer runs.", lambda s: s["balancer"]["state"] == "running"),

@@ -125,11 +125,11 @@ def test_problems_are_displayed(page: Page, stage: Stage) -> None:
     notices = page.inner_text("#notices")
     assert "Paused. Decisions are recorded, but not carried out." in notices
     assert "Problem: the engine is unreachable: connection refused" in notices
-    assert "Problem: a launch failed: its container ended with exit code 3" in notices
+    assert "Problem: a backend or its launch failed: its container ended with exit code 3" in notices
     assert "Problem: 1 of 2 backends serve" in notices
     assert re.search(r"Launches wait: the next one is in [\d.]+ s", notices)
     spoken = page.locator("[aria-live=polite]").text_content() or ""
-    assert "the engine is unreachable: connection refused. a launch failed: " in spoken
+    assert "the engine is unreachable: connection refused. a backend or its launch failed: " in spoken
     assert "Paused." in spoken
 
 

@@ -66,7 +66,7 @@ class Driven:
         self.controller.report(Report("b1", snapshot["revision"], 0.5, samples))
         for backend in snapshot["backends"]:
             if backend["state"] == "draining":
-                self.controller.stop(backend["ip"], "drained", "b1")
+                self.controller.stop(backend["ip"], "drained")
 
     def is_own(self, ip: str) -> bool:
         """Whether the address is one of the project's network."""

@@ -221,7 +221,7 @@ def test_update_that_is_given_up_fails_and_the_old_settings_apply_again(system: 
     output = system.up("--image", "bad", status=1)
     assert "what ran before is used again: its container ended with exit code 3" in output
     assert settings(system)["LB_IMAGE"] == "good"
-    assert status(system)["environment"]["LB_IMAGE"] == "sha256:good"
+    assert status(system)["environment"]["LB_IMAGE_ID"] == "sha256:good"
     assert (system.run_dir / "balancer" / "operator_settings.json").read_text() == "the operator's"
     assert not (system.run_dir / "balancer" / "refused_update.json").exists(), (
         "a new run tries the refused update again"
@@ -245,7 +245,7 @@ def test_failed_update_of_a_project_whose_manager_was_stopped_applies_the_old_se
         os.kill(pid, signal.SIGKILL)
     until(lambda: not system.processes(), "supervisor and manager have ended")
     system.up("--image", "bad", status=1)
-    assert (settings(system)["LB_IMAGE"], status(system)["environment"]["LB_IMAGE"]) == ("good", "sha256:good")
+    assert (settings(system)["LB_IMAGE"], status(system)["environment"]["LB_IMAGE_ID"]) == ("good", "sha256:good")
     assert "settings are unchanged" in system.up()
 
 
@@ -289,7 +289,7 @@ def test_old_image_is_used_again_even_where_its_name_belongs_to_the_new_one(syst
     stored = (system.run_dir / "settings.json").read_text()
     assert "what ran before is used again" in system.up(status=1)
     assert (system.run_dir / "settings.json").read_text() == stored
-    assert status(system)["environment"]["LB_IMAGE"] == "sha256:good"
+    assert status(system)["environment"]["LB_IMAGE_ID"] == "sha256:good"
 
 
 def test_update_continues_after_a_start_with_no_wait(system: System) -> None:

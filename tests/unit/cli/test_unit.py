@@ -155,6 +155,21 @@ def test_number_of_backends_is_for_the_first_start_of_a_supervisor_only(tmp_path
         system.close()
 
 
+def test_number_of_backends_is_kept_until_a_manager_has_started(tmp_path: Path) -> None:
+    system = System(tmp_path)
+    try:
+        system.up("--image", "good")
+        os.kill(int((system.run_dir / "supervisor.pid").read_text()), signal.SIGTERM)
+        until(lambda: not system.processes(), "both have ended")
+        (system.run_dir / "backends").write_text("3")
+        (system.tree / "manager" / "script.py").write_text("raise SystemExit(1)")
+        command = [str(system.tree / "manager" / "supervise.sh"), "--project", "p"]
+        assert subprocess.run(command, env=system.environment, check=False).returncode == 1
+        assert (system.run_dir / "backends").read_text() == "3"
+    finally:
+        system.close()
+
+
 def test_manager_that_another_one_has_replaced_is_not_started_again(tmp_path: Path) -> None:
     system = System(tmp_path)
     try:

@@ -182,7 +182,7 @@ def test_failed_launch_is_logged_and_retried_with_growing_waits(
         r.clock.pass_by(pause / 2)
     r.step_until(r.snapshot)
     assert r.calls("launch") == [1] * 4
-    assert "3 backends failed in a row, next launch in 2.0 s: no space left" in caplog.text
+    assert "3 failures in a row, next launch in 2.0 s: no space left" in caplog.text
 
 
 def test_an_unexpected_error_of_a_launch_or_a_stop_is_logged_and_the_call_is_made_again(
@@ -278,6 +278,22 @@ def test_backends_that_serve_and_are_killed_again_and_again_back_off(rig: Callab
         r.clock.pass_by(expected)
 
 
+def test_backends_that_fail_at_once_are_counted_and_logged_as_one_failure(
+    rig: Callable[..., Rig], caplog: pytest.LogCaptureFixture
+) -> None:
+    r = rig(3, min=3)
+    for _ in range(2):
+        r.clock.pass_by(STABLE)
+        for name in list(r.engine.containers):
+            r.engine.die(name, 137)
+        r.controller.step()
+        r.clock.pass_by(2)
+        r.step_until(lambda: len(r.snapshot()) == 3)
+        r.report_all_healthy()
+    assert r.launches()["failed"] == 2
+    assert [m.split(",")[0] for m in caplog.messages if "in a row" in m] == ["2 failures in a row"]
+
+
 @pytest.mark.parametrize("signal", [9, 3, 0])  # by docker kill; by docker stop, as the image says: number or name
 def test_backend_killed_from_outside_counts_as_no_failure(looping: Callable[..., Rig], signal: int) -> None:
     r = looping(2)
@@ -342,11 +358,20 @@ READY_TIMEOUT = 60.0
 def test_name_of_a_foreign_container_is_skipped_from_then_on(rig: Callable[..., Rig]) -> None:
     r = rig()
     r.engine.foreign = {"p-backend-1"}
-    r.step_until(lambda: 1 not in r.states() and len(r.snapshot()) == 1)
-    r.clock.pass_by(30)
     r.step_until(lambda: len(r.snapshot()) == 2)
     assert sorted(r.states()) == [2, 3]
     assert r.calls("launch").count(1) == 1
+    assert r.launches()["failed"] == 0
+
+
+def test_names_of_foreign_containers_do_not_end_an_update(rig: Callable[..., Rig]) -> None:
+    r = rig(2, image="image-2")
+    for name in ("p-backend-3", "p-backend-4"):
+        r.engine.foreign.add(name)
+        r.step_until(lambda name=name: name in r.controller._namer.taken)
+        r.clock.pass_by(30)
+    r.step_until(lambda: "image-2" in r.specs())
+    assert r.launches()["update_given_up"] == ""
 
 
 # -- dying ------------------------------------------------------------------------------------------------------------
@@ -565,7 +590,7 @@ def test_drain_without_a_balancers_report_ends_after_timeout_and_grace(rig: Call
     r.controller.step()
     assert (r.states()[3], r.reason(3)) == (
         "stopped",
-        "drain timeout: a balancer did not report the end of its connections",
+        "drain timeout: no report that the backend's last connection has ended",
     )
     r.engine.gate.set()
     r.step_until(lambda: sorted(r.engine.containers) == ["p-backend-1", "p-backend-2"])
@@ -603,42 +628,6 @@ def test_a_spare_cannot_be_drained(rig: Callable[..., Rig]) -> None:
     with pytest.raises(ValueError, match="is spare; only starting and active backends"):
         r.controller.drain("198.18.0.4")
     assert r.states()[3] == "spare"
-
-
-@pytest.mark.parametrize("order", list(itertools.permutations("abc")), ids="".join)
-def test_a_drain_waits_for_every_balancer_that_reports(rig: Callable[..., Rig], order: tuple[str, str, str]) -> None:
-    r = rig(3)
-    for name in "abc":
-        r.controller.report(report(name))
-    r.controller.drain("198.18.0.4")
-    for name in (order[0], order[0], order[1]):  # one balancer twice counts once
-        r.controller.stop("198.18.0.4", "drained in 1.0 s", name)
-        r.controller.step()
-        assert (r.states()[3], r.calls("stop")) == ("draining", [])
-    r.controller.stop("198.18.0.4", "drained in 2.0 s", order[2])
-    assert (r.states()[3], r.reason(3)) == ("stopped", "drained in 2.0 s")
-
-
-def test_report_without_a_balancers_name_ends_the_drain(rig: Callable[..., Rig]) -> None:
-    r = rig(3)
-    r.controller.report(report("a"))
-    r.controller.drain("198.18.0.4")
-    r.controller.stop("198.18.0.4", "drained")
-    assert r.states()[3] == "stopped"
-
-
-def test_drain_waits_no_longer_for_a_balancer_that_the_engine_does_not_list(rig: Callable[..., Rig]) -> None:
-    r = rig(3, drain_timeout=300)
-    for name in ("a", "b"):
-        r.controller.report(report(name))
-    r.controller.drain("198.18.0.4")
-    for listed, state in (({"a", "b"}, "draining"), ({"a"}, "stopped")):
-        r.engine.balancers = frozenset(listed)
-        r.clock.pass_by(30)
-        r.controller.report(report("a"))
-        r.controller.step()
-        r.controller.stop("198.18.0.4", "drained", "a")
-        assert r.states()[3] == state
 
 
 # -- spares -----------------------------------------------------------------------------------------------------------
@@ -701,9 +690,9 @@ def test_manager_without_a_saved_fleet_does_not_count_the_wanted_spares_as_backe
 def test_late_report_of_an_earlier_backend_does_not_stop_the_one_that_has_its_address(rig: Callable[..., Rig]) -> None:
     r = rig(2)
     with pytest.raises(UnknownBackend):
-        r.controller.stop("198.18.0.2", "drained", "b1", "another-id")
+        r.controller.stop("198.18.0.2", "drained", "another-id")
     assert r.states() == {1: "active", 2: "active"}
-    r.controller.stop("198.18.0.2", "drained", "b1", r.id(1)[:12])
+    r.controller.stop("198.18.0.2", "drained", r.id(1)[:12])
     assert r.states()[1] == "draining"
 
 
@@ -742,7 +731,7 @@ def test_failed_launch_does_not_remove_a_backend_that_was_renamed_to_its_name(ri
     r.engine.gate.set()
     r.step_until(lambda: not r.controller._workers.busy)
     r.controller.step()
-    assert r.states() == {2: "active", 3: "active"}
+    assert r.states() == {2: "active", 3: "active", 4: "starting"}
     assert all(seen), "without it in the snapshot, its connections would be cut"
 
 
@@ -835,6 +824,25 @@ def test_update_whose_backends_never_get_ready_is_given_up(
     assert caplog.text.count("update given up, going back: its backends failed: ") == 1
 
 
+def test_update_whose_backends_turn_unhealthy_after_their_start_is_given_up(rig: Callable[..., Rig]) -> None:
+    r = rig(2, image="image-2")
+    for _ in range(400):
+        r.controller.step()
+        rows = {}
+        for one in r.controller._fleet.values():
+            turned = one.spec == "image-2" and one.state == "active" and r.clock.now - one.since >= 5
+            rows[f"_{one.ip.rpartition('.')[2]}"] = sample(healthy=not turned)
+            if one.state == "draining":
+                r.controller.stop(one.ip, "drained")
+        r.report_rows(**rows)
+        r.clock.pass_by(1)
+        if r.launches()["update_given_up"] and r.specs() == ["image-1"] * 2:
+            break
+        time.sleep(0.002)
+    assert r.launches()["update_given_up"].startswith("unhealthy for ")
+    assert r.specs() == ["image-1"] * 2
+
+
 def test_a_manager_that_takes_over_amid_an_update_keeps_the_old_until_a_new_one_is_found_healthy(
     rig: Callable[..., Rig],
 ) -> None:
@@ -849,6 +857,10 @@ def test_a_manager_that_takes_over_amid_an_update_keeps_the_old_until_a_new_one_
     r.report_all_healthy()
     r.controller.step()
     assert (r.snapshot()[new.ip], sorted(r.states().values())[:3]) == ("active", ["active", "active", "draining"])
+
+
+def running(engine: FakeEngine) -> list[Container]:
+    return [container for container in engine.containers.values() if container.status == "running"]
 
 
 def refuse_update(r: Rig) -> None:
@@ -875,6 +887,33 @@ def test_restarted_manager_does_not_try_a_refused_update_again(rig: Callable[...
     assert len(r.calls("launch")) == launched
     launches = again.status()["launches"]
     assert (launches["update_given_up"], launches["updating"]) == (r.launches()["update_given_up"], False)
+
+
+def test_manager_that_starts_after_a_reboot_does_not_try_a_refused_update_again(
+    rig: Callable[..., Rig], tmp_path: Path
+) -> None:
+    r = rig(2, image="image-2")
+    refuse_update(r)
+    for name, one in r.engine.containers.items():
+        r.engine.containers[name] = replace(one, status="exited", ip="")
+    again = controller(r.engine, tmp_path, r.clock)
+    again.adopt(None)
+    assert eventually(lambda: (again.step(), [c.spec for c in running(r.engine)] == ["image-1"] * 2)[1])
+    assert again.status()["launches"]["update_given_up"] == r.launches()["update_given_up"]
+
+
+def test_failed_update_goes_back_to_the_image_that_most_backends_in_rotation_have(
+    rig: Callable[..., Rig], tmp_path: Path
+) -> None:
+    """An update to image-2 had just begun when run.sh was run with image-3."""
+    r = rig(2, image="image-2")
+    r.step_until(lambda: len(r.snapshot()) == 3)
+    newest_first = reversed(r.engine.containers.items())  # as Docker lists them
+    r.engine.containers = dict(newest_first)
+    r.engine.image = "image-3"
+    again = controller(r.engine, tmp_path, r.clock)
+    again.adopt(None)
+    assert again._backoff.previous == "image-1"
 
 
 def test_another_update_is_tried_after_one_was_refused(rig: Callable[..., Rig], tmp_path: Path) -> None:
@@ -1059,6 +1098,16 @@ def test_event_during_a_list_causes_two_lists_soon_after_it(
     monkeypatch.setattr(r.engine, "list", list_with_event)
     r.controller._wake.set()
     assert eventually(lambda: r.engine.lists == lists + 3)
+
+
+def test_many_events_of_foreign_containers_cause_few_lists(looping: Callable[..., Rig]) -> None:
+    r = looping(2)
+    assert eventually(lambda: r.engine.lists == 2)  # adopted, and the first pass
+    began = time.monotonic()
+    for _ in range(50):
+        r.engine.tell(Event("die", "another container", 0))
+        time.sleep(0.01)
+    assert r.engine.lists - 2 <= 2 + (time.monotonic() - began) / module.RELIST_AFTER_EVENT
 
 
 # -- panic ------------------------------------------------------------------------------------------------------------
@@ -1327,6 +1376,19 @@ def test_new_manager_aims_at_the_given_or_the_running_number(
     made = controller(FakeEngine(*(f"p-backend-{n}" for n in range(running))), tmp_path, Clock())
     made.adopt(wanted)
     assert made.desired == desired
+
+
+def test_number_of_backends_outside_the_operators_limits_is_logged(
+    rig: Callable[..., Rig], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    r = rig(2)
+    r.controller.scale(None, 4, None)
+    again = controller(r.engine, tmp_path, r.clock)
+    again.adopt(4)
+    assert "asked for" not in caplog.text
+    again.adopt(8)
+    assert again.desired == 4
+    assert "run.sh asked for 8 backends; the limits are min 2 and max 4" in caplog.messages
 
 
 def test_restarted_manager_has_the_same_revision_and_starts_and_stops_nothing(

@@ -183,7 +183,7 @@ def test_failures_do_not_delay_an_engine_that_launches_on_its_own(rig: Rig, capl
     rig.step()
     launches = rig.controller.status()["launches"]
     assert (launches["failed"], launches["retry_in"]) == (3, 0)
-    assert "3 backends failed in a row, the engine starts others: its container ended" in caplog.text
+    assert "3 failures in a row, the engine starts others: its container ended" in caplog.text
     assert "next launch" not in caplog.text
 
 

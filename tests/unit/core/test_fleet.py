@@ -199,6 +199,12 @@ def test_spare_that_becomes_unhealthy_is_not_admitted_and_is_replaced_if_it_stay
     assert judge({"p-1": spare}, False, 101 + READY_TIMEOUT)["p-1"].state == FAILED
 
 
+def test_deadlines_of_a_backend_that_changed_after_the_stop_of_the_process_begin_now() -> None:
+    before = {"p-1": backend(since=5), "p-2": backend(since=99, unhealthy_since=99)}
+    after = fleets.extend_deadlines(before, 20, NOW)
+    assert [(one.since, one.unhealthy_since) for one in after.values()] == [(25, None), (NOW, NOW)]
+
+
 def test_a_spare_found_healthy_is_ready_and_stays_out_of_rotation() -> None:
     after = judge({"p-1": backend(SPARE)}, True, 10)
     assert after == {"p-1": FIT}

@@ -22,7 +22,20 @@ from core.fleet import (
     Verdict,
 )
 from core.launch_backoff import MAX_UPDATE_FAILURES, LaunchBackoff
-from core.plan import DRAIN_GRACE, MAX_TAKEN_NAMES, REPLACE_AFTER, Admit, Drain, Goal, Launch, Namer, Step, Stop, plan
+from core.plan import (
+    DRAIN_GRACE,
+    MAX_TAKEN_NAMES,
+    REPLACE_AFTER,
+    Admit,
+    Drain,
+    Goal,
+    Launch,
+    Namer,
+    Step,
+    Stop,
+    is_complete,
+    plan,
+)
 from core.reasons import Cause, Reason
 from fakes_fleet import backend, container
 
@@ -127,12 +140,14 @@ def test_only_so_many_names_of_foreign_containers_are_remembered() -> None:
 
 
 def crew(*words: str) -> dict[str, Backend]:
-    """One backend for each word: its state and, after a colon, `ready` or `old` (else it is made from "new")."""
+    """One backend for each word: its state and, after a colon, `ready`, `unhealthy` for long enough to be replaced, or
+    `old` (else it is made from "new")."""
     made = {}
     for n, word in enumerate(words, 1):
         state, _, more = word.partition(":")
         spec = "old" if "old" in more else "new"
-        made[f"p-{n}"] = backend(state, f"p-{n}", spec=spec, ready="ready" in more or state == ACTIVE)
+        one = backend(state, f"p-{n}", spec=spec, ready="ready" in more or state == ACTIVE)
+        made[one.name] = replace(one, unhealthy_since=10 - LONG if "unhealthy" in more else None)
     return made
 
 
@@ -178,7 +193,8 @@ def test_spares_are_launched_admitted_when_needed_and_replaced(
     assert plan(known, Goal(desired, spares, "new"), Namer("p-"), 30, 10) == steps
 
 
-OLD, OLD_STARTING = "active:old", "starting:old"
+OLD, OLD_STARTING, OLD_UNHEALTHY = "active:old", "starting:old", "active:old,unhealthy"
+UNHEALTHY = "active:unhealthy"
 
 UPDATES: dict[str, tuple[dict[str, Backend], Goal, list[Step]]] = {
     "one more first": (crew(OLD, OLD), Goal(2, 0, "new"), [Launch("p-3")]),
@@ -202,6 +218,13 @@ UPDATES: dict[str, tuple[dict[str, Backend], Goal, list[Step]]] = {
         [*replaced(1), *drains(4, 3, to=1)],
     ),
     "going back from one that is not ready": (crew(ACTIVE, ACTIVE, OLD_STARTING), Goal(2, 0, "new"), []),
+    "an unhealthy old one drains first": (crew(OLD, OLD_UNHEALTHY, OLD, ACTIVE), Goal(3, 0, "new"), replaced(2)),
+    "all old ones are unhealthy": (crew(OLD_UNHEALTHY, OLD_UNHEALTHY, ACTIVE), Goal(2, 0, "new"), replaced(2)),
+    "the only old one is unhealthy": (crew(OLD_UNHEALTHY, ACTIVE), Goal(1, 0, "new"), replaced(1)),
+    "an unhealthy new one is replaced": (
+        *(crew(OLD, OLD, UNHEALTHY), Goal(2, 0, "new")),
+        [Drain("p-3", Reason(Cause.UNHEALTHY, LONG))],
+    ),
 }
 
 
@@ -212,17 +235,19 @@ def test_an_update_has_a_new_one_active_before_an_old_one_drains(
     assert plan(known, goal, Namer("p-"), 30, 10) == steps
 
 
-WORDS = [ACTIVE, STARTING, OLD, OLD_STARTING, "spare:ready"]
+WORDS = [ACTIVE, UNHEALTHY, STARTING, OLD, OLD_UNHEALTHY, OLD_STARTING, "spare:ready", "spare:old,ready"]
 
 
-def test_no_plan_drains_below_the_desired_number_of_active_ones() -> None:
-    crews = (itertools.combinations_with_replacement(WORDS, size) for size in range(1, 6))
-    for words, desired in itertools.product(itertools.chain(*crews), range(1, 6)):
-        known = crew(*words)
-        active = {name for name, one in known.items() if one.state == ACTIVE}
-        steps = plan(known, Goal(desired, 1, "new"), Namer("p-"), 30, 10)
-        left = active - {step.name for step in steps if isinstance(step, Drain)}
-        assert len(left) >= min(desired, len(active)), f"{words}, {desired} desired: {steps}"
+def test_no_fleet_stops_changing_before_the_goal_and_no_plan_drains_healthy_backends_that_are_needed() -> None:
+    crews = itertools.chain(*(itertools.combinations_with_replacement(WORDS, size) for size in range(6)))
+    for words, desired, spares in itertools.product(crews, range(1, 6), (0, 1)):
+        known, goal = crew(*words), Goal(desired, spares, "new")
+        steps = plan(known, goal, Namer("p-"), 30, 10)
+        waits = STARTING in words or OLD_STARTING in words
+        assert steps or waits or is_complete(known, goal), f"{words}, {desired} desired: stays so for ever"
+        serving = {name for name, one in known.items() if one.serves}
+        left = serving - {step.name for step in steps if isinstance(step, Drain)}
+        assert len(left) >= min(desired, len(serving)), f"{words}, {desired} desired: {steps}"
 
 
 class World:

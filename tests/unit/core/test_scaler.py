@@ -103,7 +103,7 @@ def test_the_sentence_reads_as_a_whole() -> None:
 @pytest.mark.parametrize(("rate", "since"), [(999.9, None), (1000.0, NOW)])
 def test_panic_begins_when_the_load_reaches_twice_the_capacity(rate: float, since: float | None) -> None:
     decision, after = decide(policy(), memory(), Load(rate), 5, NOW)
-    assert (after.panic_since, decision.panic) == (since, since is not None)
+    assert (after.overloaded_at, decision.panic) == (since, since is not None)
 
 
 def test_the_memory_keeps_one_stable_window_and_the_limited_number_not_the_held_one() -> None:
@@ -124,7 +124,7 @@ MEMORIES = st.builds(
     started=st.floats(0, NOW),
     rates=pairs(RATES),
     recommended=pairs(st.integers(1, 50)),
-    panic_since=st.none() | st.floats(NOW - 90, NOW),
+    overloaded_at=st.none() | st.floats(NOW - 90, NOW),
 )
 LIMITS = st.tuples(st.integers(1, 50), st.integers(1, 50)).map(sorted)
 TARGETS = st.floats(0.001, 1e4)

@@ -42,9 +42,13 @@ def with_launches(**changes: object) -> dict[str, Any]:
         (
             with_launches(failed=3, why="no such image"),
             ProblemKind.LAUNCHES_FAIL,
-            "3 launches in a row failed: no such image",
+            "3 failures in a row: no such image",
         ),
-        (with_launches(failed=1, why="no such image"), ProblemKind.LAUNCHES_FAIL, "a launch failed: no such image"),
+        (
+            with_launches(failed=1, why="no such image"),
+            ProblemKind.LAUNCHES_FAIL,
+            "a backend or its launch failed: no such image",
+        ),
         (with_launches(update_given_up="exit 3"), ProblemKind.UPDATE_GIVEN_UP, "the update was given up: exit 3"),
         (
             {"balancer": {"state": "failed", "problem": "port in use"}},

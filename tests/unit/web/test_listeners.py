@@ -713,6 +713,7 @@ MANAGER = """
 import sys
 from pathlib import Path
 from core import settings
+from core.engine import TakenOver
 settings.ROOT = Path(sys.argv.pop(1))
 import fakes, script
 class Engine(fakes.FakeEngine):
@@ -721,9 +722,16 @@ class Engine(fakes.FakeEngine):
     def gateway(self):
         return "127.0.0.2"
 script.DockerEngine = script.SwarmEngine = Engine
-if sys.argv[1:] == ["fail"]:
-    sys.argv.pop(1)
-    script.Listeners.is_alive = lambda self: False
+def be_taken_over(self):
+    raise TakenOver("the manager at another-host has taken over; this one ends")
+match sys.argv[1:]:
+    case ["listeners fail"]:
+        script.Listeners.is_alive = lambda self: False
+    case ["loop fails"]:
+        script.Controller.run = lambda self: None
+    case ["taken over"]:
+        script.Controller.step = be_taken_over
+del sys.argv[1:]
 sys.exit(script.main())
 """
 
@@ -783,12 +791,30 @@ def test_a_suspended_and_resumed_manager_runs_until_it_gets_a_signal_to_end(
     assert "manager ended" in made.log()
 
 
-def test_a_manager_ends_with_its_own_exit_code_when_its_listeners_fail(
-    manager: Callable[..., ManagerProcess],
+@pytest.mark.parametrize(
+    ("fault", "status", "line"),
+    [
+        ("listeners fail", 3, "the loop or the listeners have failed; this manager ends"),
+        ("loop fails", 3, "the loop or the listeners have failed; this manager ends"),
+        ("taken over", 4, "the manager at another-host has taken over; this one ends"),
+    ],
+)
+def test_exit_status_of_a_manager_names_what_has_ended_it(
+    manager: Callable[..., ManagerProcess], fault: str, status: int, line: str
 ) -> None:
-    made = manager("docker", "fail")
-    assert made.process.wait(10) == 3
-    assert "the listeners have failed; this manager ends" in made.log()
+    made = manager("docker", fault)
+    assert made.process.wait(10) == status
+    assert line in made.log()
+
+
+def test_manager_removes_the_number_of_backends_that_it_has_taken(
+    manager: Callable[..., ManagerProcess], tmp_path: Path
+) -> None:
+    number = tmp_path / "run" / "p" / "backends"
+    number.parent.mkdir(parents=True)
+    number.write_text("3")
+    manager()
+    assert not number.exists()
 
 
 def test_in_a_swarm_the_node_address_has_tls(manager: Callable[..., ManagerProcess], tmp_path: Path) -> None:

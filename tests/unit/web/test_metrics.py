@@ -276,7 +276,7 @@ MANY = Memory(0.0, recommended=((999.0, 5),))
         (Memory(0.0), Load(0), 3, "min"),
         (MANY, Load(0, "b2"), 5, "load_unknown"),
         (Memory(990.0), Load(0), 5, "no_history"),
-        (Memory(0.0, panic_since=990.0), Load(300), 5, "panic"),
+        (Memory(0.0, overloaded_at=990.0), Load(300), 5, "panic"),
         (MANY, Load(300), 5, "stable_window"),
     ],
 )

@@ -318,6 +318,7 @@ def test_log_line_of_a_killed_backend_does_not_explain_the_failure_of_an_earlier
         assert eventually(lambda: sorted(r.engine.containers) == left)
         assert eventually(lambda: f"last log line of {name}: goodbye" in caplog.text)
         caplog.clear()
+        assert eventually(lambda: len(r.snapshot()) == 2)
         r.report_all_healthy()
 
     r.clock.pass_by(60)

@@ -68,10 +68,11 @@ class Sampler:
         state.learner.sample({backend.id: counts.waiting[backend.ip] for backend in snapshot.backends})
         # How many stalled, and how many got their first reply: for the detector.
         replied = self._netfilter.members(self._netfilter.path.replies_set)
+        weights = {endpoint.ip: endpoint.weight for endpoint in state.rotation.endpoints}
         seen = {}
         for backend in snapshot.backends:
             first_replies, _ = replied.get(backend.ip, (0, 0))
-            seen[backend.id] = Replies(counts.stalled[backend.ip], first_replies, backend.ip in state.rotation.ips)
+            seen[backend.id] = Replies(counts.stalled[backend.ip], first_replies, weights.get(backend.ip, 0.0))
         now, frozen_before, answering_before = time.monotonic(), state.frozen, state.answering
         state.frozen = self._detector.frozen(seen, now, state.table_full())
         state.answering = self._detector.answering(now)

@@ -5,9 +5,10 @@ for a while, and most other backends do answer. So slow applications and a faile
 
 A healthy backend whose clients wait in long polls gives no first reply either, until it gets a connection of another
 kind. So the other backends must have given enough first replies meanwhile. If a healthy backend has the share s of the
-connections, each first reply is one of another backend with the probability 1-s. All of N are with (1-s)^N, which
-has to be below MAX_CHANCE. With equal shares, that takes 14 first replies of one other backend, 23 of two, 88 of nine. So a
-frozen backend is found after STALL_SECONDS from about one connection per second and backend on, and later with fewer.
+connections, each first reply is one of another backend with the probability 1-s, and all of N are with (1-s)^N. This
+has to be below MAX_CHANCE. With equal shares, that takes 14 first replies of one other backend, 23 of two, 88 of nine.
+So a frozen backend is found after STALL_SECONDS from about one connection per second and backend on, and later with
+fewer.
 """
 
 from __future__ import annotations

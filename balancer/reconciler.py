@@ -44,6 +44,7 @@ class Reconciler:
         self._path = state.netfilter.path
         # Address → id of each backend that the kernel may have flows of. None before the first pass.
         self._known: Mapping[str, str] | None = None
+        self._in_rotation: Collection[str] | None = None  # ids, after the last pass; None before the first
         self._nat: Table | None = None  # as it was written last
         self._misdirected = False  # another program had changed the nat table, and its flows are not deleted yet
         self._failed: Mapping[str, int] = {}  # connections that the rules had dropped at the last pass, by reason
@@ -103,13 +104,14 @@ class Reconciler:
         self._netfilter.remove_client_sets(ids)
 
         self._known = ids
+        self._in_rotation = {ids[ip] for ip in chosen.ips}
         state.rotation, state.converged_at = chosen, time.monotonic()
         _log_changes(before, chosen)
 
     def _choose(self, snapshot: Snapshot, health: Mapping[str, Health]) -> Rotation:
         """The backends in rotation, weighted by their speed. A backend in its slow start gets a part of its share. Slow
         start counts from when a backend became healthy, so a spare's is usually over when it enters rotation."""
-        chosen = rotation(snapshot, health, self._node, self._state.answering)
+        chosen = rotation(snapshot, health, self._node, self._state.answering, self._in_rotation)
         learner, now, adaptive = self._state.learner, time.monotonic(), snapshot.weights == "adaptive"
         ids = snapshot.ids
         healthy = {id_ for id_, one in health.items() if one.healthy}

@@ -522,7 +522,8 @@ def test_each_backend_has_a_set_of_its_clients_until_it_is_removed(host: World) 
     host.reconcile()
     assert set(host.kernel.all_sets) - set(HOST.backend_sets) == client_sets
     assert host.kernel.rules("nat", "LB-0a1b2c-STICKY")[1:-1] == [
-        f"-m set --match-set LB-0a1b2c-S-{A} src -j LB-0a1b2c-B-{A}"
+        f"-m set --match-set LB-0a1b2c-S-{A} src -j LB-0a1b2c-B-{A}",
+        f"-j SET --del-set LB-0a1b2c-S-{B} src",
     ], "a draining backend gets no connection, not even from its own clients"
     host.set_backends(f"a {A}")
     host.reconcile()

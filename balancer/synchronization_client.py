@@ -29,6 +29,7 @@ from netfilter import Netfilter, NetfilterError
 from reconciler import Reconciler
 from reporter import Reporter
 from sampler import Sampler
+from schedule import SAMPLE_PERIOD
 from snapshot import Snapshot
 from state import State
 
@@ -63,7 +64,7 @@ class Balancer:
         loops = {
             "follow": self.follow,
             "report": self.reporter.wait_and_report,
-            "sample": self.sampler.wait_and_sample,
+            "sample": self.sample,
         }
         for name, body in loops.items():
             self.beat(name)
@@ -79,6 +80,12 @@ class Balancer:
     def reconcile(self) -> None:
         self._port_holder.hold()
         self.reconciler.wait_and_reconcile()
+
+    def sample(self) -> None:
+        """Takes the samples that are due."""
+        time.sleep(SAMPLE_PERIOD)
+        for take in self.sampler.samples():
+            attempt(take)
 
     def beat(self, name: str) -> None:
         self._beats[name] = time.monotonic()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import resource
+import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -96,8 +97,27 @@ def connection_limit() -> int:
     return max(1, min(MAX_CONNECTIONS, soft - RESERVED_FILES))
 
 
+class _Connections(Pool):  # type: ignore[misc]
+    """At the limit, a new connection replaces the oldest. So silent ones cannot keep out the health check."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()  # without a size: the server would stop to accept at it
+        self._limit = limit
+        self._open: dict[Any, Any] = {}  # greenlet → its socket, the oldest first
+
+    def spawn(self, *args: Any) -> None:
+        if len(self._open) >= self._limit:
+            oldest = self._open.pop(next(iter(self._open)))
+            with suppress(OSError):  # the client has disconnected
+                oldest.shutdown(socket.SHUT_RDWR)  # its greenlet then reads the end, and closes it
+        opened = super().spawn(*args)
+        [connection, *_] = args[-1]
+        self._open[opened] = connection
+        opened.rawlink(lambda ended: self._open.pop(ended, None))
+
+
 def make_server(app: Flask, address: str, port: int) -> WSGIServer:
-    pool = Pool(connection_limit())
+    pool = _Connections(connection_limit())
     # Without a log, which clients could fill with their errors.
     quiet = {"log": None, "error_log": None}
     return WSGIServer((address, port), app, spawn=pool, backlog=BACKLOG, handler_class=_Handler, **quiet)

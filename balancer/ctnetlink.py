@@ -38,7 +38,7 @@ def listing(request: bytes) -> Iterator[bytes]:
             block = _receive(netlink, deadline)
             # DONE ends a listing; a request that the kernel refuses gets only an ERROR.
             if kind_of(block) in (NLMSG_ERROR, NLMSG_DONE):
-                _raise_error(block)
+                raise_error(block)
                 return
             yield block
 
@@ -60,7 +60,7 @@ def delete(deletions: Iterable[bytes]) -> None:
             while number != last:
                 answer = _receive(netlink, deadline)
                 (number,) = struct.unpack_from("=I", answer, 8)
-                _raise_error(answer, accept=errno.ENOENT)
+                raise_error(answer, accept=errno.ENOENT)
 
 
 def _open_socket() -> socket.socket:
@@ -86,7 +86,7 @@ def kind_of(answer: bytes) -> int:
     return int.from_bytes(answer[4:6], sys.byteorder)
 
 
-def _raise_error(answer: bytes, accept: int = 0) -> None:
+def raise_error(answer: bytes, accept: int = 0) -> None:
     """Raises the error in an answer, except `accept`. An acknowledgement has the code 0; the end of a listing may have
     no code."""
     code = min(MAX_ERRNO, -struct.unpack_from("=i", answer, 16)[0]) if len(answer) >= 20 else 0

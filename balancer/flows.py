@@ -44,7 +44,7 @@ STATE_NAMES = ("syn_sent", "syn_recv", "established", "fin_wait", "close_wait", 
 
 SILENT_SECONDS = 10  # without a packet in either direction: the flow counts as silent
 
-_MESSAGE = struct.Struct("=IHHII")
+MESSAGE = struct.Struct("=IHHII")
 _NFGEN = struct.Struct("=BBH")
 _ATTRIBUTE = struct.Struct("=HH")
 _LENGTH = struct.Struct("=I")
@@ -103,7 +103,7 @@ def attribute(kind: int, payload: bytes) -> bytes:
 def message(kind: int, flags: int, number: int, attributes: bytes) -> bytes:
     """One request; its answers carry the same `number`."""
     body = _NFGEN.pack(IPV4, 0, 0) + attributes
-    return _MESSAGE.pack(_MESSAGE.size + len(body), SUBSYSTEM | kind, REQUEST | flags, number, 0) + body
+    return MESSAGE.pack(MESSAGE.size + len(body), SUBSYSTEM | kind, REQUEST | flags, number, 0) + body
 
 
 def listing_request(ports: Collection[int], backend: str = "", waiting_only: bool = False) -> bytes:

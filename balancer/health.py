@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from enum import Enum
 
 FALL, RISE = 3, 2  # failed probes in a row that make a backend unhealthy, successful ones that make it healthy again
-PERIOD, RETRY = 1.0, 0.1  # seconds between probes of a healthy backend, and while its health is unknown or in doubt
+PERIOD = 1.0  # seconds between probes
+RETRY = 0.1  # the same while health is unknown or in doubt, and at first while a backend is unhealthy
+RETRIES = 100  # probes of an unhealthy backend with RETRY: it may be starting, or recover soon
 
 
 class Cause(Enum):
@@ -34,12 +36,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class Health:
-    """`healthy` is None until it is decided. `streak` counts the latest probes in a row that contradict it."""
+    """`healthy` is None until it is decided. `streak` counts the latest probes in a row that contradict it, `confirmed`
+    those that agreed with it."""
 
     healthy: bool | None = None
     streak: int = 0
     why: str = "not probed yet"
     cause: Cause | None = None  # where healthy is False
+    confirmed: int = 0
 
     def after(self, answer: Answer, table_full: bool = False) -> Health:
         """The health after one more probe. With a full connection table a lost packet is not the backend's fault."""
@@ -47,7 +51,7 @@ class Health:
             return self
         good = answer.cause is None
         if good == self.healthy:
-            return Health(good, 0, answer.why, answer.cause)
+            return Health(good, 0, answer.why, answer.cause, self.confirmed + 1)
         # One contradicting probe may be an accident, so several are needed. There are two exceptions: the first success
         # of a new backend, and a refusal, with which the backend itself reports its state.
         streak = self.streak + 1
@@ -59,4 +63,6 @@ class Health:
 
     def pause(self) -> float:
         """Seconds until the next probe."""
-        return PERIOD if self.healthy and not self.streak else RETRY
+        in_doubt = self.healthy is None or self.streak > 0
+        became_unhealthy = self.healthy is False and self.confirmed < RETRIES
+        return RETRY if in_doubt or became_unhealthy else PERIOD

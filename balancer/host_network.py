@@ -4,17 +4,17 @@ bridge routes packets of loopback addresses."""
 from __future__ import annotations
 
 import logging
-import os
 import socket
 import struct
 
+from ctnetlink import raise_error
 from datapath import DataPath
+from flows import ACK, MESSAGE, REQUEST, attribute
 
 log = logging.getLogger("balancer")
 
 # linux/rtnetlink.h, linux/if_link.h, linux/ip.h
 RTM_NEWLINK = 16
-REQUEST, ACK = 1, 4
 IFLA_AF_SPEC, IFLA_INET_CONF = 26, 1
 DEVCONF_ROUTE_LOCALNET = 26
 
@@ -53,18 +53,11 @@ class PortHolder:
 def route_loopback(bridge: str) -> None:
     """Lets `bridge` route packets of 127.0.0.0/8, so that clients on the loopback interface reach backends. The same as
     the sysctl net.ipv4.conf.BRIDGE.route_localnet=1, which cannot be written in a container. Raises OSError."""
-    conf = _attribute(DEVCONF_ROUTE_LOCALNET, struct.pack("=I", 1))
-    families = _attribute(socket.AF_INET, _attribute(IFLA_INET_CONF, conf))
+    conf = attribute(DEVCONF_ROUTE_LOCALNET, struct.pack("=I", 1))
+    families = attribute(socket.AF_INET, attribute(IFLA_INET_CONF, conf))
     link = struct.pack("=BxHiII", 0, 0, socket.if_nametoindex(bridge), 0, 0)
-    body = link + _attribute(IFLA_AF_SPEC, families)
-    message = struct.pack("=IHHII", 16 + len(body), RTM_NEWLINK, REQUEST | ACK, 1, 0) + body
+    body = link + attribute(IFLA_AF_SPEC, families)
+    message = MESSAGE.pack(MESSAGE.size + len(body), RTM_NEWLINK, REQUEST | ACK, 1, 0) + body
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as netlink:
         netlink.send(message)
-        (code,) = struct.unpack_from("=i", netlink.recv(4096), 16)
-    if code:
-        raise OSError(-code, os.strerror(-code))
-
-
-def _attribute(kind: int, payload: bytes) -> bytes:
-    length = 4 + len(payload)
-    return struct.pack("=HH", length, kind) + payload + bytes(-length % 4)
+        raise_error(netlink.recv(4096))

@@ -1,4 +1,4 @@
-"""Prints the features that the rules need and this kernel lacks, for each flavour of iptables, until one has all."""
+"""Tries each flavour of iptables, legacy first, until one has all features. Prints what each of them lacks."""
 
 from __future__ import annotations
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,16 +20,21 @@ class _PinnedCertificate(HTTPAdapter):
         super().init_poolmanager(*args, assert_hostname="lbscaler-manager", **kwargs)
 
 
-class TokenFile:
-    """Reads the token for each call, because `run.sh --rotate-secrets` replaces the file."""
+class TextFile:
+    """The token, or the manager's address. Reads the file for each call, because `run.sh` may replace it meanwhile."""
 
     def __init__(self, file: Path) -> None:
         self._file, self._last = file, ""
 
     def __call__(self) -> str:
         with suppress(OSError):  # the file was deleted
-            self._last = self._file.read_text().strip()
+            # It is empty for a moment while it is written.
+            self._last = self._file.read_text().strip() or self._last
         return self._last
+
+    def __iter__(self) -> Iterator[str]:
+        """As a list of one address."""
+        yield self()
 
 
 class ManagerClient:
@@ -38,12 +42,13 @@ class ManagerClient:
     while it shuts down."""
 
     def __init__(
-        self, addresses: Sequence[str], token: Callable[[], str], balancer: str, certificate: str = ""
+        self, addresses: Iterable[str], token: Callable[[], str], balancer: str, certificate: str = ""
     ) -> None:
-        """`addresses` are those that the manager may have, tried in turn. `token` is called for each request.
-        `certificate` is a file with the manager's certificate: calls then use TLS and accept no other certificate."""
-        self._balancer, self._token = balancer, token
-        self._urls = deque(f"{'https' if certificate else 'http'}://{address}" for address in addresses)
+        """`addresses` are those that the manager may have, tried in turn. They are read, and `token` is called, for
+        each request. `certificate` is a file with the manager's certificate: calls then use TLS and accept no other."""
+        self._balancer, self._token, self._addresses = balancer, token, addresses
+        self._scheme = "https" if certificate else "http"
+        self._failures = 0  # of calls to `sync`
         self._session = requests.Session()
         # HTTP_PROXY and the like are for other programs: the manager is always called directly.
         self._session.trust_env = False
@@ -61,23 +66,34 @@ class ManagerClient:
         """Waits for a snapshot whose revision is not `have`; None if there is none within LONG_POLL seconds."""
         query = {"have": have, "wait": str(LONG_POLL)}
         try:
-            answer = self._session.get(f"{self._urls[0]}/sync", params=query, timeout=(3, LONG_POLL + 10))
-            answer.raise_for_status()
+            answer = self._session.get(self._url("/sync"), params=query, timeout=(3, LONG_POLL + 10))
+            _raise_for_status(answer)
         except requests.RequestException:
             # All further calls use the next address, in case the manager now runs on another node.
-            self._urls.rotate(-1)
+            self._failures += 1
             raise
         message: Mapping[str, Any] | None = None if answer.status_code == 204 else answer.json()
         return message
 
     def report(self, message: Mapping[str, Any]) -> None:
-        self._post("/pkts_info", message).raise_for_status()
+        _raise_for_status(self._post("/pkts_info", message))
 
     def stop(self, ip: str, id_: str, reason: str) -> None:
         answer = self._post("/stop", {"ip": ip, "id": id_, "reason": reason, "balancer": self._balancer})
         # With 404 the manager does not know the backend, so it was removed already.
         if answer.status_code != 404:
-            answer.raise_for_status()
+            _raise_for_status(answer)
 
     def _post(self, path: str, message: Mapping[str, Any]) -> requests.Response:
-        return self._session.post(self._urls[0] + path, json=message, timeout=(3, 5))
+        return self._session.post(self._url(path), json=message, timeout=(3, 5))
+
+    def _url(self, path: str) -> str:
+        addresses = list(self._addresses)
+        return f"{self._scheme}://{addresses[self._failures % len(addresses)]}{path}"
+
+
+def _raise_for_status(answer: requests.Response) -> None:
+    """As the method of that name, with the manager's own reason in the error: it answers with one line of text."""
+    if answer.status_code >= 400:
+        reason, _, _ = answer.text.partition("\n")
+        raise requests.HTTPError(f"{answer.status_code}: {reason}", response=answer)

@@ -3,7 +3,7 @@ rules nowhere else.
 
 A pass adds first and removes last:
 
-    add:     it is healthy → old flows of its address deleted → added to the sets → chain and share written in one step
+    add:     old flows of its address deleted → added to the sets → chain written, and its share once it is healthy
     remove:  share and chain deleted in one step → its flows deleted → removed from the sets
 
 A pass that fails at any step leaves working rules, and the next pass completes it. Without a manager, the last snapshot
@@ -42,8 +42,9 @@ class Reconciler:
     def __init__(self, state: State, node: str = "") -> None:
         self._state, self._netfilter, self._node = state, state.netfilter, node
         self._path = state.netfilter.path
-        # Address → id of each backend that the kernel may have flows of. None before the first pass.
-        self._known: Mapping[str, str] | None = None
+        # Address → id of each backend that this client may have written rules for.
+        self._ids: Mapping[str, str] = {}
+        self._in_rotation: Collection[str] | None = None  # ids, after the last pass; None before the first
         self._nat: Table | None = None  # as it was written last
         self._misdirected = False  # another program had changed the nat table, and its flows are not deleted yet
         self._failed: Mapping[str, int] = {}  # connections that the rules had dropped at the last pass, by reason
@@ -72,15 +73,16 @@ class Reconciler:
         state.rules_in_place = ruleset.is_hooked(nat, self._path)
         self._netfilter.make_sets()
         members = {name: self._netfilter.members(name) for name in self._path.backend_sets}
-        known = self._known_addresses(nat, members)
+        # The addresses that the kernel may have flows of.
+        counted = connections(nat, self._path.backend_chain(""))
+        known = {*counted, *members[self._path.traffic_set], *self._ids}
 
         # Add the new backends: first to the sets, which rules need.
         self._prepare(ids, known)
+        # The new backends may get flows from now on. If this pass fails below, the next must not delete them.
+        self._ids = {**self._ids, **ids}
         self._change_members(members, ids, add=True)
         self._netfilter.make_client_sets(ids)
-        if self._known is not None:
-            # The new backends may get flows from now on. If this pass fails below, the next must not delete them.
-            self._known = {**known, **ids}
         # Write the rules. If the kernel no longer has the nat table that was written last, another program changed it.
         tables = self._tables(chosen, snapshot)
         repaired = self._nat is not None and bool(restore.restore(self._nat, nat))
@@ -98,18 +100,19 @@ class Reconciler:
         # Remove the old backends: no rule leads to them now.
         unhealthy = {backend.ip for backend in snapshot.backends if health[backend.id].healthy is False}
         ejected = (before.ips & unhealthy) - chosen.ips
-        self._remove(known.keys() - ids.keys(), ejected)
+        self._remove(known - ids.keys(), ejected)
         self._change_members(members, ids, add=False)
         self._netfilter.remove_client_sets(ids)
 
-        self._known = ids
+        self._ids = ids
+        self._in_rotation = {ids[ip] for ip in chosen.ips}
         state.rotation, state.converged_at = chosen, time.monotonic()
         _log_changes(before, chosen)
 
     def _choose(self, snapshot: Snapshot, health: Mapping[str, Health]) -> Rotation:
         """The backends in rotation, weighted by their speed. A backend in its slow start gets a part of its share. Slow
         start counts from when a backend became healthy, so a spare's is usually over when it enters rotation."""
-        chosen = rotation(snapshot, health, self._node, self._state.answering)
+        chosen = rotation(snapshot, health, self._node, self._state.answering, self._in_rotation)
         learner, now, adaptive = self._state.learner, time.monotonic(), snapshot.weights == "adaptive"
         ids = snapshot.ids
         healthy = {id_ for id_, one in health.items() if one.healthy}
@@ -120,13 +123,6 @@ class Reconciler:
             endpoints.append(replace(endpoint, weight=weight))
         return replace(chosen, endpoints=tuple(endpoints))
 
-    def _known_addresses(self, nat: Listing, members: Mapping[str, Collection[str]]) -> Mapping[str, str]:
-        """Address → id of each backend that the kernel may have flows of. After a start, the ids are empty."""
-        if self._known is not None:
-            return self._known
-        left = connections(nat, self._path.backend_chain(""))
-        return dict.fromkeys((*left, *members[self._path.traffic_set]), "")
-
     def _change_members(self, members: Mapping[str, Collection[str]], ids: Mapping[str, str], *, add: bool) -> None:
         """Adds the backends' addresses to the sets, or removes all others. `members`: the sets' before the pass."""
         for name, present in members.items():
@@ -134,14 +130,14 @@ class Reconciler:
             wanted, actual = (both, present) if add else (ids, both)
             self._netfilter.change_sets(restore.set_changes(wanted, actual, name))
 
-    def _prepare(self, ids: Mapping[str, str], known: Mapping[str, str]) -> None:
+    def _prepare(self, ids: Mapping[str, str], known: set[str]) -> None:
         """Deletes the old flows and neighbour entries of new backends' addresses. Only an address that another backend
         had until now can have flows: `_remove` has deleted those of all others."""
-        reused = {ip for ip, id_ in ids.items() if known.get(ip) and known[ip] != id_}
+        reused = {ip for ip, id_ in ids.items() if self._ids.get(ip, id_) != id_}
         self._netfilter.delete_flows(reused)
-        added = (ids.keys() - known.keys()) | reused
+        added = (ids.keys() - known) | reused
         self._netfilter.delete_neighbours(added)
-        if self._path.on_host and (added or self._known is None):
+        if self._path.on_host and added:
             self._netfilter.enable_hairpin()
 
     def _remove(self, removed: Collection[str], ejected: Collection[str]) -> None:

@@ -34,7 +34,7 @@ class Reporter:
         if not state.snapshot.revision:
             return
         report = self.report()
-        # An early report would end a short interval with few connections, and make the estimates noisy.
+        # An early report ends no learning interval: a short one has few connections, so its estimates are noisy.
         if is_regular:
             self.learn(report)
         if state.manager_reachable:  # the thread that follows the manager logs when it is not
@@ -78,7 +78,7 @@ class Reporter:
         """Ends a learning interval of the weights."""
         in_rotation = self._state.rotation.ips
         counted = {row["id"]: row["connections"] for row in report["backends"] if row["ip"] in in_rotation}
-        self._state.learner.learn(counted, time.monotonic())
+        self._state.learner.learn(counted, time.monotonic(), {row["id"] for row in report["backends"]})
         self._state.reconcile_due.set()
 
     def _warnings(self) -> list[str]:

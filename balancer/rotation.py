@@ -39,21 +39,28 @@ class Rotation:
 
 
 def rotation(
-    snapshot: Snapshot, health: Mapping[str, Health], node: str = "", answering: Collection[str] = ()
+    snapshot: Snapshot,
+    health: Mapping[str, Health],
+    node: str = "",
+    answering: Collection[str] = (),
+    before: Collection[str] | None = None,
 ) -> Rotation:
-    """`health` is by id, for every backend of the snapshot; `answering` are the ids of those that answer clients now.
+    """`health` is by id, for every backend of the snapshot; `answering` are the ids of those that answer clients now,
+    `before` of those in rotation before. None: any active one may have been, before this client started.
 
     Candidates are the active backends, and starting ones that a probe found healthy; never spare or draining ones.
-    An active backend whose health is unknown counts as healthy: it was in rotation before this client started."""
-    candidates = [backend for backend in snapshot.backends if _is_candidate(backend, health[backend.id])]
+    An active backend whose health is unknown counts as healthy if it was in rotation before. Else it is no candidate:
+    in a Swarm, a new one may be active before this balancer reaches it."""
+    candidates = []
+    for backend in snapshot.backends:
+        probed = health[backend.id].healthy is not None
+        is_active = backend.state == "active" and (probed or before is None or backend.id in before)
+        if is_active or (backend.state == "starting" and health[backend.id].healthy):
+            candidates.append(backend)
     healthy = [backend for backend in candidates if health[backend.id].healthy is not False]
     panic = 2 * len(healthy) < len(candidates)
     chosen = _reachable(candidates, health, answering) if panic else healthy
     return Rotation(_endpoints(snapshot, chosen, node), len(healthy), len(candidates))
-
-
-def _is_candidate(backend: Backend, health: Health) -> bool:
-    return backend.state == "active" or (backend.state == "starting" and health.healthy is True)
 
 
 def _reachable(

@@ -13,7 +13,7 @@ Guarantees:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 
@@ -45,15 +45,15 @@ class Endpoint:
 
 def tables(
     rotation: Sequence[Endpoint],
-    draining: Iterable[Endpoint] = (),
+    others: Collection[Endpoint] = (),
     path: DataPath = OWN_NAMESPACE,
     check_source: str = "",
     missing: Collection[Feature] = (),
 ) -> list[Table]:
-    """All tables, in the order in which they have to be written. `missing` are features that this kernel lacks.
-    Self-check connections come from `check_source`; they do not count as load."""
+    """All tables, in the order in which they have to be written. `others` are the backends out of rotation, `missing`
+    the features that this kernel lacks. Self-check connections come from `check_source`; they do not count as load."""
     wanted = [
-        nat(rotation, draining, path, check_source),
+        nat(rotation, others, path, check_source),
         filters(path, check_source, RETRIES not in missing and len(rotation) > 1, MARKS not in missing),
     ]
     # On the host, ports do not show which connections are the balancer's own.
@@ -65,13 +65,13 @@ def tables(
 
 def nat(
     rotation: Sequence[Endpoint],
-    draining: Iterable[Endpoint] = (),
+    others: Collection[Endpoint] = (),
     path: DataPath = OWN_NAMESPACE,
     check_source: str = "",
 ) -> Table:
-    """Dispatches new connections over `rotation`. `draining` backends keep their chain, and so their counter."""
+    """Dispatches new connections over `rotation`. The `others` keep their chain, and so their counter."""
     chains = dispatch(rotation, path)
-    for backend in sorted({*rotation, *draining}, key=_address):
+    for backend in sorted({*rotation, *others}, key=_address):
         chains[path.backend_chain(backend.ip)] = _backend_rules(backend, path)
     chains[path.chain("MASQ")] = _masquerade(path)
     # From PREROUTING, and for the host's own clients from OUTPUT, into dispatch.
@@ -84,7 +84,7 @@ def nat(
             entry.append(_to_service(path, port, "CHECK", f"-s {check_source}/32 ", source_ports))
         entry.append(_to_service(path, port, "STICKY" if path.sticky else "DISPATCH"))
     if path.sticky:
-        chains[path.chain("STICKY")] = _sticky(rotation, path)
+        chains[path.chain("STICKY")] = _sticky(rotation, others, path)
     hooks = {"PREROUTING": tuple(entry), "POSTROUTING": (f"-j {path.chain('MASQ')}",)}
     if path.on_host:
         hooks["OUTPUT"] = tuple(entry)
@@ -119,13 +119,15 @@ def _backend_rules(backend: Endpoint, path: DataPath) -> Rules:
     return tuple(rules)
 
 
-def _sticky(rotation: Sequence[Endpoint], path: DataPath) -> Rules:
+def _sticky(rotation: Sequence[Endpoint], others: Collection[Endpoint], path: DataPath) -> Rules:
     """Sends a client to the backend in rotation that it had before, and a new client to dispatch."""
     # New clients, with one lookup for any number of backends.
     rules = [f"-m set ! --match-set {path.clients_set} src -j {path.dispatch}"]
     for backend in sorted(rotation, key=_address):
         rules.append(f"-m set --match-set {path.sticky_set(backend.ip)} src -j {path.backend_chain(backend.ip)}")
-    # Clients whose backend has left rotation.
+    # Clients whose backend has left rotation. They keep their next one when it returns.
+    for backend in sorted(others, key=_address):
+        rules.append(f"-j SET --del-set {path.sticky_set(backend.ip)} src")
     return (*rules, f"-j {path.dispatch}")
 
 

@@ -10,15 +10,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from functools import partial
 
 import requests
 
-from departures import Draining
+from departures import stop_reason
 from features import MARKS
 from health import Cause, Health
 from manager_client import ManagerClient
-from schedule import SAMPLE_PERIOD, Pace
+from schedule import Pace
 from snapshot import Snapshot
 from stalls import Replies, StallDetector
 from state import State
@@ -37,15 +37,15 @@ class Sampler:
         self._waiting_pace, self._draining_pace, self._count_pace = Pace(), Pace(), Pace()
         self._draining_since: dict[str, float] = {}  # by id: an address may be used again
 
-    def wait_and_sample(self) -> None:
-        """Takes the samples that are due."""
-        time.sleep(SAMPLE_PERIOD)
+    def samples(self) -> list[Callable[[], None]]:
+        """One function for each kind of sample; it does nothing when no sample of that kind is due. If one raises, the
+        others still have to be called."""
         count_load = COUNT_LOAD - DRAINING_LOAD if self._draining_since else COUNT_LOAD
-        # The stack takes all of them, the last one first, although one fails.
-        with ExitStack() as samples:
-            samples.callback(self._sample, self._count_all, self._count_pace, count_load)
-            samples.callback(self._sample, self._sample_draining, self._draining_pace, DRAINING_LOAD)
-            samples.callback(self._sample, self._sample_waiting, self._waiting_pace, WAITING_LOAD)
+        return [
+            partial(self._sample, self._sample_waiting, self._waiting_pace, WAITING_LOAD),
+            partial(self._sample, self._sample_draining, self._draining_pace, DRAINING_LOAD),
+            partial(self._sample, self._count_all, self._count_pace, count_load),
+        ]
 
     def _sample(self, take: Callable[[Snapshot], None], pace: Pace, load: float) -> None:
         if not pace.is_due(time.monotonic()):
@@ -68,10 +68,11 @@ class Sampler:
         state.learner.sample({backend.id: counts.waiting[backend.ip] for backend in snapshot.backends})
         # How many stalled, and how many got their first reply: for the detector.
         replied = self._netfilter.members(self._netfilter.path.replies_set)
+        weights = {endpoint.ip: endpoint.weight for endpoint in state.rotation.endpoints}
         seen = {}
         for backend in snapshot.backends:
             first_replies, _ = replied.get(backend.ip, (0, 0))
-            seen[backend.id] = Replies(counts.stalled[backend.ip], first_replies, backend.ip in state.rotation.ips)
+            seen[backend.id] = Replies(counts.stalled[backend.ip], first_replies, weights.get(backend.ip, 0.0))
         now, frozen_before, answering_before = time.monotonic(), state.frozen, state.answering
         state.frozen = self._detector.frozen(seen, now, state.table_full())
         state.answering = self._detector.answering(now)
@@ -88,8 +89,7 @@ class Sampler:
     def _sample_draining(self, snapshot: Snapshot) -> None:
         """Requests a stop of the draining backends whose drain is over."""
         state, now = self._state, time.monotonic()
-        # Before the first pass they are still in rotation. Without a manager there is nothing to request.
-        if state.converged_at is None or not state.manager_reachable:
+        if state.converged_at is None:  # before the first pass they are still in rotation
             return
         # Since when each draining backend has been out of rotation.
         draining = {}
@@ -97,14 +97,16 @@ class Sampler:
             if backend.state == "draining" and backend.ip not in state.rotation.ips:
                 draining[backend.ip] = backend.id
         self._draining_since = {id_: self._draining_since.get(id_, now) for id_ in draining.values()}
-        if not draining:
+        # Without a manager there is nothing to request.
+        if not draining or not state.manager_reachable:
             return
         counts, health = self._netfilter.flows_of(draining), state.health(snapshot)
         state.live = {**state.live, **{ip: counts.live[ip] for ip in draining}}
         for ip, id_ in draining.items():
             seconds = now - self._draining_since[id_]
-            drain = Draining(seconds, counts.live[ip], counts.silent[ip], _is_failed(health[id_]))
-            reason = drain.stop_reason(snapshot.drain_timeout)
+            reason = stop_reason(
+                seconds, counts.live[ip], counts.silent[ip], _is_failed(health[id_]), snapshot.drain_timeout
+            )
             if reason:
                 self._request_stop(ip, id_, reason)
 

@@ -23,11 +23,13 @@ class ReportSchedule:
         return min(max(0.0, self._sent + EARLY_GAP - now), self.until_regular(now))
 
     def send(self, now: float, interval: float) -> bool:
-        """Notes that a report is sent now, and returns whether it is a regular one. Skips deadlines in the past."""
+        """Notes that a report is sent now, and returns whether it is a regular one. The next regular one is due at the
+        next deadline in the future."""
         self._sent = now
         if now < self._due:
             return False
-        self._due = max(self._due + interval, now)
+        missed = (now - self._due) // interval
+        self._due += interval * (1 + missed)
         return True
 
 

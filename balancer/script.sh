@@ -49,16 +49,22 @@ serve() {
     trap 'leave' TERM INT
     if [ -n "${LB_BRIDGE:-}" ]; then choose_flavour; else install_first_rules; fi
     echo "$IPTABLES" >/run/flavour
-    while [ ! -e /run/draining ]; do
+    local status
+    while true; do
         python3 synchronization_client.py &
         echo $! >/run/client.pid
-        wait $! || echo "script.sh: the client ended with status $?; starting it again" >&2
-        # In the background, because bash handles SIGTERM only between commands and during `wait`.
-        sleep 0.5 &
-        wait $!
+        status=0
+        wait $! || status=$?
+        pause
+        # During a drain, a client would write the rules again. After it, the container has usually been removed.
+        while [ -e /run/draining ]; do pause; done
+        echo "script.sh: the client ended with status $status; starting it again" >&2
     done
-    # Draining: the container has to stay, because its end would end the open connections.
-    sleep infinity &
+}
+
+# pause: in the background, because bash handles SIGTERM only between commands and during `wait`.
+pause() {
+    sleep 0.5 &
     wait $!
 }
 
@@ -70,6 +76,7 @@ leave() {
 
 # drain SECONDS: for stop.sh, which has stopped the manager before.
 drain() {
+    trap 'rm -f /run/draining' EXIT
     touch /run/draining
     kill -TERM "$(cat /run/client.pid)" 2>/dev/null || true
     IPTABLES=$(cat /run/flavour) python3 shutdown.py drain "$1"

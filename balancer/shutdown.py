@@ -48,14 +48,15 @@ def end_dispatch(netfilter: Netfilter) -> None:
 
 def remove(netfilter: Netfilter) -> None:
     """Removes the project's rules, connections and sets. Does nothing where there are none."""
-    prefix = netfilter.path.prefix
+    path, sets = netfilter.path, netfilter.set_names()
     nat, filters = netfilter.listing("nat"), netfilter.listing("filter")
-    known = connections(nat, netfilter.path.backend_chain(""))
+    # The set has them also after an earlier removal that failed when the nat table was done.
+    ips = netfilter.members(path.traffic_set) if path.traffic_set in sets else {}
     for name, listing in (("nat", nat), ("filter", filters)):
-        netfilter.apply(restore.removal(name, listing, prefix))
+        netfilter.apply(restore.removal(name, listing, path.prefix))
     # Without entries, a connection that is still open gets a reset.
-    netfilter.delete_flows(known)
-    for name in netfilter.set_names():
+    netfilter.delete_flows(ips)
+    for name in sets:
         _destroy(name)
 
 

@@ -24,11 +24,12 @@ from datapath import from_environment
 from exposition import FAILED_PASSES, exposition
 from features import ON_HOST, OPTIONAL, Feature
 from host_network import PortHolder, route_loopback
-from manager_client import ManagerClient, TokenFile
+from manager_client import ManagerClient, TextFile
 from netfilter import Netfilter, NetfilterError
 from reconciler import Reconciler
 from reporter import Reporter
 from sampler import Sampler
+from schedule import SAMPLE_PERIOD
 from snapshot import Snapshot
 from state import State
 
@@ -63,7 +64,7 @@ class Balancer:
         loops = {
             "follow": self.follow,
             "report": self.reporter.wait_and_report,
-            "sample": self.sampler.wait_and_sample,
+            "sample": self.sample,
         }
         for name, body in loops.items():
             self.beat(name)
@@ -80,6 +81,12 @@ class Balancer:
         self._port_holder.hold()
         self.reconciler.wait_and_reconcile()
 
+    def sample(self) -> None:
+        """Takes the samples that are due."""
+        time.sleep(SAMPLE_PERIOD)
+        for take in self.sampler.samples():
+            attempt(take)
+
     def beat(self, name: str) -> None:
         self._beats[name] = time.monotonic()
 
@@ -93,15 +100,22 @@ class Balancer:
                 snapshot = state.snapshot = Snapshot.parse(message)
                 state.prober.watch(snapshot)
                 state.reconcile_due.set()
-        except (requests.RequestException, KeyError, TypeError, ValueError) as error:
+        except requests.RequestException as error:
             if state.manager_reachable:
                 log.warning("manager unreachable, keeping the last rules: %s", error)
-            state.manager_reachable = False
-            time.sleep(random.uniform(0.2, 1.0))  # noqa: S311 - spreads the balancers' requests
+            self._wait_for_manager()
+        except (KeyError, TypeError, ValueError) as error:
+            if state.manager_reachable:
+                log.warning("malformed snapshot, keeping the last rules: %r", error)
+            self._wait_for_manager()
         else:
             if not state.manager_reachable:
                 log.info("manager reachable again")
             state.manager_reachable = True
+
+    def _wait_for_manager(self) -> None:
+        self.state.manager_reachable = False
+        time.sleep(random.uniform(0.2, 1.0))  # noqa: S311 - spreads the balancers' requests
 
     def sync(self) -> tuple[dict[str, Any], int]:
         """The answer to GET /sync, and its status: 503 when a loop is stuck or the dispatch rules are missing, but
@@ -152,13 +166,14 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout)
     flavour, node = os.environ["IPTABLES"], os.environ.get("LB_NODE", "")
     # On one host the address is in a file that run.sh replaces; in a Swarm, a variable has all that are possible.
-    addresses = os.environ.get("LB_MANAGERS") or (HERE / "hostip.txt").read_text().strip()
+    managers = os.environ.get("LB_MANAGERS")
+    addresses = managers.split(",") if managers else TextFile(HERE / "hostip.txt")
     token_file = Path(os.environ.get("LB_TOKEN_FILE", SECRETS / "token"))
     certificate = str(SECRETS / "certificate.pem") if node else ""
     name = socket.gethostname()
-    manager = ManagerClient(addresses.split(","), TokenFile(token_file), name, certificate)
+    manager = ManagerClient(addresses, TextFile(token_file), name, certificate)
     balancer = Balancer(Netfilter(flavour, from_environment(os.environ)), manager, name, node)
-    log.info("balancer started, iptables-%s, manager at %s", flavour, addresses)
+    log.info("balancer started, iptables-%s, manager at %s", flavour, ",".join(addresses))
     address, _, port = os.environ.get("LB_HTTP", "0.0.0.0:5000").partition(":")
     serve_in_thread(create_app(balancer.sync, lambda: exposition(balancer.state)), address, int(port))
     balancer.run()

@@ -8,7 +8,7 @@ on a busy backend change it little.
 A capacity counts for at most HEADROOM times the median of the backends that keep up. A backend that answers every
 request immediately with an error has L ≈ 0, and would otherwise get most of the traffic.
 
-Stability: each interval, weights move HALF of the way towards μ_i/Σμ. In the model this target depends on the backends'
+Stability: each interval, weights move STEP of the way towards μ_i/Σμ. In the model this target depends on the backends'
 speed only, not on the weights, so the distance to it halves each interval. The smoothing adds a lag of 1/α ≈ 3
 intervals, which is stable with half steps. Against noise, a weight does not change while its distance to the target is
 below DEADBAND, or below three standard errors of the estimate, 3/√events.
@@ -23,12 +23,12 @@ from __future__ import annotations
 import math
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from statistics import median_low
 
 ALPHA = 0.3  # share of the newest interval in the smoothed rate and flows
-HALF = 0.5  # of the way towards the target, each interval
+STEP = 0.5  # of the way towards the target, each interval
 DEADBAND = 0.1  # relative; smaller changes do not matter
 BOUND = 4.0  # every weight is between 1/BOUND and BOUND
 BUSY = 0.5  # mean waiting flows; with fewer the fleet is nearly idle, and weights have no effect
@@ -69,7 +69,7 @@ Estimates = Mapping[str, Estimate]  # by backend id
 
 def adapt(before: Estimates, rates: Mapping[str, float], flows: Mapping[str, float], interval: float) -> Estimates:
     """The estimates after an interval (seconds), given each backend's connections per second and mean waiting flows.
-    Backends that are not in `rates` are removed; new ones start with the mean weight."""
+    Backends that are not in `rates` are left out; new ones start with the mean weight."""
     now = {}
     for id_, rate in rates.items():
         now[id_] = before[id_].blend(rate, flows[id_]) if id_ in before else Estimate(rate, flows[id_])
@@ -113,7 +113,7 @@ def _moved(estimate: Estimate, wanted: float, interval: float, is_capped: bool) 
     error = max(DEADBAND, 3 / math.sqrt(max(events, 1.0)))
     if abs(wanted - estimate.weight) <= error * estimate.weight:
         return estimate.weight
-    step = RETURN_STEP if is_capped and wanted < estimate.weight else HALF
+    step = RETURN_STEP if is_capped and wanted < estimate.weight else STEP
     return estimate.weight + step * (wanted - estimate.weight)
 
 
@@ -146,17 +146,22 @@ class Learner:
             self._waiting.update(waiting)
             self._samples += 1
 
-    def learn(self, connections: Mapping[str, int], now: float) -> None:
-        """Ends the interval, given the absolute connection counters of the backends in rotation."""
+    def learn(self, connections: Mapping[str, int], now: float, known: Collection[str]) -> None:
+        """Ends the interval, given the absolute connection counters of the backends in rotation. The other `known` ones
+        keep their estimates."""
         with self._lock:
             if self._since is not None and self._samples and now > self._since:
                 interval = now - self._since
                 rates, flows = {}, {}
                 for id_, count in connections.items():
-                    # A counter that is new or was restarted counts no connections in this interval.
-                    rates[id_] = max(0, count - self._counted.get(id_, count)) / interval
+                    # A backend that was not in rotation before has no whole interval yet.
+                    if id_ not in self._counted:
+                        continue
+                    # A counter that was restarted counts no connections in this interval.
+                    rates[id_] = max(0, count - self._counted[id_]) / interval
                     flows[id_] = self._waiting[id_] / self._samples
-                self._estimates = adapt(self._estimates, rates, flows, interval)
+                kept = {id_: estimate for id_, estimate in self._estimates.items() if id_ in known}
+                self._estimates = {**kept, **adapt(kept, rates, flows, interval)}
             self._counted, self._since, self._waiting, self._samples = dict(connections), now, Counter(), 0
 
     def ready(self, ids: Iterable[str], now: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import sampler
+import schedule
 from datapath import OWN_NAMESPACE, DataPath
 from fakes_netfilter import REPLIES, FakeNetfilter
 from health import Health
@@ -75,8 +75,8 @@ class World:
     def restart(self) -> None:
         """A new client over the same kernel."""
         self.balancer = Balancer(self.kernel, self.manager, "lb")
-        self.state, self.sampler = self.balancer.state, self.balancer.sampler
-        self.reporter, self.reconciler = self.balancer.reporter, self.balancer.reconciler
+        self.state, self.reporter = self.balancer.state, self.balancer.reporter
+        self.reconciler = self.balancer.reconciler
         self.prober: FakeProber = self.state.prober  # type: ignore[assignment]
 
     def set_backends(self, *backends: str, **health: Health) -> None:
@@ -103,11 +103,11 @@ class World:
         assert self.kernel.set.keys() == self.kernel.all_sets[REPLIES].keys()
         return set(self.kernel.set)
 
-    def sample(self, seconds: float = sampler.SAMPLE_PERIOD) -> None:
+    def sample(self, seconds: float = schedule.SAMPLE_PERIOD) -> None:
         """Lets the balancer sample the flows for that long."""
         end = self.clock.now + seconds
         while self.clock.now < end - 1e-9:
-            self.sampler.wait_and_sample()
+            self.balancer.sample()
 
     def report(self) -> dict[str, Any]:
         return self.reporter.report()

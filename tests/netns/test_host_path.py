@@ -377,6 +377,9 @@ def test_client_keeps_its_backend_while_it_is_in_rotation(
     assert {c: ip for c, ip in moved.items() if kept[c] != gone} == {c: ip for c, ip in kept.items() if ip != gone}
     assert gone not in moved.values()
     assert {client: ask_from(namespace, client) for client in clients} == moved
+    # Its first backend returns: the client keeps the second.
+    balancer.dispatch_over(*ips)
+    assert {client: ask_from(namespace, client) for client in clients} == moved
 
 
 def test_new_clients_follow_the_weights(lab: Lab, sticky: tuple[Balancer, Callable[[str], object]]) -> None:

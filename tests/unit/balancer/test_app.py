@@ -53,6 +53,30 @@ def test_two_thousand_silent_connections_do_not_delay_the_health_check(port: int
     assert max(seconds for _, _, seconds in answers) < 1
 
 
+def test_more_silent_connections_than_the_limit_do_not_delay_the_health_check(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    monkeypatch.setattr(app, "connection_limit", lambda: 150)  # gevent accepts up to 100 at once
+    port = request.getfixturevalue("port")
+    with contextlib.ExitStack() as silent:
+        opened = [silent.enter_context(socket.create_connection(("127.0.0.1", port), 10)) for _ in range(400)]
+        status, _, seconds = get(port)
+        assert (status, seconds < 1) == (200, True)
+        assert opened[0].recv(1) == b"", "the oldest was closed"
+
+
+def test_connections_that_have_ended_do_not_count(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    monkeypatch.setattr(app, "connection_limit", lambda: 10)
+    port = request.getfixturevalue("port")
+    with socket.create_connection(("127.0.0.1", port), 10) as silent:
+        assert [get(port)[0] for _ in range(30)] == [200] * 30
+        silent.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            silent.recv(1)
+
+
 @pytest.mark.parametrize(
     ("soft", "hard", "raised_to", "allowed"),
     [(1024, 524288, 4500, 4000), (1024, 1024, 1024, 524), (1048576, 1048576, 1048576, 4000), (256, 256, 256, 1)],

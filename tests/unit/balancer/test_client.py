@@ -58,6 +58,16 @@ def test_unreachable_manager_is_logged_once_and_the_last_snapshot_is_kept(
     assert 4 * 0.2 <= world.clock.now - 1000.0 <= 4.0  # the requests are spread
 
 
+def test_malformed_snapshot_is_logged_as_such_and_the_last_one_is_kept(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.manager.answers = [MESSAGE, {"revision": "r8"}, {"revision": "r8"}]
+    while world.manager.answers:
+        world.balancer.follow()
+    assert caplog.messages == ["malformed snapshot, keeping the last rules: KeyError('service')"]
+    assert world.state.snapshot == Snapshot.parse(MESSAGE)
+
+
 @pytest.mark.parametrize(
     ("features", "lacks"),
     [

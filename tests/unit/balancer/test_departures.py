@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from departures import Draining
+from departures import stop_reason
 
 SILENT, DEADLINE = "2 open connections, none answered for 10 s", "2 open connections at the drain deadline"
 
@@ -26,4 +26,4 @@ SILENT, DEADLINE = "2 open connections, none answered for 10 s", "2 open connect
 def test_draining_backend_can_be_stopped_for_a_reason(
     seconds: float, live: int, silent: int, unhealthy: bool, reason: str
 ) -> None:
-    assert Draining(seconds, live, silent, unhealthy).stop_reason(30.0) == reason
+    assert stop_reason(seconds, live, silent, unhealthy, 30.0) == reason

@@ -45,9 +45,25 @@ def test_three_failures_or_one_refusal_make_a_backend_unhealthy_and_two_successe
 
 
 @pytest.mark.parametrize(
-    ("answers", "pause"), [([], 0.1), ([F], 0.1), ([G], 1.0), ([G, F], 0.1), ([G, F, G], 1.0), ([G, R], 0.1)]
+    ("answers", "pause"),
+    [
+        ([], 0.1),
+        ([F], 0.1),
+        ([F] * 50, 0.1),  # it is starting
+        ([F] * 110, 1.0),
+        ([F] * 110 + [G], 0.1),
+        ([F] * 110 + [G, G], 1.0),
+        ([G], 1.0),
+        ([G] * 110, 1.0),
+        ([G, F], 0.1),
+        ([G, F, G], 1.0),
+        ([G, R], 0.1),
+        ([G] + [R] * 110, 1.0),
+    ],
 )
-def test_healthy_backend_is_probed_every_second_and_others_more_often(answers: list[Answer], pause: float) -> None:
+def test_backend_is_probed_every_second_and_more_often_in_doubt_and_at_first_while_unhealthy(
+    answers: list[Answer], pause: float
+) -> None:
     health = Health()
     for answer in answers:
         health = health.after(answer)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import requests
 
-from manager_client import ManagerClient, TokenFile
+from manager_client import ManagerClient, TextFile
 
 A = "198.18.0.2"
 
@@ -97,9 +97,31 @@ def test_token_is_read_for_each_call_and_the_last_one_is_kept_where_its_file_is_
     real_manager: tuple[ManagerClient, type[Answers]], tmp_path: Path
 ) -> None:
     _, answers = real_manager
-    [address] = real_manager[0]._urls
-    manager = ManagerClient([address.removeprefix("http://")], TokenFile(tmp_path / "token"), "b1")
+    manager = ManagerClient(real_manager[0]._addresses, TextFile(tmp_path / "token"), "b1")
     for change in (lambda f: None, lambda f: f.write_text("one\n"), lambda f: f.write_text("two"), Path.unlink):
         change(tmp_path / "token")
         manager.report({})
     assert [token for _, token, _ in answers.seen] == ["Bearer ", "Bearer one", "Bearer two", "Bearer two"]
+
+
+def test_address_that_run_sh_replaces_is_used_for_the_next_call(
+    real_manager: tuple[ManagerClient, type[Answers]], tmp_path: Path
+) -> None:
+    _, answers = real_manager
+    (tmp_path / "hostip.txt").write_text("127.0.0.1:1\n")
+    manager = ManagerClient(TextFile(tmp_path / "hostip.txt"), lambda: "secret", "b1")
+    with pytest.raises(requests.ConnectionError):
+        manager.sync("")
+    [address] = real_manager[0]._addresses
+    for text in (f"{address}\n", ""):  # run.sh empties the file before it writes it
+        (tmp_path / "hostip.txt").write_text(text)
+        assert manager.sync("") == {}
+    assert len(answers.seen) == 2
+
+
+def test_reason_of_the_manager_is_in_the_error(real_manager: tuple[ManagerClient, type[Answers]]) -> None:
+    manager, answers = real_manager
+    answers.status, answers.body = 400, b"interval: expected a number\n"
+    for call in (lambda: manager.sync(""), lambda: manager.report({}), lambda: manager.stop(A, "a", "drained")):
+        with pytest.raises(requests.HTTPError, match=r"^400: interval: expected a number$"):
+            call()

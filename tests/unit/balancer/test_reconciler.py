@@ -378,6 +378,19 @@ def test_change_of_rotation_is_logged_in_one_line(world: World, caplog: pytest.L
     assert [record.message for record in caplog.records] == [f"rotation {A} {B}", "rotation empty"]
 
 
+def test_active_backend_enters_rotation_when_this_balancer_has_reached_it(world: World) -> None:
+    world.set_backends(f"a {A}", f"b {B}", a=UNKNOWN, b=UNKNOWN)
+    world.reconcile()
+    assert world.dispatched() == {A, B}, "they may have been in rotation before this client started"
+    for _ in range(2):
+        world.set_backends(f"a {A}", f"b {B}", f"c {C}", a=UNKNOWN, c=UNKNOWN)
+        world.reconcile()
+        assert world.dispatched() == {A, B}
+    world.set_backends(f"a {A}", f"b {B}", f"c {C}")
+    world.reconcile()
+    assert world.dispatched() == {A, B, C}
+
+
 def first_chance(world: World) -> float:
     world.reconcile()
     return float(world.kernel.rules("nat", "LB-DISPATCH")[0].split("--probability ")[1].split(" ")[0])
@@ -509,7 +522,8 @@ def test_each_backend_has_a_set_of_its_clients_until_it_is_removed(host: World) 
     host.reconcile()
     assert set(host.kernel.all_sets) - set(HOST.backend_sets) == client_sets
     assert host.kernel.rules("nat", "LB-0a1b2c-STICKY")[1:-1] == [
-        f"-m set --match-set LB-0a1b2c-S-{A} src -j LB-0a1b2c-B-{A}"
+        f"-m set --match-set LB-0a1b2c-S-{A} src -j LB-0a1b2c-B-{A}",
+        f"-j SET --del-set LB-0a1b2c-S-{B} src",
     ], "a draining backend gets no connection, not even from its own clients"
     host.set_backends(f"a {A}")
     host.reconcile()

@@ -72,6 +72,14 @@ def test_in_panic_only_unreachable_backends_leave_rotation(health: list[Health],
     assert result.panic
 
 
+def test_active_backend_that_was_not_probed_yet_stays_in_rotation_and_does_not_enter_it() -> None:
+    """In a Swarm, a new backend may be active before this balancer has reached it."""
+    snapshot, health = fleet("active", "active", "active"), {"0": GOOD, "1": UNKNOWN, "2": UNKNOWN}
+    result = rotation(snapshot, health, before={"0", "1"})
+    assert [endpoint.ip for endpoint in result.endpoints] == ["198.18.0.0", "198.18.0.1"]
+    assert (result.healthy, result.candidates) == (2, 2)
+
+
 @given(st.lists(st.tuples(st.sampled_from(STATES), st.sampled_from([GOOD, BAD, UNKNOWN])), max_size=12))
 def test_at_least_half_of_the_active_backends_stay_in_rotation(
     backends: list[tuple[str, Health]],

@@ -109,7 +109,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "raw": ruleset.raw,
     "nat-2-check": lambda: ruleset.nat(endpoints([1.0] * 2), check_source=CHECKER),
     "nat-2-ports": lambda: ruleset.nat(endpoints([1.0] * 2), path=DataPath(((8000, 8080), (8001, 8443)))),
-    "nat-2-sticky": lambda: ruleset.nat(endpoints([1.0] * 2), path=DataPath(sticky=60)),
+    "nat-2-sticky": lambda: ruleset.nat(endpoints([1.0] * 2), [Endpoint("198.18.0.4")], DataPath(sticky=60)),
     "nat-2-host": lambda: ruleset.nat(endpoints([1.0] * 2), path=HOST, check_source=CHECKER),
     "filter-2-host": lambda: ruleset.tables(endpoints([1.0] * 2), path=HOST, check_source=CHECKER)[1],
     "filter-check": lambda: ruleset.filters(check_source=CHECKER),

@@ -13,6 +13,7 @@ from fakes_balancer import HEALTHY, World
 from fakes_netfilter import flow, waiting
 from features import MARKS, NOTRACK
 from health import Cause, Health
+from netfilter import NetfilterError
 
 UNKNOWN = Health()
 UNHEALTHY = Health(False, 0, "does not answer", Cause.PROBE_FAILED)
@@ -127,9 +128,29 @@ def test_manager_that_does_not_answer_a_stop_delays_no_other_sample(
     world.set_backends(f"a {A} draining", f"b {B}")
     world.reconcile()
     world.clock.now += 1
-    with pytest.raises(requests.ReadTimeout):
-        world.sampler.wait_and_sample()
+    world.balancer.sample()
     assert sorted(taken) == ["all_flows", "waiting_flows"]
+
+
+def test_each_failed_sample_is_logged(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("waiting_flows", "all_flows"):
+        monkeypatch.setattr(world.kernel, name, Mock(side_effect=NetfilterError(f"{name} failed")))
+    world.balancer.sample()
+    assert caplog.messages == ["waiting_flows failed", "all_flows failed"]
+
+
+def test_drain_timeout_passes_also_while_the_manager_is_unreachable(world: World) -> None:
+    world.set_backends(f"a {A} draining", f"b {B}")
+    world.reconcile()
+    world.kernel.flows = [flow(A)]
+    world.state.manager_reachable = False
+    world.sample(60)
+    assert world.manager.stops == []
+    world.state.manager_reachable = True
+    world.sample()
+    assert world.manager.stops == [(A, "1 open connections at the drain deadline")]
 
 
 def test_refused_stop_does_not_affect_other_stops(

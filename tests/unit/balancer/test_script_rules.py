@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -134,3 +138,64 @@ def test_kernel_without_a_raw_table_gets_the_first_nat_rules(folder: Path, raw_w
     assert ("no rules in the raw table" in done.stderr) == bool(output)
     assert (folder / "flavour").read_text() == "legacy\n"
     assert "-A LB-B-198.18.0.2 " in (folder / "restored").read_text()
+
+
+@contextlib.contextmanager
+def running(folder: Path, *arguments: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """The script in a process group of its own, which is ended with all that it has started."""
+    command = ["bash", str(folder / "script.sh"), *arguments]
+    environment = {"PATH": f"{folder}:{os.environ['PATH']}", **environment}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True) as one:
+        try:
+            yield one
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(one.pid, signal.SIGKILL)
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("ends", ["by itself", "by a signal"])
+def test_after_a_drain_the_client_starts_again_and_not_before(folder: Path, ends: str) -> None:
+    """As when stop.sh is interrupted: the drain goes on without it, and run.sh continues with the same container."""
+    tool(folder, "iptables-legacy-restore", "cat >/dev/null")
+    # Programs in the place of the client and of the drain, which end when the test wants it.
+    client = f"echo >>{folder}/clients; exec sleep 60"
+    drain = f"touch {folder}/drains; while [ ! -e {folder}/drained ]; do sleep 0.02; done"
+    tool(folder, "python3", f"case $1 in synchronization_client.py) {client} ;; shutdown.py) {drain} ;; esac")
+    clients = folder / "clients"
+    with running(folder, "serve") as serve:
+        until(clients.exists)
+        with running(folder, "drain", "9") as draining:
+            until((folder / "drains").exists)
+            time.sleep(1.5)  # three times the pause before another client starts
+            assert clients.read_text() == "\n"
+            if ends == "by itself":
+                (folder / "drained").touch()
+            else:
+                os.killpg(draining.pid, signal.SIGTERM)  # as `timeout` does
+            draining.wait(20)
+        until(lambda: clients.read_text() == "\n\n")
+        serve.terminate()
+        assert serve.wait(20) == 0
+        os.killpg(serve.pid, signal.SIGKILL)  # the client: in a container, it ends with the first process
+        assert serve.communicate()[1] == "script.sh: the client ended with status 143; starting it again\n"
+
+
+def test_balancer_that_drains_when_it_is_stopped_starts_no_client_again(folder: Path) -> None:
+    """In a Swarm."""
+    tool(folder, "iptables-legacy-restore", "cat >/dev/null")
+    client = f"echo >>{folder}/clients; exec sleep 60"
+    drain = f'echo "$2 $3" >{folder}/drained; sleep 1.5'
+    tool(folder, "python3", f"case $1 in synchronization_client.py) {client} ;; shutdown.py) {drain} ;; esac")
+    with running(folder, "serve", LB_LEAVE="7") as serve:
+        until((folder / "clients").exists)
+        serve.terminate()
+        _, log = serve.communicate(timeout=20)
+        assert (serve.returncode, log) == (0, "")
+    assert ((folder / "drained").read_text(), (folder / "clients").read_text()) == ("drain 7\n", "\n")

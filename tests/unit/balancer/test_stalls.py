@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Mapping
 
 import pytest
@@ -12,7 +14,7 @@ from stalls import Replies, StallDetector
 
 
 class Fleet:
-    """Backends a to e are in rotation, all answer, and are sampled every second."""
+    """Backends a to e are in rotation, all give two first replies a second, and are sampled every second."""
 
     def __init__(self) -> None:
         self.detector, self.now = StallDetector(), 100.0
@@ -20,6 +22,7 @@ class Fleet:
         self.stalled = dict.fromkeys("abcde", 0)
         self.answering = set("abcde")
         self.in_rotation = set("abcde")
+        self.weights: dict[str, float] = {}
         self.table_full = False
 
     def sample(self, seconds: int) -> Mapping[str, int]:
@@ -27,8 +30,9 @@ class Fleet:
         for _ in range(seconds):
             self.now += 1.0
             for id_ in self.answering:
-                self.replies[id_] += 1
-            seen = {id_: Replies(self.stalled[id_], self.replies[id_], id_ in self.in_rotation) for id_ in self.replies}
+                self.replies[id_] += 2
+            weights = {id_: self.weights.get(id_, 1.0) if id_ in self.in_rotation else 0.0 for id_ in self.replies}
+            seen = {id_: Replies(self.stalled[id_], self.replies[id_], weights[id_]) for id_ in self.replies}
             frozen = self.detector.frozen(seen, self.now, self.table_full)
         return frozen
 
@@ -145,6 +149,53 @@ def test_frozen_backend_is_tried_again_after_a_minute_for_ten_seconds(fleet: Fle
 def test_several_backends_can_be_frozen(fleet: Fleet) -> None:
     fleet.freeze("a", "b")
     assert fleet.sample(11).keys() == {"a", "b"}
+
+
+def test_backend_with_a_tenth_of_the_others_share_is_found_later(fleet: Fleet) -> None:
+    """Without a reply for ten seconds, it may be healthy: it gets few connections."""
+    fleet.weights["a"] = 0.1
+    fleet.freeze("a")
+    assert fleet.sample(30) == {}
+    assert fleet.sample(30) == {"a": 3}
+
+
+class LongPolls:
+    """Backends 0 to n-1, each with three clients in long polls of a minute, and `rate` quick requests a second in all.
+    Backend 0 gives no reply at all after the time `frozen_at`."""
+
+    def __init__(self, n: int, rate: float, frozen_at: float = math.inf) -> None:
+        chance, detector = random.Random(1), StallDetector()
+        replies, quick = [0] * n, chance.expovariate(rate)
+        polls = [(chance.uniform(-60, 0), chance.randrange(n)) for _ in range(3 * n)]  # begin, backend
+        self.ejections: list[tuple[float, str]] = []  # time, id
+        frozen: Mapping[str, int] = {}
+        for sample in range(7200):
+            now = sample / 2
+            rotation = [i for i in range(n) if str(i) not in frozen]
+            for number, (begun, i) in enumerate(polls):
+                if now - begun >= 60 and not (i == 0 and now >= frozen_at):
+                    replies[i] += 1
+                    polls[number] = now, chance.choice(rotation)
+            while quick <= now:
+                i = chance.choice(rotation)
+                quick += chance.expovariate(rate)
+                replies[i] += not (i == 0 and now >= frozen_at)
+            stalled = [sum(i == j and now - begun >= 10 for begun, j in polls) for i in range(n)]
+            seen = {str(i): Replies(stalled[i], replies[i], float(i in rotation)) for i in range(n)}
+            before, frozen = frozen, detector.frozen(seen, now)
+            self.ejections += [(now, id_) for id_ in frozen.keys() - before.keys()]
+
+
+@pytest.mark.parametrize(("n", "rate"), [(3, 0.5), (3, 1), (3, 3), (10, 2), (10, 8)])
+def test_healthy_backends_whose_clients_wait_in_long_polls_are_not_ejected(n: int, rate: float) -> None:
+    assert LongPolls(n, rate).ejections == []
+
+
+@pytest.mark.parametrize("n", [3, 10])
+def test_backend_that_freezes_at_two_connections_per_second_is_found_after_ten_seconds(n: int) -> None:
+    (at, id_), *_ = LongPolls(n, 2 * n, frozen_at=1000).ejections
+    assert id_ == "0"
+    assert 1009 <= at <= 1014
 
 
 def test_removed_backend_is_not_remembered(fleet: Fleet) -> None:

@@ -234,19 +234,35 @@ def test_slow_start_reaches_the_full_share_in_four_steps() -> None:
 
 def test_learner_averages_samples_and_takes_differences_of_counters() -> None:
     learner = Learner()
-    learner.learn({"a": 100}, 0.0)
+    learner.learn({"a": 100}, 0.0, {"a"})
     for waiting in (1, 3):
         learner.sample({"a": waiting})
-    learner.learn({"a": 140}, 2.0)
+    learner.learn({"a": 140}, 2.0, {"a"})
     assert learner._estimates["a"] == Estimate(20.0, 2.0)
 
 
-def test_new_counter_counts_no_connections() -> None:
+def test_new_backend_has_no_estimate_before_its_first_whole_interval() -> None:
+    """It would begin with a rate that is too low: of a part of the interval, or of none of its connections."""
     learner = Learner()
-    learner.learn({}, 0.0)
-    learner.sample({})
-    learner.learn({"a": 5000}, 2.0)
-    assert learner._estimates["a"].rate == 0
+    learner.learn({"a": 0}, 0.0, {"a", "b"})
+    learner.sample({"a": 1, "b": 1})
+    learner.learn({"a": 20, "b": 5000}, 2.0, {"a", "b"})
+    assert learner._estimates.keys() == {"a"}
+    learner.sample({"a": 1, "b": 1})
+    learner.learn({"a": 40, "b": 5020}, 4.0, {"a", "b"})
+    assert learner._estimates["b"] == Estimate(10.0, 1.0)
+
+
+def test_backend_that_is_out_of_rotation_for_a_while_keeps_its_weight() -> None:
+    learner = Learner({"a": Estimate(90, 1, 1.6), "b": Estimate(22, 1, 0.4)})
+    learner.learn({"a": 0, "b": 0}, 0.0, {"a", "b"})
+    for now in (2.0, 4.0):
+        learner.sample({"a": 1})
+        learner.learn({"a": round(90 * now)}, now, {"a", "b"})
+    assert learner._estimates["b"] == Estimate(22, 1, 0.4)
+    learner.sample({"a": 1})
+    learner.learn({"a": 400}, 6.0, {"a"})
+    assert learner._estimates.keys() == {"a"}, "b was removed"
 
 
 def test_only_new_backends_start_slowly() -> None:
@@ -261,7 +277,7 @@ def test_only_new_backends_start_slowly() -> None:
 
 def test_threads_share_a_learner_without_losing_samples() -> None:
     learner = Learner()
-    learner.learn({"a": 0}, 0.0)
+    learner.learn({"a": 0}, 0.0, {"a"})
 
     def sample() -> None:
         for _ in range(2000):
@@ -276,5 +292,5 @@ def test_threads_share_a_learner_without_losing_samples() -> None:
         learner.ramping(1.0)
     for thread in threads:
         thread.join()
-    learner.learn({"a": 10}, 2.0)
+    learner.learn({"a": 10}, 2.0, {"a"})
     assert learner._estimates["a"] == Estimate(5.0, 1.0)

@@ -159,7 +159,7 @@ def test_answers_on_the_netlink_socket(answers: list[bytes]) -> None:
     with suppress(NetfilterError), _connection_table():
         while True:
             answer = ctnetlink._receive(netlink, float("inf"))  # type: ignore[arg-type]
-            ctnetlink._raise_error(answer)
+            ctnetlink.raise_error(answer)
             if ctnetlink.kind_of(answer) == ctnetlink.NLMSG_DONE:
                 break
             list(flows.flows(answer, PORTS))

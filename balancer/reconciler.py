@@ -58,8 +58,13 @@ class Reconciler:
         self._state.reconcile_due.clear()
         if self._state.snapshot.revision:
             self.reconcile()
-        else:  # before the first snapshot: the health check reports whether the first rules are there
-            self._state.rules_in_place = ruleset.is_hooked(self._netfilter.listing("nat"), self._path)
+            return
+        # Before the first snapshot, this balancer serves if the rules of script.sh or of an earlier client lead to a
+        # backend. In a Swarm there are none for a new balancer: until it has reached the manager, its health check
+        # fails, so that an update does not replace the balancers of the other nodes as well.
+        nat = self._netfilter.listing("nat")
+        leads_to_backend = bool(connections(nat, self._path.backend_chain("")))
+        self._state.rules_in_place = leads_to_backend and ruleset.is_hooked(nat, self._path)
 
     def reconcile(self) -> None:
         """Makes one pass; changes nothing when everything is in place."""

@@ -119,7 +119,7 @@ class Balancer:
 
     def sync(self) -> tuple[dict[str, Any], int]:
         """The answer to GET /sync, and its status: 503 when a loop is stuck or the dispatch rules are missing, but
-        not when the manager is unreachable: traffic flows without it."""
+        not when the manager becomes unreachable: traffic flows without it."""
         state, now = self.state, time.monotonic()
         longest = LOOP_SECONDS + state.snapshot.interval
         loops_alive = all(now - beat < longest for beat in dict(self._beats).values())

@@ -127,13 +127,27 @@ def health_check(world: World) -> tuple[int, dict[str, Any]]:
     return status, message
 
 
-def first_rules(world: World) -> None:
-    """Installs the first rules, without backends, as script.sh does in a Swarm."""
-    world.kernel.apply(restore.restore(ruleset.nat([]), world.kernel.listing("nat")))
+def first_rules(world: World, *backends: str) -> None:
+    """Installs the first rules for these addresses, as script.sh does. In a Swarm there are none."""
+    endpoints = [ruleset.Endpoint(ip) for ip in backends]
+    world.kernel.apply(restore.restore(ruleset.nat(endpoints), world.kernel.listing("nat")))
 
 
-def test_health_check_passes_without_a_manager(world: World) -> None:
+def test_health_check_fails_until_a_new_balancer_of_a_swarm_has_reached_the_manager(world: World) -> None:
     first_rules(world)
+    world.balancer.beat("sample")
+    world.state.reconcile_due.set()
+    world.reconciler.wait_and_reconcile()
+    status, message = health_check(world)
+    assert (status, message["loops_alive"], message["rules_in_place"]) == (503, True, False)
+    world.set_backends(f"a {A}")
+    world.state.reconcile_due.set()
+    world.reconciler.wait_and_reconcile()
+    assert health_check(world)[0] == 200
+
+
+def test_health_check_passes_without_a_manager_if_the_rules_lead_to_a_backend(world: World) -> None:
+    first_rules(world, A)
     world.balancer.beat("sample")
     world.state.reconcile_due.set()
     world.reconciler.wait_and_reconcile()
@@ -160,7 +174,7 @@ def test_health_check_fails_while_a_loop_is_stuck(world: World) -> None:
 
 @pytest.mark.parametrize("snapshot", [True, False], ids=["with a snapshot", "before a snapshot"])
 def test_health_check_fails_while_our_rules_are_missing_and_cannot_be_written(world: World, snapshot: bool) -> None:
-    first_rules(world)
+    first_rules(world, A)
     if snapshot:
         world.set_backends(f"a {A}")
         world.reconcile()

@@ -41,12 +41,10 @@ class ManagerClient:
     """Every call raises requests.RequestException when the manager is unreachable or answers with an error, such as 503
     while it shuts down."""
 
-    def __init__(
-        self, addresses: Iterable[str], token: Callable[[], str], balancer: str, certificate: str = ""
-    ) -> None:
+    def __init__(self, addresses: Iterable[str], token: Callable[[], str], certificate: str = "") -> None:
         """`addresses` are those that the manager may have, tried in turn. They are read, and `token` is called, for
         each request. `certificate` is a file with the manager's certificate: calls then use TLS and accept no other."""
-        self._balancer, self._token, self._addresses = balancer, token, addresses
+        self._token, self._addresses = token, addresses
         self._scheme = "https" if certificate else "http"
         self._failures = 0  # of calls to `sync`
         self._session = requests.Session()
@@ -79,7 +77,7 @@ class ManagerClient:
         _raise_for_status(self._post("/pkts_info", message))
 
     def stop(self, ip: str, id_: str, reason: str) -> None:
-        answer = self._post("/stop", {"ip": ip, "id": id_, "reason": reason, "balancer": self._balancer})
+        answer = self._post("/stop", {"ip": ip, "id": id_, "reason": reason})
         # With 404 the manager does not know the backend, so it was removed already.
         if answer.status_code != 404:
             _raise_for_status(answer)

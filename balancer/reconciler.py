@@ -136,13 +136,14 @@ class Reconciler:
             self._netfilter.change_sets(restore.set_changes(wanted, actual, name))
 
     def _prepare(self, ids: Mapping[str, str], known: set[str]) -> None:
-        """Deletes the old flows and neighbour entries of new backends' addresses. Only an address that another backend
-        had until now can have flows: `_remove` has deleted those of all others."""
+        """Deletes the old flows and neighbour entries of new backends' addresses. `_remove` has deleted the flows of
+        addresses that no backend has; so only an address that another backend had until now can have some."""
         reused = {ip for ip, id_ in ids.items() if self._ids.get(ip, id_) != id_}
         self._netfilter.delete_flows(reused)
-        added = (ids.keys() - known) | reused
-        self._netfilter.delete_neighbours(added)
-        if self._path.on_host and added:
+        self._netfilter.delete_neighbours((ids.keys() - known) | reused)
+        # After a start of this client, every backend may be a new one, at an address that the kernel knows.
+        unknown = {ip for ip, id_ in ids.items() if self._ids.get(ip) != id_}
+        if self._path.on_host and unknown:
             self._netfilter.enable_hairpin()
 
     def _remove(self, removed: Collection[str], ejected: Collection[str]) -> None:

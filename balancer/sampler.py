@@ -40,7 +40,8 @@ class Sampler:
     def samples(self) -> list[Callable[[], None]]:
         """One function for each kind of sample; it does nothing when no sample of that kind is due. If one raises, the
         others still have to be called."""
-        count_load = COUNT_LOAD - DRAINING_LOAD if self._draining_since else COUNT_LOAD
+        samples_drains = self._draining_since and self._state.manager_reachable
+        count_load = COUNT_LOAD - DRAINING_LOAD if samples_drains else COUNT_LOAD
         return [
             partial(self._sample, self._sample_waiting, self._waiting_pace, WAITING_LOAD),
             partial(self._sample, self._sample_draining, self._draining_pace, DRAINING_LOAD),
@@ -74,7 +75,9 @@ class Sampler:
             first_replies, _ = replied.get(backend.ip, (0, 0))
             seen[backend.id] = Replies(counts.stalled[backend.ip], first_replies, weights.get(backend.ip, 0.0))
         now, frozen_before, answering_before = time.monotonic(), state.frozen, state.answering
-        state.frozen = self._detector.frozen(seen, now, state.table_full())
+        frozen = self._detector.frozen(seen, now, state.table_full())
+        # With --sticky, a backend may have only clients that wait in long polls: that others answer is no evidence.
+        state.frozen = {} if self._netfilter.path.sticky else frozen
         state.answering = self._detector.answering(now)
         if state.frozen.keys() != frozen_before.keys():
             state.health_changed()

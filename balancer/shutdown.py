@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from pathlib import Path
 
 import restore
 import ruleset
@@ -14,18 +15,20 @@ from listings import connections
 from netfilter import Netfilter, NetfilterError, run
 
 POLL = 0.2  # seconds
+DRAINING = Path("/run/draining")  # script.sh makes it
 DESTROY_TRIES = 25  # with POLL: the kernel may use a set for a moment after its last rule is gone
 
 
 def drain(netfilter: Netfilter, seconds: float) -> int:
-    """Ends dispatch and waits until no connection is open. Returns how many are after `seconds`."""
+    """Ends dispatch and waits until no connection is open. Returns how many are after `seconds`, or when DRAINING is
+    gone: run.sh removes it, because the project serves again."""
     end_dispatch(netfilter)
     backends = connections(netfilter.listing("nat"), netfilter.path.backend_chain(""))
     deadline = time.monotonic() + seconds
     while True:
         live = netfilter.all_flows().live
         still_open = sum(live[ip] for ip in backends)
-        if not still_open or time.monotonic() > deadline:
+        if not still_open or time.monotonic() > deadline or not DRAINING.exists():
             return still_open
         time.sleep(POLL)
 

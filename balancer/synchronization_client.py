@@ -171,7 +171,7 @@ def main() -> None:
     token_file = Path(os.environ.get("LB_TOKEN_FILE", SECRETS / "token"))
     certificate = str(SECRETS / "certificate.pem") if node else ""
     name = socket.gethostname()
-    manager = ManagerClient(addresses, TextFile(token_file), name, certificate)
+    manager = ManagerClient(addresses, TextFile(token_file), certificate)
     balancer = Balancer(Netfilter(flavour, from_environment(os.environ)), manager, name, node)
     log.info("balancer started, iptables-%s, manager at %s", flavour, ",".join(addresses))
     address, _, port = os.environ.get("LB_HTTP", "0.0.0.0:5000").partition(":")

@@ -115,7 +115,6 @@ ensure_engine() {
     have dockerd || need "running containers" docker.io iptables
     have docker || need "controlling the engine" docker-cli
     [ "$(id -u)" -eq 0 ] || die "no engine answers this user; start it, or join the docker group, or run as root"
-    ENGINE_STARTED=1 # before the start, so that an interrupted start is undone
     step "Starting the Docker Engine" start_engine
 }
 
@@ -126,7 +125,12 @@ start_engine() {
     local deadline=$((SECONDS + ENGINE_TIMEOUT)) pid tries
     mkdir -p "$ENGINE_DIR"
     if [ -d "$SYSTEMD" ] && start_service; then
-        wait_for_engine "$deadline" $$
+        wait_for_engine "$deadline" $$ || { echo "docker does not answer after $ENGINE_TIMEOUT s; see journalctl -u docker"; return 1; }
+        return
+    fi
+    pid=$(cat "$ENGINE_DIR/dockerd.pid" 2>/dev/null || true)
+    if [ -n "$pid" ] && is_dockerd "$pid"; then # of an earlier run; a second one beside it could not start
+        wait_for_engine "$deadline" "$pid" || { echo "dockerd (pid $pid) does not answer after $ENGINE_TIMEOUT s"; return 1; }
         return
     fi
     for tries in 1 2 3; do
@@ -145,12 +149,13 @@ start_engine() {
 start_service() {
     local state
     state=$(systemctl is-active docker) || true
-    systemctl start docker || return
     case $state in inactive | failed) mark_engine systemd ;; esac
+    systemctl start docker
 }
 
-# mark_engine PID|systemd: this has started the engine, since this boot of the host.
+# mark_engine PID|systemd: this starts the engine. Marked before the start is complete, an interrupted one is undone.
 mark_engine() {
+    ENGINE_STARTED=1
     echo "$1" >"$ENGINE_DIR/dockerd.pid"
     cat "$BOOT_ID" >"$ENGINE_DIR/boot"
 }

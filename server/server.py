@@ -42,6 +42,7 @@ COMPUTE_SLICE = 0.01  # seconds of computing, at least, before the event loop ru
 
 TEXT = ("Content-Type", "text/plain; charset=utf-8")
 CLOSE = ("Connection", "close")
+ALLOW = ("Allow", "GET, HEAD")
 SATURATED = "503 Service Unavailable", "saturated: try again later\n", ("Retry-After", RETRY_AFTER)
 
 Environ = dict[str, Any]  # the request, as WSGI describes it
@@ -73,11 +74,13 @@ def own_address() -> str:
         return "no address"
 
 
-def answer(start_response: StartResponse, status: str, text: str, *headers: tuple[str, str]) -> list[bytes]:
+def answer(
+    environ: Environ, start_response: StartResponse, status: str, text: str, *headers: tuple[str, str]
+) -> list[bytes]:
     """Answers with this text and these headers."""
     body = text.encode()
     start_response(status, [*headers, TEXT, ("Content-Length", str(len(body)))])
-    return [body]
+    return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
 
 
 def workload(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
@@ -85,23 +88,25 @@ def workload(environ: Environ, start_response: StartResponse) -> Iterable[bytes]
     # While draining, a client with a kept connection has to return through the balancer.
     headers = [CLOSE] if draining.is_set() else []
     if environ["PATH_INFO"] != "/":
-        return answer(start_response, "404 Not Found", "the only path is /\n", *headers)
+        return answer(environ, start_response, "404 Not Found", "the only path is /\n", *headers)
     if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
-        return answer(start_response, "405 Method Not Allowed", "the only methods are GET and HEAD\n", *headers)
+        text = "the only methods are GET and HEAD\n"
+        return answer(environ, start_response, "405 Method Not Allowed", text, ALLOW, *headers)
     try:
         query = dict(parse_qsl(environ["QUERY_STRING"], keep_blank_values=True))
         limit = int(query.get("limit", LIMIT_DEFAULT))
         seconds = float(query.get("seconds", 0))
     except ValueError:
-        return answer(start_response, "400 Bad Request", "limit must be a whole number, seconds a number\n", *headers)
+        text = "limit must be a whole number, seconds a number\n"
+        return answer(environ, start_response, "400 Bad Request", text, *headers)
     if not (0 <= limit <= LIMIT_MAX and 0 <= seconds <= SECONDS_MAX):
         text = f"limit must be from 0 to {LIMIT_MAX}, seconds from 0 to {SECONDS_MAX:g}\n"
-        return answer(start_response, "400 Bad Request", text, *headers)
+        return answer(environ, start_response, "400 Bad Request", text, *headers)
 
     result = f"{count_primes(limit)} primes up to {limit}, for {environ['REMOTE_ADDR']}"
     line = f"{socket.gethostname()} at {own_address()}: {result}\n"
     if not seconds or environ["REQUEST_METHOD"] == "HEAD":
-        return answer(start_response, "200 OK", line, *headers)
+        return answer(environ, start_response, "200 OK", line, *headers)
     start_response("200 OK", [*headers, TEXT])
     return slowly(line, seconds)
 
@@ -151,13 +156,12 @@ class Backend:
         self.server = LimitedServer(("0.0.0.0", PORT), self, max_connections, IDLE_TIMEOUT)
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
-        # Before the limit: a readiness check has to be answered under full load, and the one that asks, the
-        # synchronization server, keeps its connection.
+        # Before the limit: a readiness check has to be answered under full load. Its connection stays open.
         if environ["PATH_INFO"] == "/ready":
             readiness = SATURATED if self.is_saturated() else ("200 OK", "ready\n")
-            return answer(start_response, *readiness)
+            return answer(environ, start_response, *readiness)
         if self.in_progress >= MAX_REQUESTS:
-            return answer(start_response, *SATURATED, CLOSE)
+            return answer(environ, start_response, *SATURATED, CLOSE)
         return self._work(environ, start_response)
 
     def _work(self, environ: Environ, start_response: StartResponse) -> Iterator[bytes]:

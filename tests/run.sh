@@ -83,8 +83,8 @@ else
         [ "$status" -le 1 ] || exit "$status"
     fi
     say "the tests that need processor time and mostly wait: the campaigns and one other at a time"
-    WORKERS=2 run_parallel -m paired tests/netns tests/e2e || status=$?
+    WORKERS=2 run_parallel -m paired "${all[@]}" || status=$?
     say "the tests that need the machine for themselves, one after another"
-    "$VENV/bin/python" -m pytest -m serial tests/e2e || status=$?
+    "$VENV/bin/python" -m pytest -m serial "${all[@]}" || status=$?
     exit "$status"
 fi

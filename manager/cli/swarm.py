@@ -228,13 +228,12 @@ def share_file(project: Project, name: str, path: str) -> None:
 
 
 def files_of(project: Project, service: Any) -> set[str]:
-    """The names of the copies in the specs of a service of backends: its own, and those that a rollback may use."""
+    """The names of the copies that the tasks of a service of backends need, now or after an update is undone."""
     names = set()
-    for spec in (service.attrs["Spec"], service.attrs.get("PreviousSpec", {})):
-        for label in ("lbscaler.spec", "lbscaler.before"):
-            tasks = json.loads(spec.get("Labels", {}).get(label, "{}"))
-            secrets = tasks.get("ContainerSpec", {}).get("Secrets", ())
-            names |= {secret["SecretName"].removeprefix(f"{project.name}-") for secret in secrets}
+    for label in ("lbscaler.spec", "lbscaler.before"):
+        tasks = json.loads(service.attrs["Spec"]["Labels"].get(label, "{}"))
+        secrets = tasks.get("ContainerSpec", {}).get("Secrets", ())
+        names |= {secret["SecretName"].removeprefix(f"{project.name}-") for secret in secrets}
     return names
 
 

@@ -19,6 +19,7 @@ from functools import partial
 from json import dumps
 from pathlib import Path
 
+import docker.errors
 import requests
 
 from cli import doctor, down, file_copies, images, network, output, startup, swarm, unit
@@ -32,10 +33,10 @@ CHECK_GRACE = 5.0  # seconds for the check of the kernel to end after an interru
 MANAGER_START = 10.0  # seconds until the manager answers
 SUPERVISOR_START = 2.0  # seconds until the supervisor's process has to exist
 POLL = 0.05  # seconds
-# In run/PROJECT/: what a start writes, besides the environment. A start that fails restores them.
+# In run/PROJECT/: what a start, or the manager that it starts, writes. A start that fails restores them.
 FILES = (
-    *("token", "secrets/balancer/token", swarm.KEY_FILE, swarm.CERTIFICATE_FILE),
-    *("settings.json", "balancer/hostip.txt", "balancer/operator_settings.json"),
+    *("token", "secrets/balancer/token", swarm.KEY_FILE, swarm.CERTIFICATE_FILE, "settings.json", "environment"),
+    *("balancer/hostip.txt", "balancer/operator_settings.json", "balancer/refused_update.json"),
 )
 
 
@@ -179,28 +180,28 @@ class Start:
         text = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in environment)
         write(self.run_dir / "environment", text)
         write(path, settings_text)
+        # An interrupted stop.sh may have left a drain, which would keep the balancer out of service until its end.
+        for balancer in project.containers("balancer"):
+            with suppress(docker.errors.APIError):  # the balancer does not run
+                balancer.exec_run(["rm", "-f", "/run/draining"])
         with out.step("Starting the manager"):
             self._launch(self.arguments.backends, self.settings.manager_port)
 
     def _keep_settings(self) -> None:
         """Registers what undoes a change of a running project: the manager ends, its files are restored, and it is
         started again."""
-        environment, before = self.run_dir / "environment", stored(self.project.name)
-        if not environment.exists() or not before:
+        if not (self.run_dir / "environment").exists() or not stored(self.project.name):
             return  # somebody has deleted them
-        # The name of the backends' image may refer to another one by now.
-        text = f"{environment.read_text()}export LB_IMAGE_ID={before['backend_image']}\n"
         desired = StateFiles(self.run_dir / "balancer" / "ip.txt").read_fleet().desired
-        self.undo.add("go back to the settings before", partial(self._go_back, text, str(desired or "")))
+        self.undo.add("go back to the settings before", partial(self._go_back, str(desired or "")))
         for name in FILES:
             keep(self.run_dir / name, self.undo)
         self.undo.add("stop the manager", self.project.end_manager)
 
-    def _go_back(self, environment: str, backends: str) -> None:
+    def _go_back(self, backends: str) -> None:
         """Starts the manager with the settings before, whose files are restored, and waits until the project serves
         again. It does not wait until all backends have been replaced."""
         settings = read(with_stored({variable("project"): self.project.name}))
-        write(self.run_dir / "environment", environment)
         with self.output.step("Starting the manager with the settings before"):
             self._launch(backends, settings.manager_port)
         with self.output.step(f"Waiting for the first answer on port {settings.port}") as step:
@@ -291,8 +292,8 @@ def run(arguments: Arguments, out: Output) -> None:
             undo.add("stop the Docker Engine", lambda: out.run("bash", "-c", ". manager/host.sh; stop_unused_engine"))
         start = Start(arguments, out, undo)
         start.run()
-    start.remove_replaced()
     start.print_summary()
+    start.remove_replaced()
 
 
 def main() -> int:

@@ -148,9 +148,9 @@ class Controller:
             self._set_fleet(adopted)
 
     def _adopted_backoff(self, spec: str, refusal: Reason, adopted: Fleet, saved: SavedFleet) -> LaunchBackoff:
-        """Launches use `spec`. If that fails, they return to the spec that most of the adopted backends have (an engine
-        that keeps a number of backends rolls an update back on its own). A `spec` that was refused before is not tried
-        again."""
+        """Launches use `spec`. If that fails, they return to the spec that most of the adopted backends have; an engine
+        that keeps a number of backends goes back to the previous spec on its own. A `spec` that was refused before is
+        not tried again."""
         # Ended backends count, too: after a reboot of the host there are no others.
         older = [b for b in adopted.values() if b.spec != spec and not self._engine_keeps_number]
         # Those that were not in rotation may be made from the spec of an update that never worked.
@@ -212,9 +212,9 @@ class Controller:
             if self._engine.balancers is not None:
                 self._load.keep(self._engine.balancers, listed_at)
             self._set_fleet(self._with_health(fleet.observe(self._fleet, containers, listed_at, now), now))
-            # The engine has rolled an update back. This is stored, so that the next manager does not try it again.
+            # The engine has given an update up. This is stored, so that the next manager does not try it again.
             if self._engine.refused and not self._backoff.refusal:
-                self._backoff.refusal = Reason(Cause.ENGINE_ROLLBACK)
+                self._backoff.refusal = Reason(Cause.ENGINE_GAVE_UP)
                 self._files.write_refusal(self._engine.refused, self._backoff.refusal)
             self._advance(now)
             self._balancer.keep(self._engine.balancer, now)

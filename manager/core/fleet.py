@@ -21,6 +21,7 @@ SPARE, STARTING, ACTIVE, DRAINING, STOPPED, FAILED = "spare", "starting", "activ
 STATES = (SPARE, STARTING, ACTIVE, DRAINING, STOPPED, FAILED)
 IN_USE = (SPARE, STARTING, ACTIVE)  # may serve now or later
 SIGTERM = 15
+SIGNAL_EFFECT = 15.0  # seconds after a signal in which the end of a container counts as its effect
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Backend:
     unhealthy_since: float | None = None  # of an active backend: since when the balancers report it unhealthy
     unhealthy_why: str = ""
     external: bool = False  # another program ended or paused it, which is no failure of the backend
+    signalled: float | None = None  # when another program last sent it a signal, except SIGTERM
 
     def to(self, state: str, now: float, reason: Reason = NO_REASON) -> Backend:
         return replace(self, state=state, since=now, reason=reason)
@@ -178,7 +180,10 @@ def _compare(backend: Backend, container: Container, now: float) -> Backend:
 
 def ended(backend: Backend, exit_code: int | None, now: float) -> Backend:
     """The backend after the end of its container: a failure, unless it was draining or being stopped."""
-    not_running = replace(backend, running=False, unhealthy_since=None)
+    # Later than that, it may have ended by itself: SIGHUP usually makes a program only read its settings again.
+    by_signal = backend.signalled is not None and now - backend.signalled < SIGNAL_EFFECT
+    external = backend.external or by_signal
+    not_running = replace(backend, running=False, unhealthy_since=None, external=external)
     if backend.state in (STOPPED, FAILED):
         return not_running
     if backend.state == DRAINING:
@@ -191,9 +196,9 @@ def after_event(backend: Backend, action: str, code: int, now: float) -> Backend
     if action == "die":
         return ended(backend, code, now)
     # `docker kill` with any signal, or `docker stop` if the image names another signal than SIGTERM. If the container
-    # ends, that is no failure. The kernel's out-of-memory kill sends no such event.
+    # ends soon, that is no failure. The kernel's out-of-memory kill sends no such event.
     if action == "kill" and code != SIGTERM:
-        return replace(backend, external=True)
+        return replace(backend, signalled=now)
     if backend.state not in IN_USE:
         return backend
     if action == "pause":

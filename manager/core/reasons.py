@@ -34,7 +34,7 @@ class Cause(StrEnum):
     NOT_READY = "not_ready"  # value: the ready timeout in seconds; detail: the last probe's result
     LAUNCH_ERROR = "launch_error"  # detail: the engine's error
     # An update or the balancer fails.
-    ENGINE_ROLLBACK = "engine_rollback"
+    ENGINE_GAVE_UP = "engine_gave_up"
     BALANCER_ENDED = "balancer_ended"
 
 
@@ -55,7 +55,7 @@ _SENTENCES = {
     Cause.NO_ADDRESS: "its container has no address",
     Cause.NETWORK_LOST: "its container has lost its network",
     Cause.NOT_READY: "not ready within {value:g} s",
-    Cause.ENGINE_ROLLBACK: "the engine paused the update: its backends did not stay up",
+    Cause.ENGINE_GAVE_UP: "the engine paused the update: its backends did not stay up",
     Cause.BALANCER_ENDED: "it ended soon after its start",
 }
 

@@ -41,6 +41,7 @@ class Workers:
     def __init__(self, engine: Engine, done: Callable[[], None]) -> None:
         self.busy: set[str] = set()
         self._engine, self._done = engine, done
+        self._lines_read: set[str] = set()  # ids of containers whose last log line was read
         self._stop_pauses: dict[str, float] = {}  # by container that could not be stopped: seconds after its last try
         # Two pools, so that the launches of a burst do not queue behind stops, which last up to ten seconds each.
         self._launching = ThreadPoolExecutor(WORKERS, thread_name_prefix="launch")
@@ -112,10 +113,11 @@ class Workers:
     def _stop(self, backend: Backend) -> Result:
         line, last_pause = "", self._stop_pauses.get(backend.id, 0.0)
         try:
-            if backend.state == FAILED and not last_pause:
+            if backend.state == FAILED and backend.id not in self._lines_read:
                 with suppress(EngineError):  # some logging drivers cannot be read
                     line = self._engine.last_log_line(backend.id)
                     log.warning("last log line of %s: %s", backend.name, line or "none")
+                    self._lines_read.add(backend.id)
             self._engine.stop(backend.id)
         except EngineError as error:
             log.error("stop of %s failed, will try again: %s", backend.name, error)
@@ -125,4 +127,5 @@ class Workers:
             time.sleep(pause)
             return Result(backend.name, still_there=True, last_log_line=line)
         self._stop_pauses.pop(backend.id, None)
+        self._lines_read.discard(backend.id)
         return Result(backend.name, last_log_line=line)

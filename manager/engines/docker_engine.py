@@ -279,7 +279,7 @@ class DockerEngine(BaseEngine):
             for event in stream:
                 action, attributes = str(event["Action"]), event["Actor"]["Attributes"]
                 code = attributes.get("exitCode" if action == "die" else "signal", "0")
-                # A signal may also be reported by its name. Then the code is 0, and the next list shows the change.
+                # A signal may also be reported by its name. Then the code is 0.
                 yield Event(action, str(event["Actor"]["ID"]), int(code) if code.isdecimal() else 0)
 
 

@@ -64,15 +64,18 @@ def _container(settings: Settings, balancer: BalancerOptions, manager: str, secr
     }
 
 
-def state(service: ApiObject | None, wanted: Spec) -> BalancerState:
-    """The state of the service, which has to match `wanted`. It is outdated, too, while its update is paused: then some
-    nodes have no balancer or one with old settings. Single tasks do not matter, because Swarm restarts them."""
+def state(service: ApiObject | None, wanted: Spec, tasks: Iterable[Task]) -> BalancerState:
+    """The state of the service, which has to match `wanted`. It is outdated, too, if its update is paused and can be
+    resumed: some nodes have a balancer with old settings.
+
+    Swarm pauses an update whose new balancer does not run, and restarts that balancer. Until it runs, a resumed update
+    would only end the balancer of another node.
+    """
     if service is None:
         return BalancerState.MISSING
     other_settings = service["Spec"]["Labels"].get("lbscaler.config") != wanted["Labels"]["lbscaler.config"]
-    if other_settings or is_paused(service):
-        return BalancerState.OUTDATED
-    return BalancerState.RUNNING
+    can_be_resumed = is_paused(service) and all(task.healthy or task.stopping for task in tasks)
+    return BalancerState.OUTDATED if other_settings or can_be_resumed else BalancerState.RUNNING
 
 
 def report_name(task: Task) -> str:

@@ -1,7 +1,7 @@
 """At most one manager controls the fleet of a Swarm: the one that started last.
 
 Each manager writes a claim as a label of its own node when it starts. A manager that finds a newer claim ends. Claims
-are not labels of the service, because a rollback of the service would restore an old one.
+are not labels of the service, because every change of the service would have to keep them.
 """
 
 from __future__ import annotations

@@ -111,6 +111,7 @@ class SwarmEngine(BaseEngine):
             self.replicas = service["Spec"]["Mode"]["Replicated"]["Replicas"] if service else 0
             if service and is_paused(service):
                 self.resize(self.replicas, self._wanted_spec)
+                service = self._services.find("backend")
             self.made_from = self._spec_for_plan(service) if service else ""
         # Swarm cannot stop tasks on a node that is down and never reports their end. Without this, they would drain for
         # ever.
@@ -227,9 +228,10 @@ class SwarmEngine(BaseEngine):
     def _note_balancers(self, nodes: Iterable[ApiObject], down: Set[str]) -> None:
         """Updates the state of the service of balancers, and which balancers run. `down`: ids of nodes."""
         service = self._services.find("balancer")
-        self.balancer = swarm_balancer.state(service, self._balancer_spec)
         # Swarm lists the tasks on a node that is down as if they were running.
-        running = [task for task in self._tasks(service) if task.running and task.node not in down]
+        tasks = [task for task in self._tasks(service) if task.node not in down]
+        self.balancer = swarm_balancer.state(service, self._balancer_spec, tasks)
+        running = [task for task in tasks if task.running]
         self.balancers = frozenset(map(swarm_balancer.report_name, running))
 
         serving_nodes = {task.node for task in running if not task.stopping}

@@ -29,6 +29,11 @@ class Task:
         return self.state in RUNNING
 
     @property
+    def healthy(self) -> bool:
+        """Whether it runs and its image's health check has passed."""
+        return self.state == "running"
+
+    @property
     def ended(self) -> bool:
         return self.state in ENDED
 

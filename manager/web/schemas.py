@@ -91,11 +91,10 @@ class ReportAnswer(Struct):
 
 
 class StopRequest(Struct):
-    """A draining backend has no open connections left."""
+    """The drain of a backend is over."""
 
     ip: Text
     reason: Text
-    balancer: Text | None = None
     id: Text | None = None  # of its container, because the address may be another backend's by now
 
 

@@ -35,7 +35,7 @@ CALLS, POLL, POLLS = 300, 4.0, 500
 # What a balancer in a process of its own calls, so that the manager's time is told apart from its.
 CLIENT = """
 import sys, manager_client
-manager = manager_client.ManagerClient([sys.argv[1]], lambda: sys.argv[2], "b", sys.argv[3])
+manager = manager_client.ManagerClient([sys.argv[1]], lambda: sys.argv[2], sys.argv[3])
 for _ in range({}):
     manager.report({})
 """
@@ -123,14 +123,14 @@ def main() -> int:
         listeners.start()
         address = f"127.0.0.1:{port}"
         relay = Relay(port)
-        relayed = ManagerClient([f"127.0.0.1:{relay.port}"], lambda: TOKEN, "b", str(pem))
+        relayed = ManagerClient([f"127.0.0.1:{relay.port}"], lambda: TOKEN, str(pem))
         empty, view = {**site.message(0, 1), "backends": []}, site.controller.wait_for_snapshot("", 0)
         revision = view["revision"]
         print("report without rows:", relay.count(lambda: relayed.report(empty)))
         print(f"view of {len(answer(view))} bytes:", relay.count(lambda: relayed.sync("")))
         print("poll without a change:", relay.count(lambda: relayed.sync(revision)))
         print(f"manager's time for a report without rows: {of_a_report(address, str(pem), empty):.2f} ms")
-        took = under(POLLS, waiting, revision, lambda: ManagerClient([address], lambda: TOKEN, "b", str(pem)), empty)
+        took = under(POLLS, waiting, revision, lambda: ManagerClient([address], lambda: TOKEN, str(pem)), empty)
         print(f"a report while {POLLS} polls of {POLL:g} s wait: {took:.2f} s")
     return 0
 

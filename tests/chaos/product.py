@@ -16,6 +16,7 @@ from chaos.site import HOST, Site, wait_for
 PROJECT, PORT, MANAGER_PORT = "lbchaos", 8000, 5000
 BALANCER = f"{PROJECT}-balancer"
 BACKENDS, MOST = 4, 8
+ORDER_TIMEOUT = 10.0  # seconds
 FAST = ("--interval", "1", "--panic-window", "3", "--stable-window", "10", "--drain-timeout", "8")
 # No load reaches this target, so only faults and the operator's settings change the number of backends.
 FIXED = ("--metric", "connections", "--target", "100000")
@@ -42,12 +43,15 @@ class Product:
         return self.site.run(str(self.site.tree / "stop.sh"), "--project", PROJECT)
 
     def order(self, path: str, body: dict[str, Any]) -> None:
-        """Sends an operator's order through the manager's Unix socket."""
-        connection = http.client.HTTPConnection("localhost", timeout=10)
+        """Sends an operator's order through the manager's Unix socket. A manager that another fault has stopped carries
+        it out when it continues."""
+        connection = http.client.HTTPConnection("localhost")
         connection.sock = socket.socket(socket.AF_UNIX)
+        connection.sock.settimeout(ORDER_TIMEOUT)
         connection.sock.connect(str(self.run_dir / "manager.sock"))
         connection.request("POST", path, json.dumps(body))
-        connection.getresponse().read()
+        with suppress(TimeoutError):
+            connection.getresponse().read()
         connection.close()
 
     # -- state --------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import re
 import socket
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -295,7 +296,12 @@ def test_port_in_use_is_reserved_once_it_is_free(host: Host, caplog: pytest.LogC
         assert holder._held.keys() == {8000}
 
 
-def test_drain_refuses_new_connections_and_waits_for_open_ones(host: Host, outside: Namespace) -> None:
+def test_drain_refuses_new_connections_and_waits_for_open_ones(
+    host: Host, outside: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draining = tmp_path / "draining"
+    draining.touch()
+    monkeypatch.setattr(shutdown, "DRAINING", draining)
     Server(host.launch(ONE), talk=echo)
     host.dispatch_over(ONE)
     with connect(outside, SERVICE) as connection:
@@ -308,6 +314,12 @@ def test_drain_refuses_new_connections_and_waits_for_open_ones(host: Host, outsi
             request(outside, SERVICE)
         connection.sendall(b"still here")
         assert connection.recv(100) == b"still here"
+        draining.unlink()  # run.sh has been started
+        with host.namespace:
+            began = time.monotonic()
+            assert shutdown.drain(host.netfilter, 10) == 1
+            assert time.monotonic() - began < 5
+    draining.touch()
     with host.namespace:
         assert shutdown.drain(host.netfilter, 10) == 0
 

@@ -65,21 +65,21 @@ def manager(pem: Path) -> Iterator[str]:
 
 
 def test_manager_is_accepted_by_its_certificate_at_any_address(pem: Path, manager: str) -> None:
-    assert ManagerClient([manager], lambda: "t", "b", str(pem)).sync("") == {"revision": "r2"}
+    assert ManagerClient([manager], lambda: "t", str(pem)).sync("") == {"revision": "r2"}
 
 
 def test_other_certificates_and_names_are_rejected(tmp_path: Path, manager: str) -> None:
     other = certificate(tmp_path / "other", "lbscaler-manager")
     with pytest.raises(requests.exceptions.SSLError):
-        ManagerClient([manager], lambda: "t", "b", str(other)).sync("")
+        ManagerClient([manager], lambda: "t", str(other)).sync("")
     foreign = certificate(tmp_path / "foreign", "another-name")
     for address in serve(foreign):
         with pytest.raises(requests.exceptions.SSLError):
-            ManagerClient([address], lambda: "t", "b", str(foreign)).sync("")
+            ManagerClient([address], lambda: "t", str(foreign)).sync("")
 
 
 def test_next_address_is_tried_after_a_failure_and_kept_after_a_success(pem: Path, manager: str) -> None:
-    client = ManagerClient(["127.0.0.1:1", "127.0.0.1:2", manager], lambda: "t", "b", str(pem))
+    client = ManagerClient(["127.0.0.1:1", "127.0.0.1:2", manager], lambda: "t", str(pem))
     for _ in range(2):
         with pytest.raises(requests.RequestException):
             client.sync("")

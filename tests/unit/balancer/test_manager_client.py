@@ -43,7 +43,7 @@ def real_manager() -> Iterator[tuple[ManagerClient, type[Answers]]]:
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
-        yield ManagerClient([f"127.0.0.1:{server.server_port}"], lambda: "secret", "b1"), Handler
+        yield ManagerClient([f"127.0.0.1:{server.server_port}"], lambda: "secret"), Handler
         server.shutdown()
         thread.join()
 
@@ -89,7 +89,7 @@ def test_every_call_carries_the_token_and_a_stop_names_its_balancer(
     assert [(line, token, json.loads(body or b"null")) for line, token, body in answers.seen] == [
         ("GET /sync?have=r1&wait=25.0", "Bearer secret", None),
         ("POST /pkts_info", "Bearer secret", {"x": 1}),
-        ("POST /stop", "Bearer secret", {"ip": A, "id": "a", "reason": "drained", "balancer": "b1"}),
+        ("POST /stop", "Bearer secret", {"ip": A, "id": "a", "reason": "drained"}),
     ]
 
 
@@ -97,7 +97,7 @@ def test_token_is_read_for_each_call_and_the_last_one_is_kept_where_its_file_is_
     real_manager: tuple[ManagerClient, type[Answers]], tmp_path: Path
 ) -> None:
     _, answers = real_manager
-    manager = ManagerClient(real_manager[0]._addresses, TextFile(tmp_path / "token"), "b1")
+    manager = ManagerClient(real_manager[0]._addresses, TextFile(tmp_path / "token"))
     for change in (lambda f: None, lambda f: f.write_text("one\n"), lambda f: f.write_text("two"), Path.unlink):
         change(tmp_path / "token")
         manager.report({})
@@ -109,7 +109,7 @@ def test_address_that_run_sh_replaces_is_used_for_the_next_call(
 ) -> None:
     _, answers = real_manager
     (tmp_path / "hostip.txt").write_text("127.0.0.1:1\n")
-    manager = ManagerClient(TextFile(tmp_path / "hostip.txt"), lambda: "secret", "b1")
+    manager = ManagerClient(TextFile(tmp_path / "hostip.txt"), lambda: "secret")
     with pytest.raises(requests.ConnectionError):
         manager.sync("")
     [address] = real_manager[0]._addresses

@@ -513,6 +513,15 @@ def test_on_the_host_rules_stand_in_two_tables_and_backends_can_call_themselves(
     assert host.reconcile() == []
 
 
+def test_backend_at_a_known_address_can_call_itself_after_a_restart_of_the_client(host: World) -> None:
+    host.set_backends(f"a {A}", f"b {B}")
+    host.reconcile()
+    host.restart()
+    host.set_backends(f"c {A}", f"d {B}")
+    assert "hairpin" in host.reconcile()
+    assert "hairpin" not in host.reconcile()
+
+
 def test_each_backend_has_a_set_of_its_clients_until_it_is_removed(host: World) -> None:
     host.set_backends(f"a {A}", f"b {B}")
     host.reconcile()

@@ -9,6 +9,7 @@ from unittest.mock import Mock
 import pytest
 import requests
 
+from datapath import DataPath
 from fakes_balancer import HEALTHY, World
 from fakes_netfilter import flow, waiting
 from features import MARKS, NOTRACK
@@ -227,6 +228,13 @@ def test_frozen_backend_with_successful_probes_leaves_rotation(world: World) -> 
     world.sample()
     world.reconcile()
     assert world.dispatched() == {A, B, C}
+
+
+def test_connections_show_no_frozen_backend_where_clients_are_sticky(world: World) -> None:
+    sticky = World(world.clock, DataPath(sticky=60))
+    freeze(sticky)
+    assert sticky.reconcile() == []
+    assert sticky.dispatched() == {A, B, C}
 
 
 def test_no_backend_counts_as_frozen_while_the_connection_table_is_full(world: World) -> None:

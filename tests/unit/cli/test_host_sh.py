@@ -105,6 +105,30 @@ def test_only_an_engine_that_this_boot_of_the_host_started_and_nobody_uses_is_st
     assert ("stop docker docker.socket" in (tmp_path / "calls").read_text()) == stopped
 
 
+@pytest.mark.parametrize(("state", "started"), [("active", ""), ("inactive", "1")])
+def test_engine_that_an_earlier_run_started_counts_as_started_by_this_run_only_if_it_was_stopped(
+    tmp_path: Path, state: str, started: str
+) -> None:
+    path = fake(
+        tmp_path,
+        docker="[ -e answers ]",
+        dockerd="exit 1",
+        id="echo 0",
+        systemctl=f"case $1 in is-active) echo {state}; exit 3 ;; start) touch answers ;; esac",
+    )
+    before = "mkdir -p run/engine; echo systemd >run/engine/dockerd.pid; cat $BOOT_ID >run/engine/boot"
+    done = shell(f'{before}; SYSTEMD=$PWD; ensure_engine; echo "started: [$ENGINE_STARTED]"', tmp_path, PATH=path)
+    assert f"started: [{started}]\n" in done.stdout
+
+
+def test_engine_of_an_earlier_run_that_does_not_answer_is_not_started_a_second_time(tmp_path: Path) -> None:
+    path = fake(tmp_path, docker="exit 1", dockerd="echo >>starts; exec -a dockerd sleep 60")
+    script = "ENGINE_TIMEOUT=1 SYSTEMD=none; start_engine; start_engine; stop_engine; echo stopped"
+    done = shell(f"set +e; {script}", tmp_path, PATH=path)
+    assert done.stdout.endswith("does not answer after 1 s\nstopped\n")
+    assert (tmp_path / "starts").read_text() == "\n"
+
+
 def test_engine_that_starts_slowly_is_not_started_twice_and_can_be_stopped(tmp_path: Path) -> None:
     path = fake(tmp_path, docker="exit 1", dockerd="echo >>starts; exec -a dockerd sleep 60")
     script = "ENGINE_TIMEOUT=1 SYSTEMD=none; start_engine || echo failed; stop_engine; echo stopped"

@@ -299,7 +299,7 @@ def test_backend_killed_from_outside_counts_as_no_failure(looping: Callable[...,
     r = looping(2)
     r.clock.pass_by(STABLE)
     r.engine.tell(Event("kill", r.id(2), signal))
-    assert eventually(lambda: r.controller._fleet["p-backend-2"].external)
+    assert eventually(lambda: r.controller._fleet["p-backend-2"].signalled is not None)
     r.engine.die("p-backend-2", 137)
     assert eventually(lambda: sorted(r.engine.containers) == ["p-backend-1", "p-backend-3"])
     assert r.launches()["failed"] == 0
@@ -313,7 +313,7 @@ def test_log_line_of_a_killed_backend_does_not_explain_the_failure_of_an_earlier
     def killed(name: str, by_whom: str, left: list[str]) -> None:
         if by_whom == "docker kill":
             r.engine.tell(Event("kill", r.engine.containers[name].id, 9))
-            assert eventually(lambda: r.controller._fleet[name].external)
+            assert eventually(lambda: r.controller._fleet[name].signalled is not None)
         r.engine.die(name, 137)
         assert eventually(lambda: sorted(r.engine.containers) == left)
         assert eventually(lambda: f"last log line of {name}: goodbye" in caplog.text)

@@ -209,3 +209,9 @@ def test_a_spare_found_healthy_is_ready_and_stays_out_of_rotation() -> None:
     after = judge({"p-1": backend(SPARE)}, True, 10)
     assert after == {"p-1": FIT}
     assert fleets.capacity_of(after) == []
+
+
+@pytest.mark.parametrize(("seconds", "external"), [(1.0, True), (fleets.SIGNAL_EFFECT + 1, False)])
+def test_end_counts_as_the_effect_of_a_signal_only_soon_after_it(seconds: float, external: bool) -> None:
+    signalled = fleets.after_event(backend(), "kill", 1, 100.0)
+    assert fleets.after_event(signalled, "die", 137, 100.0 + seconds).external is external

@@ -35,6 +35,23 @@ def rig(monkeypatch: pytest.MonkeyPatch) -> Rig:
     return Rig(monkeypatch)
 
 
+def test_last_log_line_is_read_at_a_later_stop_if_the_engine_did_not_answer(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = Backend("p-backend-1", FAILED, 0.0, "id")
+
+    def unreachable(_id: str) -> str:
+        raise EngineError("connection refused")
+
+    with monkeypatch.context() as down:
+        down.setattr(rig.engine, "stop", unreachable)
+        down.setattr(rig.engine, "last_log_line", unreachable)
+        rig.workers.stop(failed)
+        assert rig.result().last_log_line == ""
+    rig.workers.stop(failed)
+    assert rig.result() == Result("p-backend-1", last_log_line="goodbye")
+
+
 def test_stop_that_fails_again_and_again_waits_longer_and_logs_the_last_line_once(
     rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

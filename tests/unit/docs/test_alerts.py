@@ -51,7 +51,7 @@ def test_alerts_and_dashboard_use_only_metrics_that_exist(
     monkeypatch.setattr(Netfilter, "conntrack_use", lambda self: (1, 2))
     manager = controller(FakeEngine(), tmp_path, Clock())
     manager.path.take_result({"t": ""}, [])
-    balancer = Balancer(Netfilter("nft"), ManagerClient("127.0.0.1:1", lambda: "token", "b1"), "b1")
+    balancer = Balancer(Netfilter("nft"), ManagerClient("127.0.0.1:1", lambda: "token"), "b1")
     balancer.state.prober._loop.close()  # no backend is probed
     exposed = (generate_latest(registry(manager.recorder, manager.status)) + exposition(balancer.state)).decode()
     used = set(re.findall(r"lbscaler_\w+", (ROOT / "docs" / page).read_text()))

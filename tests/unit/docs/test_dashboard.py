@@ -118,7 +118,7 @@ def test_prometheus_has_data_for_every_panel_annotation_and_variable(
 ) -> None:
     monkeypatch.setattr("core.settings.ROOT", tmp_path)
     kernel = FakeNetfilter()
-    balancer = Balancer(kernel, ManagerClient("127.0.0.1:1", lambda: TOKEN, "b1"), "b1")
+    balancer = Balancer(kernel, ManagerClient("127.0.0.1:1", lambda: TOKEN), "b1")
     balancer.state.prober._loop.close()  # no backend is probed
     rules_change(balancer, kernel)
     stage = Stage(tmp_path)

@@ -472,6 +472,10 @@ def test_paused_update_of_the_balancers_is_resumed(engine: SwarmEngine) -> None:
     engine.list()
     engine.repair_balancer()
     service = pause_update(api(engine).balancer)
+    api(engine).balancer_tasks = [balancer_task("a"), balancer_task("b", state="starting")]
+    engine.list()
+    assert engine.balancer is BalancerState.RUNNING, "to resume it now would end the balancer of another node"
+    api(engine).balancer_tasks = [balancer_task("a"), balancer_task("b")]
     engine.list()
     assert engine.balancer is BalancerState.OUTDATED, "some nodes have the old settings"
     engine.repair_balancer()

@@ -545,6 +545,16 @@ def test_malformed_request_is_answered_and_not_logged(sent: bytes) -> None:
         assert program.end() == ""
 
 
+def test_answer_to_head_has_no_body() -> None:
+    head = "HEAD {} HTTP/1.1\r\nHost: backend\r\n\r\n"
+    with backend() as program, program.connect() as client:
+        for path in ("/", "/other", "/ready"):
+            client.sendall(head.format(path).encode())
+        client.sendall(b"GET /ready HTTP/1.1\r\nHost: backend\r\nConnection: close\r\n\r\n")
+        answers = everything(client).split(b"\r\n\r\n")
+    assert [answer[:9] for answer in answers] == [*[b"HTTP/1.1 "] * 4, b"ready\n"]
+
+
 @pytest.mark.parametrize("sent", [b"GET / HTTP/1.1\r\nContent-Length: -1\r\n\r\n", b"GET / HTTP/1.1\r\nHo"])
 def test_client_that_resets_its_connection_instead_of_reading_a_refusal_is_not_logged(sent: bytes) -> None:
     with backend() as program:

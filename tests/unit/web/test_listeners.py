@@ -603,7 +603,7 @@ def test_both_http_versions_are_answered_and_the_connection_closed_on_request(
 
 def test_connection_close_is_confirmed_and_the_connection_closed(begin: Callable[..., Site]) -> None:
     site = begin()
-    manager = ManagerClient([f"127.0.0.1:{site.tls}"], lambda: TOKEN, "b", str(site.pem))  # as in a balancer
+    manager = ManagerClient([f"127.0.0.1:{site.tls}"], lambda: TOKEN, str(site.pem))  # as in a balancer
     for _ in range(300):
         manager.report(REPORT)  # raises for any answer but success
     for version in ("1.0", "1.1"):
@@ -821,7 +821,7 @@ def test_in_a_swarm_the_node_address_has_tls(manager: Callable[..., ManagerProce
     (tmp_path / "run" / "p").mkdir(parents=True)
     pem = certificate(tmp_path / "run" / "p")
     made = manager("swarm")
-    assert ManagerClient([f"127.0.0.2:{made.port}"], lambda: TOKEN, "b", str(pem)).sync("") is not None
+    assert ManagerClient([f"127.0.0.2:{made.port}"], lambda: TOKEN, str(pem)).sync("") is not None
     assert made.status() == 200
     assert made.status("127.0.0.2") == 0
 

@@ -67,7 +67,7 @@ def scraped(tmp_path: Path) -> Scraped:
 
 def balancer() -> Balancer:
     """With two backends, over a kernel in memory."""
-    made = Balancer(FakeNetfilter(), ManagerClient("127.0.0.1:1", lambda: TOKEN, "b1"), "b1")
+    made = Balancer(FakeNetfilter(), ManagerClient("127.0.0.1:1", lambda: TOKEN), "b1")
     made.state.prober._loop.close()  # no backend is probed
     made.state.snapshot = Snapshot("r1", (Seen("a", "198.18.0.2", "active"), Seen("b", "198.18.0.3", "active")))
     return made

@@ -202,7 +202,7 @@ def reported(**row: Any) -> dict[str, Any]:
         ("/stop", {"reason": "drained"}, NO_FIELD.format("ip")),
         ("/stop", {"ip": "198.18.0.2"}, NO_FIELD.format("reason")),
         ("/stop", {"ip": "198.18.0.2", "reason": "a\x1b[2J"}, TEXT.format("reason")),
-        ("/stop", {"ip": "198.18.0.2", "reason": "drained", "balancer": ""}, TEXT.format("balancer")),
+        ("/stop", {"ip": "198.18.0.2", "reason": "drained", "id": ""}, TEXT.format("id")),
         ("/drain", {"ip": 3}, TEXT.format("ip")),
         ("/scale", {}, "at least one of `min`, `max` and `target` is required"),
         ("/scale", {"min": None}, "at least one of `min`, `max` and `target` is required"),

@@ -125,13 +125,15 @@ start_engine() {
     local deadline=$((SECONDS + ENGINE_TIMEOUT)) pid tries
     mkdir -p "$ENGINE_DIR"
     if [ -d "$SYSTEMD" ] && start_service; then
-        wait_for_engine "$deadline" $$ || { echo "docker does not answer after $ENGINE_TIMEOUT s; see journalctl -u docker"; return 1; }
-        return
+        wait_for_engine "$deadline" $$ && return
+        echo "docker does not answer after $ENGINE_TIMEOUT s; see journalctl -u docker"
+        return 1
     fi
     pid=$(cat "$ENGINE_DIR/dockerd.pid" 2>/dev/null || true)
     if [ -n "$pid" ] && is_dockerd "$pid"; then # of an earlier run; a second one beside it could not start
-        wait_for_engine "$deadline" "$pid" || { echo "dockerd (pid $pid) does not answer after $ENGINE_TIMEOUT s"; return 1; }
-        return
+        wait_for_engine "$deadline" "$pid" && return
+        echo "dockerd (pid $pid) does not answer after $ENGINE_TIMEOUT s"
+        return 1
     fi
     for tries in 1 2 3; do
         setsid dockerd "$@" >>"$ENGINE_DIR/dockerd.log" 2>&1 </dev/null &

@@ -136,7 +136,11 @@ def answer(connection: socket.socket) -> None:
         connection.sendall(b"+OK\r\n")
 
 
-def test_health_check_without_a_manager_fails_only_when_the_rules_are_missing(log: Path, balancer: Balancer) -> None:
+def test_health_check_without_a_manager_passes_only_while_the_rules_lead_to_a_backend(
+    log: Path, balancer: Balancer
+) -> None:
+    eventually(lambda: _equal(fetch(balancer)[0], 503), 10)
+    balancer.dispatch_over(TWO)
     eventually(lambda: _equal(fetch(balancer)[0], 200), 10)
     balancer.apply("*nat\n-F PREROUTING\nCOMMIT\n")
     eventually(lambda: _equal(fetch(balancer)[0], 503), 10)

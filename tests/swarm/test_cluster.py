@@ -224,7 +224,7 @@ def test_update_of_the_balancers_that_one_node_cannot_start_is_completed_when_it
     with in_use:
         system.up("--publish", "8000:8000", "--publish", "8001:8000", "--no-wait")
         state = "{{with .UpdateStatus}}{{.State}}{{end}}"
-        wait_until(lambda: service_value(system, "balancer", state) == "paused", "Swarm pauses the update", 120)
+        wait_until(lambda: service_value(system, "balancer", state) == "paused", "Swarm pauses the update", 240)
     for port in (8000, 8001):
         for node in cluster.nodes:
             url = f"http://{node.ip}:{port}/"

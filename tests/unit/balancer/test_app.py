@@ -153,4 +153,4 @@ def test_client_with_an_invalid_body_is_disconnected_and_not_logged(
 @pytest.mark.parametrize(("begun", "repeated"), WITHOUT_PAUSE)
 def test_client_that_sends_without_pause_does_not_delay_others(port: int, begun: bytes, repeated: bytes) -> None:
     with without_pause(port, begun, repeated):
-        assert max(get(port)[2] for _ in range(3)) < 2
+        assert max(get(port)[2] for _ in range(3)) < 4  # else it would last as long as the client sends

@@ -60,8 +60,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             path, _, _ = nodeid.partition("::")
             module = Path(path).stem
-            if paired:  # two processes: the campaigns, which have engines of their own, and one other test at a time
-                return module if module == "test_chaos" else "others"
+            if paired:  # two processes: those that have engines of their own, and one other test at a time
+                return module if module in (*ONE_CLUSTER, "test_chaos") else "others"
             if module in ONE_CLUSTER:
                 return "one cluster"
             return path if folder_of(path) in WHOLE_MODULES else nodeid

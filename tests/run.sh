@@ -2,7 +2,7 @@
 # All tests with one command, also on a bare machine. Installs what the tests need, starts a Docker Engine where none
 # answers, runs the linters and all tests, says what was skipped and why, and stops what it started.
 #   tests/run.sh            linters, then all tests: several at a time; those that failed once more, alone; then those
-#                           marked paired, the campaigns and one other at a time; then those marked serial, alone
+#                           marked paired, two at a time; then those marked serial, alone
 #   tests/run.sh --fast     linters and the unit tests that are not marked slow; they need neither root nor an engine
 #   tests/run.sh WORD…      linters, then one pytest process with these words; paths, such as tests/swarm, select tests
 set -euo pipefail
@@ -82,7 +82,7 @@ else
         "$VENV/bin/python" -m pytest --last-failed --last-failed-no-failures none "${all[@]}" || status=$?
         [ "$status" -le 1 ] || exit "$status"
     fi
-    say "the tests that need processor time and mostly wait: the campaigns and one other at a time"
+    say "the tests that need processor time and mostly wait: one with engines of its own and one other at a time"
     WORKERS=2 run_parallel -m paired "${all[@]}" || status=$?
     say "the tests that need the machine for themselves, one after another"
     "$VENV/bin/python" -m pytest -m serial "${all[@]}" || status=$?

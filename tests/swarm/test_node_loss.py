@@ -145,6 +145,7 @@ def elsewhere(cluster: Cluster, system: System, tmp_path_factory: pytest.TempPat
     made.end_manager()
 
 
+@pytest.mark.paired  # without processor time, Swarm's agents do not find its new leader
 def test_another_node_takes_over_when_the_manager_node_is_lost(
     cluster: Cluster, system: System, elsewhere: System, figure: Figure
 ) -> None:

@@ -37,23 +37,17 @@ def create_app(sync: Callable[[], tuple[dict[str, Any], int]], metrics: Callable
     return app
 
 
-class _FromClient(io.RawIOBase):
+class _FromClient(socket.SocketIO):
     """The bytes from a client. Each read lets other greenlets run first, even if the client sends without pause."""
 
-    def __init__(self, sock: Any) -> None:
-        self._socket = sock
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: Any) -> int | None:
         gevent.sleep(0)
-        return int(self._socket.recv_into(buffer))
+        return super().readinto(buffer)
 
 
 class _Handler(WSGIHandler):  # type: ignore[misc]  # gevent has no types
     def __init__(self, sock: Any, address: Any, server: WSGIServer) -> None:
-        super().__init__(sock, address, server, rfile=io.BufferedReader(_FromClient(sock), READ_BUFFER))
+        super().__init__(sock, address, server, rfile=io.BufferedReader(_FromClient(sock, "rb"), READ_BUFFER))
 
     def handle(self) -> None:
         with suppress(OSError):  # the client has disconnected

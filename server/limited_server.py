@@ -17,7 +17,7 @@ import io
 import resource
 from collections.abc import Callable
 from contextlib import suppress
-from socket import IPPROTO_TCP, SO_SNDBUF, SOL_SOCKET, TCP_NODELAY
+from socket import IPPROTO_TCP, SO_SNDBUF, SOL_SOCKET, TCP_NODELAY, SocketIO
 from typing import Any
 
 import gevent
@@ -53,18 +53,12 @@ def raise_file_limit() -> int:
     return max(1, hard - RESERVE - OTHER_FILES)
 
 
-class FromClient(io.RawIOBase):
+class FromClient(SocketIO):
     """The bytes from a client. Each read lets other greenlets run first, even if the client sends without pause."""
 
-    def __init__(self, sock: Any) -> None:
-        self._socket = sock
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: Any) -> int | None:
         gevent.sleep(0)
-        return int(self._socket.recv_into(buffer))
+        return super().readinto(buffer)
 
 
 class Handler(WSGIHandler):
@@ -73,7 +67,7 @@ class Handler(WSGIHandler):
     ignored_socket_errors = (*WSGIHandler.ignored_socket_errors, "timed out")  # the last one is SEND_TIMEOUT
 
     def __init__(self, sock: Any, address: Any, server: LimitedServer) -> None:
-        super().__init__(sock, address, server, rfile=io.BufferedReader(FromClient(sock), READ_BUFFER))
+        super().__init__(sock, address, server, rfile=io.BufferedReader(FromClient(sock, "rb"), READ_BUFFER))
         # Header and body are two packets: without this, the second waits for the first's delayed acknowledgement.
         self.socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
         # A small buffer, so that an answer that is not read is noticed early and takes little memory.

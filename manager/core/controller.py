@@ -299,8 +299,8 @@ class Controller:
             return self._decide(load, now) if load is not None else last
 
     def stop(self, ip: str, reason: str, short_id: str = "") -> None:
-        """A balancer reports that this draining backend has no open connections left, so it is stopped. Raises
-        UnknownBackend, also if another backend with another id has the address now.
+        """A balancer reports that the drain of this backend is over, so it is stopped. Raises UnknownBackend, also if
+        another backend with another id has the address now.
 
         A backend that is not draining yet is drained first, because the balancer may still send connections to it; but
         a Swarm chooses what to stop itself. Idempotent.

@@ -119,18 +119,12 @@ class _Refused(ValueError):
         self.status = status
 
 
-class _FromClient(io.RawIOBase):
+class _FromClient(socket.SocketIO):
     """The bytes from a client. Each read lets other greenlets run first, even if the client sends without pause."""
 
-    def __init__(self, sock: Any) -> None:
-        self._socket = sock
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: Any) -> int | None:
         gevent.sleep(0)
-        return int(self._socket.recv_into(buffer))
+        return super().readinto(buffer)
 
 
 class _Connection(WSGIHandler):
@@ -141,7 +135,7 @@ class _Connection(WSGIHandler):
     _deadline: Any  # a gevent.Timeout, for the request that is being read
 
     def __init__(self, sock: Any, address: Any, server: Server) -> None:
-        super().__init__(sock, address, server, rfile=io.BufferedReader(_FromClient(sock)))
+        super().__init__(sock, address, server, rfile=io.BufferedReader(_FromClient(sock, "rb")))
 
     def handle_one_request(self) -> bool | None:
         """True if another request may follow on the connection."""

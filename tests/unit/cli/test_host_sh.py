@@ -79,6 +79,17 @@ def fake(place: Path, **programs: str) -> str:
     return f"{place}:{os.environ['PATH']}"
 
 
+def fake_systemd(place: Path, state: str) -> str:
+    """A PATH of a host whose engine answers when systemd has started it; its service is in that state before."""
+    return fake(
+        place,
+        docker="case $1 in info) [ -e answers ] ;; ps) cat containers ;; *) exit 1 ;; esac",
+        dockerd="exit 1",
+        id="echo 0",
+        systemctl=f'echo "$*" >>calls; case $1 in is-active) echo {state}; exit 3 ;; start) touch answers ;; esac',
+    )
+
+
 @pytest.mark.parametrize(
     ("state", "then", "stopped"),
     [
@@ -92,13 +103,7 @@ def fake(place: Path, **programs: str) -> str:
 def test_only_an_engine_that_this_boot_of_the_host_started_and_nobody_uses_is_stopped(
     tmp_path: Path, state: str, then: str, stopped: bool
 ) -> None:
-    path = fake(
-        tmp_path,
-        docker="case $1 in info) [ -e answers ] ;; ps) cat containers ;; *) exit 1 ;; esac",
-        dockerd="exit 1",
-        id="echo 0",
-        systemctl=f'echo "$*" >>calls; case $1 in is-active) echo {state}; exit 3 ;; start) touch answers ;; esac',
-    )
+    path = fake_systemd(tmp_path, state)
     before = "mkdir -p run/engine; echo systemd >run/engine/dockerd.pid; echo another >run/engine/boot"
     done = shell(f"{before}; SYSTEMD=$PWD; ensure_engine; {then}", tmp_path, PATH=path)
     assert (done.returncode, done.stderr) == (0, "")
@@ -109,13 +114,7 @@ def test_only_an_engine_that_this_boot_of_the_host_started_and_nobody_uses_is_st
 def test_engine_that_an_earlier_run_started_counts_as_started_by_this_run_only_if_it_was_stopped(
     tmp_path: Path, state: str, started: str
 ) -> None:
-    path = fake(
-        tmp_path,
-        docker="[ -e answers ]",
-        dockerd="exit 1",
-        id="echo 0",
-        systemctl=f"case $1 in is-active) echo {state}; exit 3 ;; start) touch answers ;; esac",
-    )
+    path = fake_systemd(tmp_path, state)
     before = "mkdir -p run/engine; echo systemd >run/engine/dockerd.pid; cat $BOOT_ID >run/engine/boot"
     done = shell(f'{before}; SYSTEMD=$PWD; ensure_engine; echo "started: [$ENGINE_STARTED]"', tmp_path, PATH=path)
     assert f"started: [{started}]\n" in done.stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
@@ -12,6 +13,8 @@ from core.engine import EngineError, TakenOver
 from core.fleet import FAILED, Backend
 from core.workers import BALANCER, LONGEST_PAUSE, RESIZE, Result, Workers
 from fakes import FakeEngine
+
+FAILED_BACKEND = Backend("p-backend-1", FAILED, 0.0, "id")
 
 
 class Rig:
@@ -38,40 +41,30 @@ def rig(monkeypatch: pytest.MonkeyPatch) -> Rig:
 def test_last_log_line_is_read_at_a_later_stop_if_the_engine_did_not_answer(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    failed = Backend("p-backend-1", FAILED, 0.0, "id")
-
-    def unreachable(_id: str) -> str:
-        raise EngineError("connection refused")
-
     with monkeypatch.context() as down:
-        down.setattr(rig.engine, "stop", unreachable)
-        down.setattr(rig.engine, "last_log_line", unreachable)
-        rig.workers.stop(failed)
+        down.setattr(rig.engine, "stop", Mock(side_effect=EngineError("connection refused")))
+        down.setattr(rig.engine, "last_log_line", Mock(side_effect=EngineError("connection refused")))
+        rig.workers.stop(FAILED_BACKEND)
         assert rig.result().last_log_line == ""
-    rig.workers.stop(failed)
+    rig.workers.stop(FAILED_BACKEND)
     assert rig.result() == Result("p-backend-1", last_log_line="goodbye")
 
 
 def test_stop_that_fails_again_and_again_waits_longer_and_logs_the_last_line_once(
     rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    failed = Backend("p-backend-1", FAILED, 0.0, "id")
-
-    def stop(_id: str) -> None:
-        raise EngineError("device or resource busy")
-
     with monkeypatch.context() as busy:
-        busy.setattr(rig.engine, "stop", stop)
+        busy.setattr(rig.engine, "stop", Mock(side_effect=EngineError("device or resource busy")))
         lines = []
         for _ in range(8):
-            rig.workers.stop(failed)
+            rig.workers.stop(FAILED_BACKEND)
             result = rig.result()
             assert result.still_there
             lines.append(result.last_log_line)
     assert rig.pauses == [0.5, 1, 2, 4, 8, LONGEST_PAUSE, LONGEST_PAUSE, LONGEST_PAUSE]
     assert lines == ["goodbye", *[""] * 7]
     assert caplog.text.count("last log line of p-backend-1: goodbye") == 1
-    rig.workers.stop(failed)
+    rig.workers.stop(FAILED_BACKEND)
     assert not rig.result().still_there
 
 
